@@ -1,0 +1,391 @@
+"""Settings of the pipeline, and where its artifacts live on disk.
+
+`pipeline.toml` is the single source; `load` merges it with a profile, the recipe of
+(model, layer) and the command line, and returns frozen, validated `Settings`.
+A leaf: imports no stage.
+"""
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent
+PIPELINE_TOML = ROOT / "pipeline.toml"
+
+
+class InputError(ValueError):
+    """The user's input or environment is wrong: one line on standard error, exit code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    name: str = "google/gemma-2-2b"
+    """Hugging Face name, a local directory, or an embedded model (embedded/smollm2-135m)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); none: the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and forward pass; auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Used by every stage."""
+
+
+class Data(Section):
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """Hugging Face dataset, or an embedded one (embedded/english); unused when data.files is given."""
+    name: str | None = None
+    """Configuration (subset) of the dataset."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Hub revision of the dataset."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    files: tuple[str, ...] = ()
+    """Local .jsonl, .json, .parquet or .txt files, read in this order instead of data.dataset."""
+    pack: Literal["document", "concat"] = "document"
+    """One document per context, remainders dropped; or documents joined by the separator token."""
+
+
+class Harvest(Section):
+    rows: int = Field(15_000_000, gt=0)
+    """Train rows to harvest (one row is one token); held-out rows come on top."""
+    context_length: int = Field(1024, ge=2, le=65_535)
+    """Tokens per context, the beginning-of-sequence token included."""
+    batch_size: int = Field(16, gt=0)
+    """Contexts per forward pass."""
+    input: Literal["normalized", "mlp_in"] = "normalized"
+    """MLP input without (normalized) or with (mlp_in) the RMSNorm's gain."""
+    storage: Literal["int8", "bfloat16", "float32"] = "int8"
+    """How values are stored; int8 has row and column scales."""
+    compressor: str = "auto"
+    """zstd-N, blosc-zstd-N, blosc-lz4-N with -shuffle or -bitshuffle, or none; auto: the measured best."""
+    max_quantisation_fvu: float = Field(1e-3, gt=0)
+    """Harvest stops when storing costs a larger fraction of the variance than this."""
+    heldout_fraction: float = Field(0.02, gt=0, lt=1)
+    """Share of the documents that training never sees."""
+    seed: int = Field(0, ge=0)
+    """Seeds the held-out split and the order of rows within a window."""
+
+
+def _whole(size: Any) -> Any:
+    return int(size) if isinstance(size, str) and re.fullmatch(r"\d+", size) else size
+
+
+Size = Annotated[int | str, BeforeValidator(_whole)]
+
+
+class Transcoder(Section):
+    d_sae: Size = "8x"
+    """Number of latents; "8x" means eight times d_in."""
+    group_sizes: tuple[Size, ...] = Field(("0.5x", "1x", "2x", "4.5x"), min_length=1)
+    """Latents per nesting level, coarsest first; they sum to d_sae."""
+    k: int = Field(96, gt=0)
+    """Mean number of active latents per row in training."""
+    selection: Literal["batch_topk", "topk"] = "batch_topk"
+    """k*B largest activations of the whole batch, or k largest of each row."""
+    skip: bool = False
+    """Add a learned linear map from input to output."""
+
+    @model_validator(mode="after")
+    def _groups_sum_to_d_sae(self) -> "Transcoder":
+        sizes = (self.d_sae, *self.group_sizes)
+        if len({type(size) for size in sizes}) == 1:
+            self.resolve(d_in=2**20)  # all plain or all multiples: checkable before d_in is known
+        else:
+            [_latents(size, 2**20) for size in sizes]
+        return self
+
+    def resolve(self, d_in: int) -> tuple[int, tuple[int, ...]]:
+        """(d_sae, group sizes) in latents for inputs of width `d_in`."""
+        d_sae = _latents(self.d_sae, d_in)
+        groups = tuple(_latents(size, d_in) for size in self.group_sizes)
+        if sum(groups) != d_sae:
+            raise ValueError(
+                f"d_sae must be the sum of group_sizes: d_sae is {self.d_sae}, "
+                f"group_sizes {', '.join(map(str, self.group_sizes))} do not sum to it"
+            )
+        if self.k > d_sae:
+            raise ValueError(f"k is {self.k}, but there are only {d_sae} latents; lower transcoder.k")
+        return d_sae, groups
+
+
+def _latents(size: int | str, d_in: int) -> int:
+    """A size as a number of latents; multiples like "4.5x" are of `d_in`."""
+    if isinstance(size, int):
+        latents = float(size)
+    elif re.fullmatch(r"\d+(\.\d+)?x", size):
+        latents = float(size[:-1]) * d_in
+    else:
+        raise ValueError(f'size {size!r} is neither a whole number nor a multiple of d_in like "8x"')
+    if latents < 1 or latents != int(latents):
+        raise ValueError(f"size {size} of d_in {d_in} is {latents:g}, not a positive whole number of latents")
+    return int(latents)
+
+
+class Train(Section):
+    rows: int = Field(15_000_000, gt=0)
+    """Rows to train on; more than the store holds means several epochs."""
+    batch_size: int = Field(1024, gt=0)
+    """Rows per step."""
+    lr: float = Field(4e-4, gt=0)
+    """Peak learning rate of Adam."""
+    min_lr: float = Field(4e-6, ge=0)
+    """Learning rate at the end of the cosine decay."""
+    warmup_steps: int = Field(1000, ge=0)
+    """Steps of linear warm-up."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Inputs of the encoder product; weights, selection and sums are float32 always."""
+    seed: int = Field(0, ge=0)
+    """Initialises the weights."""
+    order_seed: int = Field(0, ge=0)
+    """Orders the rows."""
+    init_from: str | None = None
+    """Run directory whose weights this run starts from."""
+    aux_k: int = Field(512, ge=0)
+    """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
+    aux_coefficient: float = Field(1.0, ge=0)
+    """Weight of the auxiliary loss, relative to the residual's own size (see train/losses.py)."""
+    dead_after_rows: int = Field(1_000_000, gt=0)
+    """A latent that has not fired for so many rows is dead."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Gradient norm above which gradients are scaled down; none: never."""
+    checkpoint_every: int = Field(1000, gt=0)
+    """Steps between resumable checkpoints."""
+    log_every: int = Field(50, gt=0)
+    """Steps between logged metrics."""
+    heldout_every: int = Field(500, gt=0)
+    """Steps between measurements of the held-out FVU."""
+    sample_every: int = Field(0, ge=0)
+    """Steps between collections of activation samples; 0: none."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Train":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower train.min_lr")
+        if self.rows < self.batch_size:
+            raise ValueError(f"rows {self.rows} are less than one batch of {self.batch_size}")
+        return self
+
+
+class Wandb(Section):
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    """offline writes below the run directory and never asks for a key."""
+    project: str = "matryoshka-transcoder"
+    """Project the runs are logged to."""
+
+
+class Evaluate(Section):
+    rows: int | None = Field(None, gt=0)
+    """Rows to evaluate; none: all of the split."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Split to evaluate; training never sees heldout."""
+
+
+class Paths(Section):
+    activations: Path = Path("activations")
+    """Where stores live."""
+    checkpoints: Path = Path("checkpoints")
+    """Where runs live."""
+
+
+class Settings(BaseModel):
+    """Everything a stage needs to know; written beside every artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...] = Field((), description="Layers asked for with --layer.")
+    profile: str | None = None
+    run: str = "default"
+    harvest_name: str | None = None
+    model: Model = Model()
+    data: Data = Data()
+    harvest: Harvest = Harvest()
+    transcoder: Transcoder = Transcoder()
+    train: Train = Train()
+    wandb: Wandb = Wandb()
+    evaluate: Evaluate = Evaluate()
+    paths: Paths = Paths()
+
+    @property
+    def layer(self) -> int:
+        """The one layer of a stage that takes one."""
+        if len(self.layers) != 1:
+            asked = " ".join(map(str, self.layers)) or "none"
+            raise InputError(f"layer: expected one layer, found {asked}; give LAYER=17 (--layer 17)")
+        return self.layers[0]
+
+    @property
+    def model_slug(self) -> str:
+        """Directory name of the model: the last part of its name, lower-case."""
+        return Path(self.model.name).name.lower()
+
+    def store_path(self, layer: int) -> Path:
+        suffix = f"_{self.harvest_name}" if self.harvest_name else ""
+        return self.paths.activations / self.model_slug / f"layer_{layer}{suffix}.zarr"
+
+    def run_dir(self) -> Path:
+        return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; --help lists every option")
+
+
+def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
+    """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
+
+    Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
+    """
+    made = _Parser(prog=f"python -m {prog}", description=purpose, allow_abbrev=False)
+    made.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
+    made.add_argument("--profile", help="profile of pipeline.toml, for example demo")
+    made.add_argument("--run", help="name of the training run")
+    made.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
+    for name, section in SECTIONS.items():
+        group = made.add_argument_group(name)
+        for key, field in section.model_fields.items():
+            metavar = key.upper() + (",..." if str(field.annotation).startswith("tuple") else "")
+            help_text = f"{field.description} [{field.default}]".replace("%", "%%")
+            group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
+    return made
+
+
+def load(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path = PIPELINE_TOML
+) -> tuple[Settings, argparse.Namespace]:
+    """Settings from defaults < `toml` < profile < recipe of (model, layer) < `argv`.
+
+    Also returns the parsed command line, for the options that are a stage's own.
+    Raises `InputError` with one line that names the key, the value and what is allowed.
+    """
+    given = made.parse_args(argv)
+    asked = _sections_of(given)
+    file = _read_toml(toml)
+    profiles, recipes = file.pop("profile", {}), file.pop("recipe", {})
+    profile = profiles.get(given.profile, {}) if given.profile else {}
+    if given.profile and given.profile not in profiles:
+        known = ", ".join(profiles) or "none"
+        raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
+    merged = _merge(file, profile)
+    layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
+    model = _merge(merged, asked).get("model", {}).get("name", Model().name)
+    if len(layers) == 1:
+        merged = _merge(merged, recipes.get(model, {}).get(str(layers[0]), {}))
+    top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
+    base = _validated(_merge(merged, top), toml.name)
+    settings = _validated(_merge(_merge(merged, top), asked), "command line")
+    run = _name("run", given.run) or _run_name(base, settings)
+    return settings.model_copy(update={"run": run}), given
+
+
+def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The --section.key options that were given, nested; comma-separated lists are split."""
+    asked: dict[str, dict[str, Any]] = {}
+    for option, text in vars(given).items():
+        section, _, key = option.partition(".")
+        if text is None or not key:
+            continue
+        is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
+        value = [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
+        asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
+    return asked
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`low` overlaid with `high`, section by section."""
+    both = dict(low)
+    for key, value in high.items():
+        old = both.get(key)
+        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _layers(text: Any) -> tuple[int, ...]:
+    parts = text.replace(",", " ").split() if isinstance(text, str) else text
+    if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
+        raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _name(what: str, text: str | None) -> str | None:
+    """A run's or harvest's name: becomes a directory, so it must not leave its parent."""
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", text):
+        raise InputError(f"{what}: {text!r} is not a name; use letters, digits and . _ + = - (at most 100)")
+    return text or None
+
+
+def _run_name(base: Settings, settings: Settings) -> str:
+    """Profile (or "default"), then every training setting that the command line changed."""
+    changed = [
+        f"{key}{_short(value)}"
+        for section in ("transcoder", "train")
+        for key, value in getattr(settings, section)
+        if value != getattr(getattr(base, section), key)
+    ]
+    return "-".join([settings.profile or "default", *changed])[:100]
+
+
+def _short(value: Any) -> str:
+    items = value if isinstance(value, tuple) else (value,)
+    return re.sub(r"[^A-Za-z0-9._+=]", "_", "_".join(f"{x:g}" if isinstance(x, float) else str(x) for x in items))
+
+
+def _validated(values: dict[str, Any], source: str) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"{source}: unknown setting {key}; {_known(first['loc'])}") from error
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        raise InputError(f"{source}: {key}: {message}{found}") from error
+
+
+def _known(where: tuple[int | str, ...]) -> str:
+    section = SECTIONS.get(str(where[0]))
+    known = section.model_fields if section and len(where) > 1 else SECTIONS
+    return "known are " + ", ".join(known)
+
+
+def run_stage(stage: Callable[[], None]) -> NoReturn:
+    """Run a stage's main function and leave with the exit code of the interface."""
+    try:
+        stage()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "the same command continues"
+        print(f"interrupted: {hint}", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -1,0 +1,128 @@
+"""What was harvested from what: the record inside every store."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import InputError
+
+FORMAT = "matryoshka-activations"
+FORMAT_VERSION = 1
+SPLITS = ("train", "heldout")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Record):
+    """What determines a store's content and is known before the model runs."""
+
+    model: str
+    revision: str | None
+    weights_sha256: str
+    dtype: str
+    """Of the model's weights and forward pass."""
+    layer: int
+    n_layers: int
+    input: Literal["normalized", "mlp_in"]
+    """Whether the inputs are without (normalized) or with (mlp_in) the RMSNorm's gain."""
+    input_hook: str
+    """TransformerLens name of the harvested input."""
+    output_hook: str
+    """TransformerLens name of the harvested output, as it is added to the residual stream."""
+    d_in: int
+    d_out: int
+    gain: list[float]
+    """[d_in] mlp_in = normalized * gain (Gemma: 1 + weight)."""
+    dataset: str
+    dataset_name: str | None
+    dataset_revision: str | None
+    dataset_split: str | None
+    text_column: str
+    files: dict[str, str]
+    """File name -> sha256, when the text came from local files."""
+    pack: Literal["document", "concat"]
+    context_length: int
+    bos_token_id: int | None
+    separator_token_id: int | None
+    dropped_token_ids: list[int]
+    """Positions that hold one of these tokens gave no row; neither did the first, if it is BOS."""
+    heldout_fraction: float
+    rows: int
+    """Train rows asked for."""
+    seed: int
+    storage: Literal["int8", "bfloat16", "float32"]
+    input_compressor: str
+    output_compressor: str
+    shard_rows: int
+    chunk_rows: int
+    versions: dict[str, str]
+    """Packages that decide the content."""
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.model_dump())
+
+
+class Moments(Record):
+    """Per-dimension moments of an array before it was quantised, in float64."""
+
+    mean: list[float]
+    second_moment: list[float]
+    quantisation_fvu: float
+    """Squared error of storing over squared deviations from the mean."""
+
+    @property
+    def scale(self) -> float:
+        """sqrt(E ||v||^2 / D): dividing by it gives values of unit mean square."""
+        return float(np.sqrt(np.mean(self.second_moment)))
+
+    @property
+    def variance(self) -> np.ndarray:
+        """[D] variance per dimension, float64."""
+        return np.maximum(np.subtract(self.second_moment, np.square(self.mean)), 0.0)
+
+
+class Split(Record):
+    rows: int
+    contexts: int
+    contexts_sha256: str
+    inputs: Moments | None
+    """None for an empty split."""
+    outputs: Moments | None
+
+
+class Manifest(Record):
+    format: Literal["matryoshka-activations"] = FORMAT
+    format_version: int = FORMAT_VERSION
+    source: Source
+    fingerprint: str
+    tokenizer_sha256: str
+    splits: dict[str, Split]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> "Manifest":
+        version = values.get("format_version")
+        if values.get("format") != FORMAT or version != FORMAT_VERSION:
+            raise InputError(
+                f"{where}: expected format {FORMAT} version {FORMAT_VERSION}, "
+                f"found {values.get('format')} version {version}; harvest it again or use the version that wrote it"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"{where}: manifest key {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
