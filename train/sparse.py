@@ -147,7 +147,9 @@ def _decode(
         r[:, 0] -= target[rows]
         for g in range(1, groups):
             r[:, g] += r[:, g - 1]
-        squared_errors += torch.stack([torch.linalg.vector_norm(r[:, g]) for g in range(groups)]).double().square()
+        squared_errors += (
+            torch.stack([torch.linalg.vector_norm(r[:, g]) for g in range(groups)]).double().square()
+        )
         if residual is not None:
             torch.neg(r[:, -1], out=residual[rows])
         block = S[rows.start * groups : rows.stop * groups]
@@ -165,9 +167,7 @@ def _aux(
     """The auxiliary loss and its gradients by the dead latents' rows: small dense products."""
     with torch.enable_grad():
         rows = [getattr(parameters, name)[dead].requires_grad_() for name in ("W_enc", "b_enc", "W_dec")]
-        loss = aux_loss(
-            x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient
-        )
+        loss = aux_loss(x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient)
         d_enc, d_bias, d_dec = torch.autograd.grad(loss, rows)
     return loss.detach().double(), (d_enc, d_bias, d_dec)
 
@@ -209,5 +209,7 @@ def _products(left: Tensor, right: Tensor, offsets: Tensor, columns: Tensor) -> 
     shape = (len(left), len(right))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(offsets, columns, left.new_zeros(len(columns)), shape, check_invariants=False)
+        pattern = torch.sparse_csr_tensor(
+            offsets, columns, left.new_zeros(len(columns)), shape, check_invariants=False
+        )
         return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0).values()

@@ -49,7 +49,11 @@ def candidates(values: Float[Tensor, " n"], k: int) -> Int[Tensor, " m"]:
 def _stride(n: int) -> int:
     """A prime step, so that a sample of a [B, F] matrix does not stay in a few columns."""
     step = n // SAMPLE
-    return 1 if step < 2 else next(p for p in range(step, 2 * step + 2) if all(p % q for q in range(2, 64) if q < p))
+    return (
+        1
+        if step < 2
+        else next(p for p in range(step, 2 * step + 2) if all(p % q for q in range(2, 64) if q < p))
+    )
 
 
 def select_batch(pre: Float[Tensor, "B F"], k: int) -> tuple[Entries, Tensor]:

@@ -54,7 +54,13 @@ class Parameters:
 
 
 def initialise(
-    d_in: int, d_sae: int, mean_output: Float[Tensor, " D_out"], *, encoder_scale: float, skip: bool, seed: int
+    d_in: int,
+    d_sae: int,
+    mean_output: Float[Tensor, " D_out"],
+    *,
+    skip: bool,
+    seed: int,
+    encoder_scale: float = 0.1,
 ) -> Parameters:
     """Parameters before the first step, in normalised space, on the CPU.
 
@@ -159,7 +165,9 @@ class Transcoder:
         for key in ("format", "format_version"):
             del metadata[key]
         shapes = _shapes(path, tensors, ends)
-        checked = {name: weights.check_shape(path, name, tensors.get(name), shape) for name, shape in shapes.items()}
+        checked = {
+            name: weights.check_shape(path, name, tensors.get(name), shape) for name, shape in shapes.items()
+        }
         thresholds = checked.pop("thresholds")
         return cls(Parameters(**checked), thresholds, ends, metadata)
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,30 @@ def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tens
 
     Raises `InputError` when the file is missing, damaged, foreign or of another version.
     """
+    with _opened(path, device) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises as `read` does."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[Any, dict[str, Any]]]:
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        raise InputError(f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}")
+        raise InputError(
+            f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}"
+        )
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
             _check_format(path, metadata)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file, metadata
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
@@ -73,12 +88,12 @@ def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[in
 
 def publish(aside: Path, path: Path) -> None:
     """Flush the finished file `aside` to disk and rename it to `path`."""
-    _sync(aside)
+    flush(aside)
     aside.replace(path)
-    _sync(path.parent)  # the rename itself survives a power cut
+    flush(path.parent)  # the rename itself survives a power cut
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
