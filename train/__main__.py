@@ -1,31 +1,28 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-
 import pipeline
 from train import record
+from train.weights import read_metadata
 
 
 def main() -> None:
     settings, _ = pipeline.load(pipeline.parser("train", "Train a nested transcoder on an activation store."))
-    run_dir = settings.run_dir()
+    run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
     done = record.finished(run_dir, settings)
-    if done is not None:
-        print(f"{run_dir}: already trained on {done['training']['rows']:,} rows, nothing to do")
+    if done:
+        print(f"already trained on {done['training']['rows']:,} rows, nothing to do")
     else:
         from shards import Store
         from train.loop import train
 
-        transcoder, _ = train(settings, Store.open(settings.store_path(settings.layer)))
-        done = transcoder.metadata | {"thresholds": transcoder.thresholds.tolist()}
-    summary(done)
+        train(settings, Store.open(store_path))
 
+    from rich.console import Console
 
-def summary(metadata: dict[str, Any]) -> None:
-    """Print the held-out numbers of every prefix."""
+    from train.finish import summary
+
+    Console().print(summary(read_metadata(run_dir)))
+    print(f"store {store_path}\nrun   {run_dir}")
 
 
 if __name__ == "__main__":

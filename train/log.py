@@ -20,7 +20,7 @@ class Log:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "metrics.jsonl").open("a")
-        self._bar = tqdm(
+        self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=rows,
             unit="row",
@@ -29,7 +29,9 @@ class Log:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20,
         )
-        self._wandb = _start_wandb(run_dir, settings, config)
+        self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
+        self._online = settings.wandb.mode == "online"
+        self._wandb = _start_wandb(run_dir, self._name, settings, config)
 
     def step(self, rows: int) -> None:
         self._bar.update(rows)
@@ -44,22 +46,23 @@ class Log:
         )
         self._to_wandb(lambda run: run.log(dict(values), step=values["step"]))
 
-    def artifact(self, file: Path, name: str) -> None:
-        """Upload the finished weights; W&B keeps them with the run."""
+    def artifact(self, file: Path) -> None:
+        """Keep the finished weights with the W&B run."""
 
         def upload(run: Any) -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, type="model")
+            artifact = wandb.Artifact(f"{self._name}-weights", type="model")
             artifact.add_file(str(file))
             run.log_artifact(artifact)
 
-        self._to_wandb(upload)
+        if self._online:
+            self._to_wandb(upload)
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self) -> None:
         self._bar.close()
         self._file.close()
-        self._to_wandb(lambda run: run.finish(exit_code=exit_code))
+        self._to_wandb(lambda run: run.finish())
 
     def _to_wandb(self, send: Any) -> None:
         if self._wandb is None:
@@ -75,7 +78,7 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _start_wandb(run_dir: Path, settings: Settings, config: Mapping[str, Any]) -> Any:
+def _start_wandb(run_dir: Path, name: str, settings: Settings, config: Mapping[str, Any]) -> Any:
     """A W&B run below the run directory, or None; never asks for a key."""
     if settings.wandb.mode == "disabled":
         return None
@@ -85,9 +88,10 @@ def _start_wandb(run_dir: Path, settings: Settings, config: Mapping[str, Any]) -
 
         return wandb.init(
             project=settings.wandb.project,
-            name=f"{settings.model_slug}-layer_{settings.layer}-{settings.run}",
+            name=name,
             mode=settings.wandb.mode,
             dir=str(run_dir),
+            reinit="create_new",  # a sweep logs several runs from one process
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=60),
         )

@@ -137,7 +137,7 @@ def _decode(
     scale = [2 * weight / (n * d_out) for weight in objective.prefix_weights]
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
     d_acts = torch.empty_like(bags.values)
-    bounds = bags.offsets[:: ROWS * groups].tolist() + [len(bags.values)]
+    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
     for i, row in enumerate(range(0, n, ROWS)):
         rows, entries = slice(row, min(row + ROWS, n)), slice(bounds[i], bounds[i + 1])
         offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
@@ -178,7 +178,7 @@ def _blocks(
     """dW_dec = acts^T S and dW_enc = d_acts^T x, LATENTS latents at a time, the aux loss's part added."""
     d_sae = len(entries.d_bias)
     starts = range(0, d_sae, LATENTS)
-    bounds = entries.offsets[::LATENTS].tolist() + [len(entries.rows)]
+    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]
     edges = torch.tensor([*starts, d_sae], device=dead.device)
     dead_bounds = torch.searchsorted(dead, edges).tolist()
     for i, start in enumerate(starts):
