@@ -25,7 +25,7 @@ class Adam:
         self.steps = torch.zeros((), device=parameters.W_enc.device)
 
     def update(self, name: str, gradient: Tensor, lr: float, rows: slice = slice(None)) -> None:
-        torch._fused_adam_(
+        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
             [self.parameters.named()[name][rows]],
             [gradient],
             [self.mean[name][rows]],
