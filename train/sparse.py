@@ -40,11 +40,7 @@ class SparseStep:
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices."""
         objective = self.objective
-        pre = self._kept("pre", (len(x), objective.d_sae), x)
-        torch.addmm(parameters.b_enc, x, parameters.W_enc.T, out=pre)
-        select = select_batch if objective.selection == "batch_topk" else select_rows
-        entries, cut = select(pre, objective.k)
-
+        entries, cut = self._select(parameters, x)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._kept("residual", y.shape, y) if wants_aux else None
@@ -62,12 +58,40 @@ class SparseStep:
         blocks = partial(_blocks, bags.by_latent(d_acts, objective.d_sae), x, S, dead, dead_gradients)
         return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
 
-    def _kept(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def _select(self, parameters: Parameters, x: Tensor) -> tuple[Entries, Tensor]:
+        """The active entries, from the one dense product.
+
+        In bfloat16 the product only proposes them: their values are then taken in float32, because
+        bfloat16 ties (231 of 32,768 values were equal to the cut).
+        """
+        objective, exact = self.objective, None
+        W_enc, b_enc, rows = parameters.W_enc, parameters.b_enc, x
+        if objective.precision == "bfloat16":
+            W_enc = self._kept("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            b_enc, rows = b_enc.bfloat16(), x.bfloat16()
+            exact = partial(_pre_activations, parameters, x)
+        pre = self._kept("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
+        torch.addmm(b_enc, rows, W_enc.T, out=pre)
+        select = select_batch if objective.selection == "batch_topk" else select_rows
+        return select(pre, objective.k, exact)
+
+    def _kept(
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """A buffer that lives as long as the step; its content is whatever the last step left."""
         old = self._buffers.get(name)
-        if old is None or old.shape != shape or old.dtype != like.dtype or old.device != like.device:
-            old = self._buffers[name] = like.new_empty(shape)
+        if old is None or old.shape != shape or old.dtype != (dtype or like.dtype):
+            old = self._buffers[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
         return old
+
+
+def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
+    """[E] pre-activations at ascending positions of the flattened [B, F]."""
+    d_sae = len(parameters.b_enc)
+    starts = torch.arange(len(x) + 1, device=x.device) * d_sae
+    offsets = torch.searchsorted(positions, starts, out_int32=True)
+    latents = positions.remainder(d_sae).int()
+    return _products(x, parameters.W_enc, offsets, latents) + parameters.b_enc[latents]
 
 
 class Bags(NamedTuple):
