@@ -24,9 +24,7 @@ class InputError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -355,7 +353,9 @@ def _run_name(base: Settings, settings: Settings) -> str:
 
 def _short(value: Any) -> str:
     items = value if isinstance(value, tuple) else (value,)
-    return re.sub(r"[^A-Za-z0-9._+=]", "_", "_".join(f"{x:g}" if isinstance(x, float) else str(x) for x in items))
+    return re.sub(
+        r"[^A-Za-z0-9._+=]", "_", "_".join(f"{x:g}" if isinstance(x, float) else str(x) for x in items)
+    )
 
 
 def _validated(values: dict[str, Any], source: str) -> Settings:

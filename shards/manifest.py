@@ -120,7 +120,9 @@ class Manifest(Record):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            raise InputError(f"{where}: manifest key {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise InputError(
+                f"{where}: manifest key {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from error
 
 
 def digest(value: Any) -> str:

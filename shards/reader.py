@@ -1,0 +1,158 @@
+"""Memory-mapped, verified chunk access; no shuffling.
+
+The fast path reads exactly the layout that `layout.Array.metadata` describes. An array whose metadata says
+anything else (another codec chain, say) is read through zarr-python, with a warning that says so.
+"""
+
+import json
+import mmap
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipeline import InputError
+from shards.codecs import crc32c
+from shards.layout import FILE_CHUNKS, Array
+
+CRC = 4
+INDEX_BYTES = 16 * FILE_CHUNKS + CRC
+OPEN_FILES = 40
+"""Maps kept per array: a loader's group of 32 chunks may lie in 32 files."""
+
+
+class ChunkReader(Protocol):
+    array: Array
+
+    def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Decoded chunk `number` at full chunk shape, into `out` where given.
+
+        Rows of a last chunk beyond the array's shape are padding. Raises `InputError` naming the file, the
+        chunk and the rows when bytes are missing or damaged.
+        """
+        ...
+
+
+def open_array(root: Path, array: Array) -> ChunkReader:
+    """The fast reader where the metadata is the known one, zarr-python's otherwise."""
+    path = root / array.path / "zarr.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    expected = array.metadata()
+    for key in ("shape", "data_type"):
+        if found.get(key) != expected[key]:
+            raise InputError(f"{path}: {key}: expected {expected[key]}, found {found.get(key)}")
+    if all(found.get(key) == expected[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs")):
+        return MappedArray(root, array)
+    warnings.warn(f"{path}: layout unknown to the fast reader, read through zarr-python", stacklevel=2)
+    return ZarrArray(root, array)
+
+
+class MappedArray:
+    """Chunks straight from memory-mapped files; safe to call from several threads."""
+
+    def __init__(self, root: Path, array: Array) -> None:
+        self.array = array
+        self._root = root
+        self._codec = array.compressor.codec()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
+        array = self.array
+        file_number, inner = divmod(number, FILE_CHUNKS)
+        file = self._file(file_number)
+        if out is None:
+            out = np.empty(array.chunk, array.dtype)
+        try:
+            payload = file.payload(inner)
+            if self._codec is not None:
+                self._codec.decode(payload, out)
+            elif len(payload) == out.nbytes:
+                out.reshape(-1).view(np.uint8)[:] = payload
+            else:
+                raise ValueError(f"expected {out.nbytes} bytes, found {len(payload)}")
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{file.path}: {self._place(number)}: {error}; make verify ARGS=--repair"
+            ) from error
+        return out
+
+    def _place(self, number: int) -> str:
+        first = number * self.array.chunk[0]
+        last = min(first + self.array.chunk[0], self.array.shape[0]) - 1
+        return f"chunk {number % FILE_CHUNKS} (lines {first} to {last} of {self.array.path})"
+
+    def _file(self, number: int) -> "_File":
+        with self._lock:
+            file = self._files.pop(number, None) or _File(self._root / self.array.file(number))
+            self._files[number] = file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)  # closed when its last reader lets go
+            return file
+
+
+class _File:
+    """One mapped file: its index parsed once, its length looked at before every chunk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; make verify ARGS=--repair") from error
+        self._size = os.fstat(self._fd).st_size
+        if self._size < INDEX_BYTES:
+            raise InputError(f"{path}: expected at least {INDEX_BYTES} bytes, found {self._size}")
+        self._map = np.frombuffer(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ), np.uint8)
+        table, checksum = self._map[-INDEX_BYTES:-CRC], self._map[-CRC:]
+        if crc32c(table) != checksum.tobytes():
+            raise InputError(f"{path}: the chunk index's checksum does not match; make verify ARGS=--repair")
+        self._index = np.frombuffer(table.tobytes(), "<u8").reshape(-1, 2)
+
+    def payload(self, inner: int) -> np.ndarray:
+        """A chunk's compressed bytes, checksum verified; raises `ValueError` saying what is wrong."""
+        # A mapping that reaches beyond a shortened file kills the process with SIGBUS: look first.
+        if (size := os.fstat(self._fd).st_size) != self._size:
+            raise ValueError(f"the file's length changed from {self._size} to {size} bytes")
+        offset, length = (int(x) for x in self._index[inner])
+        if length <= CRC or offset + length > self._size:
+            raise ValueError(f"expected bytes {offset} to {offset + length} in a file of {self._size}")
+        data = self._map[offset : offset + length]
+        if crc32c(data[:-CRC]) != data[-CRC:].tobytes():
+            raise ValueError("checksum mismatch")
+        return data[:-CRC]
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+class ZarrArray:
+    """The same chunks through zarr-python: the reference, and the way for layouts it alone knows."""
+
+    def __init__(self, root: Path, array: Array) -> None:
+        import zarr
+
+        self.array = array
+        opened = zarr.open_array(root / array.path, mode="r")
+        assert isinstance(opened, zarr.Array)
+        self._zarr = opened
+
+    def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
+        rows = self.array.chunk[0]
+        if out is None:
+            out = np.empty(self.array.chunk, self.array.dtype)
+        try:
+            values = np.asarray(self._zarr[number * rows : (number + 1) * rows])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(f"{self.array.path}: chunk {number}: {error}") from error
+        out[: len(values)] = values
+        out[len(values) :] = 0
+        return out

@@ -1,0 +1,168 @@
+"""Store: what a stage or a notebook opens.
+
+Shapes: n rows, d columns, C contexts, T tokens of a context.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import InputError
+from shards.codecs import from_bfloat16
+from shards.files import read_commit, sha256
+from shards.layout import CHUNK_ROWS, Array, split_arrays
+from shards.loader import Loader
+from shards.manifest import SPLITS, Manifest
+from shards.reader import ChunkReader, open_array
+
+
+class Store:
+    """A complete activation store of one layer.
+
+    `manifest` says what was harvested from what; `train` and `heldout` are the rows, split by document.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, "StoreSplit"]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.train = splits["train"]
+        self.heldout = splits["heldout"]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Check the commit, the metadata's digests and the manifest; activations are checked as they are read.
+
+        Raises `InputError` naming the file, what was expected and what was found.
+        """
+        root = Path(path)
+        digests = read_commit(root)
+        for name, expected in digests.items():
+            if name.endswith(".json"):
+                _check_digest(root / name, expected)
+        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
+        manifest = Manifest.from_json(attributes.get("manifest", {}), str(root / "zarr.json"))
+        splits = {}
+        for name in SPLITS:
+            found = manifest.splits[name]
+            splits[name] = StoreSplit(
+                root, split_arrays(manifest.source, name, found.rows, found.contexts), manifest
+            )
+        return cls(root, manifest, splits)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    def __repr__(self) -> str:
+        source = self.manifest.source
+        return (
+            f"Store({str(self.path)!r}: {source.model} layer {source.layer}, {len(self.train):,} train and "
+            f"{len(self.heldout):,} held-out rows, {source.d_in} -> {source.d_out}, {source.storage})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: missing, though files.sha256 lists it; make verify tells more")
+    if (found := sha256(path)) != expected:
+        raise InputError(
+            f"{path}: sha256 expected {expected[:12]}..., found {found[:12]}...; make verify tells more"
+        )
+
+
+class StoreSplit:
+    """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
+
+    def __init__(self, root: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
+        self.storage = manifest.source.storage
+        self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
+        self.readers: dict[str, ChunkReader] = {
+            name: open_array(root, array) for name, array in arrays.items()
+        }
+        self.contexts = Contexts(self.readers["contexts"])
+
+    def __len__(self) -> int:
+        return self.readers["inputs"].array.shape[0]
+
+    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""
+        return self._side("input", start, stop), self._side("output", start, stop)
+
+    def provenance(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(context number uint32 [n], position in it uint16 [n]) of rows [start, stop)."""
+        return self._read("row_context", start, stop), self._read("row_position", start, stop)
+
+    def loader(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        batch: int = 0,
+        epochs: int | None = 1,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world: int = 1,
+    ) -> Loader:
+        """Shuffled float32 batches on `device`, from batch number `batch` of `epoch`; see shards/loader.py."""
+        return Loader(self, batch_size, seed, epoch, batch, epochs, torch.device(device), rank, world)
+
+    def _side(self, side: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._read(f"{side}s", start, stop)
+        if self.storage == "float32":
+            return torch.from_numpy(stored)
+        if self.storage == "bfloat16":
+            return torch.from_numpy(from_bfloat16(stored))
+        values = stored.astype(np.float32)
+        for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
+            first, last = max(chunk * CHUNK_ROWS, start) - start, min((chunk + 1) * CHUNK_ROWS, stop) - start
+            values[first:last] *= self.scales(side, chunk)
+        values *= self._read(f"{side}_row_scales", start, stop)[:, None]
+        return torch.from_numpy(values)
+
+    def scales(self, side: str, chunk: int) -> np.ndarray:
+        """[d] float32 column scales of one chunk of an int8 store."""
+        return self.readers[f"{side}_scales"].chunk(chunk)[0]
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= len(self):
+            raise InputError(f"rows {start} to {stop}: expected 0 <= start <= stop <= {len(self)}")
+        return read_lines(self.readers[name], range(start, stop))
+
+
+def read_lines(reader: ChunkReader, lines: range) -> np.ndarray:
+    """Lines of an array along its first axis, chunk by chunk."""
+    array, size = reader.array, reader.array.chunk[0]
+    out = np.empty((len(lines), *array.shape[1:]), array.dtype)
+    for chunk in range(lines.start // size, -(-lines.stop // size)):
+        base = chunk * size
+        first, last = max(base, lines.start), min(base + size, lines.stop)
+        out[first - lines.start : last - lines.start] = reader.chunk(chunk)[first - base : last - base]
+    return out
+
+
+class Contexts(Sequence[np.ndarray]):
+    """[C, T] int32 token ids; indexed with a number, a slice or an array of numbers."""
+
+    def __init__(self, reader: ChunkReader) -> None:
+        self._reader = reader
+        self.shape = reader.array.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        wanted = np.atleast_1d(np.arange(len(self))[key])
+        out = np.empty((len(wanted), self.shape[1]), np.int32)
+        size = self._reader.array.chunk[0]
+        for chunk in np.unique(wanted // size):
+            here = wanted // size == chunk
+            out[here] = self._reader.chunk(int(chunk))[wanted[here] - chunk * size]
+        return out[0] if isinstance(key, int | np.integer) else out

@@ -1,0 +1,354 @@
+"""Rows -> shuffled, compressed, checksummed shards; commit last.
+
+Window = shard = unit of work. A window's files appear whole, then its record in `.harvest/records`; when every
+record is there, they are reduced in window order into the manifest, `files.sha256` is written, and `.harvest`
+is removed. So a process killed at any instant loses at most the windows it was working on.
+
+Shapes: n rows of a window, d columns.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import InputError
+from shards.codecs import crc32c, from_bfloat16, dequantise, quantise, to_bfloat16
+from shards.files import commit_text, sha256, store_files, write_whole
+from shards.layout import (
+    CHUNK_ROWS,
+    COMMIT,
+    FILE_CHUNKS,
+    WORK,
+    Array,
+    contexts_array,
+    dumps,
+    group_metadata,
+    split_arrays,
+    split_number,
+    windows,
+)
+from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest
+from shards.order import permutation
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the text pass left in a store: everything a harvest needs to run or to go on."""
+
+    rows: dict[str, int]
+    """Split -> kept positions."""
+    contexts: dict[str, int]
+    contexts_sha256: dict[str, str]
+    tokenizer_sha256: str
+
+
+class StoreWriter:
+    """An unfinished store. `text` is there after the text pass, `missing()` says what is left to do."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.work = root / WORK
+
+    @property
+    def complete(self) -> bool:
+        return (self.root / COMMIT).is_file()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store; a second harvest is refused. The kernel frees a dead holder's lock."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        path = self.work / "lock"
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(
+                    f"{self.root}: another harvest is writing it (process {holder}); wait for it or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+        if self.complete:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    # -- text pass -------------------------------------------------------------------------------------
+
+    @property
+    def request(self) -> dict[str, Any] | None:
+        """The settings the unfinished store was begun with; None before the text pass is complete."""
+        path = self.work / "plan.json"
+        return json.loads(path.read_bytes())["request"] if path.is_file() else None
+
+    def clear(self) -> None:
+        """Remove what an interrupted text pass left (never a complete store)."""
+        assert not self.complete
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if path.name != WORK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(self.work / "records", ignore_errors=True)
+
+    def finish_text(self, request: dict[str, Any], text: Text) -> None:
+        """The text pass is complete: from here on the dataset is never opened again."""
+        write_whole(self.work / "plan.json", dumps({"request": request, "text": vars(text)}))
+
+    @property
+    def text(self) -> Text:
+        return Text(**json.loads((self.work / "plan.json").read_bytes())["text"])
+
+    # -- windows ---------------------------------------------------------------------------------------
+
+    def begin(self, source: Source) -> None:
+        """Create every array's metadata at its final shape, or check that it was begun with the same source."""
+        self.source = source
+        self._arrays = {s: split_arrays(source, s, self.text.rows[s], self.text.contexts[s]) for s in SPLITS}
+        path = self.work / "source.json"
+        if path.is_file():
+            self._check_same_source(Source.model_validate_json(path.read_bytes()))
+            return
+        for split, arrays in self._arrays.items():
+            write_whole(self.root / split / "zarr.json", dumps(group_metadata()))
+            for array in arrays.values():
+                write_whole(self.root / array.path / "zarr.json", dumps(array.metadata()))
+        write_whole(path, dumps(source.model_dump()))
+
+    def _check_same_source(self, begun: Source) -> None:
+        ours, theirs = self.source.model_dump(), begun.model_dump()
+        for key in ours:
+            if ours[key] != theirs[key]:
+                raise InputError(
+                    f"{self.root}: begun with {key} {_brief(theirs[key])}, now {_brief(ours[key])}; "
+                    "finish it as it was begun, remove it, or give HARVEST=name"
+                )
+
+    def missing(self) -> list[tuple[str, int]]:
+        """(split, window) pairs without a record, in order."""
+        wanted = [(s, w) for s in SPLITS for w in range(len(windows(self.text.rows[s])))]
+        return [(s, w) for s, w in wanted if not self._record_path(s, w).is_file()]
+
+    def _record_path(self, split: str, window: int) -> Path:
+        return self.work / "records" / f"{split}-{window:06d}.json"
+
+    def write_window(self, split: str, window: int, columns: "WindowRows") -> None:
+        """Compress and publish one window's rows, then its record. Called from background threads.
+
+        Raises `InputError` when storing costs more than `max_quantisation_fvu`.
+        """
+        arrays = self._arrays[split]
+        digests: dict[str, str] = {}
+        moments: dict[str, dict[str, Any]] = {}
+
+        def publish(name: str, data: bytes) -> None:
+            path = arrays[name].file(window)
+            digests[path] = write_whole(self.root / path, data)
+
+        for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
+            files, sums = encode_rows(rows, self.source.storage, arrays, side)
+            moments[f"{side}s"] = sums
+            columns.check_cost(self.root, side, self.source.storage, sums)
+            for name, data in files.items():
+                publish(name, data)
+        for name, values in (("row_context", columns.context), ("row_position", columns.position)):
+            chunks = [values[i : i + CHUNK_ROWS] for i in range(0, len(values), CHUNK_ROWS)]
+            publish(name, encode_shard(arrays[name], chunks))
+        record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
+        write_whole(self._record_path(split, window), dumps(record))
+
+    def finish(self) -> Manifest:
+        """Reduce the records into the manifest and commit."""
+        assert not self.missing()
+        text = self.text
+        records = {s: [self._record(s, w) for w in range(len(windows(text.rows[s])))] for s in SPLITS}
+        splits = {s: self._split(s, records[s]) for s in SPLITS}
+        contexts = {s: text.contexts_sha256[s] for s in SPLITS}
+        manifest = Manifest(
+            source=self.source,
+            fingerprint=digest([self.source.fingerprint, contexts]),
+            tokenizer_sha256=text.tokenizer_sha256,
+            splits=splits,
+        )
+        write_whole(self.root / "zarr.json", dumps(group_metadata({"manifest": manifest.to_json()})))
+        digests = {
+            path: d for split in records.values() for record in split for path, d in record["files"].items()
+        }
+        for path in store_files(self.root):
+            if path not in digests:
+                digests[path] = sha256(self.root / path)
+        write_whole(self.root / COMMIT, commit_text(digests))
+        return manifest
+
+    def _record(self, split: str, window: int) -> dict[str, Any]:
+        return json.loads(self._record_path(split, window).read_bytes())
+
+    def _split(self, split: str, records: list[dict[str, Any]]) -> Split:
+        text = self.text
+        return Split(
+            rows=text.rows[split],
+            contexts=text.contexts[split],
+            contexts_sha256=text.contexts_sha256[split],
+            inputs=_reduce([record["moments"]["inputs"] for record in records]),
+            outputs=_reduce([record["moments"]["outputs"] for record in records]),
+        )
+
+
+@dataclass
+class WindowRows:
+    """One window's rows in stored order; filled by the harvest, written by `StoreWriter.write_window`."""
+
+    inputs: np.ndarray
+    """[n, d_in] float32"""
+    outputs: np.ndarray
+    """[n, d_out] float32"""
+    context: np.ndarray
+    """[n] uint32"""
+    position: np.ndarray
+    """[n] uint16"""
+    max_quantisation_fvu: float
+
+    @classmethod
+    def empty(cls, rows: int, source: Source, max_quantisation_fvu: float) -> "WindowRows":
+        return cls(
+            np.empty((rows, source.d_in), np.float32),
+            np.empty((rows, source.d_out), np.float32),
+            np.empty(rows, np.uint32),
+            np.empty(rows, np.uint16),
+            max_quantisation_fvu,
+        )
+
+    def check_cost(self, root: Path, side: str, storage: str, sums: dict[str, Any]) -> None:
+        moments = _reduce([sums])
+        if moments and moments.quantisation_fvu > self.max_quantisation_fvu:
+            raise InputError(
+                f"{root}: storing the {side}s as {storage} costs FVU {moments.quantisation_fvu:.2g}, above "
+                f"harvest.max_quantisation_fvu {self.max_quantisation_fvu:g}; use --harvest.storage bfloat16 or raise it"
+            )
+
+
+def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:
+    """[rows] int64: where kept position i of the window goes."""
+    return permutation(rows, source.seed, split_number(split), window)
+
+
+def encode_rows(
+    rows: np.ndarray, storage: str, arrays: dict[str, Array], side: str
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A window's [n, d] float32 rows as files by array name, and their sums.
+
+    Sums are float64, chunk by chunk in order: n, sum, sum of squares, squared error of storing.
+    """
+    stored: list[np.ndarray] = []
+    scales: list[np.ndarray] = []
+    row_scales: list[np.ndarray] = []
+    total, squares, error = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), 0.0
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = rows[start : start + CHUNK_ROWS]
+        if storage == "int8":
+            quantised = quantise(chunk)
+            back = dequantise(*quantised)
+            stored.append(quantised.stored)
+            scales.append(quantised.scales)
+            row_scales.append(quantised.row_scales)
+        elif storage == "bfloat16":
+            stored.append(to_bfloat16(chunk))
+            back = from_bfloat16(stored[-1])
+        else:
+            stored.append(chunk)
+            back = chunk
+        wide = chunk.astype(np.float64)
+        total += wide.sum(axis=0)
+        squares += np.einsum("nd,nd->d", wide, wide)
+        error += float(np.square(back - chunk, dtype=np.float64).sum())
+    files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
+    if storage == "int8":
+        files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], [s[None] for s in scales])
+        files[f"{side}_row_scales"] = encode_shard(arrays[f"{side}_row_scales"], row_scales)
+    sums = {"n": len(rows), "sum": total.tolist(), "squares": squares.tolist(), "error": error}
+    return files, sums
+
+
+def encode_chunk(array: Array, values: np.ndarray) -> bytes:
+    """`values`, padded with zeros to a full chunk, compressed, with its checksum."""
+    full = np.ascontiguousarray(values, dtype=array.dtype)
+    if full.shape != array.chunk:
+        padded = np.zeros(array.chunk, array.dtype)
+        padded[: len(full)] = full
+        full = padded
+    codec = array.compressor.codec()
+    data = bytes(codec.encode(full)) if codec else full.tobytes()
+    return data + crc32c(data)
+
+
+def encode_shard(array: Array, chunks: list[np.ndarray]) -> bytes:
+    """Inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
+    index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for number, values in enumerate(chunks):
+        parts.append(encode_chunk(array, values))
+        index[number] = offset, len(parts[-1])
+        offset += len(parts[-1])
+    table = index.tobytes()
+    return b"".join([*parts, table, crc32c(table)])
+
+
+def _reduce(windows_: list[dict[str, Any]]) -> Moments | None:
+    """Sums of windows, added in window order -> moments; None when there are no rows."""
+    rows = sum(sums["n"] for sums in windows_)
+    if rows == 0:
+        return None
+    total = sum((np.array(sums["sum"]) for sums in windows_), start=np.zeros(1))
+    squares = sum((np.array(sums["squares"]) for sums in windows_), start=np.zeros(1))
+    error = sum(sums["error"] for sums in windows_)
+    mean = total / rows
+    deviations = float(np.maximum(squares - rows * mean**2, 0).sum())
+    return Moments(
+        mean=mean.tolist(),
+        second_moment=(squares / rows).tolist(),
+        quantisation_fvu=error / deviations if deviations > 0 else 0.0,
+    )
+
+
+class ContextWriter:
+    """Appends a split's contexts file by file; bounded memory whatever their number."""
+
+    def __init__(self, root: Path, split: str, context_length: int) -> None:
+        self._root, self._array = root, contexts_array(split, 0, context_length)
+        self._pending: list[np.ndarray] = []
+        self._digests: list[str] = []
+        self.contexts = 0
+
+    def append(self, context: np.ndarray) -> None:
+        self._pending.append(context)
+        self.contexts += 1
+        if len(self._pending) == FILE_CHUNKS * self._array.chunk[0]:
+            self._flush()
+
+    def _flush(self) -> None:
+        values = np.stack(self._pending).astype(self._array.dtype)
+        size = self._array.chunk[0]
+        chunks = [values[i : i + size] for i in range(0, len(values), size)]
+        write_whole(self._root / self._array.file(len(self._digests)), encode_shard(self._array, chunks))
+        self._digests.append(hashlib.sha256(values.tobytes()).hexdigest())
+        self._pending = []
+
+    def finish(self) -> str:
+        """Write what is pending; returns the digest of all contexts."""
+        if self._pending:
+            self._flush()
+        return digest(self._digests)
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
