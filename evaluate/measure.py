@@ -12,7 +12,8 @@ from torch import Tensor
 
 from evaluate.latents import Firing
 from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
-from evaluate.sparse import Coder, Entries, Split, base_output, blocks, decode, entries_above, prefix_entries
+from evaluate.sparse import Coder, Entries, Split, base_output, blocks, decode, prefix_entries
+from train.topk import select_batch
 
 
 @dataclass
@@ -86,7 +87,8 @@ class Measurement:
 
     def _add_training(self, pre: Tensor, outputs: Tensor, base: Tensor) -> None:
         assert self.k is not None
-        kept = batch_topk(pre, self.k, likely=float(self.coder.thresholds.min()))
+        chosen, _ = select_batch(pre, self.k)
+        kept = Entries(*chosen, n_rows=len(pre))
         for prefix in self.prefixes:
             entries = kept.keep(kept.latents < prefix.end)
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
@@ -99,21 +101,6 @@ class Measurement:
             "prefixes": [prefix.result(deviation, self.k) for prefix in self.prefixes],
             "latents": self.prefixes[-1].firing.result(),
         }
-
-
-def batch_topk(pre: Tensor, k: int, likely: float) -> Entries:
-    """The k*B largest positive entries of the whole block `pre` [B, F]; ties at the cut all stay.
-
-    Only entries above half of `likely`, a guess of the cut, are sorted; all of them if that is too few.
-    """
-    n_kept = k * len(pre)
-    candidates = pre[pre > 0.5 * likely]
-    if len(candidates) < n_kept:
-        candidates = pre[pre > 0]
-    if len(candidates) <= n_kept:
-        return entries_above(pre, 0.0)
-    tau = torch.topk(candidates, n_kept, sorted=False).values.min()
-    return entries_above(pre, torch.nextafter(tau, torch.zeros_like(tau)))
 
 
 @torch.inference_mode()

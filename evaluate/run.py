@@ -9,6 +9,7 @@ from evaluate import plots
 from evaluate.files import code_sha256, read_json, read_lines, sha256, write_json
 from evaluate.measure import measure
 from evaluate.report import write_report
+from evaluate.sparse import Coder
 from evaluate.verdicts import FVU_GOOD, FVU_MODERATE
 from pipeline import InputError, Settings
 from shards import Store
@@ -36,10 +37,10 @@ def evaluate(settings: Settings) -> tuple[dict[str, Any], bool]:
     done = _finished(folder)
     if done is not None and done["provenance"] == provenance:
         return done, False
-    transcoder = _load(run_dir, store)
+    coder = _load(run_dir, store)
     run_settings = read_json(run_dir / "settings.json", "train this run again (make train)")
     with tqdm(total=n_rows, desc="evaluate", unit=" rows", unit_scale=True, dynamic_ncols=True) as bar:
-        measured = measure(transcoder, split, n_rows, run_settings["transcoder"]["k"], bar.update)
+        measured = measure(coder, split, n_rows, run_settings["transcoder"]["k"], bar.update)
     metrics = {**measured.result(), "redundancy": {}, "provenance": provenance}
     folder.mkdir(exist_ok=True)
     write_report(
@@ -75,16 +76,16 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     return metrics if "provenance" in metrics else None
 
 
-def _load(run_dir: Path, store: Store) -> Transcoder:
-    transcoder = Transcoder.load(run_dir)
-    found = (transcoder.W_enc.shape[1], transcoder.W_dec.shape[1])
+def _load(run_dir: Path, store: Store) -> Coder:
+    coder = Coder.of(Transcoder.load(run_dir))
+    found = (coder.W_enc.shape[1], coder.W_dec.shape[1])
     source = store.manifest.source
     if found != (source.d_in, source.d_out):
         raise InputError(
             f"{run_dir}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
             f"found {found[0]} -> {found[1]}; give the harvest that this run was trained on"
         )
-    return transcoder
+    return coder
 
 
 def _plots(folder: Path, metrics: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths, E active entries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,29 +11,49 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from train import Transcoder
+
 BLOCK_ROWS = 1024
 """Rows per step of a pass: the store's chunk, so that no chunk is decoded twice."""
 
 
-class Coder(Protocol):
-    """What evaluation needs of a transcoder, ours or another's: raw activations in, raw activations out."""
+@dataclass(eq=False)
+class Coder:
+    """The tensors of a transcoder, ours or another's: raw activations in, raw activations out.
 
-    @property
-    def W_dec(self) -> Tensor: ...  # [F, D_out]
+    acts = pre * (pre > threshold), pre = inputs W_enc^T + b_enc; output = acts W_dec + b_dec (+ inputs W_skip^T)
+    """
 
-    @property
-    def b_dec(self) -> Tensor: ...  # [D_out]
+    W_enc: Tensor
+    """[F, D_in]"""
+    b_enc: Tensor
+    """[F]"""
+    W_dec: Tensor
+    """[F, D_out]"""
+    b_dec: Tensor
+    """[D_out]"""
+    prefix_ends: tuple[int, ...]
+    thresholds: Tensor
+    """[G], or [G, F] where every latent has its own."""
+    W_skip: Tensor | None = None
+    """[D_out, D_in]"""
 
-    @property
-    def W_skip(self) -> Tensor | None: ...  # [D_out, D_in]
+    @classmethod
+    def of(cls, transcoder: Transcoder) -> "Coder":
+        own = transcoder.parameters
+        return cls(
+            own.W_enc,
+            own.b_enc,
+            own.W_dec,
+            own.b_dec,
+            transcoder.prefix_ends,
+            transcoder.thresholds,
+            own.W_skip,
+        )
 
-    @property
-    def prefix_ends(self) -> Sequence[int]: ...
-
-    @property
-    def thresholds(self) -> Tensor: ...  # [G], or [G, F] where every latent has its own
-
-    def pre_activations(self, inputs: Tensor) -> Tensor: ...  # [B, F]
+    def pre_activations(self, inputs: Tensor) -> Tensor:
+        """[B, F] of raw `inputs` [B, D_in]."""
+        return torch.addmm(self.b_enc, inputs, self.W_enc.T)
 
 
 class Split(Protocol):

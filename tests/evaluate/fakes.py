@@ -1,23 +1,11 @@
-"""A transcoder and a split of the real ones' shape, small enough to check by hand."""
+"""Random transcoders, and a split that lives in memory."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Coder:
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    prefix_ends: tuple[int, ...]
-    thresholds: Tensor
-    W_skip: Tensor | None = None
-
-    def pre_activations(self, inputs: Tensor) -> Tensor:
-        return torch.addmm(self.b_enc, inputs, self.W_enc.T)
+from evaluate.sparse import Coder
 
 
 @dataclass

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from evaluate import sparse
-from evaluate.measure import batch_topk, measure
-from tests.evaluate.fakes import Coder, Rows, random_coder, random_rows
+from evaluate.measure import measure
+from evaluate.sparse import Coder
+from tests.evaluate.fakes import Rows, random_coder, random_rows
 
 
 def dense(coder: Coder, rows: Rows, g: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,20 +60,6 @@ def test_training_selection_keeps_k_per_row_on_average() -> None:
     result = measure(coder, rows, n_rows=64, k=4, tick=lambda _: None).result()
     assert result["prefixes"][1]["batch_topk"]["l0"] == 4.0
     assert 0 < result["prefixes"][0]["batch_topk"]["l0"] < 4.0
-
-
-@pytest.mark.parametrize("likely", [0.0, 0.5, 1e9])
-def test_batch_topk_equals_a_full_sort(likely: float) -> None:
-    pre = torch.randn(9, 14, generator=torch.Generator().manual_seed(3))
-    kept = batch_topk(pre, k=3, likely=likely)
-    expected = torch.sort(pre.flatten(), descending=True).values[:27]
-    assert torch.equal(torch.sort(kept.values, descending=True).values, expected)
-
-
-def test_batch_topk_keeps_ties_and_never_keeps_what_is_not_positive() -> None:
-    ties = torch.tensor([[2.0, 1.0, 1.0], [1.0, -1.0, 0.0]])
-    assert sorted(batch_topk(ties, k=1, likely=0.0).values.tolist()) == [1.0, 1.0, 1.0, 2.0]
-    assert len(batch_topk(torch.tensor([[-1.0, 0.0], [3.0, -2.0]]), k=2, likely=1.0).values) == 1
 
 
 def test_a_transcoder_that_never_fires_says_its_bias() -> None:
