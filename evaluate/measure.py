@@ -71,19 +71,23 @@ class Measurement:
             for end, threshold in zip(coder.prefix_ends, coder.thresholds, strict=True)
         ]
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> list[Entries]:
-        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]. Returns each prefix's entries."""
+    def add(self, inputs: Tensor, outputs: Tensor) -> tuple[list[Entries], Tensor]:
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out].
+
+        Returns each prefix's entries, and the squared error of each row [G, B] float64.
+        """
         pre = self.coder.pre_activations(inputs)
         base = base_output(self.coder, inputs)
         self.deviation.add(outputs)
         found = prefix_entries(pre, self.coder)
+        errors = []
         for prefix, entries in zip(self.prefixes, found, strict=True):
-            prefix.error.add(outputs, decode(entries, self.coder.W_dec, base))
+            errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
             prefix.sparsity.add(entries)
             prefix.firing.add(entries)
         if self.k is not None:
             self._add_training(pre, outputs, base)
-        return found
+        return found, torch.stack(errors)
 
     def _add_training(self, pre: Tensor, outputs: Tensor, base: Tensor) -> None:
         assert self.k is not None

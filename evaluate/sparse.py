@@ -5,8 +5,9 @@ Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths, E activ
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -21,7 +22,8 @@ BLOCK_ROWS = 1024
 class Coder:
     """The tensors of a transcoder, ours or another's: raw activations in, raw activations out.
 
-    acts = pre * (pre > threshold), pre = inputs W_enc^T + b_enc; output = acts W_dec + b_dec (+ inputs W_skip^T)
+    acts = pre * (pre > threshold), pre = inputs W_enc^T + b_enc
+    output = acts W_dec + b_dec (+ inputs W_skip^T)
     """
 
     W_enc: Tensor
@@ -62,6 +64,15 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]: ...
+
+
+class TextSplit(Split, Protocol):
+    """A split that also knows which token each row stands on."""
+
+    @property
+    def contexts(self) -> Any: ...
+
+    def provenance(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
