@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import InputError
-from shards.codecs import crc32c, from_bfloat16, dequantise, quantise, to_bfloat16
+from shards.codecs import crc32c, dequantise, from_bfloat16, quantise, to_bfloat16
 from shards.files import commit_text, sha256, store_files, write_whole
 from shards.layout import (
     CHUNK_ROWS,
@@ -38,6 +38,7 @@ from shards.layout import (
 )
 from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest
 from shards.order import permutation
+from shards.reader import Contexts, MappedArray
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class StoreWriter:
     @property
     def text(self) -> Text:
         return Text(**json.loads((self.work / "plan.json").read_bytes())["text"])
+
+    def contexts(self, split: str, context_length: int) -> Contexts:
+        """[C, T] a split's token ids, as the text pass left them."""
+        array = contexts_array(split, self.text.contexts[split], context_length)
+        return Contexts(MappedArray(self.root, array))
 
     # -- windows ---------------------------------------------------------------------------------------
 
@@ -230,8 +236,9 @@ class WindowRows:
         moments = _reduce([sums])
         if moments and moments.quantisation_fvu > self.max_quantisation_fvu:
             raise InputError(
-                f"{root}: storing the {side}s as {storage} costs FVU {moments.quantisation_fvu:.2g}, above "
-                f"harvest.max_quantisation_fvu {self.max_quantisation_fvu:g}; use --harvest.storage bfloat16 or raise it"
+                f"{root}: storing the {side}s as {storage} costs FVU {moments.quantisation_fvu:.2g}, "
+                f"above harvest.max_quantisation_fvu {self.max_quantisation_fvu:g}; "
+                "use --harvest.storage bfloat16 or raise it"
             )
 
 

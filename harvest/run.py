@@ -1,0 +1,294 @@
+"""The straight line: text pass -> model -> windows -> one committed store per layer."""
+
+import contextlib
+import shutil
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from harvest import lm
+from harvest.activations import Kept, fill_window
+from harvest.text import Special, documents, is_heldout, local_files, pack_splits
+from pipeline import InputError, Settings
+from shards.codecs import Compressor
+from shards.files import sha256, write_whole
+from shards.layout import CHUNK_ROWS, SHARD_ROWS, windows
+from shards.manifest import SPLITS, Manifest, Source
+from shards.plan import Plan, human, plan
+from shards.store import Store
+from shards.writer import ContextWriter, StoreWriter, Text, WindowRows, stored_order
+
+AUTO_COMPRESSOR = {
+    "int8": ("zstd-3", "zstd-3"),
+    "bfloat16": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+    "float32": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+}
+"""(inputs, outputs), from the table in docs/storage.md."""
+
+
+def harvest(settings: Settings, force: bool = False) -> list[Path]:
+    """Write one store per layer of `settings.layers`, or continue where an earlier run was stopped.
+
+    Raises `InputError` for whatever the user can mend; a killed or failed run leaves resumable stores.
+    """
+    if not settings.layers:
+        raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
+    request = requested(settings)
+    writers = {layer: StoreWriter(settings.store_path(layer)) for layer in settings.layers}
+    todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
+    if todo:
+        with contextlib.ExitStack() as stack:
+            for writer in todo.values():
+                stack.enter_context(writer.lock())
+            _harvest(settings, todo, request, force)
+    return [writer.root for writer in writers.values()]
+
+
+def requested(settings: Settings) -> dict[str, Any]:
+    """What was asked for, by the keys of `Source`; two harvests of one layer differ where this differs."""
+    data, asked = settings.data, settings.harvest
+    inputs, outputs = AUTO_COMPRESSOR[asked.storage]
+    if asked.compressor != "auto":
+        inputs = outputs = Compressor(asked.compressor).name
+    files = local_files(data)
+    request = {
+        "model": settings.model.name,
+        "revision": settings.model.revision,
+        "input": asked.input,
+        "dataset": "files" if data.files else data.dataset,
+        "dataset_name": None if files else data.name,
+        "dataset_revision": None if files else data.revision,
+        "dataset_split": None if files else data.split,
+        "text_column": data.text_column,
+        "files": {path.name: sha256(path) for path in files},
+        "pack": data.pack,
+        "context_length": asked.context_length,
+        "heldout_fraction": asked.heldout_fraction,
+        "rows": asked.rows,
+        "seed": asked.seed,
+        "storage": asked.storage,
+        "input_compressor": inputs,
+        "output_compressor": outputs,
+    }
+    return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
+
+
+def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> bool:
+    """Whether the complete store was asked for; raises `InputError` when another one has its place."""
+    found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
+    if found is None:
+        return False
+    if differing := [key for key in request if request[key] != found.get(key, request[key])]:
+        listed = "; ".join(
+            f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in differing
+        )
+        raise InputError(
+            f"{writer.root}: holds another harvest ({listed}); give HARVEST=name for a second one, or remove it"
+        )
+    if writer.complete:
+        tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
+    return writer.complete
+
+
+def _harvest(
+    settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], force: bool
+) -> None:
+    where = lm.locate(settings.model)
+    tokenizer = lm.load_tokenizer(where, settings.model.revision)
+    special = Special.of(tokenizer, settings.data.pack)
+    _text_pass(settings, list(writers.values()), request, tokenizer, special)
+    model = lm.load(settings.model, where, tokenizer)
+    for layer, writer in writers.items():
+        writer.begin(_source(settings, model, layer, request, special, _first_contexts(writer, settings)))
+    _refuse_if_it_cannot_fit([_plan(writer) for writer in writers.values()], settings, force)
+    _run_windows(settings, model, writers)
+    for layer, writer in writers.items():
+        _summary(layer, writer.root, writer.finish())
+
+
+# -- text ----------------------------------------------------------------------------------------------
+
+
+def _text_pass(
+    settings: Settings,
+    writers: list[StoreWriter],
+    request: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    special: Special,
+) -> None:
+    """Leave the same contexts and tokenizer in every store that has none yet."""
+    lacking = [writer for writer in writers if writer.request is None]
+    if not lacking:
+        return
+    first, *others = lacking
+    first.clear()
+    asked = settings.harvest
+    contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
+    with tqdm(total=asked.rows, unit="tok", unit_scale=True, desc="text", dynamic_ncols=True) as bar:
+
+        def emit(split: str, context: np.ndarray, kept: int) -> None:
+            contexts[split].append(context)
+            if split == "train":
+                bar.update(min(kept, asked.rows - bar.n))
+
+        heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
+        texts = documents(settings.data)
+        rows = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
+    digests = {split: writer.finish() for split, writer in contexts.items()}
+    counts = {split: writer.contexts for split, writer in contexts.items()}
+    tokenizer_digest = write_whole(
+        first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
+    )
+    text = Text(rows, counts, digests, tokenizer_digest)
+    for other in others:
+        other.clear()
+        for split in SPLITS:
+            shutil.copytree(first.root / split, other.root / split)
+        write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
+    for writer in lacking:
+        writer.finish_text(request, text)
+
+
+def _first_contexts(writer: StoreWriter, settings: Settings) -> torch.Tensor:
+    """[b, T] the first contexts of the train split: what the gain is checked on."""
+    contexts = writer.contexts("train", settings.harvest.context_length)
+    return torch.from_numpy(contexts[:2]).long()
+
+
+# -- model ---------------------------------------------------------------------------------------------
+
+
+def _source(
+    settings: Settings,
+    model: lm.LanguageModel,
+    layer: int,
+    request: dict[str, Any],
+    special: Special,
+    sample: torch.Tensor,
+) -> Source:
+    if layer >= model.n_layers:
+        raise InputError(f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}")
+    input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
+    gain = model.gain(layer, sample)
+    return Source(
+        **{
+            **request,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": model.weights_sha256(),
+            "layer": layer,
+            "n_layers": model.n_layers,
+            "input_hook": input_hook,
+            "output_hook": output_hook,
+            "d_in": model.d_model,
+            "d_out": model.d_model,
+            "gain": gain.values.tolist(),
+            "bos_token_id": special.bos,
+            "separator_token_id": special.separator,
+            "dropped_token_ids": special.dropped,
+            "shard_rows": SHARD_ROWS,
+            "chunk_rows": CHUNK_ROWS,
+            "versions": _versions(),
+        }
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        name: version(name)
+        for name in ("torch", "transformers", "transformer-lens", "numcodecs", "tokenizers")
+    }
+
+
+# -- windows -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """One layer's store and what it still lacks."""
+
+    writer: StoreWriter
+    missing: frozenset[tuple[str, int]]
+
+
+def _run_windows(settings: Settings, model: lm.LanguageModel, writers: dict[int, StoreWriter]) -> None:
+    """Fill, compress and publish every missing window; one window is written while the next one is filled."""
+    lanes = [_Lane(writer, frozenset(writer.missing())) for writer in writers.values()]
+    rows = next(iter(writers.values())).text.rows
+    work = [(s, w, window) for s in SPLITS for w, window in enumerate(windows(rows[s]))]
+    work = [(s, w, window) for s, w, window in work if any((s, w) in lane.missing for lane in lanes)]
+    hooks = [
+        hook for lane in lanes for hook in (lane.writer.source.input_hook, lane.writer.source.output_hook)
+    ]
+    kept: dict[str, Kept] = {}
+    with (
+        ThreadPoolExecutor(max_workers=max(1, min(len(lanes), 4))) as pool,
+        model.capturing(sorted(set(hooks))) as caught,
+        tqdm(total=sum(len(w) for *_, w in work), unit="tok", desc="harvest", dynamic_ncols=True) as bar,
+    ):
+        writing: list[Future[None]] = []
+        for split, number, window in work:
+            if split not in kept:
+                first = lanes[0].writer
+                contexts = first.contexts(split, settings.harvest.context_length)
+                kept[split] = Kept.count(contexts, first.source.dropped_token_ids)
+            here = [lane.writer for lane in lanes if (split, number) in lane.missing]
+            limit = settings.harvest.max_quantisation_fvu
+            filled = [WindowRows.empty(len(window), writer.source, limit) for writer in here]
+            order = stored_order(here[0].source, split, number, len(window))
+            batches = kept[split].batches(window, settings.harvest.batch_size)
+            targets = [(writer.source, rows) for writer, rows in zip(here, filled, strict=True)]
+            fill_window(model, batches, order, caught, targets, bar.update)
+            _wait(writing)
+            writing = [
+                pool.submit(writer.write_window, split, number, rows)
+                for writer, rows in zip(here, filled, strict=True)
+            ]
+        _wait(writing)
+
+
+def _wait(writing: list[Future[None]]) -> None:
+    """Until the windows are published; raises what a writing thread raised."""
+    for future in writing:
+        future.result()
+
+
+# -- plan and summary ----------------------------------------------------------------------------------
+
+
+def _plan(writer: StoreWriter) -> Plan:
+    return plan(writer.source, sum(writer.text.rows.values()), writer.root)
+
+
+def _refuse_if_it_cannot_fit(plans: list[Plan], settings: Settings, force: bool) -> None:
+    needed, free = sum(p.bytes for p in plans), plans[0].free_bytes
+    rows = plans[0].rows
+    tqdm.write(
+        f"plan: {rows:,} rows x {len(plans)} layer(s), {plans[0].bytes_per_row:,.0f} bytes a row, "
+        f"about {human(needed)} on disk, {human(free)} free"
+    )
+    if needed > free and not force:
+        raise InputError(
+            f"{settings.paths.activations}: the harvest needs about {human(needed)}, {human(free)} are free; "
+            "lower harvest.rows, move paths.activations, or give --force"
+        )
+
+
+def _summary(layer: int, root: Path, manifest: Manifest) -> None:
+    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    costs = [f"{m.quantisation_fvu:.1e}" for m in (train.inputs, train.outputs) if m]
+    tqdm.write(
+        f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
+        f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",
+        file=sys.stdout,
+    )
