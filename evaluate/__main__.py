@@ -5,16 +5,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evaluate.run import evaluate
+from evaluate.run import CROSS_ENTROPY_TOKENS, evaluate
 from evaluate.verdicts import verdicts
 from pipeline import Settings, load, parser, run_stage
 
-COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim"}
+COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 
 
 def main() -> None:
-    settings, _ = load(parser("evaluate", __doc__ or ""))
-    metrics, fresh = evaluate(settings)
+    made = parser("evaluate", __doc__ or "")
+    made.add_argument(
+        "--cross-entropy-tokens",
+        type=int,
+        default=CROSS_ENTROPY_TOKENS,
+        metavar="N",
+        help="tokens on which the language model runs with its MLP replaced; 0: not at all [%(default)s]",
+    )
+    settings, given = load(made)
+    metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
     show(settings, metrics, fresh, Console())
 
 

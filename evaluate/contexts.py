@@ -5,7 +5,6 @@ Two passes: the first finds the rows, the second fills in what the latent does o
 Memory depends on F and C only. A row's place is context * T + position.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,31 +171,51 @@ class Shader:
             self.samples.shades[sample[near], offset[near]] = values[found[near]]
 
 
-def token_statistics(even: Best) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each latent fires on, from its even sample: (entropy [F] bits, top share [F], top token [F]).
+@dataclass(frozen=True)
+class TokenWeights:
+    """Each distinct (latent, token) of an even sample, sorted by latent, heaviest token first."""
 
-    entropy = -sum over tokens of p log2 p, p the share of the sampled firings on that token; top share
-    is the largest share of summed activation that one token has. NaN and -1 for latents without firings.
-    """
-    n = even.n_latents
+    latents: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+    """Firings of the latent on the token."""
+    shares: np.ndarray
+    """Share of the latent's summed activation."""
+
+
+def token_weights(even: Best) -> TokenWeights:
     order = np.lexsort((even.tokens, even.latents))
-    latents, tokens, values = even.latents[order], even.tokens[order], even.values[order].astype(np.float64)
+    latents, tokens = even.latents[order], even.tokens[order]
     new = np.ones(len(order), bool)
     new[1:] = (latents[1:] != latents[:-1]) | (tokens[1:] != tokens[:-1])
     starts = np.flatnonzero(new)
     of = latents[starts]
     counts = np.diff(np.append(starts, len(order)))
-    weights = np.add.reduceat(values, starts) if len(starts) else np.zeros(0)
-    total = np.bincount(of, weights=counts, minlength=n)
-    p = counts / total[of]
-    entropy = np.bincount(of, weights=-p * np.log2(p), minlength=n)
-    share = weights / np.bincount(of, weights=weights, minlength=n)[of]
-    best = np.lexsort((-share, of))
-    first = best[np.unique(of[best], return_index=True)[1]]
-    top_share, top_token = np.full(n, np.nan), np.full(n, -1, np.int64)
-    top_share[of[first]], top_token[of[first]] = share[first], tokens[starts[first]]
-    return np.where(total > 0, np.maximum(entropy, 0.0), np.nan), top_share, top_token
+    weights = np.zeros(len(starts))
+    if len(starts):
+        weights = np.add.reduceat(even.values[order].astype(np.float64), starts)
+    shares = weights / np.bincount(of, weights=weights, minlength=even.n_latents)[of]
+    heavy = np.lexsort((-shares, of))
+    return TokenWeights(of[heavy], tokens[starts][heavy], counts[heavy], shares[heavy])
 
 
-Places = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-"""(start, stop) -> (places int64 [n], token ids int32 [n]) of a split's rows."""
+def token_entropy(weights: TokenWeights, n_latents: int) -> np.ndarray:
+    """[F] bits: -sum over tokens of p log2 p, p the share of the sampled firings that are on that token.
+
+    NaN for a latent without firings. The sample is the same size for all frequent latents, so that theirs
+    compare; a latent with m < N_EVEN firings cannot exceed log2 m.
+    """
+    total = np.bincount(weights.latents, weights=weights.counts, minlength=n_latents)
+    p = weights.counts / total[weights.latents]
+    entropy = np.bincount(weights.latents, weights=-p * np.log2(p), minlength=n_latents)
+    return np.where(total > 0, np.maximum(entropy, 0.0), np.nan)
+
+
+def top_tokens(weights: TokenWeights, n_latents: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids [F, n], -1 where there are fewer; their shares of the latent's activation [F, n])."""
+    nth = np.arange(len(weights.latents)) - np.searchsorted(weights.latents, weights.latents)
+    kept = nth < n
+    tokens, shares = np.full((n_latents, n), -1, np.int32), np.zeros((n_latents, n), np.float32)
+    tokens[weights.latents[kept], nth[kept]] = weights.tokens[kept]
+    shares[weights.latents[kept], nth[kept]] = weights.shares[kept]
+    return tokens, shares

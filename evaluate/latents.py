@@ -16,12 +16,13 @@ DENSITY_BINS = np.linspace(-6, 0, 49)
 
 
 class Firing:
-    """Firings, summed and largest activation of each latent of one prefix."""
+    """Firings, summed, squared and largest activations of each latent of one prefix."""
 
     def __init__(self, n_latents: int) -> None:
         self.rows = 0
         self.firings = torch.zeros(n_latents, dtype=torch.int64)
         self.summed = torch.zeros(n_latents, dtype=torch.float64)
+        self.squared = torch.zeros(n_latents, dtype=torch.float64)
         self.largest = torch.zeros(n_latents)
 
     def add(self, entries: Entries) -> None:
@@ -29,6 +30,7 @@ class Firing:
         self.rows += entries.n_rows
         self.firings += torch.bincount(latents, minlength=len(self.firings))
         self.summed.index_add_(0, latents, values.double())
+        self.squared.index_add_(0, latents, values.double().square())
         self.largest.scatter_reduce_(0, latents, values, "amax")
 
     @property

@@ -4,7 +4,7 @@ Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths, E activ
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +52,10 @@ class Coder:
             transcoder.thresholds,
             own.W_skip,
         )
+
+    def to(self, device: torch.device) -> "Coder":
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def pre_activations(self, inputs: Tensor) -> Tensor:
         """[B, F] of raw `inputs` [B, D_in]."""

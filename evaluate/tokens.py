@@ -36,10 +36,17 @@ class TokenText:
         spec = json.loads(self._tokenizer.to_str())
         self._added = {token["id"]: token["content"] for token in spec.get("added_tokens") or ()}
         self._to_bytes = _piece_decoder(_decoder_types(spec.get("decoder")))
-        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._known: dict[int, bytes] = {}
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def bytes_of(self, token: int) -> bytes:
         """UTF-8 bytes that the token adds to a text; possibly a part of a character only."""
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[token] = self._look_up(token)
+        return found
+
+    def _look_up(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         piece = self._tokenizer.id_to_token(token)

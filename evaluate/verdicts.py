@@ -12,30 +12,39 @@ REDUNDANCY_GOOD = 0.01
 class Verdict:
     name: str
     value: str
-    level: Literal["good", "moderate", "poor", "unknown"]
+    level: Literal["good", "moderate", "poor", "unknown", "info"]
     limit: str
-    """The guide's threshold in words."""
+    """The guide's threshold in words; what the number is, where the guide has none."""
 
 
-def verdicts(metrics: dict[str, Any]) -> list[Verdict]:
-    """One verdict per threshold of the guide, for the full dictionary."""
-    full = metrics["prefixes"][-1]
-    rows = metrics["rows"]
+def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
+    """The verdicts on prefix `g`; by default on the full dictionary."""
+    prefix, redundancy = metrics["prefixes"][g], metrics["redundancy"]["prefixes"][g]
     made = [
-        _fvu(full["fvu"]),
-        Verdict(
-            "Dead latents",
-            f"{100 * full['dead_fraction']:.1f} %",
-            "good" if full["dead_fraction"] < DEAD_GOOD else "poor",
-            f"below {100 * DEAD_GOOD:g} % (never fired on {rows:,} rows)",
-        ),
+        _fvu(prefix["fvu"]),
+        _dead(prefix["dead_fraction"], metrics["rows"]),
+        _redundancy(redundancy["share"]),
     ]
-    share = metrics["redundancy"].get("share")
-    if share is not None:
-        level = "good" if share < REDUNDANCY_GOOD else "poor"
-        limit = f"below {REDUNDANCY_GOOD:g} (share of latent pairs with |cosine| > 0.9)"
-        made.append(Verdict("Redundancy", f"{share:.2g}", level, limit))
+    sparsity = f"active latents per row, median {prefix['l0_median']:g}"
+    made.append(Verdict("L0", f"{prefix['l0']:.1f}", "info", sparsity))
+    if prefix["cross_entropy"]:
+        recovered = prefix["cross_entropy"]["recovered_zero"]
+        value = "undefined" if recovered is None else f"{100 * recovered:.1f} %"
+        made.append(Verdict("Cross-entropy recovered", value, "info", "against zeroing the MLP's output"))
     return made
+
+
+def _dead(fraction: float, rows: int) -> Verdict:
+    level = "good" if fraction < DEAD_GOOD else "poor"
+    limit = f"below {100 * DEAD_GOOD:g} % (never fired on {rows:,} rows)"
+    return Verdict("Dead latents", f"{100 * fraction:.1f} %", level, limit)
+
+
+def _redundancy(share: float | None) -> Verdict:
+    limit = f"below {REDUNDANCY_GOOD:g} (share of latent pairs with |cosine| above 0.9)"
+    if share is None:
+        return Verdict("Redundancy", "undefined: one latent", "unknown", limit)
+    return Verdict("Redundancy", f"{share:.2g}", "good" if share < REDUNDANCY_GOOD else "poor", limit)
 
 
 def _fvu(fvu: float | None) -> Verdict:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from evaluate import contexts
-from evaluate.contexts import Best, Shader, choose, lottery, strength, token_statistics
+from evaluate.contexts import (
+    Best,
+    Shader,
+    choose,
+    lottery,
+    strength,
+    token_entropy,
+    token_weights,
+    top_tokens,
+)
 
 F, T, CONTEXTS = 7, 20, 15
 
@@ -115,19 +124,21 @@ def test_shades_are_the_activations_around(sampled) -> None:
 def test_token_statistics_equal_brute_force(sampled) -> None:
     acts, tokens, _, _ = sampled
     order = np.arange(len(acts))
-    entropy, share, token = token_statistics(collect(Best(F, 1000), acts, tokens, False, order, 40))
+    weights = token_weights(collect(Best(F, 1000), acts, tokens, False, order, 40))
+    entropy, (top, shares) = token_entropy(weights, F), top_tokens(weights, F, 3)
     assert np.isnan(entropy[0])
-    assert token[0] == -1
+    assert top[0].tolist() == [-1, -1, -1]
     assert entropy[1] == 0.0
-    assert share[1] == 1.0
-    assert token[1] == tokens[33]
-    for f in range(1, F):
+    assert shares[1].tolist() == [1.0, 0.0, 0.0]
+    assert top[1].tolist() == [tokens[33], -1, -1]
+    for f in range(2, F):
         fired = np.flatnonzero(acts[:, f])
         p = np.array(list(Counter(tokens[fired].tolist()).values())) / len(fired)
         assert entropy[f] == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-12)
-        weights = np.bincount(tokens[fired], weights=acts[fired, f].astype(float))
-        assert share[f] == pytest.approx(weights.max() / weights.sum())
-        assert token[f] == weights.argmax()
+        activation = np.bincount(tokens[fired], weights=acts[fired, f].astype(float), minlength=9)
+        heaviest = np.argsort(-activation, kind="stable")[:3]
+        assert top[f].tolist() == heaviest.tolist()
+        assert shares[f] == pytest.approx(activation[heaviest] / activation.sum())
 
 
 def test_nothing_fires() -> None:
@@ -136,4 +147,5 @@ def test_nothing_fires() -> None:
     samples = choose(best, best, T)
     assert len(samples.latents) == 0
     Shader(samples, 5, T).add(np.array([1]), np.array([7]), np.array([1.0], np.float32))
-    assert np.isnan(token_statistics(best)[0]).all()
+    assert np.isnan(token_entropy(token_weights(best), 3)).all()
+    assert (top_tokens(token_weights(best), 3, 2)[0] == -1).all()

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from evaluate.run import OUTPUTS, evaluate
-from pipeline import ROOT, InputError
+from evaluate.run import evaluate as evaluate_with
+from pipeline import ROOT, InputError, Settings
+from tests.evaluate.fakes import random_rows
 from tests.evaluate.runs import ENDS, arguments, make_run, settings_of, tiny_transcoder
+from tests.fixtures import make_store
+
+
+def evaluate(settings: Settings) -> tuple[dict, bool]:
+    return evaluate_with(settings, ce_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,9 @@ def test_metrics_have_the_fields_of_the_interface(root: Path) -> None:
 
 def test_every_file_is_there_and_no_scratch_is_left(root: Path) -> None:
     folder = settings_of(root).run_dir() / "evaluation"
-    assert {path.name for path in folder.iterdir()} == set(OUTPUTS)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {*metrics_of(root)["files"], "metrics.json"}
+    assert {"report.html", "latents.safetensors", "loss.png", "fvu.png", "l0.png", "density.png"} <= names
     for png in folder.glob("*.png"):
         assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -76,7 +84,7 @@ def test_the_page_names_what_was_measured(root: Path) -> None:
 
 def command(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "evaluate", *arguments(root, *more)],
+        [sys.executable, "-m", "evaluate", "--cross-entropy-tokens", "0", *arguments(root, *more)],
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "120"},
         capture_output=True,
@@ -101,9 +109,6 @@ def test_a_missing_run_is_one_line(root: Path) -> None:
 
 
 def test_a_store_of_other_widths_is_refused(root: Path, tmp_path: Path) -> None:
-    from tests.evaluate.fakes import random_rows
-    from tests.fixtures import make_store
-
     rows = tuple(values.numpy() for values in vars(random_rows(40, 7, 5)).values())
     make_store(settings_of(root, "--harvest", "wide").store_path(0), train=rows, heldout=rows)
     with pytest.raises(InputError, match="expected widths 7 -> 5"):
