@@ -55,6 +55,8 @@ def test_sparse_equals_dense_in_float64(chosen: dict[str, Any]) -> None:
     torch.testing.assert_close(sparse.aux_loss, dense.aux_loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sparse.squared_errors, dense.squared_errors, rtol=1e-12, atol=1e-14)
     assert set(sparse_gradients) == set(made.parameters.named())
+    along = (dense_gradients["W_dec"] * made.parameters.W_dec).sum(1)
+    torch.testing.assert_close(sparse_gradients.pop("along"), along, rtol=1e-10, atol=1e-13)
     for name, gradient in dense_gradients.items():
         torch.testing.assert_close(sparse_gradients[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
 
