@@ -68,7 +68,8 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Pa
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:
         moments = store.manifest.splits["train"]
-        assert moments.inputs and moments.outputs  # Recipe.of refuses an empty split
+        assert moments.inputs is not None  # Recipe.of refuses an empty split
+        assert moments.outputs is not None
         mean_input = torch.tensor(moments.inputs.mean, dtype=torch.float64) / recipe.scale_in
         mean_output = torch.tensor(moments.outputs.mean, dtype=torch.float64) / recipe.scale_out
         fresh = initialise(objective.d_sae, mean_input, mean_output, skip=skip, seed=settings.train.seed)

@@ -56,13 +56,12 @@ class Parameters:
 
 
 def initialise(
-    d_in: int,
     d_sae: int,
+    mean_input: Float[Tensor, " D_in"],
     mean_output: Float[Tensor, " D_out"],
     *,
     skip: bool,
     seed: int,
-    encoder_scale: float = 0.1,
 ) -> Parameters:
     """Parameters before the first step, in normalised space, on the CPU.
 
