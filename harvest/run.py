@@ -45,10 +45,11 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
     writers = {layer: StoreWriter(settings.store_path(layer)) for layer in settings.layers}
     todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
     if todo:
+        where = lm.locate(settings.model)  # before anything is written
         with contextlib.ExitStack() as stack:
             for writer in todo.values():
                 stack.enter_context(writer.lock())
-            _harvest(settings, todo, request, force)
+            _harvest(settings, todo, request, where, force)
     return [writer.root for writer in writers.values()]
 
 
@@ -99,9 +100,8 @@ def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> 
 
 
 def _harvest(
-    settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], force: bool
+    settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], where: str, force: bool
 ) -> None:
-    where = lm.locate(settings.model)
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack)
     _text_pass(settings, list(writers.values()), request, tokenizer, special)

@@ -159,7 +159,7 @@ def pack_splits(
     packers = {split: Packer(length, special.bos, special.separator) for split in SPLITS}
     kept = dict.fromkeys(SPLITS, 0)
     stream = iter(texts)
-    while kept["train"] < rows and (block := list(itertools.islice(stream, DOCUMENTS_AT_ONCE))):
+    while block := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(block, add_special_tokens=False)
         for text, encoding in zip(block, encodings, strict=True):
             split = SPLITS[heldout(text)]
@@ -167,11 +167,9 @@ def pack_splits(
                 count = int(kept_mask(context[None], special.dropped).sum())
                 kept[split] += count
                 emit(split, context, count)
-            if kept["train"] >= rows:
-                break
-    if kept["train"] < rows:
-        raise InputError(
-            f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
-            "lower harvest.rows or give more text"
-        )
-    return {**kept, "train": rows}
+                if kept["train"] >= rows:
+                    return {**kept, "train": rows}
+    raise InputError(
+        f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
+        "lower harvest.rows or give more text"
+    )

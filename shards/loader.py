@@ -10,7 +10,7 @@ Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -95,7 +95,7 @@ class Loader:
         for batch in self.batches():
             yield batch.inputs, batch.outputs
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Cut batches from the group at hand while threads decode the next one."""
         buffers = [_Group(self) for _ in range(2)]
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:

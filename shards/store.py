@@ -4,7 +4,6 @@ Shapes: n rows, d columns, C contexts, T tokens of a context.
 """
 
 import html
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from shards.codecs import from_bfloat16
 from shards.files import read_commit, sha256
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
-from shards.manifest import SPLITS, Manifest
+from shards.manifest import SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, open_array, read_lines
 
 
@@ -42,8 +41,7 @@ class Store:
         for name, expected in digests.items():
             if name.endswith(".json"):
                 _check_digest(root / name, expected)
-        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
-        manifest = Manifest.from_json(attributes.get("manifest", {}), str(root / "zarr.json"))
+        manifest = read_manifest(root)
         splits = {}
         for name in SPLITS:
             found = manifest.splits[name]

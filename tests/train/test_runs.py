@@ -1,0 +1,240 @@
+"""Whole runs on a small store: determinism, resume, refusals, files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import ROOT, InputError, Settings
+from shards import Store
+from tests.train.runs import tiny_settings
+from train import Transcoder, checkpoint, record
+from train.loop import Run, train, train_together
+
+TIMING = ("rows_per_second", "data_wait_seconds")
+Make = Callable[..., Settings]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run_dir: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in metrics(run_dir)]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    loaded = Transcoder.load(run_dir)
+    return loaded.parameters.named() | {"thresholds": loaded.thresholds}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert untimed(a) == untimed(b)
+
+
+@pytest.fixture(scope="session")
+def finished(store: Store, store_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of the uninterrupted run of `tiny_settings`."""
+    settings = tiny_settings(store_root, tmp_path_factory.mktemp("finished"))
+    train(settings, store)
+    return settings.run_dir()
+
+
+def test_a_run_learns_and_its_prefixes_are_ordered(finished: Path) -> None:
+    t = Transcoder.load(finished)
+    fvu, l0 = t.metadata["heldout"]["fvu"], t.metadata["heldout"]["l0"]
+    assert fvu[0] > fvu[1] > fvu[2]
+    assert fvu[2] < 0.85
+    assert l0[2] == pytest.approx(4, rel=0.1)
+    torch.testing.assert_close(t.W_dec.norm(dim=1), torch.ones(64))
+    assert t.metadata["training"]["l0"][2] == pytest.approx(4, rel=1e-3)
+
+
+def test_what_a_run_writes(finished: Path, store: Store) -> None:
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60, 70, 80, 90, 96]
+    names = {
+        "step", "rows", "loss", "l2_loss", "aux_loss", "l0_norm", "fvu", "fvu/prefix_0", "fvu/prefix_2",
+        "dead_features_percentage", "learning_rate", "threshold", "rows_per_second", "data_wait_seconds",
+    }  # fmt: skip
+    assert all(names <= set(line) for line in lines)
+    probed = [line["step"] for line in lines if "heldout_fvu/prefix_2" in line]
+    assert probed == [40, 80, 96]
+    assert lines[-1]["learning_rate"] == pytest.approx(3e-5)
+    assert lines[0]["rows"] == 640
+    metadata = Transcoder.load(finished).metadata
+    assert metadata["harvest_fingerprint"] == store.manifest.fingerprint
+    assert metadata["settings"]["train"]["lr"] == 3e-3
+    assert set(metadata["versions"]) >= {"torch", "safetensors"}
+    states = [path.name for path in (finished / "state").iterdir()]
+    assert sorted(states) == ["latest", "step_96"]
+    assert not [path for path in finished.rglob("*") if path.suffix in {".tmp", ".pt", ".pkl", ".npy"}]
+
+
+def test_training_fvu_is_against_the_stores_variance(finished: Path, store: Store) -> None:
+    """The mean of the outputs has FVU 1 on average; the first steps are near it."""
+    assert 0.5 < metrics(finished)[0]["fvu"] < 1.5
+
+
+def test_two_runs_are_bit_identical(make_settings: Make, store: Store, finished: Path) -> None:
+    train(make_settings(), store)
+    assert_same_run(make_settings().run_dir(), finished)
+
+
+def test_another_seed_is_another_run(make_settings: Make, store: Store, finished: Path) -> None:
+    train(make_settings(run="seed", train__seed=1), store)
+    other = tensors(make_settings(run="seed").run_dir())
+    assert not torch.equal(other["W_enc"], tensors(finished)["W_enc"])
+
+
+@pytest.mark.parametrize("stop", [7, 20, 33, 96])
+def test_a_stopped_run_continues_bit_identically(
+    make_settings: Make, store: Store, finished: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between checkpoints, at one, and after the last step but before the weights' file."""
+    feed, settings = Run.feed, make_settings()
+
+    def stopping(self: Run, *args: object) -> None:
+        feed(self, *args)
+        if self.state.step == stop:
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "feed", stopping)
+        with pytest.raises(SystemExit):
+            train(settings, store)
+    assert not (settings.run_dir() / "transcoder.safetensors").exists()
+    train(settings, store)
+    assert_same_run(settings.run_dir(), finished)
+
+
+def command(settings: Settings, *more: str) -> list[str]:
+    options = [sys.executable, "-m", "train", "--layer", "0", "--run", settings.run, *more]
+    for section in ("model", "transcoder", "train", "wandb", "paths"):
+        for key, value in getattr(settings, section):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            options += [f"--{section}.{key}", text]
+    return options
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        file = run_dir / "metrics.jsonl"
+        if file.exists() and any(line["step"] >= step for line in metrics_so_far(file)):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached: {process.stderr and process.stderr.read()}")
+
+
+def metrics_so_far(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_the_same_command_continues_after_a_signal(
+    make_settings: Make, store: Store, finished: Path, number: signal.Signals
+) -> None:
+    settings = make_settings()
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(command(settings), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env) as first:
+        wait_for_step(settings.run_dir(), 30, first)
+        first.send_signal(number)
+        error = first.communicate()[1]
+    assert first.returncode == (-9 if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
+        assert error.strip().splitlines()[-1].endswith("the same command continues")
+    again = subprocess.run(command(settings), cwd=ROOT, capture_output=True, text=True, env=env, check=True)
+    assert "FVU" in again.stdout
+    assert_same_run(settings.run_dir(), finished)
+    third = subprocess.run(command(settings), cwd=ROOT, capture_output=True, text=True, env=env, check=True)
+    assert "already trained on 6,144 rows, nothing to do" in third.stdout
+
+
+def test_a_finished_run_is_known_without_its_store(make_settings: Make, finished: Path) -> None:
+    settings = Settings.model_validate(json.loads((finished / "settings.json").read_text())["settings"])
+    done = record.finished(finished, settings)
+    assert done is not None
+    assert done["training"]["steps"] == 96
+
+
+def test_other_settings_under_the_same_name_are_refused(
+    make_settings: Make, store: Store, finished: Path
+) -> None:
+    settings = Settings.model_validate(json.loads((finished / "settings.json").read_text())["settings"])
+    other = settings.model_copy(update={"train": settings.train.model_copy(update={"lr": 1e-3, "seed": 5})})
+    with pytest.raises(InputError, match=r"train.lr was 0.003, asked 0.001; train.seed was 0, asked 5"):
+        record.finished(finished, other)
+    with pytest.raises(InputError, match="harvest was"):
+        record.refuse_another(finished, settings, "0" * 64)
+    fewer = settings.model_copy(update={"train": settings.train.model_copy(update={"rows": 640})})
+    with pytest.raises(InputError, match=r"train.rows was 6144, asked 640"):
+        record.finished(finished, fewer)
+
+
+def test_more_rows_continue_a_finished_run(make_settings: Make, store: Store) -> None:
+    train(make_settings(), store)
+    longer = make_settings(train__rows=64 * 130)
+    assert record.finished(longer.run_dir(), longer) is None
+    train(longer, store)
+    assert [line["step"] for line in metrics(longer.run_dir())][-4:] == [100, 110, 120, 130]
+    assert Transcoder.load(longer.run_dir()).metadata["training"]["steps"] == 130
+    assert record.finished(longer.run_dir(), longer) is not None
+
+
+def test_init_from_starts_at_the_other_runs_weights(
+    make_settings: Make, store: Store, finished: Path
+) -> None:
+    run = Run(make_settings(run="warm", train__init_from=str(finished)), store, "cpu")
+    folded = run.state.parameters.folded(run.recipe.scale_in, run.recipe.scale_out)
+    for name, tensor in Transcoder.load(finished).parameters.named().items():
+        torch.testing.assert_close(folded.named()[name], tensor, rtol=1e-6, atol=1e-7)
+    run.log.close()
+    with pytest.raises(InputError, match=r"prefix ends: expected \(8, 64\), found \(8, 24, 64\)"):
+        Run(
+            make_settings(run="other", train__init_from=str(finished), transcoder__group_sizes=(8, 56)),
+            store,
+            "cpu",
+        )
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: Store) -> None:
+    settings = make_settings(train__rows=64 * 20)
+    train(settings, store)
+    folder = checkpoint.latest(settings.run_dir())
+    assert folder is not None
+    (folder / "tensors.safetensors").write_bytes(b"cut short")
+    with pytest.raises(
+        InputError, match=r"step_20: not a readable checkpoint.*to train again from the start"
+    ):
+        Run(settings, store, "cpu")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"version": 99}))
+    with pytest.raises(InputError, match="expected checkpoint version 1, found 99"):
+        Run(settings, store, "cpu")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(make_settings: Make, store: Store) -> None:
+    settings = make_settings(train__lr=1e30, train__min_lr=0.0)
+    with pytest.raises(InputError, match=r"loss is not finite at step \d+ \(prefix 0; rows from chunk \d of"):
+        train(settings, store)
+
+
+def test_runs_trained_together_equal_runs_trained_alone(
+    make_settings: Make, store: Store, finished: Path
+) -> None:
+    both = [make_settings(run="one"), make_settings(run="two", train__lr=1e-3, transcoder__k=6)]
+    train_together([Run(settings, store, "cpu") for settings in both])
+    alone = make_settings(run="alone", train__lr=1e-3, transcoder__k=6)
+    train(alone, store)
+    assert_same_run(both[0].run_dir(), finished)
+    assert_same_run(both[1].run_dir(), alone.run_dir())

@@ -1,0 +1,29 @@
+"""python -m train --layer 17 [--run name] [--section.key value ...]"""
+
+import pipeline
+from train import record
+from train.weights import read_metadata
+
+
+def main() -> None:
+    settings, _ = pipeline.load(pipeline.parser("train", "Train a nested transcoder on an activation store."))
+    run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
+    done = record.finished(run_dir, settings)
+    if done:
+        print(f"already trained on {done['training']['rows']:,} rows, nothing to do")
+    else:
+        from shards import Store
+        from train.loop import train
+
+        train(settings, Store.open(store_path))
+
+    from rich.console import Console
+
+    from train.finish import summary
+
+    Console().print(summary(read_metadata(run_dir)))
+    print(f"store {store_path}\nrun   {run_dir}")
+
+
+if __name__ == "__main__":
+    pipeline.run_stage(main)

@@ -1,0 +1,90 @@
+"""Resumable state below the run directory: state/step_N/{tensors.safetensors, state.json}, state/latest.
+
+A checkpoint is written aside, flushed and renamed; then `latest` names it; then older ones go.
+So a process killed at any instant leaves a whole checkpoint behind, the last one or the one before.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline import InputError
+from train.state import State
+from train.weights import flush, publish
+
+VERSION = 1
+
+
+def save(run_dir: Path, state: State) -> None:
+    folder = run_dir / "state"
+    aside, final = folder / f".step_{state.step}.tmp", folder / f"step_{state.step}"
+    if final.exists():
+        return  # already there: Ctrl-C right after a regular checkpoint
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(
+        {name: tensor.detach().cpu() for name, tensor in state.tensors().items()},
+        aside / "tensors.safetensors",
+    )
+    (aside / "state.json").write_text(json.dumps({"version": VERSION, **state.scalars()}, indent=1))
+    for file in aside.iterdir():
+        flush(file)
+    publish(aside, final)
+    _point_to(folder, final.name)
+    for old in folder.iterdir():
+        if old.is_dir() and old != final:
+            shutil.rmtree(old)
+
+
+def _point_to(folder: Path, name: str) -> None:
+    aside = folder / "latest.tmp"
+    aside.write_text(name + "\n")
+    publish(aside, folder / "latest")
+
+
+def latest(run_dir: Path) -> Path | None:
+    """Directory of the newest whole checkpoint; none when the run has none yet."""
+    pointer = run_dir / "state" / "latest"
+    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def restore(run_dir: Path, state: State) -> bool:
+    """Bring `state` to the newest checkpoint; False when there is none.
+
+    Raises `InputError` when the checkpoint is damaged or of another version.
+    """
+    folder = latest(run_dir)
+    if folder is None:
+        return False
+    try:
+        scalars: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        version = scalars.pop("version", None)
+        if version != VERSION:
+            raise InputError(
+                f"{folder}: expected checkpoint version {VERSION}, found {version}; {_remedy(run_dir)}"
+            )
+        state.restore(load_file(folder / "tensors.safetensors"), scalars)
+    except (OSError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}: not a readable checkpoint: {error}; {_remedy(run_dir)}") from error
+    return True
+
+
+def _remedy(run_dir: Path) -> str:
+    return f"remove {run_dir}{os.sep} to train again from the start"
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Drop lines of metrics.jsonl after `step`, and a last line that a kill left unfinished."""
+    file = run_dir / "metrics.jsonl"
+    if not file.exists():
+        return
+    kept = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in kept if json.loads(line)["step"] <= step]
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text("".join(kept))
+    publish(aside, file)

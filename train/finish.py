@@ -1,0 +1,81 @@
+"""After the last step: thresholds from train rows, numbers from held-out rows, the weights' file."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import Settings
+from shards import Store
+from train import record
+from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
+from train.recipe import Recipe
+from train.state import State
+from train.transcoder import Transcoder
+
+
+def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
+    """The present state as a transcoder of raw activations, its thresholds still zero."""
+    ends = recipe.objective.prefix_ends
+    folded = state.parameters.folded(recipe.scale_in, recipe.scale_out)
+    return Transcoder(folded, torch.zeros(len(ends), device=folded.b_dec.device), ends)
+
+
+@torch.no_grad()
+def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> Transcoder:
+    """Calibrate, measure on held-out rows, write transcoder.safetensors; it appears whole."""
+    raw = raw_transcoder(state, recipe)
+    kept_per_row = (state.kept / state.kept_rows).tolist()
+    thresholds = calibrate(raw, lambda: _calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
+    found = measure(raw, _heldout(store, raw.W_enc.device), lambda _: thresholds)
+    metadata = {
+        "settings": settings.model_dump(mode="json"),
+        "harvest_fingerprint": store.manifest.fingerprint,
+        "source": store.manifest.source.model_dump(mode="json"),
+        "scales": {"input": recipe.scale_in, "output": recipe.scale_out},
+        "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
+        "heldout": found._asdict(),
+        "thresholds": thresholds.tolist(),
+        "versions": record.versions(),
+        "git_commit": record.git_commit(),
+    }
+    transcoder = Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata)
+    transcoder.save(settings.run_dir())
+    return transcoder
+
+
+def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
+    """Shuffled train inputs, CALIBRATION_ROWS of them or all there are."""
+    train, rows = recipe.train, 0
+    with closing(store.train.loader(train.batch_size, train.order_seed, device=device).batches()) as batches:
+        for batch in batches:
+            yield batch.inputs[: CALIBRATION_ROWS - rows]
+            rows += len(batch.inputs)
+            if rows >= CALIBRATION_ROWS:
+                return
+
+
+def _heldout(store: Store, device: torch.device, block: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
+    n = min(MEASURED_ROWS, len(store.heldout))
+    for start in range(0, n, block):
+        inputs, outputs = store.heldout.rows(start, min(start + block, n))
+        yield inputs.to(device), outputs.to(device)
+
+
+def summary(metadata: dict[str, Any]) -> Any:
+    """The held-out numbers of every prefix, as a rich table."""
+    from rich.table import Table
+
+    found, ends = metadata["heldout"], metadata["prefix_ends"]
+    dead = 100 * found["dead"] / ends[-1]
+    title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
+    table = Table("prefix", "latents", "FVU", "L0", "L0 in training", "threshold", title=title)
+    numbers = zip(
+        ends, found["fvu"], found["l0"], metadata["training"]["l0"], metadata["thresholds"], strict=True
+    )
+    for g, (end, fvu, l0, training_l0, threshold) in enumerate(numbers):
+        shown = "-" if fvu is None else f"{fvu:.4f}"
+        table.add_row(str(g), f"{end:,}", shown, f"{l0:.2f}", f"{training_l0:.2f}", f"{threshold:.4g}")
+    return table

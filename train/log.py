@@ -1,0 +1,100 @@
+"""Where a run's numbers go: metrics.jsonl, the progress bar, Weights & Biases."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline import Settings
+
+
+class Log:
+    """One run's log. Only metrics.jsonl must succeed; a failing W&B is reported once and left alone."""
+
+    def __init__(
+        self, run_dir: Path, settings: Settings, config: Mapping[str, Any], *, rows: int, total: int
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._bar: tqdm[Any] = tqdm(
+            total=total,
+            initial=rows,
+            unit="row",
+            unit_scale=True,
+            desc=settings.run,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )
+        self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
+        self._online = settings.wandb.mode == "online"
+        self._wandb = _start_wandb(run_dir, self._name, settings, config)
+
+    def step(self, rows: int) -> None:
+        self._bar.update(rows)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f} FVU {_text(values['fvu'])} L0 {values['l0_norm']:.1f} "
+            f"dead {values['dead_features_percentage']:.1f}%",
+            refresh=False,
+        )
+        self._to_wandb(lambda run: run.log(dict(values), step=values["step"]))
+
+    def artifact(self, file: Path) -> None:
+        """Keep the finished weights with the W&B run."""
+
+        def upload(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self._name}-weights", type="model")
+            artifact.add_file(str(file))
+            run.log_artifact(artifact)
+
+        if self._online:
+            self._to_wandb(upload)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, send: Any) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # a service of others must not end hours of training
+            self._wandb = None
+            tqdm.write(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _start_wandb(run_dir: Path, name: str, settings: Settings, config: Mapping[str, Any]) -> Any:
+    """A W&B run below the run directory, or None; never asks for a key."""
+    if settings.wandb.mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+
+        return wandb.init(
+            project=settings.wandb.project,
+            name=name,
+            mode=settings.wandb.mode,
+            dir=str(run_dir),
+            reinit="create_new",  # a sweep logs several runs from one process
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=60),
+        )
+    except Exception as error:  # no key, no network, no disk: the run goes on
+        tqdm.write(f"W&B did not start, training goes on without it: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,232 @@
+"""One training step, one run, and the loop over a store's batches.
+
+Shapes: B rows, D_in, D_out, F latents, G prefixes.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import InputError, Settings
+from shards import Batch, Store
+from train import checkpoint, record
+from train.dense import DenseStep
+from train.finish import finish, raw_transcoder
+from train.gradients import Gradients
+from train.log import Log
+from train.losses import Objective, StepValues
+from train.measure import PROBE_ROWS, measure, training_cut
+from train.optimizer import apply
+from train.recipe import Recipe, initial
+from train.sparse import SparseStep
+from train.state import THRESHOLD_AVERAGE, State
+from train.transcoder import Parameters, Transcoder
+from train.weights import FILE_NAME
+
+Step = Callable[[Parameters, Tensor, Tensor, Tensor], tuple[StepValues, Gradients]]
+
+DENSE_SHARE = 1 / 8
+"""Share of active latents above which the dense step is the faster one."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is infinite or not a number; the state has not been changed."""
+
+    def __init__(self, prefix: int | None) -> None:
+        self.prefix = prefix
+        super().__init__("auxiliary loss" if prefix is None else f"prefix {prefix}")
+
+
+def step_for(objective: Objective) -> Step:
+    """The one place that decides between the dense and the sparse step; both give the same gradients."""
+    dense = objective.k > DENSE_SHARE * objective.d_sae
+    return DenseStep(objective) if dense else SparseStep(objective)
+
+
+@torch.no_grad()
+def train_step(state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor) -> StepValues:
+    """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place."""
+    x, y = inputs / recipe.scale_in, outputs / recipe.scale_out
+    values, gradients = step(state.parameters, x, y, state.dead(recipe.train.dead_after_rows))
+    if not torch.isfinite(values.loss):
+        bad = (~torch.isfinite(values.squared_errors)).nonzero()
+        raise NonFiniteLossError(int(bad[0]) if len(bad) else None)
+    apply(state.adam, gradients, recipe.learning_rate(state.step), recipe.train.clip_norm)
+
+    cut, rows = values.cut.item(), len(x)
+    state.threshold = (
+        cut if state.threshold is None else state.threshold + THRESHOLD_AVERAGE * (cut - state.threshold)
+    )
+    if state.step == recipe.counting_from:
+        state.kept.zero_()
+        state.kept_rows = 0
+    if state.step >= recipe.counting_from:
+        state.kept += kept_below(values.entries.latents, recipe.objective.prefix_ends)
+        state.kept_rows += rows
+    state.step += 1
+    state.rows += rows
+    state.last_fired.index_fill_(0, values.entries.latents, state.rows)
+    return values
+
+
+def kept_below(latents: Tensor, prefix_ends: tuple[int, ...]) -> Tensor:
+    """[G] float64: how many of `latents` lie below each prefix end."""
+    return torch.tensor([float((latents < end).sum()) for end in prefix_ends], dtype=torch.float64)
+
+
+class Run:
+    """One run being trained: its directory, state, step, log."""
+
+    def __init__(self, settings: Settings, store: Store, device: str) -> None:
+        self.settings, self.store = settings, store
+        self.dir = settings.run_dir()
+        source = store.manifest.source
+        self.recipe = Recipe.of(settings, store)
+        record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
+        self.step = step_for(self.recipe.objective)
+        parameters = initial(settings, self.recipe, store, device)
+        self.state = State.start(parameters, len(self.recipe.objective.prefix_ends))
+        checkpoint.restore(self.dir, self.state)
+        checkpoint.cut_metrics(self.dir, self.state.step)
+        self._probe = [rows.to(device) for rows in store.heldout.rows(0, min(PROBE_ROWS, len(store.heldout)))]
+        config = settings.model_dump(mode="json") | {"harvest_fingerprint": store.manifest.fingerprint}
+        total = self.recipe.steps * settings.train.batch_size
+        self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total)
+        self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
+
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.recipe.steps
+
+    def feed(self, batch: Batch, batches_per_epoch: int, waited: float) -> None:
+        """Train on one batch; log and checkpoint when their step has come."""
+        state, train = self.state, self.settings.train
+        dead = len(state.dead(train.dead_after_rows))
+        try:
+            values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs)
+        except NonFiniteLossError as error:
+            chunk = int(batch.rows[0]) // self.store.manifest.source.chunk_rows
+            raise InputError(
+                f"{self.dir}: loss is not finite at step {state.step + 1} ({error}; rows from chunk {chunk} "
+                "of train on); lower train.lr, or check the store with make verify"
+            ) from error
+        over = batch.index + 1 == batches_per_epoch
+        state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
+        self._waited += waited
+        self.log.step(len(batch.rows))
+        probes = state.step % train.heldout_every == 0
+        if state.step % train.log_every == 0 or probes or self.done:
+            self.log.metrics(
+                self._metrics(values, dead, batch.epoch) | (self._probed() if probes or self.done else {})
+            )
+        if state.step % train.checkpoint_every == 0 or self.done:
+            checkpoint.save(self.dir, state)
+
+    def _metrics(self, values: StepValues, dead: int, epoch: int) -> dict[str, Any]:
+        state, recipe = self.state, self.recipe
+        rows = recipe.train.batch_size
+        variation = rows * recipe.variance
+        fvu = [error / variation if variation else None for error in values.squared_errors.tolist()]
+        now = time.perf_counter()
+        speed = (state.rows - self._logged_rows) / (now - self._clock)
+        waited, self._waited, self._clock, self._logged_rows = self._waited, 0.0, now, state.rows
+        return {
+            "step": state.step,
+            "rows": state.rows,
+            "epoch": epoch,
+            "loss": values.loss.item(),
+            "l2_loss": values.l2_loss.item(),
+            "aux_loss": values.aux_loss.item(),
+            "l0_norm": len(values.entries.rows) / rows,
+            "fvu": fvu[-1],
+            **{f"fvu/prefix_{g}": value for g, value in enumerate(fvu)},
+            "dead_features_percentage": 100 * dead / recipe.objective.d_sae,
+            "learning_rate": recipe.learning_rate(state.step - 1),
+            "threshold": (state.threshold or 0.0) * recipe.scale_out,
+            "rows_per_second": round(speed, 1),
+            "data_wait_seconds": round(waited, 4),
+        }
+
+    @torch.no_grad()
+    def _probed(self) -> dict[str, float | None]:
+        objective = self.recipe.objective
+        pairs = zip(*(rows.split(self.settings.train.batch_size) for rows in self._probe), strict=True)
+        cuts = training_cut(objective.k, objective.selection, len(objective.prefix_ends))
+        found = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
+        return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(found.fvu)}
+
+    def finish(self) -> Transcoder:
+        """Write the finished weights, and give them to W&B."""
+        transcoder = finish(self.settings, self.store, self.recipe, self.state)
+        self.log.artifact(self.dir / FILE_NAME)
+        return transcoder
+
+
+def device_of(settings: Settings) -> str:
+    asked = settings.model.device
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(settings: Settings, store: Store) -> Transcoder:
+    """Train one run to its end, from wherever it stands."""
+    return train_together([Run(settings, store, device_of(settings))])[0]
+
+
+def train_together(runs: list[Run]) -> list[Transcoder]:
+    """Give each batch of the store to every run, in one pass; each run goes on from where it stands."""
+    first = min(runs, key=lambda run: run.state.step)
+    train, state = first.settings.train, first.state
+    loader = first.store.train.loader(
+        train.batch_size,
+        train.order_seed,
+        epoch=state.epoch,
+        batch=state.batch,
+        epochs=None,
+        device=state.last_fired.device,
+    )
+    step = state.step
+    try:
+        with closing(loader.batches()) as batches, interruptions() as interrupted:
+            while not all(run.done for run in runs):
+                begun = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - begun
+                for run in runs:
+                    if run.state.step == step:  # a run whose checkpoint is later waits for the others
+                        run.feed(batch, loader.batches_per_epoch, waited)
+                step += 1
+                if interrupted():
+                    for run in runs:
+                        checkpoint.save(run.dir, run.state)
+                    raise KeyboardInterrupt(f"step {step} is saved; the same command continues")
+        return [run.finish() for run in runs]
+    finally:
+        for run in runs:
+            run.log.close()
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of the step, so that the state that is saved is whole."""
+    caught = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught.is_set
+        return
+
+    def remember(number: int, frame: Any) -> None:
+        if caught.is_set():
+            raise KeyboardInterrupt("stopped at once; the same command continues from the last checkpoint")
+        caught.set()
+
+    old = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

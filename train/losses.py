@@ -1,0 +1,87 @@
+"""What training minimises. Pure: nothing here changes state.
+
+Shapes: B rows, D_in, D_out, F latents, G prefixes, N dead latents.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from train.topk import Entries
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Everything a training step needs to know beside parameters and rows."""
+
+    prefix_ends: tuple[int, ...]
+    prefix_weights: tuple[float, ...]
+    """Weight of each prefix's mean squared error; they sum to 1."""
+    k: int
+    selection: str
+    """batch_topk or topk."""
+    aux_k: int
+    aux_coefficient: float
+    precision: str = "float32"
+    """Of the encoder product's inputs."""
+
+    @property
+    def d_sae(self) -> int:
+        return self.prefix_ends[-1]
+
+
+class StepValues(NamedTuple):
+    """What a training step measured, besides its gradients."""
+
+    squared_errors: Float[Tensor, " G"]
+    """Sum over rows and dimensions of (y_g - y)^2, float64."""
+    l2_loss: Tensor
+    aux_loss: Tensor
+    """Its coefficient included."""
+    entries: Entries
+    """The active latents."""
+    cut: Tensor
+    """Smallest activation that batch top-k kept (tau)."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self.l2_loss + self.aux_loss
+
+
+def nested_loss(
+    squared_errors: Float[Tensor, " G"], prefix_weights: tuple[float, ...], n_values: int
+) -> Float[Tensor, ""]:
+    """sum over g of w_g * mean over batch and dimensions of (y_g - y)^2; n_values = B * D_out."""
+    weights = torch.tensor(prefix_weights, dtype=squared_errors.dtype, device=squared_errors.device)
+    return squared_errors @ weights / n_values
+
+
+def aux_loss(
+    x: Float[Tensor, "B D_in"],
+    residual: Float[Tensor, "B D_out"],
+    W_enc: Float[Tensor, "N D_in"],
+    b_enc: Float[Tensor, " N"],
+    W_dec: Float[Tensor, "N D_out"],
+    *,
+    aux_k: int,
+    coefficient: float,
+) -> Float[Tensor, ""]:
+    """How badly the dead latents explain what the living ones left over.
+
+    coefficient * min(1, N / aux_k) * sum ||e_hat - e||^2 / sum ||e||^2 with e = `residual` = y - y_G
+    (detached by the caller), e_hat = z W_dec, z the top min(aux_k, N) per row of the dead latents'
+    relu(pre-activation). Both sums run over all rows and dimensions, so the coefficient does not
+    depend on the scale of the residual. No b_dec, no skip. Zero when the residual is.
+    """
+    n_dead = len(W_enc)
+    z = torch.relu(torch.addmm(b_enc, x, W_enc.T))
+    if aux_k < n_dead:
+        top = z.topk(aux_k, dim=1)
+        z = torch.zeros_like(z).scatter(1, top.indices, top.values)
+    size = residual.square().sum()
+    error = (z @ W_dec - residual).square().sum()
+    scale = coefficient * min(1.0, n_dead / aux_k)
+    return scale * torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0 * error)

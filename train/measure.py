@@ -1,0 +1,134 @@
+"""Thresholds from train rows, and what a transcoder does on held-out rows.
+
+Shapes: n rows, F latents, G prefixes, E active entries.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from train.topk import kth_largest, select_batch, select_rows
+from train.transcoder import Transcoder
+
+CALIBRATION_ROWS = 65_536
+MEASURED_ROWS = 65_536
+"""Held-out rows looked at after training; evaluate/ looks at all."""
+PROBE_ROWS = 2_048
+"""Held-out rows looked at during training."""
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+class Measured(NamedTuple):
+    """Of every prefix, coarsest first."""
+
+    fvu: list[float | None]
+    """None when the rows do not vary."""
+    l0: list[float]
+    dead: int
+    """Latents of the full transcoder that fired on none of the rows."""
+    rows: int
+
+
+def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor]) -> Measured:
+    """FVU and L0 of each prefix over (inputs, outputs) pairs.
+
+    FVU = sum ||y - y_g||^2 / sum ||y - mean(y)||^2 with the rows' own mean, in float64.
+    `thresholds` gives [G] cuts for a batch of pre-activations [n, F].
+    """
+    groups = len(transcoder.prefix_ends)
+    errors, active = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
+    total, square, n = torch.zeros(transcoder.d_out, dtype=torch.float64), 0.0, 0
+    fired = torch.zeros(transcoder.d_sae, dtype=torch.bool)
+    for inputs, outputs in pairs:
+        pre = transcoder.pre_activations(inputs)
+        for g, cut in enumerate(thresholds(pre).tolist()):
+            positions, values, latents = _active(pre, transcoder.prefix_ends[g], cut)
+            y_g = _decode(transcoder, inputs, positions, values, latents)
+            errors[g] += (y_g - outputs).double().square().sum().cpu()
+            active[g] += len(values)
+            if g == groups - 1:
+                fired[latents.cpu()] = True
+        exact = outputs.double()
+        total += exact.sum(0).cpu()
+        square += exact.square().sum().item()
+        n += len(outputs)
+    variation = square - total.square().sum().item() / max(n, 1)
+    fvu = [error / variation if variation > 0 else None for error in errors.tolist()]
+    return Measured(fvu, (active / max(n, 1)).tolist(), int((~fired).sum()), n)
+
+
+def _active(pre: Tensor, end: int, cut: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, value, latent) of each of the first `end` latents' values above `cut`, by row."""
+    rows, latents = (pre[:, :end] > cut).nonzero(as_tuple=True)
+    return rows, pre[rows, latents], latents
+
+
+def _decode(transcoder: Transcoder, inputs: Tensor, rows: Tensor, values: Tensor, latents: Tensor) -> Tensor:
+    offsets = torch.searchsorted(rows, torch.arange(len(inputs) + 1, device=rows.device))
+    y = embedding_bag(
+        latents, transcoder.W_dec, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+    y += transcoder.b_dec
+    return y if transcoder.W_skip is None else y.addmm_(inputs, transcoder.W_skip.T)
+
+
+def training_cut(k: int, selection: str, groups: int) -> Callable[[Tensor], Tensor]:
+    """Cuts that keep what training would keep of these rows (per-row top-k: its mean cut)."""
+    select = select_batch if selection == "batch_topk" else select_rows
+
+    def cuts(pre: Tensor) -> Tensor:
+        _, cut = select(pre, k)
+        return torch.nextafter(cut, torch.zeros_like(cut)).repeat(groups)  # kept are those above
+
+    return cuts
+
+
+def calibrate(
+    transcoder: Transcoder, inputs: Callable[[], Iterator[Tensor]], kept_per_row: list[float]
+) -> Tensor:
+    """Thresholds [G] at which each prefix has as many active latents per row as it had in training.
+
+    theta_g is the midpoint of the (n * K_g)-th and the next largest positive activation of prefix g
+    over the n rows of `inputs`; 0 when there are fewer. `inputs` is called again when a first guess
+    of what can be ignored was too high.
+    """
+    first = transcoder.pre_activations(next(inputs()))
+    guess_rank = min(first.numel(), max(1, int(2 * max(kept_per_row) * len(first))))
+    guess = max(0.0, kth_largest(first.view(-1), guess_rank).item())
+    thresholds: list[float] = []
+    for floor in (guess, guess / 4, 0.0):
+        found = [_threshold(*values, floor) for values in _largest(transcoder, inputs(), kept_per_row, floor)]
+        thresholds = [theta for theta in found if theta is not None]
+        if len(thresholds) == len(kept_per_row):
+            break
+    return torch.tensor(thresholds, dtype=torch.float32)
+
+
+def _largest(
+    transcoder: Transcoder, inputs: Iterator[Tensor], kept_per_row: list[float], floor: float
+) -> list[tuple[Tensor, int]]:
+    """For each prefix its activations above `floor`, and how many of them belong above its threshold."""
+    starts = (0, *transcoder.prefix_ends[:-1])
+    groups: list[list[Tensor]] = [[] for _ in starts]
+    n = 0
+    for rows in inputs:
+        pre = transcoder.pre_activations(rows)
+        n += len(rows)
+        for found, start, end in zip(groups, starts, transcoder.prefix_ends, strict=True):
+            part = pre[:, start:end]
+            found.append(part[part > floor])
+    values = [torch.cat(found) for found in groups]
+    return [(torch.cat(values[: g + 1]), round(n * kept)) for g, kept in enumerate(kept_per_row)]
+
+
+def _threshold(values: Tensor, wanted: int, floor: float) -> float | None:
+    """Midpoint of the wanted-th and the next largest value; none when `floor` hid one of them."""
+    if wanted + 1 > len(values):
+        return 0.0 if floor == 0.0 else None
+    below = kth_largest(values, wanted + 1)
+    above = kth_largest(values, wanted) if wanted else below
+    return ((above.double() + below.double()) / 2).item()

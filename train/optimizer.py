@@ -1,0 +1,81 @@
+"""Adam with a unit-norm decoder, applied to blocks of latents while their gradients are in the cache."""
+
+import torch
+from torch import Tensor
+
+from train.gradients import Gradients
+from train.transcoder import Parameters
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class Adam:
+    """Adam's state for `parameters`, and its update of any rows of one of them.
+
+    The fused kernel reads and writes each number once; PyTorch's optimizer class calls the same
+    one, but always for whole parameters, and so needs whole gradients.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        named = parameters.named()
+        self.mean = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+        self.square = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+        self.steps = torch.zeros((), device=parameters.W_enc.device)
+
+    def update(self, name: str, gradient: Tensor, lr: float, rows: slice = slice(None)) -> None:
+        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+            [self.parameters.named()[name][rows]],
+            [gradient],
+            [self.mean[name][rows]],
+            [self.square[name][rows]],
+            [],
+            [self.steps],
+            lr=lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPSILON,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None = None) -> None:
+    """One optimizer step: clip, project the decoder's gradient, Adam, renormalise the decoder."""
+    scale = 1.0 if clip_norm is None else clip_scale(adam.parameters, gradients, clip_norm)
+    adam.steps += 1
+    W_dec = adam.parameters.W_dec
+    for block in gradients.blocks():
+        rows = W_dec[block.rows]
+        project(block.W_dec, rows)
+        for name in ("W_enc", "b_enc", "W_dec"):
+            gradient = getattr(block, name)
+            adam.update(name, gradient if scale == 1.0 else gradient.mul_(scale), lr, block.rows)
+        renormalise(rows)
+    for name, gradient in gradients.shared.items():
+        adam.update(name, gradient if scale == 1.0 else gradient * scale, lr)
+
+
+def project(gradient: Tensor, rows: Tensor) -> None:
+    """Remove from each row of `gradient`, in place, its component along the unit row of `rows`."""
+    gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
+
+
+def renormalise(rows: Tensor) -> None:
+    """Give each row unit norm, in place."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+
+
+def clip_scale(parameters: Parameters, gradients: Gradients, clip_norm: float) -> float:
+    """min(1, clip_norm / norm of all gradients, the decoder's projected).
+
+    Makes every block once more instead of keeping them: clipping is rare, memory is not.
+    """
+    squares = [gradient.double().square().sum() for gradient in gradients.shared.values()]
+    for block in gradients.blocks():
+        project(block.W_dec, parameters.W_dec[block.rows])
+        squares += [gradient.double().square().sum() for gradient in block[1:]]
+    norm = torch.stack(squares).sum().sqrt().item()
+    return min(1.0, clip_norm / norm) if norm > 0 else 1.0

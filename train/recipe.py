@@ -1,0 +1,88 @@
+"""What stays the same over a run, and the parameters it starts from."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from pipeline import InputError, Settings
+from pipeline import Train as TrainSettings
+from shards import Store
+from train.losses import Objective
+from train.schedule import learning_rate
+from train.transcoder import Parameters, Transcoder, initialise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What stays the same over a run: settings, and what the store's moments make of them."""
+
+    objective: Objective
+    train: TrainSettings
+    scale_in: float
+    scale_out: float
+    variance: float
+    """Sum over dimensions of the outputs' variance, in normalised space."""
+
+    @classmethod
+    def of(cls, settings: Settings, store: Store) -> "Recipe":
+        source, moments = store.manifest.source, store.manifest.splits["train"]
+        if moments.inputs is None or moments.outputs is None:
+            raise InputError(f"{store.path}: has no train rows; harvest more")
+        _, groups = settings.transcoder.resolve(source.d_in)
+        objective = Objective(
+            prefix_ends=tuple(accumulate(groups)),
+            prefix_weights=(1 / len(groups),) * len(groups),
+            k=settings.transcoder.k,
+            selection=settings.transcoder.selection,
+            aux_k=settings.train.aux_k,
+            aux_coefficient=settings.train.aux_coefficient,
+            precision=settings.train.precision,
+        )
+        variance = float(moments.outputs.variance.sum()) / moments.outputs.scale**2
+        return cls(objective, settings.train, moments.inputs.scale, moments.outputs.scale, variance)
+
+    @property
+    def steps(self) -> int:
+        return self.train.rows // self.train.batch_size
+
+    @property
+    def counting_from(self) -> int:
+        """First step of the last tenth, over which kept activations are counted."""
+        return self.steps - max(1, self.steps // 10)
+
+    def learning_rate(self, step: int) -> float:
+        train = self.train
+        return learning_rate(
+            step,
+            self.steps,
+            peak=train.lr,
+            final=train.min_lr,
+            warmup=min(train.warmup_steps, self.steps // 2),
+        )
+
+
+def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Parameters:
+    """Parameters before the first step, in normalised space: fresh, or another run's."""
+    source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
+    if settings.train.init_from is None:
+        outputs = store.manifest.splits["train"].outputs
+        assert outputs is not None  # Recipe.of refuses an empty split
+        mean = torch.tensor(outputs.mean, dtype=torch.float64) / recipe.scale_out
+        fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
+        return fresh.map(lambda tensor: tensor.to(device))
+    other = Transcoder.load(Path(settings.train.init_from))
+    expected = {
+        "d_in": source.d_in,
+        "d_out": source.d_out,
+        "prefix ends": objective.prefix_ends,
+        "skip": skip,
+    }
+    found = (other.d_in, other.d_out, other.prefix_ends, other.W_skip is not None)
+    pairs = zip(expected.items(), found, strict=True)
+    wrong = [f"{key}: expected {wanted}, found {have}" for (key, wanted), have in pairs if wanted != have]
+    if wrong:
+        raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(wrong)}")
+    unfolded = other.parameters.unfolded(recipe.scale_in, recipe.scale_out)
+    return unfolded.map(lambda tensor: tensor.to(device))

@@ -1,0 +1,87 @@
+"""What a run directory says about itself: settings.json, and the metadata of the finished weights."""
+
+import json
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline import ROOT, InputError, Settings
+from train import weights
+
+FREE = {"train.checkpoint_every"}
+"""Settings that may change under the same name: they decide nothing about weights and metrics."""
+
+
+def identity(settings: Settings, d_in: int) -> dict[str, Any]:
+    """Setting -> value, of everything that decides a run's weights, sizes as numbers of latents."""
+    d_sae, groups = settings.transcoder.resolve(d_in)
+    values = {"layer": settings.layer, "model.name": settings.model.name}
+    values |= {f"train.{key}": value for key, value in settings.train if f"train.{key}" not in FREE}
+    values |= {f"transcoder.{key}": value for key, value in settings.transcoder}
+    return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
+
+
+def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str) -> None:
+    """Make the run directory this run's own; refuse when it holds another one.
+
+    More `train.rows` than before continue the same run.
+    """
+    file = run_dir / "settings.json"
+    if file.exists():
+        refuse_another(run_dir, settings, fingerprint)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".tmp")
+    record = {"settings": settings.model_dump(mode="json"), "harvest_fingerprint": fingerprint, "d_in": d_in}
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    weights.publish(aside, file)
+
+
+def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -> None:
+    """Raise `InputError` when the directory's run has other settings or another harvest."""
+    record = json.loads((run_dir / "settings.json").read_text())
+    old = identity(Settings.model_validate(record["settings"]), record["d_in"])
+    new = identity(settings, record["d_in"])
+    if new["train.rows"] >= old["train.rows"]:
+        old["train.rows"] = new["train.rows"]
+    differing = [f"{key} was {old[key]}, asked {new[key]}" for key in new if old[key] != new[key]]
+    if fingerprint is not None and record["harvest_fingerprint"] != fingerprint:
+        differing.append(f"harvest was {record['harvest_fingerprint'][:12]}, is {fingerprint[:12]}")
+    if differing:
+        raise InputError(
+            f"{run_dir}: holds a run with other settings: {'; '.join(differing)}; "
+            "give another name (RUN=name), or remove the directory"
+        )
+
+
+def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
+    """Metadata of the finished weights when they are just what is asked for."""
+    if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / "settings.json").exists():
+        return None
+    refuse_another(run_dir, settings, None)
+    metadata = weights.read_metadata(run_dir)
+    done = Settings.model_validate(metadata["settings"])
+    return metadata if done.train.rows == settings.train.rows else None
+
+
+@cache
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "safetensors", "numpy")}
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the project's working tree, "+" when it has changes; none outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

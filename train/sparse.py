@@ -1,0 +1,239 @@
+"""The training step on the active entries only: the same gradients as train/dense.py.
+
+Shapes: B rows, D_in, D_out, F latents, G groups, E active entries (about K*B), N dead latents.
+A bag is one (row, group) pair, numbered row * G + group; entries are sorted by row, then latent,
+so each bag's entries lie together. S [B*G, D_out] is the loss's gradient by each bag's part of
+the reconstruction: S_g = 2 / (B D_out) * sum over h >= g of w_h (y_h - y).
+"""
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from train.gradients import Block, Gradients
+from train.losses import Objective, StepValues, aux_loss, nested_loss
+from train.topk import Entries, select_batch, select_rows
+from train.transcoder import Parameters
+
+ROWS = 128
+"""Rows decoded at a time: at D_out 2,304 and 4 groups a block of S is 4.7 MB and stays in the cache."""
+LATENTS = 512
+"""Latents whose gradients are made at a time: 4.7 MB per matrix at width 2,304."""
+
+DeadGradients = tuple[Tensor, Tensor, Tensor]
+
+
+class SparseStep:
+    """Forward and backward with one dense product, the encoder's. Keeps its large buffers."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
+    ) -> tuple[StepValues, Gradients]:
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices."""
+        objective = self.objective
+        entries, cut = self._select(parameters, x)
+        bags = Bags.of(entries, objective.prefix_ends, len(x))
+        wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
+        residual = self._kept("residual", y.shape, y) if wants_aux else None
+        S = self._kept("S", (len(x) * bags.groups, y.shape[1]), y)
+        squared_errors, d_acts = _decode(parameters, x, y, bags, objective, S, residual)
+        l2 = nested_loss(squared_errors, objective.prefix_weights, y.numel())
+
+        aux, dead_gradients = l2.new_zeros(()), None
+        if residual is not None:
+            aux, dead_gradients = _aux(parameters, x, residual, dead, objective)
+        S_first = S.view(len(x), bags.groups, -1)[:, 0]
+        shared = {"b_dec": S_first.sum(0)}
+        if parameters.W_skip is not None:
+            shared["W_skip"] = S_first.T @ x
+        blocks = partial(_blocks, bags.by_latent(d_acts, objective.d_sae), x, S, dead, dead_gradients)
+        return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
+
+    def _select(self, parameters: Parameters, x: Tensor) -> tuple[Entries, Tensor]:
+        """The active entries, from the one dense product.
+
+        In bfloat16 the product only proposes them: their values are then taken in float32, because
+        bfloat16 ties (231 of 32,768 values were equal to the cut).
+        """
+        objective, exact = self.objective, None
+        W_enc, b_enc, rows = parameters.W_enc, parameters.b_enc, x
+        if objective.precision == "bfloat16":
+            W_enc = self._kept("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            b_enc, rows = b_enc.bfloat16(), x.bfloat16()
+            exact = partial(_pre_activations, parameters, x)
+        pre = self._kept("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
+        torch.addmm(b_enc, rows, W_enc.T, out=pre)
+        select = select_batch if objective.selection == "batch_topk" else select_rows
+        return select(pre, objective.k, exact)
+
+    def _kept(
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A buffer that lives as long as the step; its content is whatever the last step left."""
+        old = self._buffers.get(name)
+        if old is None or old.shape != shape or old.dtype != (dtype or like.dtype):
+            old = self._buffers[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+        return old
+
+
+def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
+    """[E] pre-activations at ascending positions of the flattened [B, F]."""
+    d_sae = len(parameters.b_enc)
+    starts = torch.arange(len(x) + 1, device=x.device) * d_sae
+    offsets = torch.searchsorted(positions, starts, out_int32=True)
+    latents = positions.remainder(d_sae).int()
+    return _products(x, parameters.W_enc, offsets, latents) + parameters.b_enc[latents]
+
+
+class Bags(NamedTuple):
+    """Active entries in the order of rows, with the bag each belongs to."""
+
+    latents: Tensor
+    """[E] int32."""
+    values: Tensor
+    """[E] activations."""
+    bag: Tensor
+    """[E] int32, non-decreasing."""
+    offsets: Tensor
+    """[B*G + 1] int32: entries of bag i are [offsets[i], offsets[i + 1])."""
+    groups: int
+
+    @classmethod
+    def of(cls, entries: Entries, prefix_ends: tuple[int, ...], n_rows: int) -> "Bags":
+        groups = len(prefix_ends)
+        ends = torch.tensor(prefix_ends, device=entries.rows.device)
+        bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
+        first = torch.arange(n_rows * groups + 1, device=bag.device)
+        offsets = torch.searchsorted(bag, first, out_int32=True)
+        return cls(entries.latents.int(), entries.values, bag.int(), offsets, groups)
+
+    def by_latent(self, d_acts: Tensor, d_sae: int) -> "LatentEntries":
+        latents, order = self.latents.sort(stable=True)
+        first = torch.arange(d_sae + 1, device=latents.device, dtype=torch.int32)
+        offsets = torch.searchsorted(latents, first, out_int32=True)
+        d_acts = d_acts[order]
+        d_bias = torch.zeros(d_sae, dtype=d_acts.dtype, device=d_acts.device).index_add_(0, latents, d_acts)
+        bag = self.bag[order]
+        rows = bag.div(self.groups, rounding_mode="floor")
+        return LatentEntries(rows, bag, self.values[order], d_acts, d_bias, offsets)
+
+
+class LatentEntries(NamedTuple):
+    """Active entries sorted by latent, then row."""
+
+    rows: Tensor
+    bag: Tensor
+    values: Tensor
+    d_acts: Tensor
+    """[E] gradient by each activation."""
+    d_bias: Tensor
+    """[F] gradient by b_enc."""
+    offsets: Tensor
+    """[F + 1] int32: entries of latent f are [offsets[f], offsets[f + 1])."""
+
+
+def _decode(
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    bags: Bags,
+    objective: Objective,
+    S: Tensor,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Reconstruct every prefix, ROWS rows at a time; fills S, and residual = y - y_G when asked.
+
+    Returns (squared error of each prefix [G] float64, gradient by each active entry [E]).
+    """
+    (n, d_out), groups = y.shape, bags.groups
+    target = y - parameters.b_dec
+    if parameters.W_skip is not None:
+        target.addmm_(x, parameters.W_skip.T, alpha=-1)
+    scale = [2 * weight / (n * d_out) for weight in objective.prefix_weights]
+    squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
+    d_acts = torch.empty_like(bags.values)
+    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
+    for i, row in enumerate(range(0, n, ROWS)):
+        rows, entries = slice(row, min(row + ROWS, n)), slice(bounds[i], bounds[i + 1])
+        offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
+        latents = bags.latents[entries]
+        # r[:, g] becomes y_g - y: the running sum over groups, started at b_dec + skip - y
+        r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
+        r[:, 0] -= target[rows]
+        for g in range(1, groups):
+            r[:, g] += r[:, g - 1]
+        squared_errors += (
+            torch.stack([torch.linalg.vector_norm(r[:, g]) for g in range(groups)]).double().square()
+        )
+        if residual is not None:
+            torch.neg(r[:, -1], out=residual[rows])
+        block = S[rows.start * groups : rows.stop * groups]
+        s = block.view_as(r)
+        torch.mul(r[:, -1], scale[-1], out=s[:, -1])
+        for g in range(groups - 2, -1, -1):
+            torch.add(s[:, g + 1], r[:, g], alpha=scale[g], out=s[:, g])
+        d_acts[entries] = _products(block, parameters.W_dec, offsets, latents)
+    return squared_errors, d_acts
+
+
+def _aux(
+    parameters: Parameters, x: Tensor, residual: Tensor, dead: Tensor, objective: Objective
+) -> tuple[Tensor, DeadGradients]:
+    """The auxiliary loss and its gradients by the dead latents' rows: small dense products."""
+    with torch.enable_grad():
+        rows = [getattr(parameters, name)[dead].requires_grad_() for name in ("W_enc", "b_enc", "W_dec")]
+        loss = aux_loss(x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient)
+        d_enc, d_bias, d_dec = torch.autograd.grad(loss, rows)
+    return loss.detach().double(), (d_enc, d_bias, d_dec)
+
+
+def _blocks(
+    entries: LatentEntries, x: Tensor, S: Tensor, dead: Tensor, dead_gradients: DeadGradients | None
+) -> Iterator[Block]:
+    """dW_dec = acts^T S and dW_enc = d_acts^T x, LATENTS latents at a time, the aux loss's part added."""
+    d_sae = len(entries.d_bias)
+    starts = range(0, d_sae, LATENTS)
+    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]
+    edges = torch.tensor([*starts, d_sae], device=dead.device)
+    dead_bounds = torch.searchsorted(dead, edges).tolist()
+    for i, start in enumerate(starts):
+        stop, part = min(start + LATENTS, d_sae), slice(bounds[i], bounds[i + 1])
+        offsets = entries.offsets[start : stop + 1] - bounds[i]
+        block = Block(
+            start,
+            W_enc=_sums(x, entries.rows[part], offsets, entries.d_acts[part]),
+            b_enc=entries.d_bias[start:stop].clone(),
+            W_dec=_sums(S, entries.bag[part], offsets, entries.values[part]),
+        )
+        some = slice(dead_bounds[i], dead_bounds[i + 1])
+        if dead_gradients is not None and some.start < some.stop:
+            for gradient, extra in zip(block[1:], dead_gradients, strict=True):
+                gradient.index_add_(0, dead[some] - start, extra[some])
+        yield block
+
+
+def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
+    """[len(offsets) - 1, D]: sum over each bag's entries of factor * table[index]."""
+    return embedding_bag(
+        index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
+    )
+
+
+def _products(left: Tensor, right: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
+    """[E] left[i] . right[j] at the entries (i, j) of a CSR pattern: a sampled dense-dense product."""
+    shape = (len(left), len(right))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            offsets, columns, left.new_zeros(len(columns)), shape, check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0).values()

@@ -1,0 +1,65 @@
+"""Everything that changes while a run trains, and its form on disk.
+
+Shapes: F latents, G prefixes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.optimizer import Adam
+from train.transcoder import Parameters
+
+THRESHOLD_AVERAGE = 0.01
+"""Weight of the newest cut in the moving average that is logged as the threshold."""
+
+
+@dataclass
+class State:
+    parameters: Parameters
+    """In normalised space, changed in place."""
+    adam: Adam
+    last_fired: Tensor
+    """[F] int64: rows seen when each latent last fired."""
+    kept: Tensor
+    """[G] float64: activations below each prefix end that batch top-k kept in the last tenth of training."""
+    kept_rows: int = 0
+    """Rows that `kept` was counted over."""
+    step: int = 0
+    """Steps done."""
+    rows: int = 0
+    """Rows seen."""
+    epoch: int = 0
+    """Where the loader goes on: this epoch, and this batch of it."""
+    batch: int = 0
+    threshold: float | None = None
+    """Moving average of the cuts, in normalised space."""
+
+    @classmethod
+    def start(cls, parameters: Parameters, n_prefixes: int) -> "State":
+        device = parameters.W_enc.device
+        last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
+        return cls(parameters, Adam(parameters), last_fired, torch.zeros(n_prefixes, dtype=torch.float64))
+
+    def dead(self, after_rows: int) -> Tensor:
+        """Indices, ascending, of the latents that have not fired for more than `after_rows` rows."""
+        return (self.last_fired < self.rows - after_rows).nonzero().squeeze(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {f"parameters.{name}": tensor for name, tensor in self.parameters.named().items()}
+        named |= {f"adam.mean.{name}": tensor for name, tensor in self.adam.mean.items()}
+        named |= {f"adam.square.{name}": tensor for name, tensor in self.adam.square.items()}
+        return named | {"adam.steps": self.adam.steps, "last_fired": self.last_fired, "kept": self.kept}
+
+    def scalars(self) -> dict[str, Any]:
+        names = ("kept_rows", "step", "rows", "epoch", "batch", "threshold")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+        """Copy a checkpoint's values into this state, in place."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        for name, value in scalars.items():
+            setattr(self, name, value)

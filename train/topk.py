@@ -1,0 +1,92 @@
+"""Selection of the active latents: batch top-k and per-row top-k, exact; and the inference threshold.
+
+Shapes: B rows, F latents, E selected entries.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import count
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SAMPLE = 1 << 16
+"""Values looked at to guess the cut; 19 M pre-activations have their (K*B)-th largest among the
+candidates above a guess made of 65,536 of them, and a full torch.topk costs 1.0 s."""
+
+
+WIDTH_FACTORS = 2 * 3 * 5 * 7
+
+
+class Entries(NamedTuple):
+    """The active (row, latent) pairs, sorted by row, then latent."""
+
+    rows: Int[Tensor, " E"]
+    latents: Int[Tensor, " E"]
+    values: Float[Tensor, " E"]
+    """Activations, all positive."""
+
+
+def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
+    """The k-th largest of `values`, 1 <= k <= n, as a tensor without dimensions."""
+    return values.kthvalue(len(values) - k + 1).values
+
+
+def candidates(values: Float[Tensor, " n"], k: int) -> Int[Tensor, " m"]:
+    """Positions of positive values, among them all that are at least the k-th largest positive.
+
+    A strided sample guesses a cut that about 1.25 k values exceed; where the guess was too high, the
+    next is far lower, and the last is zero. So the result is exact whatever the sample said.
+    """
+    stride = _stride(len(values))
+    sample = values[::stride]
+    rank = min(len(sample), math.ceil(1.25 * k / stride) + 8)
+    guess = max(0.0, kth_largest(sample, rank).item()) if rank < len(sample) else 0.0
+    for cut in (guess, guess / 4, 0.0):
+        found = (values > cut).nonzero().squeeze(1)
+        if len(found) >= k or cut == 0.0:
+            break
+    return found
+
+
+def _stride(n: int) -> int:
+    """A step that shares no factor with usual widths, so that the sample is not of a few columns only."""
+    step = n // SAMPLE
+    return 1 if step < 2 else next(s for s in count(step) if math.gcd(s, WIDTH_FACTORS) == 1)
+
+
+Values = Callable[[Tensor], Tensor]
+"""Positions in the flattened [B, F] -> their pre-activations, recomputed in float32."""
+
+
+def select_batch(pre: Float[Tensor, "B F"], k: int, exact: Values | None = None) -> tuple[Entries, Tensor]:
+    """Batch top-k: every positive pre-activation at least as large as the (k*B)-th largest.
+
+    Ties at the cut all stay. Also returns the cut, 0 when there are fewer positive values.
+    With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
+    """
+    n, positions = k * len(pre), candidates(pre.view(-1), k * len(pre))
+    values = pre.view(-1)[positions] if exact is None else exact(positions)
+    cut = kth_largest(values, n).clamp_min(0) if len(values) >= n else values.new_zeros(())
+    return _entries(positions, values, (values >= cut) & (values > 0), pre.shape[1]), cut
+
+
+def select_rows(pre: Float[Tensor, "B F"], k: int, exact: Values | None = None) -> tuple[Entries, Tensor]:
+    """Per-row top-k: in each row every positive value at least as large as the row's k-th largest.
+
+    Ties stay. The returned cut is the smallest value kept, 0 when nothing is.
+    With `exact`, the selection is by `pre`, the values are exact.
+    """
+    cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
+    positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)
+    values = pre.view(-1)[positions] if exact is None else exact(positions)
+    entries = _entries(positions, values, values > 0, pre.shape[1])
+    return entries, entries.values.min() if len(entries.values) else values.new_zeros(())
+
+
+def _entries(positions: Tensor, values: Tensor, kept: Tensor, width: int) -> Entries:
+    kept = kept.nonzero().squeeze(1)
+    positions = positions[kept]
+    rows = positions.div(width, rounding_mode="floor")
+    return Entries(rows, positions - rows * width, values[kept])

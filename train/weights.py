@@ -1,0 +1,101 @@
+"""The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline import InputError
+
+FILE_NAME = "transcoder.safetensors"
+FORMAT = "matryoshka-transcoder"
+FORMAT_VERSION = 1
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write whole: aside, flushed to disk, then renamed; a reader never sees half a file."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        aside,
+        metadata={key: json.dumps(value, sort_keys=True) for key, value in header.items()},
+    )
+    publish(aside, path)
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a file or of the run directory that holds it.
+
+    Raises `InputError` when the file is missing, damaged, foreign or of another version.
+    """
+    with _opened(path, device) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises as `read` does."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[Any, dict[str, Any]]]:
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}"
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            _check_format(path, metadata)
+            yield file, metadata
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _check_format(path: Path, metadata: Mapping[str, Any]) -> None:
+    found = metadata.get("format"), metadata.get("format_version")
+    if found != (FORMAT, FORMAT_VERSION):
+        raise InputError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}; "
+            "use the version of this project that wrote it"
+        )
+
+
+def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> Tensor:
+    """The tensor itself, if it is there, float32, and of the expected shape."""
+    if tensor is None:
+        raise InputError(f"{path}: tensor {name}: expected shape {list(expected)}, found none")
+    if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+        raise InputError(
+            f"{path}: tensor {name}: expected float32 {list(expected)}, "
+            f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Flush the finished file `aside` to disk and rename it to `path`."""
+    flush(aside)
+    aside.replace(path)
+    flush(path.parent)  # the rename itself survives a power cut
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
