@@ -55,9 +55,9 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     done = finished(job.folder)
     if done is not None and done["provenance"] == job.provenance:
         return done, False
-    coder, run_settings = load_coder(job.run_dir, job.store), _run_settings(job.run_dir)
-    metrics, made = _measure(job, coder, run_settings["transcoder"]["k"])
-    metrics["baselines"] |= _one_group(job, run_settings)
+    coder, trained = load_coder(job.run_dir, job.store), _run_record(job.run_dir)["settings"]["transcoder"]
+    metrics, made = _measure(job, coder, trained["k"])
+    metrics["baselines"] |= _one_group(job, trained)
     metrics["cross_entropy"] = cross_entropy(
         settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"]
     )
@@ -88,6 +88,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "rows": n_rows,
         "cross_entropy_tokens": ce_tokens,
         "store_fingerprint": store.manifest.fingerprint,
+        "trained_on_this_store": _run_record(run_dir)["harvest_fingerprint"] == store.manifest.fingerprint,
         "weights_sha256": sha256(weights),
         "code_sha256": code_sha256(),
     }
@@ -115,7 +116,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return metrics if "provenance" in metrics else None
 
 
-def _run_settings(run_dir: Path) -> dict[str, Any]:
+def _run_record(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / "settings.json", "train this run again (make train)")
 
 
@@ -142,14 +143,13 @@ def _measure(job: Job, coder: Coder, k: int) -> tuple[dict[str, Any], Catalogue]
     return metrics, made
 
 
-def _one_group(job: Job, run_settings: dict[str, Any]) -> dict[str, Any]:
+def _one_group(job: Job, own: dict[str, Any]) -> dict[str, Any]:
     """The evaluation of a sibling run that differs in having one group only: what nesting costs."""
-    own = run_settings["transcoder"]
     for folder in sorted(job.run_dir.parent.glob("*/evaluation")):
         metrics = finished(folder)
         if metrics is None or len(metrics["prefixes"]) != 1 or len(own["group_sizes"]) == 1:
             continue
-        other = _run_settings(folder.parent)["transcoder"]
+        other = _run_record(folder.parent)["settings"]["transcoder"]
         same = all(
             metrics["provenance"][key] == job.provenance[key]
             for key in ("store_fingerprint", "split", "rows")

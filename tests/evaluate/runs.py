@@ -53,7 +53,8 @@ def make_run(root: Path, transcoder: Transcoder | None = None, vocabulary: list[
     (transcoder or tiny_transcoder()).save(run_dir)
     saved = settings.model_dump(mode="json")
     saved["transcoder"] |= {"k": K, "group_sizes": np.diff((0, *ENDS)).tolist(), "d_sae": ENDS[-1]}
-    (run_dir / "settings.json").write_text(json.dumps(saved))
+    record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint}
+    (run_dir / "settings.json").write_text(json.dumps(record))
     lines = [log_line(step) for step in range(50, 301, 50)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return store
