@@ -26,8 +26,8 @@ from shards.writer import ContextWriter, StoreWriter, Text
 
 AUTO_COMPRESSOR = {
     "int8": ("zstd-3", "zstd-3"),
-    "bfloat16": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
-    "float32": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+    "bfloat16": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
+    "float32": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
 }
 """(inputs, outputs), from the table in docs/storage.md."""
 

@@ -207,7 +207,7 @@ class StoreWriter:
         write_whole(self._record_path(split, window), dumps(record))
 
     def _check_cost(self, side: str, sums: dict[str, Any], limit: float) -> None:
-        moments = _reduce([sums])
+        moments = reduce_moments([sums])
         if moments and moments.quantisation_fvu > limit:
             raise InputError(
                 f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
@@ -262,8 +262,8 @@ class StoreWriter:
             rows=text.rows[split],
             contexts=text.contexts[split],
             contexts_sha256=text.contexts_sha256[split],
-            inputs=_reduce([record["moments"]["inputs"] for record in records]),
-            outputs=_reduce([record["moments"]["outputs"] for record in records]),
+            inputs=reduce_moments([record["moments"]["inputs"] for record in records]),
+            outputs=reduce_moments([record["moments"]["outputs"] for record in records]),
         )
 
 
@@ -357,7 +357,7 @@ def encode_shard(array: Array, chunks: list[np.ndarray]) -> bytes:
     return b"".join([*parts, table, crc32c(table)])
 
 
-def _reduce(windows_: list[dict[str, Any]]) -> Moments | None:
+def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
     """Sums of windows, added in window order -> moments; None when there are no rows."""
     rows = sum(sums["n"] for sums in windows_)
     if rows == 0:
