@@ -24,7 +24,7 @@ def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
 
 
 @torch.no_grad()
-def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> Transcoder:
+def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
     """Calibrate, measure on held-out rows, write transcoder.safetensors; it appears whole."""
     raw = raw_transcoder(state, recipe)
     kept_per_row = (state.kept / state.kept_rows).tolist()
@@ -41,9 +41,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> Tr
         "versions": record.versions(),
         "git_commit": record.git_commit(),
     }
-    transcoder = Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata)
-    transcoder.save(settings.run_dir())
-    return transcoder
+    Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
 
 
 def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> Iterator[Tensor]:

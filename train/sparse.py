@@ -17,7 +17,8 @@ from torch.nn.functional import embedding_bag
 
 from train.gradients import Block, Gradients
 from train.losses import Objective, StepValues, aux_loss, nested_loss
-from train.topk import Entries, select_batch, select_rows
+from train.peers import ALONE, Peers
+from train.topk import SELECT, Entries
 from train.transcoder import Parameters
 
 ROWS = 128
@@ -31,26 +32,31 @@ DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 class SparseStep:
     """Forward and backward with one dense product, the encoder's. Keeps its large buffers."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, peers: Peers = ALONE) -> None:
+        self.objective, self.peers = objective, peers
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(
         self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
     ) -> tuple[StepValues, Gradients]:
-        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices."""
-        objective = self.objective
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
+
+        Values are those of all peers' rows, gradients this process's part.
+        """
+        objective, peers = self.objective, self.peers
         entries, cut = self._select(parameters, x)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._kept("residual", y.shape, y) if wants_aux else None
         S = self._kept("S", (len(x) * bags.groups, y.shape[1]), y)
-        squared_errors, d_acts = _decode(parameters, x, y, bags, objective, S, residual)
-        l2 = nested_loss(squared_errors, objective.prefix_weights, y.numel())
+        n_values = y.numel() * peers.world
+        scale = [2 * weight / n_values for weight in objective.prefix_weights]
+        squared_errors, d_acts = _decode(parameters, x, y, bags, scale, S, residual)
+        l2 = nested_loss(peers.total(squared_errors), objective.prefix_weights, n_values)
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
-            aux, dead_gradients = _aux(parameters, x, residual, dead, objective)
+            aux, dead_gradients = _aux(parameters, x, residual, dead, objective, peers)
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
         if parameters.W_skip is not None:
@@ -72,8 +78,7 @@ class SparseStep:
             exact = partial(_pre_activations, parameters, x)
         pre = self._kept("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
         torch.addmm(b_enc, rows, W_enc.T, out=pre)
-        select = select_batch if objective.selection == "batch_topk" else select_rows
-        return select(pre, objective.k, exact)
+        return SELECT[objective.selection](pre, objective.k, exact, self.peers)
 
     def _kept(
         self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
@@ -150,11 +155,13 @@ def _decode(
     x: Tensor,
     y: Tensor,
     bags: Bags,
-    objective: Objective,
+    scale: list[float],
     S: Tensor,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Reconstruct every prefix, ROWS rows at a time; fills S, and residual = y - y_G when asked.
+
+    `scale` [G] is each prefix's share of S: 2 w_g / (B D_out).
 
     Returns (squared error of each prefix [G] float64, gradient by each active entry [E]).
     """
@@ -162,7 +169,6 @@ def _decode(
     target = y - parameters.b_dec
     if parameters.W_skip is not None:
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
-    scale = [2 * weight / (n * d_out) for weight in objective.prefix_weights]
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
     d_acts = torch.empty_like(bags.values)
     bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
@@ -190,15 +196,17 @@ def _decode(
 
 
 def _aux(
-    parameters: Parameters, x: Tensor, residual: Tensor, dead: Tensor, objective: Objective
+    parameters: Parameters, x: Tensor, residual: Tensor, dead: Tensor, objective: Objective, peers: Peers
 ) -> tuple[Tensor, DeadGradients]:
     """The auxiliary loss and its gradients by the dead latents' rows: small dense products."""
     with torch.enable_grad():
         rows = [getattr(parameters, name)[dead].requires_grad_() for name in ("W_enc", "b_enc", "W_dec")]
-        loss = aux_loss(x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient)
+        loss = aux_loss(
+            x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient, peers=peers
+        )
         d_enc, d_bias, d_dec = torch.autograd.grad(loss, rows)
         along = (d_dec * rows[2].detach()).sum(1)
-    return loss.detach().double(), (d_enc, d_bias, d_dec, along)
+    return peers.total(loss.detach().double()), (d_enc, d_bias, d_dec, along)
 
 
 def _blocks(

@@ -37,11 +37,29 @@ class State:
     threshold: float | None = None
     """Moving average of the cuts, in normalised space."""
 
+    newest_l0: float = 0.0
+    """Active latents per row in the newest step."""
+
     @classmethod
     def start(cls, parameters: Parameters, n_prefixes: int) -> "State":
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
-        return cls(parameters, Adam(parameters), last_fired, torch.zeros(n_prefixes, dtype=torch.float64))
+        kept = torch.zeros(n_prefixes, dtype=torch.float64, device=device)
+        return cls(parameters, Adam(parameters), last_fired, kept)
+
+    def count(self, cut: float, kept: Tensor, rows: int, counting: int) -> None:
+        """Take in one step's cut, kept activations [G] and rows; `kept` adds up from step `counting` on."""
+        old = cut if self.threshold is None else self.threshold
+        self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
+        self.newest_l0 = float(kept[-1]) / rows
+        if self.step == counting:
+            self.kept.zero_()
+            self.kept_rows = 0
+        if self.step >= counting:
+            self.kept += kept
+            self.kept_rows += rows
+        self.step += 1
+        self.rows += rows
 
     def dead(self, after_rows: int) -> Tensor:
         """Indices, ascending, of the latents that have not fired for more than `after_rows` rows."""

@@ -198,6 +198,7 @@ def test_init_from_starts_at_the_other_runs_weights(
     folded = run.state.parameters.folded(run.recipe.scale_in, run.recipe.scale_out)
     for name, tensor in Transcoder.load(finished).parameters.named().items():
         torch.testing.assert_close(folded.named()[name], tensor, rtol=1e-6, atol=1e-7)
+    assert run.log is not None
     run.log.close()
     with pytest.raises(InputError, match=r"prefix ends: expected \(8, 64\), found \(8, 24, 64\)"):
         Run(
@@ -233,7 +234,7 @@ def test_runs_trained_together_equal_runs_trained_alone(
     make_settings: Make, store: Store, finished: Path
 ) -> None:
     both = [make_settings(run="one"), make_settings(run="two", train__lr=1e-3, transcoder__k=6)]
-    train_together([Run(settings, store, "cpu") for settings in both])
+    train_together(both, store)
     alone = make_settings(run="alone", train__lr=1e-3, transcoder__k=6)
     train(alone, store)
     assert_same_run(both[0].run_dir(), finished)
