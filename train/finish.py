@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline import Settings
 from shards import Store
-from train import record
+from train import record, samples
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.recipe import Recipe
 from train.state import State
@@ -25,7 +25,7 @@ def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
 
 @torch.no_grad()
 def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
-    """Calibrate, measure on held-out rows, write transcoder.safetensors; it appears whole."""
+    """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
     raw = raw_transcoder(state, recipe)
     kept_per_row = (state.kept / state.kept_rows).tolist()
     thresholds = calibrate(raw, lambda: _calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
@@ -41,6 +41,8 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "versions": record.versions(),
         "git_commit": record.git_commit(),
     }
+    if state.samples is not None:
+        samples.write(settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scale_out)
     Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
 
 

@@ -27,6 +27,7 @@ from train.peers import ALONE, Peers, joined
 from train.recipe import Recipe, initial
 from train.sparse import SparseStep
 from train.state import State
+from train.topk import Entries
 from train.transcoder import Parameters, Transcoder
 from train.weights import FILE_NAME
 
@@ -92,7 +93,8 @@ class Run:
         peers.wait()
         self.step = step_for(self.recipe.objective, peers)
         parameters = initial(settings, self.recipe, store, device)
-        self.state = State.start(parameters, len(self.recipe.objective.prefix_ends))
+        groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
+        self.state = State.start(parameters, groups, sampled)
         checkpoint.restore(self.dir, self.state)
         if peers.leads:
             checkpoint.cut_metrics(self.dir, self.state.step)
@@ -121,6 +123,8 @@ class Run:
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
         self._waited += waited
+        if state.samples is not None and state.step % train.sample_every == 0:
+            state.samples.collect(*_everyones(values.entries, batch, self.peers))
         probes = state.step % train.heldout_every == 0 or self.done
         if self.log is not None:
             self.log.step(train.batch_size)
@@ -176,6 +180,14 @@ class Run:
             finish(self.settings, self.store, self.recipe, self.state)
             self.log.artifact(self.dir / FILE_NAME)
         self.peers.wait()
+
+
+def _everyones(entries: Entries, batch: Batch, peers: Peers) -> tuple[Entries, Tensor]:
+    """The active entries of all processes, and the stored row number of each of their rows."""
+    numbers = torch.from_numpy(batch.rows).to(entries.rows.device)
+    rows = entries.rows + peers.rank * len(numbers)
+    parts = (rows, entries.latents, entries.values)
+    return Entries(*map(peers.gathered, parts)), peers.gathered(numbers)
 
 
 def device_of(settings: Settings) -> str:

@@ -36,6 +36,7 @@ def tiny_settings(store_root: Path, checkpoints: Path, run: str = "a", **changes
             "checkpoint_every": 20,
             "log_every": 10,
             "heldout_every": 40,
+            "sample_every": 5,
         },
         "wandb": {"mode": "disabled"},
         "paths": {"activations": store_root, "checkpoints": checkpoints},
