@@ -93,7 +93,7 @@ def contenders(groups: tuple[int, ...], d: int, k: int, batch: int) -> dict[str,
     )
     half = replace(objective, precision="bfloat16")
     x, y = rows(batch, d, 1), rows(batch, d, 2)
-    parameters = initialise(objective.d_sae, torch.zeros(d), torch.zeros(d), skip=False, seed=0)
+    parameters = initialise(d, objective.d_sae, torch.zeros(d), skip=False, seed=0)
     some = objective.d_sae // 20
     return {
         "floor": floor(parameters, x, torch.float32),

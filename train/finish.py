@@ -19,7 +19,7 @@ from train.transcoder import Transcoder
 def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
     """The present state as a transcoder of raw activations, its thresholds still zero."""
     ends = recipe.objective.prefix_ends
-    folded = state.parameters.folded(recipe.scale_in, recipe.scale_out)
+    folded = state.parameters.folded(recipe.scaling)
     return Transcoder(folded, torch.zeros(len(ends), device=folded.b_dec.device), ends)
 
 
@@ -34,7 +34,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
         "source": store.manifest.source.model_dump(mode="json"),
-        "scales": {"input": recipe.scale_in, "output": recipe.scale_out},
+        "scales": {"input": recipe.scaling.scale_in, "output": recipe.scaling.scale_out},
         "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
         "heldout": found._asdict(),
         "thresholds": thresholds.tolist(),
@@ -42,7 +42,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "git_commit": record.git_commit(),
     }
     if state.samples is not None:
-        samples.write(settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scale_out)
+        samples.write(settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scaling.scale_out)
     Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
 
 

@@ -59,7 +59,7 @@ def train_step(
 
     B counts this process's rows; with `peers` the step is that of all processes' rows together.
     """
-    x, y = inputs / recipe.scale_in, outputs / recipe.scale_out
+    x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     values, gradients = step(state.parameters, x, y, state.dead(recipe.train.dead_after_rows))
     if not torch.isfinite(values.loss):
         bad = (~torch.isfinite(values.squared_errors)).nonzero()
@@ -87,7 +87,7 @@ class Run:
         self.settings, self.store, self.peers = settings, store, peers
         self.dir = settings.run_dir()
         source = store.manifest.source
-        self.recipe = Recipe.of(settings, store)
+        self.recipe = Recipe.of(settings, store, device)
         if peers.leads:
             record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
         peers.wait()
@@ -161,7 +161,7 @@ class Run:
             **{f"fvu/prefix_{g}": value for g, value in enumerate(fvu)},
             "dead_features_percentage": 100 * dead / recipe.objective.d_sae,
             "learning_rate": recipe.learning_rate(state.step - 1),
-            "threshold": (state.threshold or 0.0) * recipe.scale_out,
+            "threshold": (state.threshold or 0.0) * recipe.scaling.scale_out,
             "rows_per_second": round(speed, 1),
             "data_wait_seconds": round(waited, 4),
         }
