@@ -56,11 +56,11 @@ class Data(Section):
 
 
 class Harvest(Section):
-    rows: int = Field(15_000_000, gt=0)
+    rows: int = Field(default=15_000_000, gt=0)
     """Train rows to harvest (one row is one token); held-out rows come on top."""
-    context_length: int = Field(1024, ge=2, le=65_535)
+    context_length: int = Field(default=1024, ge=2, le=65_535)
     """Tokens per context, the beginning-of-sequence token included."""
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(default=16, gt=0)
     """Contexts per forward pass."""
     input: Literal["normalized", "mlp_in"] = "normalized"
     """MLP input without (normalized) or with (mlp_in) the RMSNorm's gain."""
@@ -68,11 +68,11 @@ class Harvest(Section):
     """How values are stored; int8 has row and column scales."""
     compressor: str = "auto"
     """zstd-N, blosc-zstd-N, blosc-lz4-N with -shuffle or -bitshuffle, or none; auto: the measured best."""
-    max_quantisation_fvu: float = Field(1e-3, gt=0)
+    max_quantisation_fvu: float = Field(default=1e-3, gt=0)
     """Harvest stops when storing costs a larger fraction of the variance than this."""
-    heldout_fraction: float = Field(0.02, gt=0, lt=1)
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that training never sees."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds the held-out split and the order of rows within a window."""
 
 
@@ -86,9 +86,9 @@ Size = Annotated[int | str, BeforeValidator(_whole)]
 class Transcoder(Section):
     d_sae: Size = "8x"
     """Number of latents; "8x" means eight times d_in."""
-    group_sizes: tuple[Size, ...] = Field(("0.5x", "1x", "2x", "4.5x"), min_length=1)
+    group_sizes: tuple[Size, ...] = Field(default=("0.5x", "1x", "2x", "4.5x"), min_length=1)
     """Latents per nesting level, coarsest first; they sum to d_sae."""
-    k: int = Field(96, gt=0)
+    k: int = Field(default=96, gt=0)
     """Mean number of active latents per row in training."""
     selection: Literal["batch_topk", "topk"] = "batch_topk"
     """k*B largest activations of the whole batch, or k largest of each row."""
@@ -132,39 +132,39 @@ def _latents(size: int | str, d_in: int) -> int:
 
 
 class Train(Section):
-    rows: int = Field(15_000_000, gt=0)
+    rows: int = Field(default=15_000_000, gt=0)
     """Rows to train on; more than the store holds means several epochs."""
-    batch_size: int = Field(1024, gt=0)
+    batch_size: int = Field(default=1024, gt=0)
     """Rows per step."""
-    lr: float = Field(4e-4, gt=0)
+    lr: float = Field(default=4e-4, gt=0)
     """Peak learning rate of Adam."""
-    min_lr: float = Field(4e-6, ge=0)
+    min_lr: float = Field(default=4e-6, ge=0)
     """Learning rate at the end of the cosine decay."""
-    warmup_steps: int = Field(1000, ge=0)
+    warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Inputs of the encoder product; weights, selection and sums are float32 always."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Initialises the weights."""
-    order_seed: int = Field(0, ge=0)
+    order_seed: int = Field(default=0, ge=0)
     """Orders the rows."""
     init_from: str | None = None
     """Run directory whose weights this run starts from."""
-    aux_k: int = Field(512, ge=0)
+    aux_k: int = Field(default=512, ge=0)
     """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
-    aux_coefficient: float = Field(1.0, ge=0)
+    aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of the auxiliary loss, relative to the residual's own size (see train/losses.py)."""
-    dead_after_rows: int = Field(1_000_000, gt=0)
+    dead_after_rows: int = Field(default=1_000_000, gt=0)
     """A latent that has not fired for so many rows is dead."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Gradient norm above which gradients are scaled down; none: never."""
-    checkpoint_every: int = Field(1000, gt=0)
+    checkpoint_every: int = Field(default=1000, gt=0)
     """Steps between resumable checkpoints."""
-    log_every: int = Field(50, gt=0)
+    log_every: int = Field(default=50, gt=0)
     """Steps between logged metrics."""
-    heldout_every: int = Field(500, gt=0)
+    heldout_every: int = Field(default=500, gt=0)
     """Steps between measurements of the held-out FVU."""
-    sample_every: int = Field(0, ge=0)
+    sample_every: int = Field(default=0, ge=0)
     """Steps between collections of activation samples; 0: none."""
 
     @model_validator(mode="after")
@@ -184,7 +184,7 @@ class Wandb(Section):
 
 
 class Evaluate(Section):
-    rows: int | None = Field(None, gt=0)
+    rows: int | None = Field(default=None, gt=0)
     """Rows to evaluate; none: all of the split."""
     split: Literal["heldout", "train"] = "heldout"
     """Split to evaluate; training never sees heldout."""
@@ -202,7 +202,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: tuple[int, ...] = Field((), description="Layers asked for with --layer.")
+    layers: tuple[int, ...] = Field(default=(), description="Layers asked for with --layer.")
     profile: str | None = None
     run: str = "default"
     harvest_name: str | None = None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -123,6 +124,16 @@ class Manifest(Record):
             raise InputError(
                 f"{where}: manifest key {'.'.join(map(str, first['loc']))}: {first['msg']}"
             ) from error
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the store at `root`; raises `InputError` when it is of another format or damaged."""
+    path = root / "zarr.json"
+    try:
+        attributes = json.loads(path.read_bytes())["attributes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return Manifest.from_json(attributes.get("manifest", {}), str(path))
 
 
 def digest(value: Any) -> str:

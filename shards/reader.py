@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -156,3 +156,34 @@ class ZarrArray:
         out[: len(values)] = values
         out[len(values) :] = 0
         return out
+
+
+def read_lines(reader: ChunkReader, lines: range) -> np.ndarray:
+    """Lines of an array along its first axis, chunk by chunk."""
+    array, size = reader.array, reader.array.chunk[0]
+    out = np.empty((len(lines), *array.shape[1:]), array.dtype)
+    for chunk in range(lines.start // size, -(-lines.stop // size)):
+        base = chunk * size
+        first, last = max(base, lines.start), min(base + size, lines.stop)
+        out[first - lines.start : last - lines.start] = reader.chunk(chunk)[first - base : last - base]
+    return out
+
+
+class Contexts:
+    """[C, T] int32 token ids; indexed with a number, a slice or an array of numbers."""
+
+    def __init__(self, reader: ChunkReader) -> None:
+        self._reader = reader
+        self.shape = reader.array.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        wanted = np.atleast_1d(np.arange(len(self))[key])
+        out = np.empty((len(wanted), self.shape[1]), np.int32)
+        size = self._reader.array.chunk[0]
+        for chunk in np.unique(wanted // size):
+            here = wanted // size == chunk
+            out[here] = self._reader.chunk(int(chunk))[wanted[here] - chunk * size]
+        return out[0] if isinstance(key, int | np.integer) else out

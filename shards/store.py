@@ -4,10 +4,7 @@ Shapes: n rows, d columns, C contexts, T tokens of a context.
 """
 
 import html
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +14,8 @@ from shards.codecs import from_bfloat16
 from shards.files import read_commit, sha256
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
-from shards.manifest import SPLITS, Manifest
-from shards.reader import ChunkReader, open_array
+from shards.manifest import SPLITS, Manifest, read_manifest
+from shards.reader import ChunkReader, Contexts, open_array, read_lines
 
 
 class Store:
@@ -44,8 +41,7 @@ class Store:
         for name, expected in digests.items():
             if name.endswith(".json"):
                 _check_digest(root / name, expected)
-        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
-        manifest = Manifest.from_json(attributes.get("manifest", {}), str(root / "zarr.json"))
+        manifest = read_manifest(root)
         splits = {}
         for name in SPLITS:
             found = manifest.splits[name]
@@ -135,34 +131,3 @@ class StoreSplit:
         if not 0 <= start <= stop <= len(self):
             raise InputError(f"rows {start} to {stop}: expected 0 <= start <= stop <= {len(self)}")
         return read_lines(self.readers[name], range(start, stop))
-
-
-def read_lines(reader: ChunkReader, lines: range) -> np.ndarray:
-    """Lines of an array along its first axis, chunk by chunk."""
-    array, size = reader.array, reader.array.chunk[0]
-    out = np.empty((len(lines), *array.shape[1:]), array.dtype)
-    for chunk in range(lines.start // size, -(-lines.stop // size)):
-        base = chunk * size
-        first, last = max(base, lines.start), min(base + size, lines.stop)
-        out[first - lines.start : last - lines.start] = reader.chunk(chunk)[first - base : last - base]
-    return out
-
-
-class Contexts(Sequence[np.ndarray]):
-    """[C, T] int32 token ids; indexed with a number, a slice or an array of numbers."""
-
-    def __init__(self, reader: ChunkReader) -> None:
-        self._reader = reader
-        self.shape = reader.array.shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        wanted = np.atleast_1d(np.arange(len(self))[key])
-        out = np.empty((len(wanted), self.shape[1]), np.int32)
-        size = self._reader.array.chunk[0]
-        for chunk in np.unique(wanted // size):
-            here = wanted // size == chunk
-            out[here] = self._reader.chunk(int(chunk))[wanted[here] - chunk * size]
-        return out[0] if isinstance(key, int | np.integer) else out

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import InputError
-from shards.codecs import crc32c, from_bfloat16, dequantise, quantise, to_bfloat16
-from shards.files import commit_text, sha256, store_files, write_whole
+from shards.codecs import crc32c, dequantise, from_bfloat16, quantise, to_bfloat16
+from shards.files import commit_text, read_commit, sha256, store_files, write_whole
 from shards.layout import (
     CHUNK_ROWS,
     COMMIT,
@@ -36,8 +36,9 @@ from shards.layout import (
     split_number,
     windows,
 )
-from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest
+from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest, read_manifest
 from shards.order import permutation
+from shards.reader import Contexts, MappedArray
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,26 @@ class StoreWriter:
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
-            yield
-        if self.complete:
-            shutil.rmtree(self.work, ignore_errors=True)
+            try:
+                yield
+            finally:
+                if self.complete:
+                    shutil.rmtree(self.work)
+                elif self.request is None:  # nothing that a later run could continue
+                    shutil.rmtree(self.root)
 
     # -- text pass -------------------------------------------------------------------------------------
 
     @property
     def request(self) -> dict[str, Any] | None:
         """The settings the unfinished store was begun with; None before the text pass is complete."""
-        path = self.work / "plan.json"
-        return json.loads(path.read_bytes())["request"] if path.is_file() else None
+        begun = self._read_work("plan.json")
+        return begun["request"] if begun else None
+
+    def _read_work(self, name: str) -> Any:
+        """A JSON file of the unfinished harvest, or None."""
+        path = self.work / name
+        return json.loads(path.read_bytes()) if path.is_file() else None
 
     def clear(self) -> None:
         """Remove what an interrupted text pass left (never a complete store)."""
@@ -105,45 +115,76 @@ class StoreWriter:
 
     @property
     def text(self) -> Text:
-        return Text(**json.loads((self.work / "plan.json").read_bytes())["text"])
+        return Text(**self._read_work("plan.json")["text"])
+
+    def contexts(self, split: str, context_length: int) -> Contexts:
+        """[C, T] a split's token ids, as the text pass left them."""
+        array = contexts_array(split, self.text.contexts[split], context_length)
+        return Contexts(MappedArray(self.root, array))
 
     # -- windows ---------------------------------------------------------------------------------------
 
-    def begin(self, source: Source) -> None:
-        """Create every array's metadata at its final shape, or check that it was begun with the same source."""
+    def begin(self, source: Source, create: bool = True) -> None:
+        """Create every array's metadata at its final shape, or check that it was begun with the same source.
+
+        Of several processes one creates.
+        """
         self.source = source
         self._arrays = {s: split_arrays(source, s, self.text.rows[s], self.text.contexts[s]) for s in SPLITS}
-        path = self.work / "source.json"
-        if path.is_file():
-            self._check_same_source(Source.model_validate_json(path.read_bytes()))
+        if (begun := self._read_work("source.json")) is not None:
+            self._check_same_source(begun)
+            return
+        if not create:
             return
         for split, arrays in self._arrays.items():
             write_whole(self.root / split / "zarr.json", dumps(group_metadata()))
             for array in arrays.values():
                 write_whole(self.root / array.path / "zarr.json", dumps(array.metadata()))
-        write_whole(path, dumps(source.model_dump()))
+        write_whole(self.work / "source.json", dumps(source.model_dump()))
 
-    def _check_same_source(self, begun: Source) -> None:
-        ours, theirs = self.source.model_dump(), begun.model_dump()
+    def _check_same_source(self, theirs: dict[str, Any]) -> None:
+        ours = self.source.model_dump()
         for key in ours:
-            if ours[key] != theirs[key]:
+            if ours[key] != theirs.get(key):
                 raise InputError(
-                    f"{self.root}: begun with {key} {_brief(theirs[key])}, now {_brief(ours[key])}; "
+                    f"{self.root}: begun with {key} {_brief(theirs.get(key))}, now {_brief(ours[key])}; "
                     "finish it as it was begun, remove it, or give HARVEST=name"
                 )
 
     def missing(self) -> list[tuple[str, int]]:
-        """(split, window) pairs without a record, in order."""
+        """(split, window) pairs that are still to be written, in order."""
         wanted = [(s, w) for s in SPLITS for w in range(len(windows(self.text.rows[s])))]
+        if (lost := self._read_work("lost.json")) is not None:
+            wanted = [(s, w) for s, w in wanted if [s, w] in lost]
         return [(s, w) for s, w in wanted if not self._record_path(s, w).is_file()]
+
+    def uncommit(self, lost: list[tuple[str, int]]) -> None:
+        """Turn a complete store into an unfinished one that lacks these windows.
+
+        The old commit is kept aside: the refilled windows must have the digests that it lists.
+        """
+        manifest = read_manifest(self.root)
+        text = Text(
+            rows={name: split.rows for name, split in manifest.splits.items()},
+            contexts={name: split.contexts for name, split in manifest.splits.items()},
+            contexts_sha256={name: split.contexts_sha256 for name, split in manifest.splits.items()},
+            tokenizer_sha256=manifest.tokenizer_sha256,
+        )
+        with self.lock():
+            write_whole(self.work / "lost.json", dumps(lost))
+            write_whole(self.work / "source.json", dumps(manifest.source.model_dump()))
+            self.finish_text(manifest.source.model_dump(), text)
+            (self.root / COMMIT).replace(self.work / COMMIT)
 
     def _record_path(self, split: str, window: int) -> Path:
         return self.work / "records" / f"{split}-{window:06d}.json"
 
-    def write_window(self, split: str, window: int, columns: "WindowRows") -> None:
+    def write_window(
+        self, split: str, window: int, columns: "WindowRows", max_quantisation_fvu: float
+    ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        Raises `InputError` when storing costs more than `max_quantisation_fvu`.
+        Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`.
         """
         arrays = self._arrays[split]
         digests: dict[str, str] = {}
@@ -156,7 +197,7 @@ class StoreWriter:
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
             files, sums = encode_rows(rows, self.source.storage, arrays, side)
             moments[f"{side}s"] = sums
-            columns.check_cost(self.root, side, self.source.storage, sums)
+            self._check_cost(side, sums, max_quantisation_fvu)
             for name, data in files.items():
                 publish(name, data)
         for name, values in (("row_context", columns.context), ("row_position", columns.position)):
@@ -165,9 +206,20 @@ class StoreWriter:
         record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
         write_whole(self._record_path(split, window), dumps(record))
 
+    def _check_cost(self, side: str, sums: dict[str, Any], limit: float) -> None:
+        moments = _reduce([sums])
+        if moments and moments.quantisation_fvu > limit:
+            raise InputError(
+                f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
+                f"{moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
+                "use --harvest.storage bfloat16 or raise it"
+            )
+
     def finish(self) -> Manifest:
         """Reduce the records into the manifest and commit."""
         assert not self.missing()
+        if (self.work / COMMIT).is_file():
+            return self._recommit()
         text = self.text
         records = {s: [self._record(s, w) for w in range(len(windows(text.rows[s])))] for s in SPLITS}
         splits = {s: self._split(s, records[s]) for s in SPLITS}
@@ -187,6 +239,19 @@ class StoreWriter:
                 digests[path] = sha256(self.root / path)
         write_whole(self.root / COMMIT, commit_text(digests))
         return manifest
+
+    def _recommit(self) -> Manifest:
+        """Put the old commit back after the lost windows were refilled with the same bytes."""
+        digests = read_commit(self.work)
+        for path in sorted((self.work / "records").glob("*.json")):
+            for name, found in json.loads(path.read_bytes())["files"].items():
+                if digests[name] != found:
+                    raise InputError(
+                        f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
+                        f"{digests[name][:12]}..., found {found[:12]}...); remove the store and harvest again"
+                    )
+        (self.work / COMMIT).replace(self.root / COMMIT)
+        return read_manifest(self.root)
 
     def _record(self, split: str, window: int) -> dict[str, Any]:
         return json.loads(self._record_path(split, window).read_bytes())
@@ -214,25 +279,15 @@ class WindowRows:
     """[n] uint32"""
     position: np.ndarray
     """[n] uint16"""
-    max_quantisation_fvu: float
 
     @classmethod
-    def empty(cls, rows: int, source: Source, max_quantisation_fvu: float) -> "WindowRows":
+    def empty(cls, rows: int, source: Source) -> "WindowRows":
         return cls(
             np.empty((rows, source.d_in), np.float32),
             np.empty((rows, source.d_out), np.float32),
             np.empty(rows, np.uint32),
             np.empty(rows, np.uint16),
-            max_quantisation_fvu,
         )
-
-    def check_cost(self, root: Path, side: str, storage: str, sums: dict[str, Any]) -> None:
-        moments = _reduce([sums])
-        if moments and moments.quantisation_fvu > self.max_quantisation_fvu:
-            raise InputError(
-                f"{root}: storing the {side}s as {storage} costs FVU {moments.quantisation_fvu:.2g}, above "
-                f"harvest.max_quantisation_fvu {self.max_quantisation_fvu:g}; use --harvest.storage bfloat16 or raise it"
-            )
 
 
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:

@@ -1,0 +1,83 @@
+# Every target is a thin call of python -m harvest | shards | train | evaluate.
+# LAYER=17 or "8 12 17", PROFILE=demo, RUN=name, HARVEST=name, NPROC=n, ARGS="--train.lr 3e-4"
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check -q
+
+# The shell passes values on as single words whatever they hold.
+quote   = '$(subst ','\'',$(1))'
+option  = $(if $($(1)),$(2) $(call quote,$($(1))))
+OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call option,RUN,--run) \
+          $(call option,HARVEST,--harvest) $(ARGS)
+
+export TOKENIZERS_PARALLELISM = true
+export WANDB_SILENT = true
+
+.PHONY: demo test install install-dev install-embedded harvest plan verify train evaluate lint format clean
+
+demo: install install-embedded
+	@$(PY) -m harvest --profile demo $(ARGS)
+	@$(PY) -m train --profile demo $(ARGS)
+	@$(PY) -m evaluate --profile demo $(ARGS)
+
+test: install-dev install-embedded lint
+	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+# One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
+RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC),$(PY))
+
+harvest: install
+	@$(RUN_PY) -m harvest $(OPTIONS)
+
+plan: install
+	@$(PY) -m harvest --plan $(OPTIONS)
+
+verify: install
+	@$(PY) -m shards verify $(OPTIONS)
+
+train: install
+	@$(RUN_PY) -m train $(OPTIONS)
+
+evaluate: install
+	@$(PY) -m evaluate $(OPTIONS)
+
+lint: install-dev
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright --pythonpath $(PY)
+
+format: install-dev
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Installation: torch first (a bare torch pulls gigabytes of CUDA), then the rest at the versions the tests
+# passed with. An environment that has a torch keeps it (Colab: VENV=/usr/local). No-ops when up to date.
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+install-embedded: $(VENV)/.installed-embedded
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV)"
+	@$(PIP) install 'pip>=25.1'
+	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
+	@grep -v '^torch==' constraints.txt > $(VENV)/.constraints
+	@$(PIP) install -c $(VENV)/.constraints --group run
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) install -c $(VENV)/.constraints --group dev
+	@touch $@
+
+$(VENV)/.installed-embedded: embedded.txt $(VENV)/.installed
+	@$(PIP) install --no-deps --require-hashes -r embedded.txt
+	@touch $@

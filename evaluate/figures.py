@@ -1,0 +1,138 @@
+"""Which plots there are, and each as a PNG on disk and as SVG in the page."""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from evaluate import plots
+from evaluate.catalogue import Catalogue
+from evaluate.verdicts import FVU_GOOD, FVU_MODERATE
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str
+    """File name without suffix."""
+    part: str
+    """Part of the page it stands in."""
+    caption: str
+    draw: Callable[[], Figure]
+
+
+def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> Iterator[Plot]:
+    """Every plot of a run's evaluation, in the order of the page."""
+    prefixes, latents, errors = metrics["prefixes"], metrics["latents"], metrics["errors"]
+    linear = metrics["baselines"]["linear"]["fvu"]
+    alive = [(made.group == g) & (made.firings > 0) for g in range(len(prefixes))]
+    densities = [made.density[-1][own] for own in alive]
+    measures = [
+        {"density": made.density[-1][own], "entropy": made.entropy[own], "top_share": made.top_share[own]}
+        for own in alive
+    ]
+    yield Plot(
+        "fvu",
+        "overview",
+        "Error of every prefix",
+        lambda: plots.fvu_by_prefix(prefixes, FVU_GOOD, FVU_MODERATE, linear),
+    )
+    yield Plot(
+        "fvu_l0",
+        "overview",
+        "Error against sparsity",
+        lambda: plots.fvu_against_l0(sparsity_series(metrics), linear),
+    )
+    yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
+    if prefixes[0]["cross_entropy"]:
+        yield Plot(
+            "cross_entropy",
+            "overview",
+            "Language model's cross-entropy with the MLP replaced",
+            lambda: plots.cross_entropy(prefixes),
+        )
+    yield Plot("l0", "overview", "Active latents per row", lambda: plots.l0_histogram(prefixes))
+    yield Plot(
+        "density",
+        "overview",
+        "How often latents fire",
+        lambda: plots.density_histogram(latents, densities),
+    )
+    yield Plot(
+        "cosine",
+        "overview",
+        "Nearest decoder rows",
+        lambda: plots.cosine_histogram(metrics["redundancy"]),
+    )
+    yield Plot(
+        "groups",
+        "nesting",
+        "Shares of the groups",
+        lambda: plots.group_contributions(latents["groups"], prefixes),
+    )
+    yield Plot(
+        "specificity",
+        "nesting",
+        "Are early groups more general? (dot: median, bar: quartiles, line: 5 to 95 %)",
+        lambda: plots.specificity(measures),
+    )
+    yield Plot("error_size", "error", "Error by size of the output", lambda: plots.error_by_size(errors))
+    yield Plot(
+        "error_position", "error", "Error by position in the context", lambda: plots.error_by_position(errors)
+    )
+    yield Plot(
+        "error_dimension",
+        "error",
+        "Output dimensions with most error",
+        lambda: plots.error_by_dimension(errors),
+    )
+
+
+def sparsity_series(metrics: dict[str, Any]) -> dict[str, Sequence[tuple[float, float | None]]]:
+    """name -> (L0, FVU) of every prefix, for the threshold, training's selection, and a one-group run."""
+    prefixes = metrics["prefixes"]
+    series: dict[str, Sequence[tuple[float, float | None]]]
+    series = {"prefixes, threshold": [(prefix["l0"], prefix["fvu"]) for prefix in prefixes]}
+    if prefixes[0]["batch_topk"]:
+        training = [prefix["batch_topk"] for prefix in prefixes]
+        series["prefixes, training selection"] = [(each["l0"], each["fvu"]) for each in training]
+    one_group = metrics["baselines"].get("one_group")
+    if one_group:
+        series["one group, not nested"] = [(one_group["l0"], one_group["fvu"])]
+    return series
+
+
+def save(figure: Figure, path: Path) -> None:
+    aside = path.with_suffix(".tmp")
+    figure.savefig(aside, dpi=150, format="png", facecolor="white", metadata={"Software": None})
+    aside.replace(path)
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG element in the page's colours: the palette and ink become CSS variables."""
+    made = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluate"}):
+        figure.savefig(made, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+    text = made.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
+    for g, colour in enumerate(plots.COLOURS):
+        text = text.replace(colour, f"var(--g{g})")
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+
+
+def draw(
+    metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], folder: Path
+) -> dict[str, list[tuple[str, str]]]:
+    """Saves every plot as <name>.png; returns part of the page -> (caption, SVG)."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for plot in all_plots(metrics, made, log):
+        figure = plot.draw()
+        save(figure, folder / f"{plot.name}.png")
+        parts.setdefault(plot.part, []).append((plot.caption, svg(figure)))
+    return parts

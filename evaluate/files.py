@@ -1,0 +1,61 @@
+"""Files of an evaluation: read with one-line errors, written whole or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline import InputError
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`; `InputError` naming the file and the `remedy` if it is not one."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found; {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if not isinstance(made, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(made).__name__}; {remedy}")
+    return made
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if there is no file. A cut last line is left out."""
+    made = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            made.append(json.loads(line))
+        except ValueError:
+            break
+    return made
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written aside, flushed and renamed: a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_sha256() -> str:
+    """Digest of this package's own source: another version of it evaluates again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.iterdir()):
+        if path.suffix in (".py", ".html", ".css", ".js"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

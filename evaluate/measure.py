@@ -1,0 +1,121 @@
+"""The streaming pass: every statistic of every prefix from one reading of the rows.
+
+Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluate.latents import Firing
+from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
+from evaluate.sparse import Coder, Entries, Split, base_output, blocks, decode, prefix_entries
+from train.topk import select_batch
+
+
+@dataclass
+class Prefix:
+    """Accumulators of one prefix, gated by its own threshold."""
+
+    end: int
+    threshold: float
+    """Mean over the latents, where each has its own."""
+    error: Reconstruction
+    sparsity: Sparsity
+    firing: Firing
+    training_error: Reconstruction
+    """With the selection of training (batch top-k) instead of the threshold."""
+    training_sparsity: Sparsity
+
+    def result(self, deviation: float, k: int | None) -> dict[str, Any]:
+        made: dict[str, Any] = {"end": self.end, **self.error.result(deviation), **self.sparsity.result()}
+        made["threshold"] = self.threshold
+        made["dead_fraction"] = self.firing.dead_fraction
+        made["over_1_percent"] = int((self.firing.density > 0.01).sum())
+        made["over_10_percent"] = int((self.firing.density > 0.1).sum())
+        made["batch_topk"] = None
+        if k is not None:
+            sparsity = self.training_sparsity.result()
+            made["batch_topk"] = {
+                "fvu": self.training_error.result(deviation)["fvu"],
+                "l0": sparsity["l0"],
+                "l1": sparsity["l1"],
+            }
+        made["cross_entropy"] = None
+        return made
+
+
+class Measurement:
+    """Everything the pass accumulates; `add` takes blocks, `result` gives plain JSON values.
+
+    `k` is the training's mean number of active latents per row, None for a coder without one.
+    """
+
+    def __init__(self, coder: Coder, k: int | None) -> None:
+        self.coder, self.k = coder, k
+        width = coder.W_dec.shape[1]
+        self.deviation = Deviation(width)
+        self.prefixes = [
+            Prefix(
+                end,
+                float(threshold.double().mean()),
+                Reconstruction(width),
+                Sparsity(),
+                Firing(end),
+                Reconstruction(width),
+                Sparsity(),
+            )
+            for end, threshold in zip(coder.prefix_ends, coder.thresholds, strict=True)
+        ]
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> tuple[list[Entries], Tensor]:
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out].
+
+        Returns each prefix's entries, and the squared error of each row [G, B] float64.
+        """
+        pre = self.coder.pre_activations(inputs)
+        base = base_output(self.coder, inputs)
+        self.deviation.add(outputs)
+        found = prefix_entries(pre, self.coder)
+        errors = []
+        for prefix, entries in zip(self.prefixes, found, strict=True):
+            errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
+            prefix.sparsity.add(entries)
+            prefix.firing.add(entries)
+        if self.k is not None:
+            self._add_training(pre, outputs, base)
+        return found, torch.stack(errors)
+
+    def _add_training(self, pre: Tensor, outputs: Tensor, base: Tensor) -> None:
+        assert self.k is not None
+        chosen, _ = select_batch(pre, self.k)
+        kept = Entries(*chosen, n_rows=len(pre))
+        for prefix in self.prefixes:
+            entries = kept.keep(kept.latents < prefix.end)
+            prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
+            prefix.training_sparsity.add(entries)
+
+    def result(self) -> dict[str, Any]:
+        deviation = self.deviation.total
+        return {
+            "rows": self.deviation.rows,
+            "prefixes": [prefix.result(deviation, self.k) for prefix in self.prefixes],
+            "latents": self.prefixes[-1].firing.result(),
+        }
+
+
+@torch.inference_mode()
+def measure(
+    coder: Coder, split: Split, n_rows: int, k: int | None, tick: Callable[[int], object]
+) -> Measurement:
+    """Pass over the first `n_rows` rows of `split`; `tick` is called with the rows of each block."""
+    measurement = Measurement(coder, k)
+    device = coder.W_dec.device
+    for start, stop in blocks(n_rows):
+        inputs, outputs = split.rows(start, stop)
+        measurement.add(inputs.to(device), outputs.to(device))
+        tick(stop - start)
+    return measurement

@@ -1,0 +1,75 @@
+"""Decoder rows that point the same way: exact over all pairs, in blocks.
+
+Shapes: F latents, D_out width, n neighbours. What the guide's tools call "absorption score" is `share`
+here: the share of latent pairs whose decoder rows have |cosine| > 0.9. It is not SAEBench's absorption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+LIMIT = 0.9
+COSINE_BINS = np.linspace(0, 1, 51)
+BLOCK = 1024
+"""Rows of the similarity matrix at once: 75 MB at 18,432 latents."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The latents whose decoder rows are closest to each latent's."""
+
+    latents: Tensor
+    """[F, n] int64, nearest first, never the latent itself."""
+    cosines: Tensor
+    """[F, n] float32."""
+
+
+def decoder_similarity(
+    W_dec: Tensor, prefix_ends: Sequence[int], n_neighbours: int = 8
+) -> tuple[dict[str, Any], Neighbours]:
+    """Redundancy of every prefix, and the nearest neighbours in the full dictionary.
+
+    cosine(i, j) = <W_dec[i], W_dec[j]> / (|W_dec[i]| |W_dec[j]|), 0 where a row is zero. A pair belongs to
+    every prefix that holds its larger index, so one look at each pair counts all prefixes.
+    """
+    n_latents = len(W_dec)
+    rows = normalize(W_dec.float(), dim=1)
+    n_neighbours = min(n_neighbours, n_latents - 1)
+    close_by_larger = torch.zeros(n_latents, dtype=torch.int64)
+    nearest, cosines = [], []
+    for start in range(0, n_latents, BLOCK):
+        block = rows[start : start + BLOCK] @ rows.T
+        own = torch.arange(start, start + len(block))
+        block[torch.arange(len(block)), own] = -torch.inf
+        if n_neighbours:
+            top = block.topk(n_neighbours, dim=1)
+            nearest.append(top.indices.cpu())
+            cosines.append(top.values.cpu())
+        i, j = (block[:, : start + len(block)].abs() > LIMIT).nonzero(as_tuple=True)
+        below = j < i + start
+        close_by_larger += torch.bincount(i[below].cpu() + start, minlength=n_latents)
+    close = close_by_larger.cumsum(0)
+    made = [_share(int(close[end - 1]), end) for end in prefix_ends]
+    neighbours = Neighbours(
+        torch.cat(nearest) if nearest else torch.zeros(n_latents, 0, dtype=torch.int64),
+        torch.cat(cosines) if cosines else torch.zeros(n_latents, 0),
+    )
+    histogram, _ = np.histogram(neighbours.cosines[:, :1].clamp(0, 1).numpy().ravel(), bins=COSINE_BINS)
+    summary = {
+        **made[-1],
+        "limit": LIMIT,
+        "prefixes": made,
+        "nearest_cosine_edges": COSINE_BINS.tolist(),
+        "nearest_cosine_histogram": histogram.tolist(),
+    }
+    return summary, neighbours
+
+
+def _share(close: int, end: int) -> dict[str, Any]:
+    pairs = end * (end - 1) // 2
+    return {"pairs": pairs, "close_pairs": close, "share": close / pairs if pairs else None}

@@ -1,0 +1,89 @@
+"""report.html: one self-contained page that opens from disk; every value is escaped by the template engine."""
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from evaluate.coactivation import MIN_FIRINGS
+from evaluate.contexts import N_EVEN
+from evaluate.files import write_text
+from evaluate.page_data import script_json
+from evaluate.sparse import BLOCK_ROWS
+from evaluate.verdicts import verdicts
+
+PAGE = Path(__file__).parent / "page"
+TABS = ("Overview", "Latents", "Nesting", "Error", "About")
+BASELINES = {
+    "mean": "mean output",
+    "linear": "best linear map (ridge)",
+    "one_group": "one group, not nested",
+}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: `digits` significant ones, thousands grouped, a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else number(100 * value)
+
+
+def visible(token: str) -> str:
+    """A token with its white space made visible."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace(" ", "␣")
+
+
+def write_report(
+    path: Path, metrics: dict[str, Any], data: dict[str, Any], plots: dict[str, list[tuple[str, str]]]
+) -> None:
+    """`data`: what the page's script reads; `plots`: part of the page -> (caption, SVG of our own)."""
+    environment = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "visible": visible}
+    script = (PAGE / "report.js").read_text(encoding="utf-8")
+    page = environment.get_template("report.html").render(
+        metrics=metrics,
+        provenance=metrics["provenance"],
+        verdicts=[verdicts(metrics, g) for g in range(len(metrics["prefixes"]))],
+        baseline_names=BASELINES,
+        cross_entropy_note=cross_entropy_note(metrics["cross_entropy"]),
+        figures=lambda part: _figures(plots.get(part, [])),
+        tabs=TABS,
+        n_even=N_EVEN,
+        min_firings=MIN_FIRINGS,
+        block_rows=BLOCK_ROWS,
+        style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=Markup(script_json(data)),
+    )
+    write_text(path, page)
+
+
+def cross_entropy_note(measured: dict[str, Any]) -> str:
+    if measured["skipped"] is not None:
+        return f"Cross-entropy was not measured: {measured['skipped']}."
+    return (
+        f"Cross-entropy on {measured['positions']:,} tokens of the split's contexts, in nats per token: model as it "
+        f"is {measured['clean']:.3f}, MLP output zeroed {measured['zero']:.3f}, "
+        f"replaced by its mean {measured['mean']:.3f}."
+    )
+
+
+def _figures(images: list[tuple[str, str]]) -> Markup:
+    figure = Markup('<figure><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div></figure>\n')
+    return Markup("").join(figure.format(caption, caption, Markup(svg)) for caption, svg in images)

@@ -1,0 +1,178 @@
+"""The evaluation of one run, in a straight line: store and weights in, metrics.json, plots and page out."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from evaluate.baselines import fit_ridge
+from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
+from evaluate.figures import draw
+from evaluate.files import code_sha256, read_json, read_lines, sha256, write_json
+from evaluate.page_data import page_data
+from evaluate.passes import first_pass, second_pass
+from evaluate.redundancy import decoder_similarity
+from evaluate.report import write_report
+from evaluate.sparse import Coder
+from evaluate.splicing import cross_entropy
+from evaluate.tokens import TokenText
+from pipeline import InputError, Settings
+from shards import Store
+from train import Transcoder
+
+CROSS_ENTROPY_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is evaluated on what."""
+
+    settings: Settings
+    store: Store
+    run_dir: Path
+    n_rows: int
+    provenance: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / "evaluation"
+
+    @property
+    def split(self) -> Any:
+        return getattr(self.store, self.settings.evaluate.split)
+
+
+def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[dict[str, Any], bool]:
+    """Metrics of the run that `settings` name, and whether they had to be measured.
+
+    Nothing is done again when weights, store, settings and this package are those of the last time.
+    `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
+    """
+    job = prepare(settings, ce_tokens)
+    done = finished(job.folder)
+    if done is not None and done["provenance"] == job.provenance:
+        return done, False
+    coder, trained = load_coder(job.run_dir, job.store), _run_record(job.run_dir)["settings"]["transcoder"]
+    metrics, made = _measure(job, coder, trained["k"])
+    metrics["baselines"] |= _one_group(job, trained)
+    metrics["cross_entropy"] = cross_entropy(
+        settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"]
+    )
+    _write(job, metrics, made)
+    return metrics, True
+
+
+def prepare(settings: Settings, ce_tokens: int) -> Job:
+    """Finds the store and the run; `InputError` when either is missing or the split has no rows."""
+    run_dir = settings.run_dir()
+    weights = run_dir / "transcoder.safetensors"
+    if not weights.exists():
+        raise InputError(f"{weights}: not found; train this run first (make train)")
+    store = Store.open(settings.store_path(settings.layer))
+    split = getattr(store, settings.evaluate.split)
+    n_rows = min(settings.evaluate.rows or len(split), len(split))
+    if not n_rows:
+        raise InputError(f"{store.path}: expected rows in split {settings.evaluate.split}, found none")
+    source = store.manifest.source
+    provenance = {
+        "run": settings.run,
+        "model": source.model,
+        "layer": source.layer,
+        "input_hook": source.input_hook,
+        "output_hook": source.output_hook,
+        "dataset": ", ".join(source.files) or source.dataset,
+        "split": settings.evaluate.split,
+        "rows": n_rows,
+        "cross_entropy_tokens": ce_tokens,
+        "store_fingerprint": store.manifest.fingerprint,
+        "trained_on_this_store": _run_record(run_dir)["harvest_fingerprint"] == store.manifest.fingerprint,
+        "weights_sha256": sha256(weights),
+        "code_sha256": code_sha256(),
+    }
+    return Job(settings, store, run_dir, n_rows, provenance)
+
+
+def load_coder(run_dir: Path, store: Store) -> Coder:
+    coder = Coder.of(Transcoder.load(run_dir))
+    found = (coder.W_enc.shape[1], coder.W_dec.shape[1])
+    source = store.manifest.source
+    if found != (source.d_in, source.d_out):
+        raise InputError(
+            f"{run_dir}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
+            f"found {found[0]} -> {found[1]}; give the harvest that this run was trained on"
+        )
+    return coder
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a complete evaluation: metrics.json is written last and names the other files."""
+    path = folder / "metrics.json"
+    metrics = read_json(path, f"remove {folder} to evaluate again") if path.exists() else None
+    if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
+        return None
+    return metrics if "provenance" in metrics else None
+
+
+def _run_record(run_dir: Path) -> dict[str, Any]:
+    return read_json(run_dir / "settings.json", "train this run again (make train)")
+
+
+def _measure(job: Job, coder: Coder, k: int) -> tuple[dict[str, Any], Catalogue]:
+    """Both passes, and what is computed from the weights alone."""
+    split = job.split
+    moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
+    assert moments is not None, "a split with rows has moments"
+    vocabulary = TokenText(job.store.tokenizer_path).size
+    progress = partial(tqdm, total=job.n_rows, unit=" rows", unit_scale=True, dynamic_ncols=True)
+    linear = fit_ridge(job.store.train)
+    with progress(desc="statistics") as bar:
+        first = first_pass(coder, split, job.n_rows, k, linear, moments, vocabulary, bar.update)
+    with progress(desc="contexts") as bar:
+        samples = second_pass(coder, split, job.n_rows, first, bar.update)
+    redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
+    made = catalogue(first, samples, neighbours, coder.prefix_ends)
+    metrics = {**first.statistics(), "redundancy": redundancy, "provenance": job.provenance}
+    metrics["latents"] |= {
+        "groups": group_summaries(made, coder.prefix_ends),
+        "splitting": splitting(made),
+        "coactivation_rows": first.coactivation.rows,
+    }
+    return metrics, made
+
+
+def _one_group(job: Job, own: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation of a sibling run that differs in having one group only: what nesting costs."""
+    for folder in sorted(job.run_dir.parent.glob("*/evaluation")):
+        metrics = finished(folder)
+        if metrics is None or len(metrics["prefixes"]) != 1 or len(own["group_sizes"]) == 1:
+            continue
+        other = _run_record(folder.parent)["settings"]["transcoder"]
+        same = all(
+            metrics["provenance"][key] == job.provenance[key]
+            for key in ("store_fingerprint", "split", "rows")
+        )
+        if same and all(other[key] == own[key] for key in ("d_sae", "k", "selection", "skip")):
+            kept = ("fvu", "mse", "mae", "cosine", "relative_bias", "l0", "dead_fraction")
+            return {
+                "one_group": {key: metrics["prefixes"][0][key] for key in kept} | {"run": folder.parent.name}
+            }
+    return {}
+
+
+def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
+    """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
+    folder, text = job.folder, TokenText(job.store.tokenizer_path)
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    for line in metrics["errors"]["by_token"]:
+        line["token"] = text.label(line["class"])
+    parts = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
+    data = page_data(made, job.split.contexts, text)
+    data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
+    write_report(folder / "report.html", metrics, data, parts)
+    save_file(tensors(made), folder / "latents.safetensors")
+    metrics["files"] = sorted(path.name for path in folder.iterdir())
+    write_json(folder / "metrics.json", metrics)

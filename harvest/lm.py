@@ -1,0 +1,225 @@
+"""The language model: load it, and capture tensors at hook points. The only file that imports transformer_lens.
+
+Shapes: b contexts, T positions, D model width.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from harvest.embedded import MODELS, model_directory
+from pipeline import InputError, Model
+
+InputKind = Literal["normalized", "mlp_in"]
+INPUT_HOOKS: dict[InputKind, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
+OUTPUT_HOOK = "hook_mlp_out"
+"""The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
+
+
+def hooks_of(layer: int, kind: InputKind) -> tuple[str, str]:
+    """TransformerLens names of a layer's (input, output) tensors."""
+    return f"blocks.{layer}.{INPUT_HOOKS[kind]}", f"blocks.{layer}.{OUTPUT_HOOK}"
+
+
+class Gain(NamedTuple):
+    values: torch.Tensor
+    """[D] float32 with mlp_in = normalized * values"""
+    error: float
+    """Largest relative deviation found on real activations."""
+
+
+class LanguageModel:
+    """A TransformerLens bridge without weight processing: logits equal Hugging Face's eager ones."""
+
+    def __init__(self, bridge: Any, name: str) -> None:
+        self.bridge = bridge
+        self.name = name
+        self.n_layers: int = bridge.cfg.n_layers
+        self.d_model: int = bridge.cfg.d_model
+        self.device = torch.device(bridge.cfg.device)
+        self.dtype: torch.dtype = next(bridge.original_model.parameters()).dtype
+
+    @contextlib.contextmanager
+    def capturing(self, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """While open, every forward pass leaves the tensors at these hook points in the yielded dict.
+
+        Hooks are attached once: resolving them anew costs 60 ms a call. Raises `InputError` that lists the
+        layer's hook points when one does not exist.
+        """
+        caught: dict[str, torch.Tensor] = {}
+
+        def keep(name: str) -> Any:
+            return lambda tensor, **_: caught.__setitem__(name, tensor)
+
+        for name in names:
+            if name not in self.bridge.hook_dict:
+                prefix = ".".join(name.split(".")[:2]) + "."
+                known = sorted(hook for hook in self.bridge.hook_dict if hook.startswith(prefix))
+                raise InputError(
+                    f"{self.name}: no hook point {name}; this model has {', '.join(known) or 'none there'}"
+                )
+        with self.bridge.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+            yield caught
+
+    def run_blocks(self, tokens: torch.Tensor, last_layer: int) -> None:
+        """Forward pass [b, T] through block `last_layer` and no further; hooks see what they see."""
+        with torch.inference_mode():
+            if last_layer + 1 < self.n_layers:
+                self.bridge(tokens.to(self.device), return_type=None, stop_at_layer=last_layer + 1)
+            else:  # stop_at_layer=n_layers does not stop: keep one position's logits instead of all
+                self.bridge(tokens.to(self.device), return_type=None, logits_to_keep=1)
+
+    def gain(self, layer: int, tokens: torch.Tensor) -> Gain:
+        """The RMSNorm's gain before the MLP of `layer`, checked on `tokens` [b, T].
+
+        `ln2.w` is the raw Hugging Face weight; Llama's gain is w, Gemma's is 1 + w. Which one holds is read off
+        the activations, never guessed from a name. Raises `InputError` when neither does.
+        """
+        hooks = {kind: f"blocks.{layer}.{hook}" for kind, hook in INPUT_HOOKS.items()}
+        with self.capturing(list(hooks.values())) as caught:
+            self.run_blocks(tokens, layer)
+            normalized, mlp_in = (caught[hooks[kind]].float() for kind in ("normalized", "mlp_in"))
+        weight = self.bridge.blocks[layer].ln2.w.detach().float()
+        candidates = [Gain(gain, _deviation(normalized * gain, mlp_in)) for gain in (weight, 1 + weight)]
+        best = min(candidates, key=lambda candidate: candidate.error)
+        tolerance = 4 * torch.finfo(self.dtype).eps
+        if best.error > tolerance:
+            raise InputError(
+                f"{self.name} layer {layer}: the MLP's input is not its normalised input times a gain "
+                f"(deviation {best.error:.2g}, expected at most {tolerance:.2g}); this norm is not an RMSNorm"
+            )
+        return best
+
+    def weights_sha256(self) -> str:
+        """Digest of every parameter and buffer, by name."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.bridge.original_model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, relative to the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `model.device`; raises `InputError` when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"model.device: expected auto, cpu or cuda, found {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device: {name} asked for, but PyTorch finds no GPU; use --model.device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 on CPU; on GPUs bfloat16 where there is such hardware, else float16 (T4)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def locate(model: Model) -> str:
+    """What `from_pretrained` takes: a local directory, or a hub name that can be reached or is cached.
+
+    Raises `InputError` in seconds when neither is the case; transformers itself retries for half a minute.
+    """
+    if model.name in MODELS or model.name.startswith("embedded/"):
+        return str(model_directory(model.name))
+    if Path(model.name).is_dir():
+        if not (Path(model.name) / "config.json").is_file():
+            raise InputError(
+                f"model.name: {model.name} has no config.json; expected a Hugging Face model directory"
+            )
+        return model.name
+    if model.name.startswith((".", "/", "~")):
+        raise InputError(f"model.name: no such directory {model.name}")
+    return _locate_on_hub(model)
+
+
+def _locate_on_hub(model: Model) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        huggingface_hub.HfApi().model_info(model.name, revision=model.revision, timeout=10)
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"model {model.name}: access is gated; accept its licence on the hub and set HF_TOKEN"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise InputError(
+            f"model {model.name}: not found on the Hugging Face hub ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # whatever the HTTP library raises when there is no network
+        try:
+            return huggingface_hub.snapshot_download(
+                model.name, revision=model.revision, local_files_only=True
+            )
+        except (errors.LocalEntryNotFoundError, OSError):
+            raise InputError(
+                f"model {model.name}: the Hugging Face hub was not reached ({_first_line(error)}) and the model is "
+                "not in the local cache; go online, or give --model.name <local directory>; "
+                "make demo needs no hub"
+            ) from error
+    return model.name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
+    """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {where}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def width(where: str, revision: str | None) -> int:
+    """Model width D, from its configuration alone."""
+    config = AutoConfig.from_pretrained(where, revision=revision)
+    return config.get_text_config().hidden_size
+
+
+def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
+    """The model at `where` (see `locate`) on its device, in inference form."""
+    device = pick_device(model.device)
+    transformers_logging.disable_progress_bar()
+    if Path(where).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local model needs no pings
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            where,
+            device=str(device),
+            dtype=pick_dtype(model.dtype, device),
+            tokenizer=tokenizer,
+            **({"revision": model.revision} if model.revision else {}),
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {model.name}: cannot be loaded: {_first_line(error)}") from error
+    bridge.eval()
+    return LanguageModel(bridge, model.name)

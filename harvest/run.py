@@ -1,0 +1,257 @@
+"""The straight line: text pass -> model -> windows -> one committed store per layer."""
+
+import contextlib
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from harvest import lm, ranks
+from harvest.text import Special, documents, is_heldout, local_files, pack_splits
+from harvest.windows import run_windows
+from pipeline import InputError, Settings
+from shards.codecs import Compressor
+from shards.files import sha256, write_whole
+from shards.layout import CHUNK_ROWS, SHARD_ROWS
+from shards.manifest import SPLITS, Manifest, Source
+from shards.plan import estimate, human, measure
+from shards.store import Store
+from shards.writer import ContextWriter, StoreWriter, Text
+
+AUTO_COMPRESSOR = {
+    "int8": ("zstd-3", "zstd-3"),
+    "bfloat16": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+    "float32": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+}
+"""(inputs, outputs), from the table in docs/storage.md."""
+
+
+def harvest(settings: Settings, force: bool = False) -> list[Path]:
+    """Write one store per layer of `settings.layers`, or continue where an earlier run was stopped.
+
+    Raises `InputError` for whatever the user can mend; a killed or failed run leaves resumable stores.
+    """
+    if not settings.layers:
+        raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
+    request = requested(settings)
+    writers = {layer: StoreWriter(settings.store_path(layer)) for layer in settings.layers}
+    todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
+    if todo:
+        where = lm.locate(settings.model)  # before anything is written
+        ranks.join()
+        with contextlib.ExitStack() as stack:
+            for writer in todo.values() if ranks.rank() == 0 else ():
+                stack.enter_context(writer.lock())
+            _harvest(settings, todo, request, where, force)
+        ranks.leave()
+    return [writer.root for writer in writers.values()]
+
+
+def requested(settings: Settings) -> dict[str, Any]:
+    """What was asked for, by the keys of `Source`; two harvests of one layer differ where this differs."""
+    data, asked = settings.data, settings.harvest
+    inputs, outputs = AUTO_COMPRESSOR[asked.storage]
+    if asked.compressor != "auto":
+        inputs = outputs = Compressor(asked.compressor).name
+    files = local_files(data)
+    request = {
+        "model": settings.model.name,
+        "revision": settings.model.revision,
+        "input": asked.input,
+        "dataset": "files" if data.files else data.dataset,
+        "dataset_name": None if files else data.name,
+        "dataset_revision": None if files else data.revision,
+        "dataset_split": None if files else data.split,
+        "text_column": data.text_column,
+        "files": {path.name: sha256(path) for path in files},
+        "pack": data.pack,
+        "context_length": asked.context_length,
+        "heldout_fraction": asked.heldout_fraction,
+        "rows": asked.rows,
+        "seed": asked.seed,
+        "storage": asked.storage,
+        "input_compressor": inputs,
+        "output_compressor": outputs,
+    }
+    return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
+
+
+def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> bool:
+    """Whether the complete store was asked for; raises `InputError` when another one has its place."""
+    found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
+    if found is None:
+        return False
+    if differing := [key for key in request if request[key] != found.get(key, request[key])]:
+        listed = "; ".join(
+            f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in differing
+        )
+        raise InputError(
+            f"{writer.root}: holds another harvest ({listed}); give HARVEST=name for a second one, or remove it"
+        )
+    if writer.complete:
+        tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
+    return writer.complete
+
+
+def _harvest(
+    settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], where: str, force: bool
+) -> None:
+    tokenizer = lm.load_tokenizer(where, settings.model.revision)
+    special = Special.of(tokenizer, settings.data.pack)
+    first, stores = ranks.rank() == 0, list(writers.values())
+    if first:
+        _text_pass(settings, stores, request, tokenizer, special)
+    ranks.barrier()
+    model = lm.load(settings.model, where, tokenizer)
+    sources = _sources(settings, model, writers, request, special)
+    for writer, source in zip(stores, sources, strict=True):
+        writer.begin(source, create=first)
+    ranks.barrier()
+    check_size = partial(_refuse_if_it_cannot_fit, stores, settings, force)
+    if first:
+        check_size()
+    run_windows(model, stores, settings.harvest, after_first=check_size if first else lambda: None)
+    ranks.barrier()
+    for layer, writer in writers.items() if first else ():
+        _summary(layer, writer.root, writer.finish())
+
+
+# -- text ----------------------------------------------------------------------------------------------
+
+
+def _text_pass(
+    settings: Settings,
+    writers: list[StoreWriter],
+    request: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    special: Special,
+) -> None:
+    """Leave the same contexts and tokenizer in every store that has none yet."""
+    lacking = [writer for writer in writers if writer.request is None]
+    if not lacking:
+        return
+    first, *others = lacking
+    first.clear()
+    asked = settings.harvest
+    contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
+    with tqdm(total=asked.rows, unit="tok", unit_scale=True, desc="text", dynamic_ncols=True) as bar:
+
+        def emit(split: str, context: np.ndarray, kept: int) -> None:
+            contexts[split].append(context)
+            if split == "train":
+                bar.update(min(kept, asked.rows - bar.n))
+
+        heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
+        texts = documents(settings.data)
+        rows = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
+    digests = {split: writer.finish() for split, writer in contexts.items()}
+    counts = {split: writer.contexts for split, writer in contexts.items()}
+    tokenizer_digest = write_whole(
+        first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
+    )
+    text = Text(rows, counts, digests, tokenizer_digest)
+    for other in others:
+        other.clear()
+        for split in SPLITS:
+            shutil.copytree(first.root / split, other.root / split)
+        write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
+    for writer in lacking:
+        writer.finish_text(request, text)
+
+
+# -- model ---------------------------------------------------------------------------------------------
+
+
+def _sources(
+    settings: Settings,
+    model: lm.LanguageModel,
+    writers: dict[int, StoreWriter],
+    request: dict[str, Any],
+    special: Special,
+) -> list[Source]:
+    """One per layer; the gain is checked on the first contexts of the train split."""
+    digest = model.weights_sha256()
+    sources = []
+    for layer, writer in writers.items():
+        if layer >= model.n_layers:
+            raise InputError(
+                f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}"
+            )
+        input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
+        sample = writer.contexts("train", settings.harvest.context_length)[:2]
+        found = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights_sha256": digest,
+            "layer": layer,
+            "n_layers": model.n_layers,
+            "input_hook": input_hook,
+            "output_hook": output_hook,
+            "d_in": model.d_model,
+            "d_out": model.d_model,
+            "gain": model.gain(layer, torch.from_numpy(sample).long()).values.tolist(),
+            "bos_token_id": special.bos,
+            "separator_token_id": special.separator,
+            "dropped_token_ids": special.dropped,
+            "shard_rows": SHARD_ROWS,
+            "chunk_rows": CHUNK_ROWS,
+            "versions": _versions(),
+        }
+        sources.append(Source.model_validate({**request, **found}))
+    return sources
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        name: version(name)
+        for name in ("torch", "transformers", "transformer-lens", "numcodecs", "tokenizers")
+    }
+
+
+# -- plan and summary ----------------------------------------------------------------------------------
+
+
+def plan_only(settings: Settings) -> None:
+    """Print what the harvest of every asked layer will take, without starting it."""
+    for layer in settings.layers:
+        writer = StoreWriter(settings.store_path(layer))
+        if writer.complete:
+            tqdm.write(f"layer {layer}: {writer.root} is already harvested")
+            continue
+        width = 2 * lm.width(lm.locate(settings.model), settings.model.revision)
+        asked = settings.harvest
+        heldout = asked.rows * asked.heldout_fraction / (1 - asked.heldout_fraction)
+        plan = estimate(width, asked.storage, asked.rows + round(heldout), writer.root)
+        fits = "" if plan.bytes < plan.free_bytes else "; it does NOT fit"
+        tqdm.write(f"layer {layer}: {plan}{fits}")
+
+
+def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:
+    """Print the plan; called before the first window on an estimate, after it on what was measured."""
+    plans = [measure(writer) for writer in writers]
+    needed, free = sum(plan.bytes for plan in plans), plans[0].free_bytes
+    for writer, plan in zip(writers, plans, strict=True):
+        tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
+    if needed > free and not force:
+        raise InputError(
+            f"{settings.paths.activations}: the harvest needs {human(needed)}, {human(free)} are free; "
+            "lower harvest.rows, move paths.activations, or give --force"
+        )
+
+
+def _summary(layer: int, root: Path, manifest: Manifest) -> None:
+    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
+    costs = [f"{m.quantisation_fvu:.1e}" for m in (train.inputs, train.outputs) if m]
+    tqdm.write(
+        f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
+        f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",
+        file=sys.stdout,
+    )

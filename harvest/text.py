@@ -1,0 +1,175 @@
+"""Dataset -> documents -> token contexts of both splits. Comes before the model, runs once per harvest.
+
+Shapes: C contexts, T tokens of a context.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from harvest.embedded import text_files
+from pipeline import Data, InputError
+from shards.manifest import SPLITS
+
+DOCUMENTS_AT_ONCE = 256
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def local_files(data: Data) -> list[Path]:
+    """The local files the text comes from; empty for a hub dataset. Raises `InputError` naming a bad one."""
+    if not data.files and data.dataset.startswith("embedded/"):
+        return list(text_files(data.dataset))
+    paths = [Path(name) for name in data.files]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"data.files: no such file {path}")
+        if path.suffix not in READERS:
+            raise InputError(
+                f"data.files: {path}: expected one of {', '.join(READERS)}, found {path.suffix!r}"
+            )
+    return paths
+
+
+def documents(data: Data) -> Iterator[str]:
+    """Texts in the dataset's own order; a line of a .txt file is a document.
+
+    Raises `InputError` when the dataset cannot be opened or read, or has no such column: another dataset is
+    never a silent fallback.
+    """
+    files = local_files(data)
+    column = data.text_column
+    for source in files or [None]:
+        where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
+        for number, row in enumerate(_rows(data, source, where)):
+            if column not in row:
+                raise InputError(
+                    f"{where}: no column {column!r}; expected data.text_column among {', '.join(row)}"
+                )
+            text = row[column]
+            if not isinstance(text, str):
+                raise InputError(f"{where}: row {number}: column {column!r} is not text but {text!r:.60}")
+            yield text
+
+
+def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, object]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if file:
+            opened = datasets.load_dataset(
+                READERS[file.suffix], data_files=str(file), split="train", streaming=True
+            )
+        else:
+            opened = datasets.load_dataset(
+                data.dataset, name=data.name, revision=data.revision, split=data.split, streaming=True
+            )
+        if data.text_column in (opened.column_names or []):
+            opened = opened.select_columns([data.text_column])
+        yield from opened
+    except InputError:
+        raise
+    except Exception as error:  # datasets raises what its readers and its HTTP library raise
+        cause = error.__cause__ or error
+        message = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise InputError(f"{where}: cannot be read: {message}") from error
+
+
+def is_heldout(text: str, fraction: float, seed: int) -> bool:
+    """Decided by the document's own hash, so that a document is in one split whatever else there is."""
+    digest = hashlib.sha256(f"{seed}:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+@dataclass
+class Packer:
+    """Token lists -> contexts [BOS] + T-1 tokens.
+
+    document: each context comes from one document, a remainder shorter than T-1 is dropped.
+    concat: documents are joined by the separator token and cut anywhere.
+    """
+
+    length: int
+    bos: int | None
+    separator: int | None
+    """None: documents are packed one by one."""
+    _carry: list[int] = field(default_factory=list)
+
+    def add(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        body = self.length - (self.bos is not None)
+        stream = tokens if self.separator is None else [*self._carry, *tokens, self.separator]
+        start = 0
+        while start + body <= len(stream):
+            head = [] if self.bos is None else [self.bos]
+            yield np.array(head + stream[start : start + body], np.int32)
+            start += body
+        self._carry = [] if self.separator is None else stream[start:]
+
+
+def kept_mask(contexts: np.ndarray, dropped_token_ids: Iterable[int]) -> np.ndarray:
+    """[C, T] bool: positions that give a row. The first never does: its residual norm is 150 times the others'."""
+    kept = ~np.isin(contexts, list(dropped_token_ids))
+    kept[:, 0] = False
+    return kept
+
+
+@dataclass(frozen=True)
+class Special:
+    """The tokens that the packer inserts and the harvest drops."""
+
+    bos: int | None
+    separator: int | None
+    dropped: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, pack: str) -> "Special":
+        bos = _id(tokenizer, tokenizer.bos_token)
+        separator = None
+        if pack == "concat":
+            separator = eos if (eos := _id(tokenizer, tokenizer.eos_token)) is not None else bos
+            if separator is None:
+                raise InputError(
+                    'data.pack: this tokenizer has no separator token; use data.pack = "document"'
+                )
+        return cls(bos, separator, sorted(set(tokenizer.all_special_ids)))
+
+
+def _id(tokenizer: PreTrainedTokenizerFast, token: object) -> int | None:
+    return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
+
+
+def pack_splits(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    special: Special,
+    length: int,
+    rows: int,
+    heldout: Callable[[str], bool],
+    emit: Callable[[str, np.ndarray, int], None],
+) -> dict[str, int]:
+    """Tokenise and pack until the train split has `rows` kept positions; `emit(split, context, kept)` each context.
+
+    Returns kept positions per split, train's cut to `rows`. Raises `InputError` when the text ends before.
+    """
+    packers = {split: Packer(length, special.bos, special.separator) for split in SPLITS}
+    kept = dict.fromkeys(SPLITS, 0)
+    stream = iter(texts)
+    while block := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(block, add_special_tokens=False)
+        for text, encoding in zip(block, encodings, strict=True):
+            split = SPLITS[heldout(text)]
+            for context in packers[split].add(encoding.ids):
+                count = int(kept_mask(context[None], special.dropped).sum())
+                kept[split] += count
+                emit(split, context, count)
+                if kept["train"] >= rows:
+                    return {**kept, "train": rows}
+    raise InputError(
+        f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
+        "lower harvest.rows or give more text"
+    )

@@ -1,0 +1,120 @@
+"""Reads and checks every byte of a store; un-commits exactly the damaged windows."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline import InputError
+from shards.files import read_commit, sha256, store_files
+from shards.layout import FILE_CHUNKS, Array, split_arrays
+from shards.manifest import SPLITS
+from shards.reader import MappedArray
+from shards.store import Store
+from shards.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A damaged or missing file, or one damaged chunk of it."""
+
+    file: str
+    what: str
+    array: str | None = None
+    chunk: int | None = None
+    """Number within the file; None: the whole file."""
+    lines: range | None = None
+    """Rows (or contexts) of the array that are lost."""
+
+    def __str__(self) -> str:
+        chunk = "" if self.chunk is None else f", chunk {self.chunk}"
+        lines = "" if self.lines is None else f", {self.array}[{self.lines.start}:{self.lines.stop}]"
+        return f"{self.file}{chunk}{lines}: {self.what}"
+
+
+def verify(root: Path) -> list[Damage]:
+    """Every damage of a complete store, by file; empty when every byte is as it was committed.
+
+    Raises `InputError` when the store is unfinished or `files.sha256` itself is damaged.
+    """
+    digests = read_commit(root)
+    sizes = {name: (root / name).stat().st_size if (root / name).is_file() else 0 for name in digests}
+    arrays = _data_files(root) if _metadata_is_whole(root, digests) else {}
+    damages: list[Damage] = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="verify", dynamic_ncols=True) as bar,
+    ):
+        for name, whole in zip(
+            digests, pool.map(lambda name: _is_whole(root / name, digests[name]), digests), strict=True
+        ):
+            bar.update(sizes[name])
+            if not whole:
+                damages += _locate(root, name, arrays.get(name))
+    damages += [
+        Damage(name, "not listed in files.sha256") for name in store_files(root) if name not in digests
+    ]
+    return damages
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def _metadata_is_whole(root: Path, digests: dict[str, str]) -> bool:
+    return all(_is_whole(root / name, digest) for name, digest in digests.items() if name.endswith(".json"))
+
+
+def _data_files(root: Path) -> dict[str, tuple[Array, int]]:
+    """File -> its array and number, for every file that holds chunks."""
+    manifest = Store.open(root).manifest
+    found = {}
+    for split in SPLITS:
+        record = manifest.splits[split]
+        for array in split_arrays(manifest.source, split, record.rows, record.contexts).values():
+            for number in range(-(-array.chunks // FILE_CHUNKS)):
+                found[array.file(number)] = array, number
+    return found
+
+
+def _locate(root: Path, name: str, place: tuple[Array, int] | None) -> Iterator[Damage]:
+    """The damaged chunks of a file whose digest does not match."""
+    what = "sha256 does not match" if (root / name).is_file() else "missing"
+    if place is None:
+        yield Damage(name, what)
+        return
+    array, number = place
+    reader = MappedArray(root, array)
+    located = False
+    for inner in range(array.chunks_in_file(number)):
+        first = (number * FILE_CHUNKS + inner) * array.chunk[0]
+        lines = range(first, min(first + array.chunk[0], array.shape[0]))
+        try:
+            reader.chunk(number * FILE_CHUNKS + inner)
+        except InputError as error:
+            located = True
+            yield Damage(
+                name, str(error).rpartition("; make verify")[0].rpartition(": ")[2], array.path, inner, lines
+            )
+    if not located:
+        yield Damage(name, f"{what}, though every chunk reads", array.path)
+
+
+def repair(root: Path, damages: list[Damage]) -> list[tuple[str, int]]:
+    """Un-commit the windows that hold damage, so that the same harvest refills exactly those.
+
+    Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a window's: the text,
+    the tokenizer or the manifest, which a harvest cannot make again from the store alone.
+    """
+    places = _data_files(root) if not any(damage.file.endswith(".json") for damage in damages) else {}
+    beyond = [d.file for d in damages if d.file not in places or places[d.file][0].path.endswith("/contexts")]
+    if beyond:
+        raise InputError(
+            f"{root}: {beyond[0]} cannot be refilled from the store alone; remove it and harvest again"
+        )
+    lost = {(places[d.file][0].path.split("/")[0], places[d.file][1]) for d in damages}
+    StoreWriter(root).uncommit(sorted(lost))
+    return sorted(lost)

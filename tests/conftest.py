@@ -1,0 +1,61 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from pipeline import Settings, load, parser
+from tests.models import save_model, save_wide_gemma, sentences, write_jsonl
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-gemma", "gemma2")
+
+
+@pytest.fixture(scope="session")
+def wide_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wide_gemma(tmp_path_factory.mktemp("models") / "wide-gemma")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("text") / "corpus.jsonl", sentences(600))
+
+
+@pytest.fixture
+def settings_for(tmp_path: Path, corpus: Path) -> Callable[..., Settings]:
+    """Settings of a small harvest below `tmp_path`, with further --section.key options."""
+
+    def make(model: Path, *options: str, layer: str = "1", rows: int = 2000) -> Settings:
+        argv = [
+            "--layer",
+            layer,
+            "--model.name",
+            str(model),
+            "--data.files",
+            str(corpus),
+            "--data.pack",
+            "concat",
+        ]
+        argv += [
+            "--harvest.rows",
+            str(rows),
+            "--harvest.context_length",
+            "32",
+            "--harvest.heldout_fraction",
+            "0.1",
+        ]
+        argv += ["--paths.activations", str(tmp_path / "activations"), "--model.device", "cpu"]
+        argv += ["--paths.checkpoints", str(tmp_path / "checkpoints"), *options]
+        return load(parser("harvest", ""), argv)[0]
+
+    return make

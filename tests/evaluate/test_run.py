@@ -1,0 +1,115 @@
+"""From a store and a run directory on disk to metrics.json, plots and the page, through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluate.run import evaluate as evaluate_with
+from pipeline import ROOT, InputError, Settings
+from tests.evaluate.fakes import random_rows
+from tests.evaluate.runs import ENDS, arguments, make_run, settings_of, tiny_transcoder
+from tests.fixtures import make_store
+
+
+def evaluate(settings: Settings) -> tuple[dict, bool]:
+    return evaluate_with(settings, ce_tokens=0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("evaluate")
+    make_run(made)
+    evaluate(settings_of(made))
+    return made
+
+
+def metrics_of(root: Path) -> dict:
+    return json.loads((settings_of(root).run_dir() / "evaluation" / "metrics.json").read_text())
+
+
+def test_metrics_have_the_fields_of_the_interface(root: Path) -> None:
+    metrics = metrics_of(root)
+    assert metrics["rows"] == 1500
+    assert [prefix["end"] for prefix in metrics["prefixes"]] == list(ENDS)
+    for prefix in metrics["prefixes"]:
+        fields = {"end", "fvu", "mse", "mae", "cosine", "l0", "threshold", "dead_fraction", "cross_entropy"}
+        assert fields <= prefix.keys()
+    assert {"latents", "redundancy", "provenance"} <= metrics.keys()
+    assert metrics["provenance"]["split"] == "heldout"
+
+
+def test_every_file_is_there_and_no_scratch_is_left(root: Path) -> None:
+    folder = settings_of(root).run_dir() / "evaluation"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {*metrics_of(root)["files"], "metrics.json"}
+    assert {"report.html", "latents.safetensors", "loss.png", "fvu.png", "l0.png", "density.png"} <= names
+    for png in folder.glob("*.png"):
+        assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_again_does_nothing_and_a_change_measures_again(root: Path) -> None:
+    folder = settings_of(root).run_dir() / "evaluation"
+    stamps = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    metrics, fresh = evaluate(settings_of(root))
+    assert not fresh
+    assert metrics == metrics_of(root)
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    metrics, fresh = evaluate(settings_of(root, "--evaluate.rows", "700"))
+    assert fresh
+    assert metrics["rows"] == 700
+    tiny_transcoder(seed=5).save(settings_of(root).run_dir())
+    assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
+    (folder / "fvu.png").unlink()
+    assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
+    tiny_transcoder().save(settings_of(root).run_dir())
+    assert evaluate(settings_of(root))[1]
+
+
+def test_the_train_split_on_request(root: Path) -> None:
+    metrics, fresh = evaluate(settings_of(root, "--evaluate.split", "train"))
+    assert fresh
+    assert (metrics["rows"], metrics["provenance"]["split"]) == (2000, "train")
+
+
+def test_the_page_names_what_was_measured(root: Path) -> None:
+    evaluate(settings_of(root))
+    page = (settings_of(root).run_dir() / "evaluation" / "report.html").read_text()
+    assert "1,500 rows" in page
+    assert "tests/tiny" in page
+
+
+def command(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "evaluate", "--cross-entropy-tokens", "0", *arguments(root, *more)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_command_prints_table_verdicts_and_paths(root: Path) -> None:
+    done = command(root)
+    assert done.returncode == 0, done.stderr
+    for text in ("threshold", "dead %", "FVU", "report.html", "layer_0.zarr", "tiny"):
+        assert text in done.stdout
+
+
+def test_a_missing_run_is_one_line(root: Path) -> None:
+    done = command(root, "--run", "absent")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "make train" in done.stderr
+
+
+def test_a_store_of_other_widths_is_refused(root: Path, tmp_path: Path) -> None:
+    rows = tuple(values.numpy() for values in vars(random_rows(40, 7, 5)).values())
+    make_store(settings_of(root, "--harvest", "wide").store_path(0), train=rows, heldout=rows)
+    with pytest.raises(InputError, match="expected widths 7 -> 5"):
+        evaluate(settings_of(root, "--harvest", "wide", "--run", "tiny"))

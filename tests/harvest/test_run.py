@@ -1,0 +1,339 @@
+"""Whole harvests of tiny models: what lands in the store, and what survives being stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import harvest.run as run
+from harvest.run import harvest
+from pipeline import InputError, Settings
+from shards import Store
+from shards.files import read_commit
+from shards.writer import StoreWriter
+from tests.models import sentences, write_jsonl
+
+ROOT = Path(__file__).parent.parent.parent
+Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 512 rows (32 chunks of 16), so that small harvests have several."""
+    import shards.layout
+
+    for module in (
+        shards.layout,
+        sys.modules["shards.writer"],
+        sys.modules["shards.loader"],
+        sys.modules["shards.store"],
+    ):
+        if hasattr(module, "CHUNK_ROWS"):
+            monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(shards.layout, "SHARD_ROWS", 512)
+    monkeypatch.setattr(run, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(run, "SHARD_ROWS", 512)
+
+
+def hugging_face_rows(directory: Path, layer: int, contexts: np.ndarray) -> dict[str, np.ndarray]:
+    """[C, T, D] what the MLP of a layer takes and what it adds to the residual."""
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    block = model.model.layers[layer]
+    caught: dict[str, torch.Tensor] = {}
+    added = getattr(block, "post_feedforward_layernorm", block.mlp)
+    block.mlp.register_forward_pre_hook(lambda module, args: caught.__setitem__("inputs", args[0]))
+    added.register_forward_hook(lambda module, args, out: caught.__setitem__("outputs", out))
+    with torch.inference_mode():
+        model(torch.from_numpy(contexts).long())
+    return {name: tensor.numpy() for name, tensor in caught.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_store_holds_hugging_faces_tensors(
+    family: str, layer: int, settings_for: Make, request: pytest.FixtureRequest
+) -> None:
+    directory = request.getfixturevalue(family)
+    options = ("--harvest.storage", "float32", "--harvest.input", "mlp_in")
+    (path,) = harvest(settings_for(directory, *options, layer=str(layer)))
+    store = Store.open(path)
+    assert len(store.train) == 2000
+    assert len(store.heldout) > 50
+    for split in (store.train, store.heldout):
+        context, position = split.provenance(0, len(split))
+        tokens = split.contexts[:]
+        assert not np.isin(tokens[context, position], [0, 1, 2]).any()
+        assert (position > 0).all()
+        assert (tokens[:, 0] == 0).all()
+        places = context.astype(np.int64) * tokens.shape[1] + position
+        assert len(np.unique(places)) == len(split)
+        expected = hugging_face_rows(directory, layer, tokens)
+        inputs, outputs = split.rows(0, len(split))
+        assert np.abs(inputs.numpy() - expected["inputs"][context, position]).max() < 1e-5
+        assert np.abs(outputs.numpy() - expected["outputs"][context, position]).max() < 1e-5
+
+
+def test_normalised_input_times_the_manifests_gain_is_the_mlps_input(gemma: Path, settings_for: Make) -> None:
+    options = ("--harvest.storage", "float32")
+    plain = Store.open(harvest(settings_for(gemma, *options))[0])
+    gained = Store.open(
+        harvest(settings_for(gemma, *options, "--harvest.input", "mlp_in", "--harvest", "gain"))[0]
+    )
+    gain = torch.tensor(plain.manifest.source.gain)
+    assert torch.allclose(plain.train.rows(0, 2000)[0] * gain, gained.train.rows(0, 2000)[0], atol=1e-5)
+
+
+def test_the_manifest_says_what_was_harvested(gemma: Path, corpus: Path, settings_for: Make) -> None:
+    manifest = Store.open(harvest(settings_for(gemma))[0]).manifest
+    source = manifest.source
+    assert source.model == str(gemma)
+    assert (source.layer, source.n_layers, source.dtype, source.input) == (1, 3, "float32", "normalized")
+    assert source.input_hook == "blocks.1.ln2.hook_normalized"
+    assert source.output_hook == "blocks.1.hook_mlp_out"
+    assert list(source.files) == [corpus.name]
+    assert (source.bos_token_id, source.separator_token_id, source.dropped_token_ids) == (0, 1, [0, 1, 2])
+    assert len(source.gain) == source.d_in == source.d_out == 32
+    for split in manifest.splits.values():
+        assert split.inputs
+        assert 0 < split.inputs.quantisation_fvu < 2e-4
+
+
+def test_several_layers_in_one_pass_equal_separate_passes(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    together = harvest(settings_for(llama, layer="0 2"))
+    elsewhere = ("--paths.activations", str(tmp_path / "elsewhere"))
+    apart = [harvest(settings_for(llama, *elsewhere, layer=layer))[0] for layer in ("0", "2")]
+    assert [read_commit(path) for path in together] == [read_commit(path) for path in apart]
+
+
+def test_asking_again_is_a_no_op(llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = harvest(settings_for(llama))
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    assert harvest(settings_for(llama)) == [path]
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    assert "is already harvested, nothing to do" in capsys.readouterr().out
+
+
+def test_another_harvest_under_the_same_name_is_refused(llama: Path, settings_for: Make) -> None:
+    harvest(settings_for(llama))
+    with pytest.raises(InputError) as stopped:
+        harvest(settings_for(llama, "--harvest.seed", "7", rows=1500))
+    assert "holds another harvest (rows: there 2000, asked 1500; seed: there 0, asked 7)" in str(
+        stopped.value
+    )
+    harvest(settings_for(llama, "--harvest.seed", "7", "--harvest", "second", rows=1500))
+
+
+def test_batch_size_does_not_change_a_row_beyond_rounding(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    a = Store.open(harvest(settings_for(llama, "--harvest.storage", "float32"))[0])
+    other = (
+        "--paths.activations",
+        str(tmp_path / "b"),
+        "--harvest.batch_size",
+        "3",
+        "--harvest.storage",
+        "float32",
+    )
+    b = Store.open(harvest(settings_for(llama, *other))[0])
+    assert a.manifest.fingerprint == b.manifest.fingerprint
+    assert torch.allclose(a.train.rows(0, 2000)[1], b.train.rows(0, 2000)[1], atol=1e-5)
+
+
+# -- stopped and continued -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("when", [0, 2, 4])
+@pytest.mark.parametrize("what", [KeyboardInterrupt, OSError, MemoryError])
+def test_stopped_at_any_window_and_continued(
+    llama: Path, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int, what: type
+) -> None:
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+    write, calls = StoreWriter.write_window, []
+
+    def fails(self: StoreWriter, *args: Any) -> None:
+        calls.append(args[:2])
+        if len(calls) > when:
+            raise what("stopped by the test")
+        write(self, *args)
+
+    monkeypatch.setattr(StoreWriter, "write_window", fails)
+    with pytest.raises((what, InputError)):
+        harvest(settings_for(llama))
+    path = settings_for(llama).store_path(1)
+    with pytest.raises(InputError, match="unfinished harvest"):
+        Store.open(path)
+    monkeypatch.setattr(StoreWriter, "write_window", write)
+    monkeypatch.setattr(run, "documents", None)  # the dataset is never opened again
+    assert harvest(settings_for(llama)) == [path]
+    assert read_commit(path) == read_commit(whole)
+    assert not (path / ".harvest").exists()
+
+
+def test_stopped_in_the_text_pass_and_continued(
+    llama: Path, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+
+    def stops(*_: Any) -> Any:
+        yield from sentences(20)
+        raise InputError("data.files x: cannot be read: gone")
+
+    monkeypatch.setattr(run, "documents", stops)
+    with pytest.raises(InputError, match="gone"):
+        harvest(settings_for(llama))
+    assert not settings_for(llama).store_path(1).exists()
+    monkeypatch.undo()
+    (path,) = harvest(settings_for(llama))
+    assert read_commit(path) == read_commit(whole)
+
+
+def test_a_partial_store_of_another_harvest_is_refused(
+    llama: Path, settings_for: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StoreWriter, "write_window", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        harvest(settings_for(llama))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="holds another harvest"):
+        harvest(settings_for(llama, rows=1500))
+
+
+def test_a_second_harvest_into_one_store_is_refused(llama: Path, settings_for: Make) -> None:
+    settings = settings_for(llama)
+    with StoreWriter(settings.store_path(1)).lock(), pytest.raises(InputError) as stopped:
+        harvest(settings)
+    assert f"another harvest is writing it (process {os.getpid()})" in str(stopped.value)
+    harvest(settings)  # the lock of whoever is gone is no obstacle
+
+
+def command_of(settings: Settings, processes: int = 1) -> list[str]:
+    """The command line that harvests what `settings_for` made."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*python, "-m", "harvest", "--layer", "1", "--model.name", settings.model.name]
+    command += [
+        "--data.files",
+        ",".join(settings.data.files),
+        "--data.pack",
+        "concat",
+        "--model.device",
+        "cpu",
+    ]
+    command += ["--harvest.rows", str(settings.harvest.rows), "--harvest.context_length", "32"]
+    command += ["--harvest.heldout_fraction", "0.1", "--paths.activations", str(settings.paths.activations)]
+    return command
+
+
+def test_two_processes_write_the_same_bytes(llama: Path, settings_for: Make, tmp_path: Path) -> None:
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+    settings = settings_for(llama)
+    done = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_commit(settings.store_path(1)) == read_commit(whole)
+
+
+def test_killed_and_continued(llama: Path, settings_for: Make, tmp_path: Path) -> None:
+    """kill -9 of the real command at three moments; the finished store is byte-identical."""
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+    command = command_of(settings_for(llama))
+    path = settings_for(llama).store_path(1)
+    for sign in ("train/contexts", ".harvest/plan.json", ".harvest/records"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (path / sign).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_commit(path) == read_commit(whole)
+
+
+# -- refused -------------------------------------------------------------------------------------------
+
+
+def test_storage_that_costs_too_much_is_refused(llama: Path, settings_for: Make) -> None:
+    with pytest.raises(InputError) as stopped:
+        harvest(settings_for(llama, "--harvest.max_quantisation_fvu", "1e-9"))
+    assert "storing the inputs as int8 costs FVU" in str(stopped.value)
+    assert "use --harvest.storage bfloat16" in str(stopped.value)
+
+
+def test_activations_that_are_not_finite_are_refused(llama: Path, settings_for: Make, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    import shutil
+
+    broken = shutil.copytree(llama, tmp_path / "broken")
+    model.save_pretrained(broken)
+    with pytest.raises(
+        InputError, match=r"layer 1, blocks\.1\.hook_mlp_out: NaN or infinity in context 0 position 1"
+    ):
+        harvest(settings_for(broken))
+
+
+def test_a_layer_that_does_not_exist(llama: Path, settings_for: Make) -> None:
+    with pytest.raises(InputError, match=r"layer: 99 asked for, but .* has layers 0 to 2"):
+        harvest(settings_for(llama, layer="99"))
+
+
+def test_no_layer(llama: Path, settings_for: Make) -> None:
+    with pytest.raises(InputError, match="layer: none given; for example LAYER=17"):
+        harvest(settings_for(llama, layer=""))
+
+
+def test_a_disk_that_is_too_small(llama: Path, settings_for: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"the harvest needs .* 5 B are free; lower harvest\.rows"):
+        harvest(settings_for(llama))
+    harvest(settings_for(llama), force=True)
+
+
+def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, tmp_path: Path) -> None:
+    """`make harvest LAYER=1 ARGS="--model.name <gemma-2 directory> --data.files <jsonl>"`, at real widths."""
+    text = write_jsonl(tmp_path / "text.jsonl", sentences(60, words=80))
+    command = [sys.executable, "-m", "harvest", "--layer", "1", "--model.name", str(wide_gemma)]
+    command += ["--data.files", str(text), "--harvest.rows", "1100", "--harvest.context_length", "64"]
+    command += [
+        "--harvest.heldout_fraction",
+        "0.1",
+        "--paths.activations",
+        str(tmp_path),
+        "--model.device",
+        "cpu",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    store = Store.open(tmp_path / "wide-gemma" / "layer_1.zarr")
+    assert (store.manifest.source.d_in, len(store.train)) == (2304, 1100)
+    assert store.manifest.splits["train"].outputs
+    assert store.manifest.splits["train"].outputs.quantisation_fvu < 2e-4
+
+
+def test_gemma_2_without_a_network_ends_in_seconds_with_one_line(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "harvest", "--layer", "17", "--paths.activations", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model google/gemma-2-2b: the Hugging Face hub was not reached (")
+    assert "give --model.name <local directory>; make demo needs no hub" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert time.monotonic() - begun < 20
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,173 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import PIPELINE_TOML, SECTIONS, InputError, Settings, load, parser
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings(*argv: str, toml: Path = PIPELINE_TOML) -> Settings:
+    return load(parser("train", ""), argv, toml)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "d_sae", "groups", "rows"),
+    [
+        ("17", 18_432, (1152, 2304, 4608, 10368), 15_000_000),
+        ("12", 36_864, (2304, 4608, 9216, 20736), 20_000_000),
+        ("8", 18_432, (1152, 2304, 4608, 10368), 1_000_000),
+    ],
+)
+def test_the_guides_recipes(layer: str, d_sae: int, groups: tuple[int, ...], rows: int) -> None:
+    made = settings("--layer", layer)
+    assert made.model.name == "google/gemma-2-2b"
+    assert (made.data.dataset, made.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert made.transcoder.resolve(d_in=2304) == (d_sae, groups)
+    assert (made.transcoder.k, made.train.lr) == (96, 4e-4)
+    assert (made.harvest.rows, made.train.rows) == (rows, rows)
+    assert made.train.sample_every > 0
+
+
+def test_precedence(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text(
+        '[model]\nname = "m"\n[train]\nlr = 1e-3\nbatch_size = 8\nseed = 3\norder_seed = 4\n'
+        "[profile.p.train]\nbatch_size = 16\nseed = 5\norder_seed = 6\n"
+        "[recipe.m.7.train]\nseed = 7\norder_seed = 8\n"
+    )
+    made = settings("--layer", "7", "--profile", "p", "--train.order_seed", "9", toml=toml)
+    train = made.train
+    assert (train.lr, train.batch_size, train.seed, train.order_seed) == (1e-3, 16, 7, 9)
+    assert train.log_every == Settings().train.log_every
+
+
+def test_a_recipe_applies_to_its_own_model_only() -> None:
+    assert settings("--layer", "8", "--model.name", "other/model").harvest.rows == 15_000_000
+    assert settings("--layer", "8").harvest.rows == 1_000_000
+
+
+def test_any_layer_of_the_demo_model_works() -> None:
+    assert settings("--profile", "demo").layers == (12,)
+    assert settings("--profile", "demo", "--layer", "15").layers == (15,)
+
+
+def test_sizes_may_be_multiples_of_d_in() -> None:
+    made = settings("--layer", "3", "--model.name", "m").transcoder
+    assert made.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
+
+
+def test_run_names_tell_what_differs_from_the_recipe() -> None:
+    assert settings("--layer", "17").run == "default"
+    assert settings("--layer", "17", "--train.lr", "3e-4").run == "default-lr0.0003"
+    assert settings("--profile", "demo", "--transcoder.k", "16").run == "demo-k16"
+    assert settings("--layer", "17", "--run", "mine", "--train.lr", "3e-4").run == "mine"
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            ["--train.lrr", "1"],
+            "command line: unrecognized arguments: --train.lrr 1; --help lists every option",
+        ),
+        (
+            ["--train.lr", "fast"],
+            "command line: train.lr: Input should be a valid number, unable to parse string as a number, found 'fast'",
+        ),
+        (["--train.lr", "-1"], "command line: train.lr: Input should be greater than 0, found '-1'"),
+        (["--train.lr", "nan"], "command line: train.lr: Input should be a finite number, found 'nan'"),
+        (
+            ["--harvest.storage", "int4"],
+            "command line: harvest.storage: Input should be 'int8', 'bfloat16' or 'float32', found 'int4'",
+        ),
+        (
+            ["--transcoder.d_sae", "100"],
+            "command line: transcoder: d_sae must be the sum of group_sizes: d_sae is 100, "
+            "group_sizes 1152, 2304, 4608, 10368 do not sum to it",
+        ),
+        (
+            ["--transcoder.group_sizes", "1152,0,17280"],
+            "command line: transcoder: size 0 of d_in 1048576 is 0, not a positive whole number of latents",
+        ),
+        (
+            ["--transcoder.k", "20000"],
+            "command line: transcoder: k is 20000, but there are only 18432 latents; ",
+        ),
+        (["--train.min_lr", "1"], "command line: train: min_lr 1 is above lr 0.0004; lower train.min_lr"),
+        (["--train.rows", "10"], "command line: train: rows 10 are less than one batch of 1024"),
+        (["--layer", "x"], "layer: expected layer numbers from 0, found 'x'; for example LAYER=17"),
+        (["--run", "../up"], "run: '../up' is not a name; use letters, digits and . _ + = - (at most 100)"),
+        (["--profile", "nope"], "profile: expected one of demo, found 'nope'; see pipeline.toml"),
+        (
+            ["--train.lr"],
+            "command line: argument --train.lr: expected one argument; --help lists every option",
+        ),
+    ],
+)
+def test_mistakes_stop_with_one_line(argv: list[str], line: str) -> None:
+    with pytest.raises(InputError) as stopped:
+        settings("--layer", "17", *argv)
+    assert str(stopped.value).startswith(line)
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[train]\nlrr = 1\n", "pipeline.toml: unknown setting train.lrr; known are rows, batch_size, lr,"),
+        ("[trian]\nlr = 1\n", "pipeline.toml: unknown setting trian; known are model, data,"),
+        ("[train]\nlr = 'x'\n", "pipeline.toml: train.lr: Input should be a valid number"),
+        ("[train\n", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path: Path, text: str, line: str) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text(text)
+    with pytest.raises(InputError) as stopped:
+        settings("--layer", "1", toml=toml)
+    assert line in str(stopped.value)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        settings("--layer", "17").train.lr = 1  # type: ignore[misc]
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read = set()
+    for package in ("harvest", "shards", "train", "evaluate"):
+        for path in (ROOT / package).rglob("*.py"):
+            read |= {
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            }
+    methods = ast.walk(ast.parse((ROOT / "pipeline.py").read_text()))
+    read |= {node.attr for node in methods if isinstance(node, ast.Attribute)}
+    unread = [
+        f"{name}.{key}"
+        for name, section in SECTIONS.items()
+        for key in section.model_fields
+        if key not in read
+    ]
+    assert not unread
+
+
+def test_every_setting_has_a_docstring() -> None:
+    undocumented = [
+        f"{n}.{k}" for n, s in SECTIONS.items() for k, f in s.model_fields.items() if not f.description
+    ]
+    assert not undocumented
+
+
+def test_exit_code_2_and_no_traceback() -> None:
+    command = [sys.executable, "-m", "harvest", "--layer", "17", "--train.lrr", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: command line: unrecognized arguments: --train.lrr 1; --help lists every option\n"
+    )
+    assert done.stdout == ""
