@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from pipeline import ROOT, InputError, Settings
 from shards import Store
-from tests.train.runs import tiny_settings
+from tests.train.runs import command, tensors, tiny_settings
 from train import Transcoder, checkpoint, record
 from train.loop import Run, train, train_together
 
@@ -28,11 +27,6 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def untimed(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in metrics(run_dir)]
-
-
-def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    loaded = Transcoder.load(run_dir)
-    return loaded.parameters.named() | {"thresholds": loaded.thresholds}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -115,15 +109,6 @@ def test_a_stopped_run_continues_bit_identically(
     assert not (settings.run_dir() / "transcoder.safetensors").exists()
     train(settings, store)
     assert_same_run(settings.run_dir(), finished)
-
-
-def command(settings: Settings, *more: str) -> list[str]:
-    options = [sys.executable, "-m", "train", "--layer", "0", "--run", settings.run, *more]
-    for section in ("model", "transcoder", "train", "wandb", "paths"):
-        for key, value in getattr(settings, section):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            options += [f"--{section}.{key}", text]
-    return options
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
