@@ -29,7 +29,10 @@ class Recipe:
         source, moments = store.manifest.source, store.manifest.splits["train"]
         if moments.inputs is None or moments.outputs is None:
             raise InputError(f"{store.path}: has no train rows; harvest more")
-        _, groups = settings.transcoder.resolve(source.d_in)
+        try:
+            _, groups = settings.transcoder.resolve(source.d_in)
+        except ValueError as error:  # sizes given as multiples: only now d_in is known
+            raise InputError(f"transcoder: {error}") from error
         objective = Objective(
             prefix_ends=tuple(accumulate(groups)),
             prefix_weights=(1 / len(groups),) * len(groups),
