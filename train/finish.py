@@ -29,7 +29,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
     raw = raw_transcoder(state, recipe)
     kept_per_row = (state.kept / state.kept_rows).tolist()
     thresholds = calibrate(raw, lambda: _calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
-    found = measure(raw, _heldout(store, raw.W_enc.device), lambda _: thresholds)
+    found = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
     metadata = {
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
@@ -57,8 +57,11 @@ def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> I
                 return
 
 
-def _heldout(store: Store, device: torch.device, block: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
-    n = min(MEASURED_ROWS, len(store.heldout))
+def heldout_rows(
+    store: Store, limit: int, device: torch.device, block: int = 1024
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `limit` held-out rows, or all there are, as blocks of (inputs, outputs)."""
+    n = min(limit, len(store.heldout))
     for start in range(0, n, block):
         inputs, outputs = store.heldout.rows(start, min(start + block, n))
         yield inputs.to(device), outputs.to(device)

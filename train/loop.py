@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline import InputError, Settings
 from shards import Batch, Store
-from train import checkpoint, record
+from train import checkpoint, memory, record
 from train.dense import DenseStep
-from train.finish import finish, raw_transcoder
+from train.finish import finish, heldout_rows, raw_transcoder
 from train.gradients import Gradients
 from train.log import Log
 from train.losses import Objective, StepValues
@@ -25,7 +25,7 @@ from train.measure import PROBE_ROWS, measure, training_cut
 from train.optimizer import apply
 from train.peers import ALONE, Peers, joined
 from train.recipe import Recipe, initial
-from train.sparse import SparseStep
+from train.sparse import Buffers, SparseStep
 from train.state import State
 from train.topk import Entries
 from train.transcoder import Parameters, Transcoder
@@ -45,10 +45,10 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__("auxiliary loss" if prefix is None else f"prefix {prefix}")
 
 
-def step_for(objective: Objective, peers: Peers = ALONE) -> Step:
+def step_for(objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> Step:
     """The one place that decides between the dense and the sparse step; both give the same gradients."""
     dense = objective.k > DENSE_SHARE * objective.d_sae
-    return DenseStep(objective, peers) if dense else SparseStep(objective, peers)
+    return DenseStep(objective, peers) if dense else SparseStep(objective, peers, buffers)
 
 
 @torch.no_grad()
@@ -83,7 +83,14 @@ def kept_below(latents: Tensor, prefix_ends: tuple[int, ...]) -> Tensor:
 class Run:
     """One run being trained: its directory, state, step, log."""
 
-    def __init__(self, settings: Settings, store: Store, device: str, peers: Peers = ALONE) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        device: str,
+        peers: Peers = ALONE,
+        buffers: Buffers | None = None,
+    ) -> None:
         self.settings, self.store, self.peers = settings, store, peers
         self.dir = settings.run_dir()
         source = store.manifest.source
@@ -91,14 +98,13 @@ class Run:
         if peers.leads:
             record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
         peers.wait()
-        self.step = step_for(self.recipe.objective, peers)
+        self.step = step_for(self.recipe.objective, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
         groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
         self.state = State.start(parameters, groups, sampled)
         checkpoint.restore(self.dir, self.state)
         if peers.leads:
             checkpoint.cut_metrics(self.dir, self.state.step)
-        self._probe = [rows.to(device) for rows in store.heldout.rows(0, min(PROBE_ROWS, len(store.heldout)))]
         config = settings.model_dump(mode="json") | {"harvest_fingerprint": store.manifest.fingerprint}
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
@@ -169,8 +175,8 @@ class Run:
     @torch.no_grad()
     def _probed(self) -> dict[str, float | None]:
         objective = self.recipe.objective
-        pairs = zip(*(rows.split(self.settings.train.batch_size) for rows in self._probe), strict=True)
         cuts = training_cut(objective.k, objective.selection, len(objective.prefix_ends))
+        pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
         found = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
         return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(found.fvu)}
 
@@ -207,10 +213,12 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     What decides the batches (rows, batch size, order seed) is the same for all of them.
     """
     device = device_of(wanted[0])
+    _check_memory(wanted, store, torch.device(device))
     with joined(device) as peers:
         runs: list[Run] = []
         try:
-            runs += [Run(settings, store, device, peers) for settings in wanted]
+            buffers = Buffers()
+            runs += [Run(settings, store, device, peers, buffers) for settings in wanted]
             _feed_all(runs, store, peers)
             for run in runs:
                 run.finish()
@@ -218,6 +226,21 @@ def train_together(wanted: list[Settings], store: Store) -> None:
             for run in runs:
                 if run.log is not None:
                     run.log.close()
+
+
+def _check_memory(wanted: list[Settings], store: Store, device: torch.device) -> None:
+    source = store.manifest.source
+    widths = source.d_in, source.d_out
+    state, on_top = 0, 0
+    for settings in wanted:
+        objective, transcoder, train = (
+            Recipe.of(settings, store).objective,
+            settings.transcoder,
+            settings.train,
+        )
+        state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
+        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size))
+    memory.check(state, on_top, device)
 
 
 def _feed_all(runs: list[Run], store: Store, peers: Peers) -> None:

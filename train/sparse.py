@@ -29,12 +29,28 @@ LATENTS = 512
 DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class SparseStep:
-    """Forward and backward with one dense product, the encoder's. Keeps its large buffers."""
+class Buffers:
+    """Large tensors that outlive a step: a fresh one of [F, D] costs 0.1 s. Shared by the runs of a sweep."""
 
-    def __init__(self, objective: Objective, peers: Peers = ALONE) -> None:
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def get(
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor on the device of `like`; its content is whatever was left in it."""
+        key = (name, tuple(shape), dtype or like.dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(shape, dtype=key[2], device=like.device)
+        return self._kept[key]
+
+
+class SparseStep:
+    """Forward and backward with one dense product, the encoder's."""
+
+    def __init__(self, objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> None:
         self.objective, self.peers = objective, peers
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = buffers or Buffers()
 
     def __call__(
         self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
@@ -47,8 +63,8 @@ class SparseStep:
         entries, cut = self._select(parameters, x)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
-        residual = self._kept("residual", y.shape, y) if wants_aux else None
-        S = self._kept("S", (len(x) * bags.groups, y.shape[1]), y)
+        residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
+        S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
         n_values = y.numel() * peers.world
         scale = [2 * weight / n_values for weight in objective.prefix_weights]
         squared_errors, d_acts = _decode(parameters, x, y, bags, scale, S, residual)
@@ -73,21 +89,12 @@ class SparseStep:
         objective, exact = self.objective, None
         W_enc, b_enc, rows = parameters.W_enc, parameters.b_enc, x
         if objective.precision == "bfloat16":
-            W_enc = self._kept("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
             b_enc, rows = b_enc.bfloat16(), x.bfloat16()
             exact = partial(_pre_activations, parameters, x)
-        pre = self._kept("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
+        pre = self._buffers.get("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
         torch.addmm(b_enc, rows, W_enc.T, out=pre)
         return SELECT[objective.selection](pre, objective.k, exact, self.peers)
-
-    def _kept(
-        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """A buffer that lives as long as the step; its content is whatever the last step left."""
-        old = self._buffers.get(name)
-        if old is None or old.shape != shape or old.dtype != (dtype or like.dtype):
-            old = self._buffers[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-        return old
 
 
 def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Parameters:
 
         With a = relu(x W_enc^T + b_enc) the raw activation is scale_out * a, so that decoder rows
         keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec. The mean
-        input goes into the biases.
+        input goes into the biases. W_dec is shared, not copied.
         """
         ratio, mean = by.scale_out / by.scale_in, by.mean_in.double()
         W_enc = self.W_enc * ratio
@@ -67,7 +67,7 @@ class Parameters:
         return Parameters(
             W_enc=W_enc,
             b_enc=b_enc - _product(W_enc, mean),
-            W_dec=self.W_dec.clone(),
+            W_dec=self.W_dec,
             b_dec=b_dec if W_skip is None else b_dec - _product(W_skip, mean),
             W_skip=W_skip,
         )
@@ -80,7 +80,7 @@ class Parameters:
         return Parameters(
             W_enc=self.W_enc * ratio,
             b_enc=b_enc / by.scale_out,
-            W_dec=self.W_dec.clone(),
+            W_dec=self.W_dec,
             b_dec=b_dec / by.scale_out,
             W_skip=None if self.W_skip is None else self.W_skip * ratio,
         )
