@@ -25,8 +25,11 @@ demo: install install-embedded
 test: install-dev install-embedded lint
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
+# One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
+RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC),$(PY))
+
 harvest: install
-	@$(PY) -m harvest $(OPTIONS)
+	@$(RUN_PY) -m harvest $(OPTIONS)
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
@@ -35,7 +38,7 @@ verify: install
 	@$(PY) -m shards verify $(OPTIONS)
 
 train: install
-	@$(PY) -m train $(OPTIONS)
+	@$(RUN_PY) -m train $(OPTIONS)
 
 evaluate: install
 	@$(PY) -m evaluate $(OPTIONS)

@@ -6,10 +6,17 @@ from pipeline import load, parser, run_stage
 def main() -> None:
     options = parser("harvest", "Run the language model once and write its (input, output) activations.")
     options.add_argument("--force", action="store_true", help="harvest even if the disk looks too small")
+    options.add_argument("--plan", action="store_true", help="print what the harvest will take, and stop")
     settings, given = load(options)
-    from harvest.run import harvest  # after the settings are checked: torch takes seconds to import
+    from harvest.run import (
+        harvest,
+        plan_only,
+    )  # after the settings are checked: torch takes seconds to import
 
-    harvest(settings, force=given.force)
+    if given.plan:
+        plan_only(settings)
+    else:
+        harvest(settings, force=given.force)
 
 
 if __name__ == "__main__":

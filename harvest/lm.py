@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from harvest.embedded import MODELS, model_directory
@@ -114,7 +114,9 @@ def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
 def pick_device(name: str) -> torch.device:
     """The device of `model.device`; raises `InputError` when it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -193,6 +195,12 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
     tokenizer.backend_tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def width(where: str, revision: str | None) -> int:
+    """Model width D, from its configuration alone."""
+    config = AutoConfig.from_pretrained(where, revision=revision)
+    return config.get_text_config().hidden_size
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:

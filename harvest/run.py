@@ -3,8 +3,6 @@
 import contextlib
 import shutil
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,17 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from harvest import lm
-from harvest.activations import Kept, fill_window
+from harvest import lm, ranks
 from harvest.text import Special, documents, is_heldout, local_files, pack_splits
+from harvest.windows import run_windows
 from pipeline import InputError, Settings
 from shards.codecs import Compressor
 from shards.files import sha256, write_whole
-from shards.layout import CHUNK_ROWS, SHARD_ROWS, windows
+from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
-from shards.plan import Plan, human, plan
+from shards.plan import estimate, human, measure
 from shards.store import Store
-from shards.writer import ContextWriter, StoreWriter, Text, WindowRows, stored_order
+from shards.writer import ContextWriter, StoreWriter, Text
 
 AUTO_COMPRESSOR = {
     "int8": ("zstd-3", "zstd-3"),
@@ -46,10 +44,12 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
     todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
     if todo:
         where = lm.locate(settings.model)  # before anything is written
+        ranks.join()
         with contextlib.ExitStack() as stack:
-            for writer in todo.values():
+            for writer in todo.values() if ranks.rank() == 0 else ():
                 stack.enter_context(writer.lock())
             _harvest(settings, todo, request, where, force)
+        ranks.leave()
     return [writer.root for writer in writers.values()]
 
 
@@ -104,13 +104,21 @@ def _harvest(
 ) -> None:
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack)
-    _text_pass(settings, list(writers.values()), request, tokenizer, special)
+    first, stores = ranks.rank() == 0, list(writers.values())
+    if first:
+        _text_pass(settings, stores, request, tokenizer, special)
+    ranks.barrier()
     model = lm.load(settings.model, where, tokenizer)
-    for layer, writer in writers.items():
-        writer.begin(_source(settings, model, layer, request, special, _first_contexts(writer, settings)))
-    _refuse_if_it_cannot_fit([_plan(writer) for writer in writers.values()], settings, force)
-    _run_windows(settings, model, writers)
-    for layer, writer in writers.items():
+    sources = _sources(settings, model, writers, request, special)
+    for writer, source in zip(stores, sources, strict=True):
+        writer.begin(source, create=first)
+    ranks.barrier()
+    check_size = partial(_refuse_if_it_cannot_fit, stores, settings, force)
+    if first:
+        check_size()
+    run_windows(model, stores, settings.harvest, after_first=check_size if first else lambda: None)
+    ranks.barrier()
+    for layer, writer in writers.items() if first else ():
         _summary(layer, writer.root, writer.finish())
 
 
@@ -157,39 +165,36 @@ def _text_pass(
         writer.finish_text(request, text)
 
 
-def _first_contexts(writer: StoreWriter, settings: Settings) -> torch.Tensor:
-    """[b, T] the first contexts of the train split: what the gain is checked on."""
-    contexts = writer.contexts("train", settings.harvest.context_length)
-    return torch.from_numpy(contexts[:2]).long()
-
-
 # -- model ---------------------------------------------------------------------------------------------
 
 
-def _source(
+def _sources(
     settings: Settings,
     model: lm.LanguageModel,
-    layer: int,
+    writers: dict[int, StoreWriter],
     request: dict[str, Any],
     special: Special,
-    sample: torch.Tensor,
-) -> Source:
-    if layer >= model.n_layers:
-        raise InputError(f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}")
-    input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
-    gain = model.gain(layer, sample)
-    return Source(
-        **{
-            **request,
+) -> list[Source]:
+    """One per layer; the gain is checked on the first contexts of the train split."""
+    digest = model.weights_sha256()
+    sources = []
+    for layer, writer in writers.items():
+        if layer >= model.n_layers:
+            raise InputError(
+                f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}"
+            )
+        input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
+        sample = writer.contexts("train", settings.harvest.context_length)[:2]
+        found = {
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights_sha256": model.weights_sha256(),
+            "weights_sha256": digest,
             "layer": layer,
             "n_layers": model.n_layers,
             "input_hook": input_hook,
             "output_hook": output_hook,
             "d_in": model.d_model,
             "d_out": model.d_model,
-            "gain": gain.values.tolist(),
+            "gain": model.gain(layer, torch.from_numpy(sample).long()).values.tolist(),
             "bos_token_id": special.bos,
             "separator_token_id": special.separator,
             "dropped_token_ids": special.dropped,
@@ -197,7 +202,8 @@ def _source(
             "chunk_rows": CHUNK_ROWS,
             "versions": _versions(),
         }
-    )
+        sources.append(Source.model_validate({**request, **found}))
+    return sources
 
 
 def _versions() -> dict[str, str]:
@@ -209,76 +215,33 @@ def _versions() -> dict[str, str]:
     }
 
 
-# -- windows -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """One layer's store and what it still lacks."""
-
-    writer: StoreWriter
-    missing: frozenset[tuple[str, int]]
-
-
-def _run_windows(settings: Settings, model: lm.LanguageModel, writers: dict[int, StoreWriter]) -> None:
-    """Fill, compress and publish every missing window; one window is written while the next one is filled."""
-    lanes = [_Lane(writer, frozenset(writer.missing())) for writer in writers.values()]
-    rows = next(iter(writers.values())).text.rows
-    work = [(s, w, window) for s in SPLITS for w, window in enumerate(windows(rows[s]))]
-    work = [(s, w, window) for s, w, window in work if any((s, w) in lane.missing for lane in lanes)]
-    hooks = [
-        hook for lane in lanes for hook in (lane.writer.source.input_hook, lane.writer.source.output_hook)
-    ]
-    kept: dict[str, Kept] = {}
-    with (
-        ThreadPoolExecutor(max_workers=max(1, min(len(lanes), 4))) as pool,
-        model.capturing(sorted(set(hooks))) as caught,
-        tqdm(total=sum(len(w) for *_, w in work), unit="tok", desc="harvest", dynamic_ncols=True) as bar,
-    ):
-        writing: list[Future[None]] = []
-        for split, number, window in work:
-            if split not in kept:
-                first = lanes[0].writer
-                contexts = first.contexts(split, settings.harvest.context_length)
-                kept[split] = Kept.count(contexts, first.source.dropped_token_ids)
-            here = [lane.writer for lane in lanes if (split, number) in lane.missing]
-            limit = settings.harvest.max_quantisation_fvu
-            filled = [WindowRows.empty(len(window), writer.source, limit) for writer in here]
-            order = stored_order(here[0].source, split, number, len(window))
-            batches = kept[split].batches(window, settings.harvest.batch_size)
-            targets = [(writer.source, rows) for writer, rows in zip(here, filled, strict=True)]
-            fill_window(model, batches, order, caught, targets, bar.update)
-            _wait(writing)
-            writing = [
-                pool.submit(writer.write_window, split, number, rows)
-                for writer, rows in zip(here, filled, strict=True)
-            ]
-        _wait(writing)
-
-
-def _wait(writing: list[Future[None]]) -> None:
-    """Until the windows are published; raises what a writing thread raised."""
-    for future in writing:
-        future.result()
-
-
 # -- plan and summary ----------------------------------------------------------------------------------
 
 
-def _plan(writer: StoreWriter) -> Plan:
-    return plan(writer.source, sum(writer.text.rows.values()), writer.root)
+def plan_only(settings: Settings) -> None:
+    """Print what the harvest of every asked layer will take, without starting it."""
+    for layer in settings.layers:
+        writer = StoreWriter(settings.store_path(layer))
+        if writer.complete:
+            tqdm.write(f"layer {layer}: {writer.root} is already harvested")
+            continue
+        width = 2 * lm.width(lm.locate(settings.model), settings.model.revision)
+        asked = settings.harvest
+        heldout = asked.rows * asked.heldout_fraction / (1 - asked.heldout_fraction)
+        plan = estimate(width, asked.storage, asked.rows + round(heldout), writer.root)
+        fits = "" if plan.bytes < plan.free_bytes else "; it does NOT fit"
+        tqdm.write(f"layer {layer}: {plan}{fits}")
 
 
-def _refuse_if_it_cannot_fit(plans: list[Plan], settings: Settings, force: bool) -> None:
-    needed, free = sum(p.bytes for p in plans), plans[0].free_bytes
-    rows = plans[0].rows
-    tqdm.write(
-        f"plan: {rows:,} rows x {len(plans)} layer(s), {plans[0].bytes_per_row:,.0f} bytes a row, "
-        f"about {human(needed)} on disk, {human(free)} free"
-    )
+def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:
+    """Print the plan; called before the first window on an estimate, after it on what was measured."""
+    plans = [measure(writer) for writer in writers]
+    needed, free = sum(plan.bytes for plan in plans), plans[0].free_bytes
+    for writer, plan in zip(writers, plans, strict=True):
+        tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
     if needed > free and not force:
         raise InputError(
-            f"{settings.paths.activations}: the harvest needs about {human(needed)}, {human(free)} are free; "
+            f"{settings.paths.activations}: the harvest needs {human(needed)}, {human(free)} are free; "
             "lower harvest.rows, move paths.activations, or give --force"
         )
 

@@ -1,48 +1,78 @@
-"""What a harvest will take, before it starts.
+"""What a harvest will take on disk, before it starts and again once its first window is measured."""
 
-Estimates: stored bytes per raw byte were measured on real activations (docs/storage.md).
-"""
-
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from shards.codecs import STORED_DTYPE
+from shards.files import store_files
 from shards.layout import CHUNK_ROWS
-from shards.manifest import Source
+from shards.writer import StoreWriter
 
 COMPRESSED = {"int8": 0.86, "bfloat16": 0.76, "float32": 0.88}
-"""Bytes on disk per stored byte, SmolLM2-135M layer 12."""
-BYTES_PER_ROW_OF_PROVENANCE = 3.5
-"""row_context, row_position and the row's tokens, compressed."""
+"""Bytes on disk per stored byte on real activations, SmolLM2-135M layer 12 (docs/storage.md)."""
+PROVENANCE = 3.5
+"""Bytes a row for row_context, row_position and the row's own token, compressed."""
+MANIFEST_BYTES_PER_DIMENSION = 22
+"""One float64 as JSON; the manifest holds mean and second moment of two arrays in two splits."""
 
 
 @dataclass(frozen=True)
 class Plan:
     rows: int
     bytes_per_row: float
+    fixed_bytes: int
+    """Text, tokenizer, metadata: what does not grow with the windows still to come."""
     free_bytes: int
+    measured: bool
+    """Whether bytes_per_row is that of windows already written."""
 
     @property
     def bytes(self) -> int:
-        return int(self.rows * self.bytes_per_row)
+        return int(self.fixed_bytes + self.rows * self.bytes_per_row)
 
-    @property
-    def fits(self) -> bool:
-        return self.bytes < self.free_bytes
+    def __str__(self) -> str:
+        how = "measured" if self.measured else "estimated"
+        return (
+            f"{self.rows:,} rows, {self.bytes_per_row:,.0f} bytes a row ({how}), "
+            f"{human(self.bytes)} on disk, {human(self.free_bytes)} free"
+        )
 
 
-def plan(source: Source, rows: int, where: Path) -> Plan:
-    """Size of a store of `rows` rows in all, and what the disk at `where` has."""
+def estimate(width: int, storage: str, rows: int, where: Path) -> Plan:
+    """Before anything is written; `width` is d_in + d_out, `rows` those of both splits."""
+    stored = width * STORED_DTYPE[storage].itemsize * COMPRESSED[storage]
+    scales = 4 * width / CHUNK_ROWS + 8 if storage == "int8" else 0
+    fixed = 4 * width * MANIFEST_BYTES_PER_DIMENSION
+    return Plan(rows, stored + scales + PROVENANCE, fixed, _free(where), measured=False)
+
+
+def measure(writer: StoreWriter) -> Plan:
+    """From the windows that are written; from an estimate while there are none."""
+    rows, source = sum(writer.text.rows.values()), writer.source
     width = source.d_in + source.d_out
-    stored = width * STORED_DTYPE[source.storage].itemsize * COMPRESSED[source.storage]
-    scales = (4 * width / CHUNK_ROWS + 8) * (source.storage == "int8")
+    records = [json.loads(path.read_bytes()) for path in sorted((writer.work / "records").glob("*.json"))]
+    done = sum(record["rows"] for record in records)
+    if done == 0:
+        return estimate(width, source.storage, rows, writer.root)
+    windows = {name for record in records for name in record["files"]}
+    written = sum((writer.root / name).stat().st_size for name in windows)
+    others = (
+        writer.root / name for name in store_files(writer.root) if name not in windows and "/c/" not in name
+    )
+    text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
+    fixed = sum(path.stat().st_size for path in [*others, *text]) + 4 * width * MANIFEST_BYTES_PER_DIMENSION
+    return Plan(rows, written / done, fixed, _free(writer.root) + written, measured=True)
+
+
+def _free(where: Path) -> int:
     existing = next(path for path in (where, *where.resolve().parents) if path.exists())
-    return Plan(rows, stored + scales + BYTES_PER_ROW_OF_PROVENANCE, shutil.disk_usage(existing).free)
+    return shutil.disk_usage(existing).free
 
 
 def human(size: float) -> str:
-    """1234567 -> "1.2 MB" (powers of ten)."""
+    """1234567 -> "1.23 MB" (powers of ten)."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -124,12 +124,17 @@ class StoreWriter:
 
     # -- windows ---------------------------------------------------------------------------------------
 
-    def begin(self, source: Source) -> None:
-        """Create every array's metadata at its final shape, or check that it was begun with the same source."""
+    def begin(self, source: Source, create: bool = True) -> None:
+        """Create every array's metadata at its final shape, or check that it was begun with the same source.
+
+        Of several processes one creates.
+        """
         self.source = source
         self._arrays = {s: split_arrays(source, s, self.text.rows[s], self.text.contexts[s]) for s in SPLITS}
         if (begun := self._read_work("source.json")) is not None:
             self._check_same_source(begun)
+            return
+        if not create:
             return
         for split, arrays in self._arrays.items():
             write_whole(self.root / split / "zarr.json", dumps(group_metadata()))
@@ -174,10 +179,12 @@ class StoreWriter:
     def _record_path(self, split: str, window: int) -> Path:
         return self.work / "records" / f"{split}-{window:06d}.json"
 
-    def write_window(self, split: str, window: int, columns: "WindowRows") -> None:
+    def write_window(
+        self, split: str, window: int, columns: "WindowRows", max_quantisation_fvu: float
+    ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        Raises `InputError` when storing costs more than `max_quantisation_fvu`.
+        Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`.
         """
         arrays = self._arrays[split]
         digests: dict[str, str] = {}
@@ -190,7 +197,7 @@ class StoreWriter:
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
             files, sums = encode_rows(rows, self.source.storage, arrays, side)
             moments[f"{side}s"] = sums
-            columns.check_cost(self.root, side, self.source.storage, sums)
+            self._check_cost(side, sums, max_quantisation_fvu)
             for name, data in files.items():
                 publish(name, data)
         for name, values in (("row_context", columns.context), ("row_position", columns.position)):
@@ -198,6 +205,15 @@ class StoreWriter:
             publish(name, encode_shard(arrays[name], chunks))
         record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
         write_whole(self._record_path(split, window), dumps(record))
+
+    def _check_cost(self, side: str, sums: dict[str, Any], limit: float) -> None:
+        moments = _reduce([sums])
+        if moments and moments.quantisation_fvu > limit:
+            raise InputError(
+                f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
+                f"{moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
+                "use --harvest.storage bfloat16 or raise it"
+            )
 
     def finish(self) -> Manifest:
         """Reduce the records into the manifest and commit."""
@@ -263,26 +279,15 @@ class WindowRows:
     """[n] uint32"""
     position: np.ndarray
     """[n] uint16"""
-    max_quantisation_fvu: float
 
     @classmethod
-    def empty(cls, rows: int, source: Source, max_quantisation_fvu: float) -> "WindowRows":
+    def empty(cls, rows: int, source: Source) -> "WindowRows":
         return cls(
             np.empty((rows, source.d_in), np.float32),
             np.empty((rows, source.d_out), np.float32),
             np.empty(rows, np.uint32),
             np.empty(rows, np.uint16),
-            max_quantisation_fvu,
         )
-
-    def check_cost(self, root: Path, side: str, storage: str, sums: dict[str, Any]) -> None:
-        moments = _reduce([sums])
-        if moments and moments.quantisation_fvu > self.max_quantisation_fvu:
-            raise InputError(
-                f"{root}: storing the {side}s as {storage} costs FVU {moments.quantisation_fvu:.2g}, "
-                f"above harvest.max_quantisation_fvu {self.max_quantisation_fvu:g}; "
-                "use --harvest.storage bfloat16 or raise it"
-            )
 
 
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:

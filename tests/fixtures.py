@@ -95,11 +95,11 @@ def make_store(
         writer.begin(made)
         for name, (inputs, outputs) in splits.items():
             for number, window in enumerate(windows(len(inputs))):
-                rows = WindowRows.empty(len(window), made, max_quantisation_fvu)
+                rows = WindowRows.empty(len(window), made)
                 order = stored_order(made, name, number, len(window))
                 kept = np.arange(window.start, window.stop)
                 rows.inputs[order], rows.outputs[order] = inputs[kept], outputs[kept]
                 rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1
-                writer.write_window(name, number, rows)
+                writer.write_window(name, number, rows, max_quantisation_fvu)
         writer.finish()
     return Store.open(path)

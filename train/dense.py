@@ -53,6 +53,7 @@ class DenseStep:
                 )
             named = leaves.named()
             gradients = dict(zip(named, torch.autograd.grad(l2 + aux, list(named.values())), strict=True))
-        block = Block(0, gradients.pop("W_enc"), gradients.pop("b_enc"), gradients.pop("W_dec"))
+        d_enc, d_bias, d_dec = (gradients.pop(name) for name in ("W_enc", "b_enc", "W_dec"))
+        block = Block(0, d_enc, d_bias, d_dec, (d_dec * parameters.W_dec).sum(1))
         values = StepValues(squared_errors.detach(), l2.detach(), aux.detach(), entries, cut)
         return values, Gradients(gradients, lambda: iter([block]))

@@ -19,6 +19,8 @@ class Block(NamedTuple):
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
+    along: Tensor
+    """[n] <gradient of W_dec[f], W_dec[f]>: what the unit norm removes of it."""
 
     @property
     def rows(self) -> slice:

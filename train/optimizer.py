@@ -49,7 +49,7 @@ def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None =
     W_dec = adam.parameters.W_dec
     for block in gradients.blocks():
         rows = W_dec[block.rows]
-        project(block.W_dec, rows)
+        project(block.W_dec, block.along, rows)
         for name in ("W_enc", "b_enc", "W_dec"):
             gradient = getattr(block, name)
             adam.update(name, gradient if scale == 1.0 else gradient.mul_(scale), lr, block.rows)
@@ -58,9 +58,9 @@ def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None =
         adam.update(name, gradient if scale == 1.0 else gradient * scale, lr)
 
 
-def project(gradient: Tensor, rows: Tensor) -> None:
-    """Remove from each row of `gradient`, in place, its component along the unit row of `rows`."""
-    gradient.addcmul_(rows, torch.linalg.vecdot(gradient, rows)[:, None], value=-1)
+def project(gradient: Tensor, along: Tensor, rows: Tensor) -> None:
+    """Remove from each row of `gradient`, in place, its component `along` the unit row of `rows`."""
+    gradient.addcmul_(rows, along[:, None], value=-1)
 
 
 def renormalise(rows: Tensor) -> None:
@@ -75,7 +75,7 @@ def clip_scale(parameters: Parameters, gradients: Gradients, clip_norm: float) -
     """
     squares = [gradient.double().square().sum() for gradient in gradients.shared.values()]
     for block in gradients.blocks():
-        project(block.W_dec, parameters.W_dec[block.rows])
-        squares += [gradient.double().square().sum() for gradient in block[1:]]
+        project(block.W_dec, block.along, parameters.W_dec[block.rows])
+        squares += [gradient.double().square().sum() for gradient in block[1:4]]
     norm = torch.stack(squares).sum().sqrt().item()
     return min(1.0, clip_norm / norm) if norm > 0 else 1.0

@@ -67,10 +67,12 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Pa
     """Parameters before the first step, in normalised space: fresh, or another run's."""
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:
-        outputs = store.manifest.splits["train"].outputs
-        assert outputs is not None  # Recipe.of refuses an empty split
-        mean = torch.tensor(outputs.mean, dtype=torch.float64) / recipe.scale_out
-        fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
+        moments = store.manifest.splits["train"]
+        assert moments.inputs is not None  # Recipe.of refuses an empty split
+        assert moments.outputs is not None
+        mean_input = torch.tensor(moments.inputs.mean, dtype=torch.float64) / recipe.scale_in
+        mean_output = torch.tensor(moments.outputs.mean, dtype=torch.float64) / recipe.scale_out
+        fresh = initialise(objective.d_sae, mean_input, mean_output, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
     other = Transcoder.load(Path(settings.train.init_from))
     expected = {

@@ -25,7 +25,7 @@ ROWS = 128
 LATENTS = 512
 """Latents whose gradients are made at a time: 4.7 MB per matrix at width 2,304."""
 
-DeadGradients = tuple[Tensor, Tensor, Tensor]
+DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SparseStep:
@@ -121,10 +121,12 @@ class Bags(NamedTuple):
         first = torch.arange(d_sae + 1, device=latents.device, dtype=torch.int32)
         offsets = torch.searchsorted(latents, first, out_int32=True)
         d_acts = d_acts[order]
-        d_bias = torch.zeros(d_sae, dtype=d_acts.dtype, device=d_acts.device).index_add_(0, latents, d_acts)
+        values, zeros = self.values[order], d_acts.new_zeros(d_sae)
+        d_bias = zeros.index_add(0, latents, d_acts)
+        along = zeros.index_add(0, latents, values * d_acts)
         bag = self.bag[order]
         rows = bag.div(self.groups, rounding_mode="floor")
-        return LatentEntries(rows, bag, self.values[order], d_acts, d_bias, offsets)
+        return LatentEntries(rows, bag, values, d_acts, d_bias, along, offsets)
 
 
 class LatentEntries(NamedTuple):
@@ -137,6 +139,8 @@ class LatentEntries(NamedTuple):
     """[E] gradient by each activation."""
     d_bias: Tensor
     """[F] gradient by b_enc."""
+    along: Tensor
+    """[F] <gradient of W_dec[f], W_dec[f]> = sum over entries of acts * d_acts, as d_acts = <W_dec[f], S>."""
     offsets: Tensor
     """[F + 1] int32: entries of latent f are [offsets[f], offsets[f + 1])."""
 
@@ -193,7 +197,8 @@ def _aux(
         rows = [getattr(parameters, name)[dead].requires_grad_() for name in ("W_enc", "b_enc", "W_dec")]
         loss = aux_loss(x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient)
         d_enc, d_bias, d_dec = torch.autograd.grad(loss, rows)
-    return loss.detach().double(), (d_enc, d_bias, d_dec)
+        along = (d_dec * rows[2].detach()).sum(1)
+    return loss.detach().double(), (d_enc, d_bias, d_dec, along)
 
 
 def _blocks(
@@ -213,6 +218,7 @@ def _blocks(
             W_enc=_sums(x, entries.rows[part], offsets, entries.d_acts[part]),
             b_enc=entries.d_bias[start:stop].clone(),
             W_dec=_sums(S, entries.bag[part], offsets, entries.values[part]),
+            along=entries.along[start:stop].clone(),
         )
         some = slice(dead_bounds[i], dead_bounds[i + 1])
         if dead_gradients is not None and some.start < some.stop:

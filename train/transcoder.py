@@ -56,26 +56,28 @@ class Parameters:
 
 
 def initialise(
-    d_in: int,
     d_sae: int,
+    mean_input: Float[Tensor, " D_in"],
     mean_output: Float[Tensor, " D_out"],
     *,
     skip: bool,
     seed: int,
-    encoder_scale: float = 0.1,
 ) -> Parameters:
     """Parameters before the first step, in normalised space, on the CPU.
 
     b_dec is the mean output, W_dec random unit rows, W_enc normal with standard deviation
-    ENCODER_SCALE / sqrt(d_in), b_enc and W_skip zero.
+    ENCODER_SCALE / sqrt(D_in), W_skip zero. b_enc makes the mean input's pre-activations zero: half of
+    the inputs' energy can lie in their mean (52 % in SmolLM2's layer 12), and without this half of
+    the latents start negative on every row, where no gradient, not even the aux loss's, reaches them.
     """
     generator = torch.Generator().manual_seed(seed)
+    d_in, mean_input = len(mean_input), mean_input.to(torch.float32)
     W_enc = torch.randn(d_sae, d_in, generator=generator).mul_(ENCODER_SCALE / d_in**0.5)
     W_dec = torch.randn(d_sae, len(mean_output), generator=generator)
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return Parameters(
         W_enc=W_enc,
-        b_enc=torch.zeros(d_sae),
+        b_enc=-(W_enc @ mean_input),
         W_dec=W_dec,
         b_dec=mean_output.to(torch.float32).clone(),
         W_skip=torch.zeros(len(mean_output), d_in) if skip else None,

@@ -18,7 +18,8 @@ from train.transcoder import Parameters
 def run(step: type[DenseStep] | type[SparseStep], made: Problem) -> tuple[StepValues, dict[str, Tensor]]:
     with torch.no_grad():
         values, gradients = step(made.objective)(made.parameters, made.x, made.y, made.dead)
-        return values, gradients.whole()
+        along = torch.cat([block.along for block in gradients.blocks()])
+        return values, gradients.whole() | {"along": along}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -54,7 +55,7 @@ def test_sparse_equals_dense_in_float64(chosen: dict[str, Any]) -> None:
     torch.testing.assert_close(sparse.loss, dense.loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sparse.aux_loss, dense.aux_loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sparse.squared_errors, dense.squared_errors, rtol=1e-12, atol=1e-14)
-    assert set(sparse_gradients) == set(made.parameters.named())
+    assert set(sparse_gradients) == {*made.parameters.named(), "along"}
     for name, gradient in dense_gradients.items():
         torch.testing.assert_close(sparse_gradients[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
 
@@ -66,6 +67,7 @@ def test_sparse_equals_dense_in_float32_over_several_blocks(selection: str) -> N
         selection=selection, dtype=torch.float32,
     )  # fmt: skip
     (_, dense), (_, sparse) = run(DenseStep, made), run(SparseStep, made)
+    assert relative(dense["along"], (dense["W_dec"] * made.parameters.W_dec).sum(1)) < 1e-5
     for name, gradient in dense.items():
         assert relative(sparse[name], gradient) < 1e-5, name
 
@@ -78,7 +80,7 @@ def test_buffers_of_an_earlier_step_leave_no_trace() -> None:
         _, kept = step(second.parameters, second.x, second.y, second.dead)
         again = kept.whole()
     _, fresh = run(SparseStep, second)
-    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
+    assert all(torch.equal(again[name], fresh[name]) for name in again)
 
 
 @pytest.mark.parametrize("step", [DenseStep, SparseStep])

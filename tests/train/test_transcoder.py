@@ -104,12 +104,13 @@ def test_what_is_no_transcoder_is_refused(tmp_path: Path) -> None:
 
 def test_first_values() -> None:
     mean = torch.tensor([1.0, -2.0, 3.0])
-    first = initialise(400, 50, mean, skip=True, seed=1)
+    mean_input = torch.linspace(-1, 2, 400)
+    first = initialise(50, mean_input, mean, skip=True, seed=1)
     torch.testing.assert_close(first.W_dec.norm(dim=1), torch.ones(50))
     assert torch.equal(first.b_dec, mean)
     assert float(first.W_enc.std()) == pytest.approx(0.1 / 20, rel=0.02)
-    assert not first.b_enc.any()
+    torch.testing.assert_close(first.W_enc @ mean_input + first.b_enc, torch.zeros(50))
     assert not first.W_skip.any()
-    again, other = (initialise(400, 50, mean, skip=True, seed=seed) for seed in (1, 2))
+    again, other = (initialise(50, mean_input, mean, skip=True, seed=seed) for seed in (1, 2))
     assert torch.equal(first.W_enc, again.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)

@@ -1,0 +1,29 @@
+"""Several processes, started by torchrun: who am I, and wait for the others."""
+
+import os
+
+import torch.distributed as dist
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join() -> None:
+    """Meet the other processes; on the CPU side only, whatever device the model is on."""
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Fill, compress and publish every missing window of every layer.
+
+A window is compressed and written by background threads while the model fills the next one; at most one window
+per layer waits, so memory does not grow with the harvest.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from harvest import ranks
+from harvest.activations import Kept, fill_window
+from harvest.lm import LanguageModel
+from pipeline import Harvest
+from shards.layout import windows
+from shards.manifest import SPLITS
+from shards.writer import StoreWriter, WindowRows, stored_order
+
+Window = tuple[str, int, range]
+"""Split, number, kept positions."""
+
+
+def run_windows(
+    model: LanguageModel, writers: list[StoreWriter], asked: Harvest, after_first: Callable[[], None]
+) -> None:
+    """Write what the stores lack; this process's share of it where there are several.
+
+    `after_first` is called once, when the first window's real size is on disk.
+    Raises what the model or a writing thread raised; the stores stay resumable.
+    """
+    missing = {writer: frozenset(writer.missing()) for writer in writers}
+    ranks.barrier()  # everyone has looked before anyone writes
+    work = [window for window in _all_windows(writers[0]) if any(window[:2] in m for m in missing.values())]
+    work = work[ranks.rank() :: ranks.world()]
+    hooks = {hook for writer in writers for hook in (writer.source.input_hook, writer.source.output_hook)}
+    with (
+        ThreadPoolExecutor(max_workers=min(len(writers), 4)) as pool,
+        model.capturing(sorted(hooks)) as caught,
+        tqdm(
+            total=sum(len(kept) for *_, kept in work), unit="tok", desc="harvest", dynamic_ncols=True
+        ) as bar,
+    ):
+        kept = _Counted(writers[0])
+        writing: list[Future[None]] = []
+        for turn, (split, number, window) in enumerate(work):
+            here = [writer for writer in writers if (split, number) in missing[writer]]
+            filled = [WindowRows.empty(len(window), writer.source) for writer in here]
+            order = stored_order(here[0].source, split, number, len(window))
+            batches = kept[split].batches(window, asked.batch_size)
+            targets = [(writer.source, rows) for writer, rows in zip(here, filled, strict=True)]
+            fill_window(model, batches, order, caught, targets, bar.update)
+            _wait(writing)
+            if turn == 1:
+                after_first()
+            limit = asked.max_quantisation_fvu
+            writing = [
+                pool.submit(writer.write_window, split, number, rows, limit)
+                for writer, rows in zip(here, filled, strict=True)
+            ]
+        _wait(writing)
+
+
+def _all_windows(writer: StoreWriter) -> Iterator[Window]:
+    for split in SPLITS:
+        for number, kept in enumerate(windows(writer.text.rows[split])):
+            yield split, number, kept
+
+
+def _wait(writing: list[Future[None]]) -> None:
+    """Until the windows are published; raises what a writing thread raised."""
+    for future in writing:
+        future.result()
+
+
+class _Counted(dict[str, Kept]):
+    """Each split's kept positions, counted when the split is first needed."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+
+    def __missing__(self, split: str) -> Kept:
+        source = self._writer.source
+        contexts = self._writer.contexts(split, source.context_length)
+        self[split] = Kept.count(contexts, source.dropped_token_ids)
+        return self[split]

@@ -1,0 +1,141 @@
+"""Every damaged byte is found; repair un-commits exactly the damaged windows."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harvest.run import harvest
+from pipeline import InputError
+from shards import Store
+from shards.files import read_commit
+from shards.layout import SHARD_ROWS
+from shards.verify import repair, verify
+from tests.fixtures import make_store
+from tests.harvest.test_run import Make
+from tests.shards.test_store import cut, flip, random_rows
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("verify") / "s.zarr"
+    return make_store(path, random_rows(SHARD_ROWS + 3000), random_rows(1500, seed=1), storage="int8")
+
+
+def data_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file() and "/c/" in str(path))
+
+
+def test_a_whole_store_has_no_damage(store: Store) -> None:
+    assert verify(store.path) == []
+
+
+def test_a_flipped_byte_is_named_with_chunk_and_rows(store: Store, tmp_path: Path) -> None:
+    copy = shutil.copytree(store.path, tmp_path / "s.zarr")
+    path = copy / "train/inputs/c/1/0"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 1
+    path.write_bytes(bytes(data))
+    (damage,) = verify(copy)
+    assert (damage.file, damage.array, damage.what) == (
+        "train/inputs/c/1/0",
+        "train/inputs",
+        "checksum mismatch",
+    )
+    assert damage.lines
+    assert damage.chunk is not None
+    assert damage.lines.start == SHARD_ROWS + 1024 * damage.chunk
+    assert str(damage) == (
+        f"train/inputs/c/1/0, chunk {damage.chunk}, train/inputs[{damage.lines.start}:{damage.lines.stop}]: "
+        "checksum mismatch"
+    )
+
+
+def read_everything(path: Path) -> None:
+    opened = Store.open(path)
+    for split in (opened.train, opened.heldout):
+        split.rows(0, len(split))
+        split.provenance(0, len(split))
+        split.contexts[:]
+
+
+def test_300_random_flips_are_found_and_never_handed_out(store: Store, tmp_path: Path) -> None:
+    """One byte flipped at random places over all files, one at a time."""
+    copy = shutil.copytree(store.path, tmp_path / "s.zarr")
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
+    sizes = np.array([path.stat().st_size for path in files])
+    for _ in range(300):
+        path = (
+            files[rng.choice(len(files), p=sizes / sizes.sum())]
+            if rng.random() < 0.5
+            else files[rng.integers(len(files))]
+        )
+        original = path.read_bytes()
+        data = bytearray(original)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(bytes(data))
+        try:
+            found = [damage.file for damage in verify(copy)]
+        except InputError as error:
+            found = ["files.sha256"] if "files.sha256" in str(error) else []
+        assert str(path.relative_to(copy)) in found
+        with pytest.raises(InputError):
+            read_everything(copy)
+        path.write_bytes(original)
+    assert verify(copy) == []
+
+
+def test_deleted_emptied_and_truncated_files_of_each_kind(store: Store, tmp_path: Path) -> None:
+    kinds = {
+        path.relative_to(store.path).parts[1]: path.relative_to(store.path) for path in data_files(store.path)
+    }
+    assert {
+        "contexts",
+        "inputs",
+        "input_scales",
+        "output_row_scales",
+        "row_context",
+        "row_position",
+    } <= kinds.keys()
+    for name in [*kinds.values(), Path("tokenizer.json"), Path("zarr.json"), Path("train/inputs/zarr.json")]:
+        for damage in (Path.unlink, cut, lambda path: path.write_bytes(b"")):
+            copy = shutil.copytree(store.path, tmp_path / "s.zarr")
+            damage(copy / name)
+            assert str(name) in [found.file for found in verify(copy)], name
+            shutil.rmtree(copy)
+
+
+def test_files_that_do_not_belong(store: Store, tmp_path: Path) -> None:
+    copy = shutil.copytree(store.path, tmp_path / "s.zarr")
+    (copy / "train" / "notes.txt").write_text("x")
+    assert [str(damage) for damage in verify(copy)] == ["train/notes.txt: not listed in files.sha256"]
+
+
+def test_repair_refills_exactly_the_damaged_windows(llama: Path, settings_for: Make) -> None:
+    settings = settings_for(llama)
+    (path,) = harvest(settings)
+    before = read_commit(path)
+    untouched = {file: file.stat().st_mtime_ns for file in data_files(path) if "heldout" in str(file)}
+    flip(path / "train/outputs/c/0/0")
+    (path / "train/row_context/c/0").unlink()
+    assert repair(path, verify(path)) == [("train", 0)]
+    with pytest.raises(InputError, match="unfinished harvest"):
+        Store.open(path)
+    assert harvest(settings) == [path]
+    assert read_commit(path) == before
+    assert verify(path) == []
+    assert untouched == {file: file.stat().st_mtime_ns for file in data_files(path) if "heldout" in str(file)}
+
+
+def test_what_a_harvest_cannot_refill_is_not_repaired(store: Store, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "train/contexts/c/0/0"):
+        copy = shutil.copytree(store.path, tmp_path / "s.zarr")
+        flip(copy / name)
+        with pytest.raises(
+            InputError, match="cannot be refilled from the store alone; remove it and harvest again"
+        ):
+            repair(copy, verify(copy))
+        assert (copy / "files.sha256").is_file()
+        shutil.rmtree(copy)
