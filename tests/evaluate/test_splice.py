@@ -1,0 +1,178 @@
+"""Splicing against Hugging Face's own loss and forward hooks, for plain and sandwich norms."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from evaluate.sparse import Coder
+from evaluate.splice import Loss, rows_of, splice, summary
+from evaluate.splicing import cross_entropy
+from harvest import lm
+from harvest.run import harvest
+from pipeline import Model, Settings
+from shards import Store
+from shards.manifest import Source
+from tests.evaluate.fakes import random_coder
+from tests.fixtures import make_source
+from tests.models import save_model
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights ten times the usual size, so that the MLP matters to the loss."""
+    return save_model(tmp_path_factory.mktemp("loud") / request.param, request.param, initializer_range=0.2)
+
+
+def language_model(directory: Path) -> lm.LanguageModel:
+    model = Model(name=str(directory), device="cpu", dtype="float32")
+    return lm.load(model, lm.locate(model), lm.load_tokenizer(str(directory), None))
+
+
+def hugging_face(directory: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def contexts(n: int = 7, length: int = 12) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(3, 300, (n, length)).astype(np.int32)
+    ids[:, 0] = 0
+    ids[2, 5] = 1
+    return ids
+
+
+def source_of(layer: int) -> Source:
+    hooks = {
+        "input_hook": f"blocks.{layer}.ln2.hook_normalized",
+        "output_hook": f"blocks.{layer}.hook_mlp_out",
+    }
+    return make_source(
+        32, 32, 100, layer=layer, n_layers=3, bos_token_id=0, dropped_token_ids=[0, 1, 2], **hooks
+    )
+
+
+def own_mlp(directory: Path, model: lm.LanguageModel, layer: int) -> Callable[[Tensor], Tensor]:
+    """The perfect transcoder: gain, MLP and post-norm of the block, applied to normalised inputs."""
+    block = hugging_face(directory).model.layers[layer]
+    ids = torch.from_numpy(contexts().astype(np.int64))
+    gain = model.gain(layer, ids).values
+    after = getattr(block, "post_feedforward_layernorm", torch.nn.Identity())
+    return lambda inputs: after(block.mlp(inputs * gain))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_clean_loss_is_hugging_faces_and_the_mlp_itself_costs_nothing(layer: int, directory: Path) -> None:
+    model = language_model(directory)
+    ids = contexts()
+    seen: list[int] = []
+    losses = splice(
+        model,
+        source_of(layer),
+        ids,
+        {"zero": torch.zeros_like, "mean": torch.zeros_like, "mlp": own_mlp(directory, model, layer)},
+        seen.append,
+    )
+    labels = torch.from_numpy(ids.astype(np.int64))
+    with torch.inference_mode():
+        expected = float(hugging_face(directory)(labels, labels=labels).loss)
+    assert sum(seen) == len(ids)
+    assert losses["clean"].positions == ids.shape[0] * (ids.shape[1] - 1)
+    assert summary(losses, "clean")["cross_entropy"] == pytest.approx(expected, abs=1e-4)
+    assert losses["clean"].divergence == pytest.approx(0.0, abs=1e-6)
+    perfect = summary(losses, "mlp")
+    assert perfect["cross_entropy"] == pytest.approx(expected, abs=1e-4)
+    assert perfect["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert summary(losses, "zero")["kl"] > 1e-4
+
+
+def test_a_replacement_is_what_a_hugging_face_hook_would_do(directory: Path) -> None:
+    ids, layer = contexts(), 1
+    labels = torch.from_numpy(ids.astype(np.int64))
+    constant = torch.linspace(-1, 1, 32)
+    losses = splice(
+        language_model(directory),
+        source_of(layer),
+        ids,
+        {"constant": lambda x: constant.expand(len(x), -1)},
+        lambda _: None,
+    )
+    reference = hugging_face(directory)
+    block = reference.model.layers[layer]
+    last = getattr(block, "post_feedforward_layernorm", block.mlp)
+    kept = rows_of(labels, source_of(layer))
+
+    def write(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[kept] = constant
+        return output
+
+    with torch.inference_mode():
+        clean = reference(labels).logits.double().log_softmax(-1)[:, :-1]
+        last.register_forward_hook(write)
+        made = reference(labels, labels=labels)
+    spliced = made.logits.double().log_softmax(-1)[:, :-1]
+    kl = (clean.exp() * (clean - spliced)).sum(-1).mean()
+    assert losses["constant"].cross_entropy / losses["constant"].positions == pytest.approx(
+        float(made.loss), abs=1e-4
+    )
+    assert losses["constant"].divergence / losses["constant"].positions == pytest.approx(float(kl), rel=1e-3)
+
+
+def test_recovered_shares_by_hand() -> None:
+    nats = {"clean": 3.0, "zero": 5.0, "mean": 4.0, "0": 3.5, "1": 3.0}
+    losses = {name: Loss(10, 10 * ce, 2.0) for name, ce in nats.items()}
+    assert summary(losses, "0") == {
+        "cross_entropy": 3.5,
+        "kl": 0.2,
+        "recovered_zero": 0.75,
+        "recovered_mean": 0.5,
+    }
+    assert summary(losses, "1")["recovered_zero"] == 1.0
+    assert summary(losses, "zero")["recovered_zero"] == 0.0
+    losses["zero"] = Loss(10, 30.0)  # an MLP that does nothing cannot be recovered
+    assert summary(losses, "0")["recovered_zero"] is None
+
+
+def test_positions_without_a_row_are_left_alone() -> None:
+    kept = rows_of(torch.tensor([[0, 5, 1, 7], [9, 0, 5, 2]]), source_of(0))
+    assert kept.tolist() == [[False, True, False, True], [True, False, True, False]]
+
+
+@pytest.fixture
+def harvested(llama: Path, settings_for: Callable[..., Settings]) -> tuple[Settings, Store]:
+    settings = settings_for(llama)
+    harvest(settings)
+    return settings, Store.open(settings.store_path(settings.layer))
+
+
+def test_every_prefix_of_a_run_on_its_own_store(harvested: tuple[Settings, Store]) -> None:
+    settings, store = harvested
+    coder = random_coder(32, 32, ends=(4, 9))
+    prefixes: list[dict] = [{}, {}]
+    measured = cross_entropy(settings, store, store.heldout, coder, 64, prefixes)
+    assert measured["skipped"] is None
+    assert measured["positions"] == measured["contexts"] * (store.manifest.source.context_length - 1)
+    for prefix in prefixes:
+        assert prefix["cross_entropy"].keys() == {"cross_entropy", "kl", "recovered_zero", "recovered_mean"}
+        assert prefix["cross_entropy"]["kl"] > 0
+
+
+def test_another_or_missing_model_is_skipped_with_a_reason(
+    harvested: tuple[Settings, Store], gemma: Path, tmp_path: Path
+) -> None:
+    settings, store = harvested
+    coder: Coder = random_coder(32, 32, ends=(4,))
+    for name, reason in ((str(gemma), "expected weights"), (str(tmp_path / "absent"), "no such directory")):
+        model = settings.model.model_copy(update={"name": name})
+        measured = cross_entropy(
+            settings.model_copy(update={"model": model}), store, store.heldout, coder, 64, [{}]
+        )
+        assert reason in measured["skipped"]
+    assert cross_entropy(settings, store, store.heldout, coder, 0, [{}]) == {
+        "skipped": "it was not asked for"
+    }
