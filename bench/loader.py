@@ -61,15 +61,19 @@ def over_zarr(store: Store, groups: int) -> int:
     rows = 0
     for chunks in chunk_groups(len(store.train) // CHUNK_ROWS, GROUP, 0, 0)[:groups]:
         read = {
-            name: np.stack([np.asarray(opened[name][c * CHUNK_ROWS : (c + 1) * CHUNK_ROWS]) for c in chunks])
+            name: np.stack([_lines(opened, name, c * CHUNK_ROWS, CHUNK_ROWS) for c in chunks])
             for name in names
         }
-        read |= {
-            f"{side}_scales": np.stack([np.asarray(opened[f"{side}_scales"][c]) for c in chunks])
-            for side in SIDES
-        }
+        for side in SIDES:
+            read[f"{side}_scales"] = np.stack([_lines(opened, f"{side}_scales", c, 1)[0] for c in chunks])
         rows += sum(len(inputs) for inputs, _ in batches_of(read))
     return rows
+
+
+def _lines(group: zarr.Group, name: str, start: int, count: int) -> np.ndarray:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[start : start + count])
 
 
 class InMemory:
