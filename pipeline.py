@@ -237,10 +237,14 @@ class Evaluate(Section):
 
 
 class Paths(Section):
-    activations: Path = Path("activations")
-    """Where stores live."""
+    activations: str = "activations"
+    """Where stores live: a directory, or an s3://, gs:// or https:// address to read them from."""
     checkpoints: Path = Path("checkpoints")
     """Where runs live."""
+    cache: Path = ROOT / ".cache" / "stores"
+    """Where files of remote stores are kept while they are used."""
+    cache_bytes: int = Field(default=20_000_000_000, gt=0)
+    """Size of that cache; an epoch of a larger store downloads it again."""
 
 
 class Settings(BaseModel):
@@ -275,9 +279,10 @@ class Settings(BaseModel):
         """Directory name of the model: the last part of its name, lower-case."""
         return Path(self.model.name).name.lower()
 
-    def store_path(self, layer: int) -> Path:
+    def store_path(self, layer: int) -> str:
+        """Directory or address of a layer's store."""
         suffix = f"_{self.harvest_name}" if self.harvest_name else ""
-        return self.paths.activations / self.model_slug / f"layer_{layer}{suffix}.zarr"
+        return f"{self.paths.activations.rstrip('/')}/{self.model_slug}/layer_{layer}{suffix}.zarr"
 
     def run_dir(self) -> Path:
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run

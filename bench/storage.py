@@ -20,6 +20,7 @@ from shards import Store
 from shards.codecs import STORED_DTYPE, Compressor
 from shards.layout import CHUNK_ROWS, Array
 from shards.reader import MappedArray
+from shards.remote import LocalFiles
 from shards.writer import encode_rows, reduce_moments
 
 COMPRESSORS = (
@@ -60,7 +61,7 @@ def measure(values: np.ndarray, side: str, storage: str, compressor: str, scratc
         path = scratch / arrays[name].file(0)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    reader = MappedArray(scratch, arrays[f"{side}s"])
+    reader = MappedArray(LocalFiles(scratch), arrays[f"{side}s"])
     out = np.empty(reader.array.chunk, reader.array.dtype)
     for _ in range(REPEATS + 1):
         begun = time.perf_counter()

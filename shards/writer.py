@@ -39,6 +39,7 @@ from shards.layout import (
 from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest, read_manifest
 from shards.order import permutation
 from shards.reader import Contexts, MappedArray
+from shards.remote import LocalFiles
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class StoreWriter:
     def contexts(self, split: str, context_length: int) -> Contexts:
         """[C, T] a split's token ids, as the text pass left them."""
         array = contexts_array(split, self.text.contexts[split], context_length)
-        return Contexts(MappedArray(self.root, array))
+        return Contexts(MappedArray(LocalFiles(self.root), array))
 
     # -- windows ---------------------------------------------------------------------------------------
 
