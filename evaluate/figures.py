@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,9 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
     )
 
 
-def sparsity_series(metrics: dict[str, Any]) -> dict[str, Sequence[tuple[float, float | None]]]:
+def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, float | None]]]:
     """name -> (L0, FVU) of every prefix, for the threshold, training's selection, and a one-group run."""
     prefixes = metrics["prefixes"]
-    series: dict[str, Sequence[tuple[float, float | None]]]
     series = {"prefixes, threshold": [(prefix["l0"], prefix["fvu"]) for prefix in prefixes]}
     if prefixes[0]["batch_topk"]:
         training = [prefix["batch_topk"] for prefix in prefixes]

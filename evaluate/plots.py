@@ -4,7 +4,7 @@ Okabe and Ito's palette, and a marker or line style besides the colour wherever 
 Every function draws one figure from plain values; evaluate/figures.py decides which and saves them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,9 @@ def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear
     return made
 
 
-def fvu_against_l0(series: dict[str, Sequence[tuple[float, float | None]]], linear: float | None) -> Figure:
+def fvu_against_l0(
+    series: Mapping[str, Sequence[tuple[float, float | None]]], linear: float | None
+) -> Figure:
     """Error against sparsity; `series`: name -> (L0, FVU) points, narrowest prefix first."""
     made, (axes,) = figure()
     for index, (name, points) in enumerate(series.items()):

@@ -1,0 +1,124 @@
+"""Several transcoders on the same held-out rows: one table with differences, and FVU against L0."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from tqdm import tqdm
+
+from evaluate import figures, plots
+from evaluate.baselines import Baselines, fit_ridge
+from evaluate.files import sha256, write_json, write_text
+from evaluate.foreign import read
+from evaluate.measure import Measurement
+from evaluate.redundancy import decoder_similarity
+from evaluate.report import PAGE, number
+from evaluate.run import prepare
+from evaluate.sparse import Coder, blocks
+from pipeline import InputError, Settings
+
+COLUMNS = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "cosine": "cosine",
+    "mse": "MSE",
+    "relative_bias": "bias",
+    "dead_fraction": "dead share",
+    "redundancy": "redundancy",
+}
+
+
+def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """Measures the run that `settings` name and the `others` (directories) on the same rows.
+
+    Writes compare.json, compare.png and compare.html into <run>/evaluation; returns the values and the
+    folder. Differences are to the run's full dictionary.
+    """
+    if not others:
+        raise InputError('compare: expected other transcoders; give WITH="<dir> <dir>" (--with <dir> <dir>)')
+    job = prepare(settings, ce_tokens=0)
+    paths = [job.run_dir, *map(Path, others)]
+    names = distinct_names(paths)
+    coders = {name: read(path, job.store) for name, path in zip(names, paths, strict=True)}
+    measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
+    reference = measured[names[0]][-1]
+    lines = [
+        {"transcoder": name, "prefix": g, **line, "difference": _difference(line, reference)}
+        for name, prefixes in measured.items()
+        for g, line in enumerate(prefixes)
+    ]
+    kept = ("model", "layer", "input_hook", "output_hook", "split", "store_fingerprint", "code_sha256")
+    provenance = {key: job.provenance[key] for key in kept}
+    provenance["weights_sha256"] = {
+        name: _weights_sha256(path) for name, path in zip(names, paths, strict=True)
+    }
+    values = {"rows": job.n_rows, "lines": lines, "linear_map_fvu": linear, "provenance": provenance}
+    _write(job.folder, values)
+    return values, job.folder
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths, of one length, that tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"compare: {max(paths, key=paths.count)} is given twice")
+
+
+@torch.inference_mode()
+def _measure(
+    coders: dict[str, Coder], split: Any, n_rows: int, train: Any
+) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
+    """One pass: every coder's prefixes, and the FVU of the best linear map."""
+    measurements = {name: Measurement(coder, k=None) for name, coder in coders.items()}
+    baselines = Baselines(fit_ridge(train))
+    with tqdm(total=n_rows, desc="compare", unit=" rows", unit_scale=True, dynamic_ncols=True) as bar:
+        for start, stop in blocks(n_rows):
+            inputs, outputs = split.rows(start, stop)
+            baselines.add(inputs, outputs)
+            for measurement in measurements.values():
+                measurement.add(inputs, outputs)
+            bar.update(stop - start)
+    made, deviation = {}, 0.0
+    for name, measurement in measurements.items():
+        coder, result = coders[name], measurement.result()
+        redundancy, _ = decoder_similarity(coder.W_dec, coder.prefix_ends, n_neighbours=0)
+        for prefix, pairs in zip(result["prefixes"], redundancy["prefixes"], strict=True):
+            prefix["redundancy"] = pairs["share"]
+        made[name] = result["prefixes"]
+        deviation = measurement.deviation.total
+    return made, baselines.result(deviation)["linear"]["fvu"]
+
+
+def _difference(line: dict[str, Any], reference: dict[str, Any]) -> dict[str, float | None]:
+    pairs = {key: (line[key], reference[key]) for key in COLUMNS}
+    return {key: None if None in pair else pair[0] - pair[1] for key, pair in pairs.items()}
+
+
+def _weights_sha256(path: Path) -> str:
+    files = [path, path / "transcoder.safetensors", path / "params.npz"]
+    return sha256(next(file for file in files if file.is_file()))
+
+
+def _write(folder: Path, values: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    series: dict[str, list[tuple[float, float | None]]] = {}
+    for line in values["lines"]:
+        series.setdefault(line["transcoder"], []).append((line["l0"], line["fvu"]))
+    figure = plots.fvu_against_l0(series, values["linear_map_fvu"])
+    figures.save(figure, folder / "compare.png")
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
+    environment.filters["number"] = number
+    page = environment.get_template("compare.html").render(
+        values=values,
+        columns=COLUMNS,
+        style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
+        plot=Markup(figures.svg(figure)),
+    )
+    write_text(folder / "compare.html", page)
+    write_json(folder / "compare.json", values)
