@@ -21,7 +21,7 @@ def reference(
     """The same steps with whole gradients, torch.optim.Adam, and the constraint written plainly."""
     named = {name: tensor.clone() for name, tensor in made.parameters.named().items()}
     slow = [tensor for name, tensor in named.items() if name != "b_enc"]
-    fast = {"params": [named["b_enc"]], "lr": lr * 5**0.5}  # 5 inputs
+    fast = {"params": [named["b_enc"]], "lr": lr * 5**0.5 / 2}  # 5 inputs
     optimizer = torch.optim.Adam([{"params": slow}, fast], lr=lr)
     for _ in range(steps):
         parameters = made.parameters.__class__(**named)
