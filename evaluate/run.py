@@ -169,10 +169,10 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
     (folder / "metrics.json").unlink(missing_ok=True)
     for line in metrics["errors"]["by_token"]:
         line["token"] = text.label(line["class"])
-    parts = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
+    drawn = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
     data = page_data(made, job.split.contexts, text)
     data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
-    write_report(folder / "report.html", metrics, data, parts)
+    write_report(folder / "report.html", metrics, data, drawn)
     save_file(tensors(made), folder / "latents.safetensors")
-    metrics["files"] = sorted(path.name for path in folder.iterdir())
+    metrics["files"] = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
     write_json(folder / "metrics.json", metrics)

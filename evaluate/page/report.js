@@ -150,7 +150,7 @@ function drawDetail(f) {
   const previous = make("button", "", "‹"), next = make("button", "", "›");
   previous.setAttribute("aria-label", "Previous latent"); next.setAttribute("aria-label", "Next latent");
   previous.onclick = () => step(-1); next.onclick = () => step(1);
-  head.append(back, make("h2", "", "Latent " + f), chip(f), make("small", "", `group ${g} of ${G}, in prefix ${g} and wider`), make("span", "space"), previous, next);
+  head.append(back, make("h2", "", "Latent " + f), chip(f), make("small", "", g === G - 1 ? `group ${g}, the finest` : g ? `group ${g}, in prefixes ${g} to ${G - 1}` : "group 0, in every prefix"), make("span", "space"), previous, next);
   detail.append(head);
   const facts = make("div", "facts");
   const fact = (value, name, title) => { const box = make("div"); if (title) box.title = title; box.append(make("b", "", value), make("span", "", name)); facts.append(box); };
@@ -173,7 +173,7 @@ function wordTable(f) {
   const table = make("div", "words-table"), n = c.tokens.width;
   for (let i = 0; i < n && c.tokens[f * n + i] >= 0; i++) {
     const share = c.tokenShares[f * n + i], bar = make("i");
-    bar.style.width = 100 * share + "%";
+    bar.style.width = 100 * share / c.tokenShares[f * n] + "%";
     table.append(make("bdi", "token", visible(strings[c.tokens[f * n + i]])), bar, make("span", "value", percent(share)));
   }
   table.title = "share of the latent's activation";
