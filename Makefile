@@ -26,10 +26,11 @@ test: install-dev install-embedded lint
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC),$(PY))
+# The "--" keeps torchrun from taking --run for an abbreviation of its own options.
+RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --,$(PY) -m)
 
 harvest: install
-	@$(RUN_PY) -m harvest $(OPTIONS)
+	@$(RUN_PY) harvest $(OPTIONS)
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
@@ -38,7 +39,7 @@ verify: install
 	@$(PY) -m shards verify $(OPTIONS)
 
 train: install
-	@$(RUN_PY) -m train $(OPTIONS)
+	@$(RUN_PY) train $(OPTIONS)
 
 evaluate: install
 	@$(PY) -m evaluate $(OPTIONS)

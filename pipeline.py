@@ -106,8 +106,7 @@ class Transcoder(Section):
 
     def resolve(self, d_in: int) -> tuple[int, tuple[int, ...]]:
         """(d_sae, group sizes) in latents for inputs of width `d_in`."""
-        d_sae = _latents(self.d_sae, d_in)
-        groups = tuple(_latents(size, d_in) for size in self.group_sizes)
+        (d_sae,), groups = latents((self.d_sae,), d_in), latents(self.group_sizes, d_in)
         if sum(groups) != d_sae:
             raise ValueError(
                 f"d_sae must be the sum of group_sizes: d_sae is {self.d_sae}, "
@@ -118,8 +117,12 @@ class Transcoder(Section):
         return d_sae, groups
 
 
+def latents(sizes: Sequence[int | str], d_in: int) -> tuple[int, ...]:
+    """Sizes as numbers of latents; multiples like "4.5x" are of `d_in`."""
+    return tuple(_latents(size, d_in) for size in sizes)
+
+
 def _latents(size: int | str, d_in: int) -> int:
-    """A size as a number of latents; multiples like "4.5x" are of `d_in`."""
     if isinstance(size, int):
         latents = float(size)
     elif re.fullmatch(r"\d+(\.\d+)?x", size):
@@ -176,6 +179,49 @@ class Train(Section):
         return self
 
 
+def _groups(sizes: Any) -> Any:
+    """The command line's form of one dictionary's groups: 288/576/1152/2592."""
+    return sizes.split("/") if isinstance(sizes, str) else sizes
+
+
+class Sweep(Section):
+    """Lists of values; a sweep trains every combination in one pass over the store.
+
+    What decides the batches (rows, batch_size, order_seed, the harvest) is the same for all runs.
+    """
+
+    lr: tuple[float, ...] = ()
+    """Peak learning rates."""
+    warmup_steps: tuple[int, ...] = ()
+    """Lengths of the warm-up."""
+    seed: tuple[int, ...] = ()
+    """Seeds of the first weights."""
+    precision: tuple[str, ...] = ()
+    """Precisions of the encoder product."""
+    aux_k: tuple[int, ...] = ()
+    """Dead latents per row in the auxiliary loss."""
+    aux_coefficient: tuple[float, ...] = ()
+    """Weights of the auxiliary loss."""
+    dead_after_rows: tuple[int, ...] = ()
+    """Rows without firing after which a latent is dead."""
+    k: tuple[int, ...] = ()
+    """Active latents per row."""
+    d_sae: tuple[Size, ...] = ()
+    """Dictionary sizes; the groups grow in proportion."""
+    group_sizes: tuple[Annotated[tuple[Size, ...], BeforeValidator(_groups)], ...] = ()
+    """Nestings, 288/576/1152/2592 on the command line; d_sae is their sum."""
+    selection: tuple[str, ...] = ()
+    """batch_topk, topk."""
+    skip: tuple[bool, ...] = ()
+    """Without and with the linear map."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Sweep":
+        if self.d_sae and self.group_sizes:
+            raise ValueError("give d_sae or group_sizes, not both: each decides the other")
+        return self
+
+
 class Wandb(Section):
     mode: Literal["online", "offline", "disabled"] = "offline"
     """offline writes below the run directory and never asks for a key."""
@@ -191,10 +237,14 @@ class Evaluate(Section):
 
 
 class Paths(Section):
-    activations: Path = Path("activations")
-    """Where stores live."""
+    activations: str = "activations"
+    """Where stores live: a directory, or an s3://, gs:// or https:// address to read them from."""
     checkpoints: Path = Path("checkpoints")
     """Where runs live."""
+    cache: Path = ROOT / ".cache" / "stores"
+    """Where files of remote stores are kept while they are used."""
+    cache_bytes: int = Field(default=20_000_000_000, gt=0)
+    """Size of that cache; an epoch of a larger store downloads it again."""
 
 
 class Settings(BaseModel):
@@ -211,6 +261,7 @@ class Settings(BaseModel):
     harvest: Harvest = Harvest()
     transcoder: Transcoder = Transcoder()
     train: Train = Train()
+    sweep: Sweep = Sweep()
     wandb: Wandb = Wandb()
     evaluate: Evaluate = Evaluate()
     paths: Paths = Paths()
@@ -228,9 +279,10 @@ class Settings(BaseModel):
         """Directory name of the model: the last part of its name, lower-case."""
         return Path(self.model.name).name.lower()
 
-    def store_path(self, layer: int) -> Path:
+    def store_path(self, layer: int) -> str:
+        """Directory or address of a layer's store."""
         suffix = f"_{self.harvest_name}" if self.harvest_name else ""
-        return self.paths.activations / self.model_slug / f"layer_{layer}{suffix}.zarr"
+        return f"{self.paths.activations.rstrip('/')}/{self.model_slug}/layer_{layer}{suffix}.zarr"
 
     def run_dir(self) -> Path:
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
@@ -342,13 +394,17 @@ def _name(what: str, text: str | None) -> str | None:
 
 def _run_name(base: Settings, settings: Settings) -> str:
     """Profile (or "default"), then every training setting that the command line changed."""
-    changed = [
+    return "-".join([settings.profile or "default", *changes(base, settings)])[:100]
+
+
+def changes(base: Settings, settings: Settings) -> list[str]:
+    """Key and value, as parts of a name, of every training setting that differs from `base`."""
+    return [
         f"{key}{_short(value)}"
         for section in ("transcoder", "train")
         for key, value in getattr(settings, section)
         if value != getattr(getattr(base, section), key)
     ]
-    return "-".join([settings.profile or "default", *changed])[:100]
 
 
 def _short(value: Any) -> str:

@@ -62,11 +62,11 @@ def dense(parameters: Parameters, objective: Objective, x: torch.Tensor, y: torc
 
     def once() -> None:
         _, gradients = step(leaves, x, y, none)
+        whole = gradients.whole()
         with torch.no_grad():
-            for name, gradient in gradients.whole().items():
+            project(whole["W_dec"], (whole["W_dec"] * leaves.W_dec).sum(1), leaves.W_dec)
+            for name, gradient in whole.items():
                 leaves.named()[name].grad = gradient
-            along = (leaves.W_dec.grad * leaves.W_dec).sum(1)
-            project(leaves.W_dec.grad, along, leaves.W_dec)
             optimizer.step()
             renormalise(leaves.W_dec)
 
@@ -93,7 +93,7 @@ def contenders(groups: tuple[int, ...], d: int, k: int, batch: int) -> dict[str,
     )
     half = replace(objective, precision="bfloat16")
     x, y = rows(batch, d, 1), rows(batch, d, 2)
-    parameters = initialise(objective.d_sae, torch.zeros(d), torch.zeros(d), skip=False, seed=0)
+    parameters = initialise(d, objective.d_sae, torch.zeros(d), skip=False, seed=0)
     some = objective.d_sae // 20
     return {
         "floor": floor(parameters, x, torch.float32),

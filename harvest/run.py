@@ -21,13 +21,14 @@ from shards.files import sha256, write_whole
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure
+from shards.remote import is_url
 from shards.store import Store
 from shards.writer import ContextWriter, StoreWriter, Text
 
 AUTO_COMPRESSOR = {
     "int8": ("zstd-3", "zstd-3"),
-    "bfloat16": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
-    "float32": ("blosc-zstd-3-shuffle", "blosc-zstd-3-shuffle"),
+    "bfloat16": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
+    "float32": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
 }
 """(inputs, outputs), from the table in docs/storage.md."""
 
@@ -40,7 +41,7 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
     if not settings.layers:
         raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
     request = requested(settings)
-    writers = {layer: StoreWriter(settings.store_path(layer)) for layer in settings.layers}
+    writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
     todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
     if todo:
         where = lm.locate(settings.model)  # before anything is written
@@ -51,6 +52,12 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
             _harvest(settings, todo, request, where, force)
         ranks.leave()
     return [writer.root for writer in writers.values()]
+
+
+def _local(path: str) -> Path:
+    if is_url(path):
+        raise InputError(f"paths.activations: {path}: a harvest writes locally; upload it with make upload")
+    return Path(path)
 
 
 def requested(settings: Settings) -> dict[str, Any]:
@@ -221,7 +228,7 @@ def _versions() -> dict[str, str]:
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
     for layer in settings.layers:
-        writer = StoreWriter(settings.store_path(layer))
+        writer = StoreWriter(_local(settings.store_path(layer)))
         if writer.complete:
             tqdm.write(f"layer {layer}: {writer.root} is already harvested")
             continue

@@ -1,36 +1,46 @@
-"""python -m shards info | verify: what a store holds, and whether every byte of it is there."""
+"""python -m shards info | verify | upload: what a store holds, whether every byte is there, and a copy of it."""
 
 from pathlib import Path
 
-from pipeline import InputError, load, parser, run_stage
+from pipeline import InputError, Paths, load, parser, run_stage
 
 
 def main() -> None:
     options = parser("shards", "Look at activation stores.")
-    options.add_argument("action", choices=["info", "verify"], help="print the manifest; check every byte")
-    options.add_argument("stores", nargs="*", type=Path, help="store directories [the ones of --layer]")
+    options.add_argument(
+        "action",
+        choices=["info", "verify", "upload"],
+        help="print the manifest; check every byte; copy a complete store to an object store",
+    )
+    options.add_argument("stores", nargs="*", help="directories or addresses [the stores of --layer]")
     options.add_argument("--repair", action="store_true", help="verify: un-commit the damaged windows")
+    options.add_argument(
+        "--to", help="upload: address to put <model>/<store> below, for example s3://bucket/activations"
+    )
     settings, given = load(options)
-    paths = given.stores or [settings.store_path(layer) for layer in settings.layers]
-    if not paths:
+    wheres = given.stores or [settings.store_path(layer) for layer in settings.layers]
+    if not wheres:
         raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
     if given.action == "info":
-        for path in paths:
-            _info(path)
-        return
-    whole = [_verify(path, given.repair) for path in paths]
-    if not all(whole):
-        raise InputError("damaged; --repair (make verify ARGS=--repair) un-commits the damaged windows")
+        for where in wheres:
+            _info(where, settings.paths)
+    elif given.action == "upload":
+        for where in wheres:
+            _upload(where, given.to)
+    else:
+        whole = [_verify(where, settings.paths, given.repair) for where in wheres]
+        if not all(whole):
+            raise InputError("damaged; --repair (make verify ARGS=--repair) un-commits the damaged windows")
 
 
-def _info(path: Path) -> None:
+def _info(where: str, paths: Paths) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from shards.store import Store
 
-    manifest = Store.open(path).manifest
-    table = Table("key", "value", title=str(path), title_justify="left")
+    manifest = Store.open(where, paths.cache, paths.cache_bytes).manifest
+    table = Table("key", "value", title=where, title_justify="left")
     for key, value in manifest.source.model_dump().items():
         table.add_row(key, f"{len(value)} values" if key == "gain" else str(value))
     for name, split in manifest.splits.items():
@@ -43,20 +53,33 @@ def _info(path: Path) -> None:
     Console().print(table)
 
 
-def _verify(path: Path, repair: bool) -> bool:
+def _verify(where: str, paths: Paths, repair: bool) -> bool:
     """Whether the store is whole, or was un-committed so that a harvest can mend it."""
     from shards import verify as check
+    from shards.remote import files_of, is_url
 
-    damages = check.verify(path)
+    damages = check.verify(files_of(where, paths.cache, paths.cache_bytes))
     for damage in damages:
         print(f"damaged: {damage}")
     if not damages:
-        print(f"{path}: every byte is as it was committed")
+        print(f"{where}: every byte is as it was committed")
+    elif repair and is_url(where):
+        raise InputError(f"{where}: repair the local store and upload it again")
     elif repair:
-        lost = check.repair(path, damages)
+        lost = check.repair(Path(where), damages)
         listed = ", ".join(f"{split} {window}" for split, window in lost)
-        print(f"{path}: un-committed {len(lost)} window(s) ({listed}); the same make harvest refills them")
+        print(f"{where}: un-committed {len(lost)} window(s) ({listed}); the same make harvest refills them")
     return not damages or repair
+
+
+def _upload(where: str, to: str | None) -> None:
+    from shards.remote import upload
+
+    if not to:
+        raise InputError("upload: no address; give --to s3://bucket/activations (make upload TO=...)")
+    target = "/".join([to.rstrip("/"), *Path(where).parts[-2:]])
+    upload(Path(where), target)
+    print(f"{where} -> {target}")
 
 
 if __name__ == "__main__":

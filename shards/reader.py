@@ -18,11 +18,20 @@ import numpy as np
 from pipeline import InputError
 from shards.codecs import crc32c
 from shards.layout import FILE_CHUNKS, Array
+from shards.remote import Files, LocalFiles
 
 CRC = 4
 INDEX_BYTES = 16 * FILE_CHUNKS + CRC
 OPEN_FILES = 40
 """Maps kept per array: a loader's group of 32 chunks may lie in 32 files."""
+
+
+class DamagedChunkError(InputError):
+    """A chunk whose bytes are missing or not the ones that were written; `what` says which without the place."""
+
+    def __init__(self, place: str, what: str) -> None:
+        self.what = what
+        super().__init__(f"{place}: {what}; make verify ARGS=--repair")
 
 
 class ChunkReader(Protocol):
@@ -37,9 +46,9 @@ class ChunkReader(Protocol):
         ...
 
 
-def open_array(root: Path, array: Array) -> ChunkReader:
-    """The fast reader where the metadata is the known one, zarr-python's otherwise."""
-    path = root / array.path / "zarr.json"
+def open_array(files: Files, array: Array) -> ChunkReader:
+    """The fast reader where the metadata is the known one, zarr-python's otherwise (local stores only)."""
+    path = files.local(f"{array.path}/zarr.json")
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -49,17 +58,21 @@ def open_array(root: Path, array: Array) -> ChunkReader:
         if found.get(key) != expected[key]:
             raise InputError(f"{path}: {key}: expected {expected[key]}, found {found.get(key)}")
     if all(found.get(key) == expected[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs")):
-        return MappedArray(root, array)
+        return MappedArray(files, array)
+    if not isinstance(files, LocalFiles):
+        raise InputError(
+            f"{files.where}/{array.path}: layout unknown to the fast reader; copy the store here"
+        )
     warnings.warn(f"{path}: layout unknown to the fast reader, read through zarr-python", stacklevel=2)
-    return ZarrArray(root, array)
+    return ZarrArray(files.root, array)
 
 
 class MappedArray:
     """Chunks straight from memory-mapped files; safe to call from several threads."""
 
-    def __init__(self, root: Path, array: Array) -> None:
+    def __init__(self, files: Files, array: Array) -> None:
         self.array = array
-        self._root = root
+        self._where = files
         self._codec = array.compressor.codec()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -79,9 +92,7 @@ class MappedArray:
             else:
                 raise ValueError(f"expected {out.nbytes} bytes, found {len(payload)}")
         except (ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{file.path}: {self._place(number)}: {error}; make verify ARGS=--repair"
-            ) from error
+            raise DamagedChunkError(f"{file.path}: {self._place(number)}", str(error)) from error
         return out
 
     def _place(self, number: int) -> str:
@@ -91,7 +102,7 @@ class MappedArray:
 
     def _file(self, number: int) -> "_File":
         with self._lock:
-            file = self._files.pop(number, None) or _File(self._root / self.array.file(number))
+            file = self._files.pop(number, None) or _File(self._where.local(self.array.file(number)))
             self._files[number] = file
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)  # closed when its last reader lets go
@@ -106,14 +117,14 @@ class _File:
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; make verify ARGS=--repair") from error
+            raise DamagedChunkError(str(path), str(error.strerror)) from error
         self._size = os.fstat(self._fd).st_size
         if self._size < INDEX_BYTES:
-            raise InputError(f"{path}: expected at least {INDEX_BYTES} bytes, found {self._size}")
+            raise DamagedChunkError(str(path), f"expected at least {INDEX_BYTES} bytes, found {self._size}")
         self._map = np.frombuffer(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ), np.uint8)
         table, checksum = self._map[-INDEX_BYTES:-CRC], self._map[-CRC:]
         if crc32c(table) != checksum.tobytes():
-            raise InputError(f"{path}: the chunk index's checksum does not match; make verify ARGS=--repair")
+            raise DamagedChunkError(str(path), "the chunk index's checksum does not match")
         self._index = np.frombuffer(table.tobytes(), "<u8").reshape(-1, 2)
 
     def payload(self, inner: int) -> np.ndarray:

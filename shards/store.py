@@ -16,6 +16,7 @@ from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, open_array, read_lines
+from shards.remote import CACHE, CACHE_BYTES, Files, files_of
 
 
 class Store:
@@ -31,22 +32,25 @@ class Store:
         self.heldout = splits["heldout"]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Store":
+    def open(cls, path: str | Path, cache: Path = CACHE, cache_bytes: int = CACHE_BYTES) -> "Store":
         """Check the commit, the metadata's digests and the manifest; activations are checked as they are read.
 
-        Raises `InputError` naming the file, what was expected and what was found.
+        `path` is a directory, or an s3://, gs:// or https:// address whose files are kept in `cache`, at most
+        `cache_bytes` of them, while they are used. Raises `InputError` naming the file, what was expected and
+        what was found.
         """
-        root = Path(path)
+        files = files_of(path, cache, cache_bytes)
+        root = files.root
         digests = read_commit(root)
         for name, expected in digests.items():
             if name.endswith(".json"):
-                _check_digest(root / name, expected)
+                _check_digest(files.local(name), expected)
         manifest = read_manifest(root)
         splits = {}
         for name in SPLITS:
             found = manifest.splits[name]
             splits[name] = StoreSplit(
-                root, split_arrays(manifest.source, name, found.rows, found.contexts), manifest
+                files, split_arrays(manifest.source, name, found.rows, found.contexts), manifest
             )
         return cls(root, manifest, splits)
 
@@ -77,11 +81,11 @@ def _check_digest(path: Path, expected: str) -> None:
 class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
-    def __init__(self, root: Path, arrays: dict[str, Array], manifest: Manifest) -> None:
+    def __init__(self, files: Files, arrays: dict[str, Array], manifest: Manifest) -> None:
         self.storage = manifest.source.storage
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
-            name: open_array(root, array) for name, array in arrays.items()
+            name: open_array(files, array) for name, array in arrays.items()
         }
         self.contexts = Contexts(self.readers["contexts"])
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from pipeline import InputError
 from shards.files import read_commit, sha256, store_files
 from shards.layout import FILE_CHUNKS, Array, split_arrays
-from shards.manifest import SPLITS
-from shards.reader import MappedArray
-from shards.store import Store
+from shards.manifest import SPLITS, read_manifest
+from shards.reader import DamagedChunkError, MappedArray
+from shards.remote import Files, LocalFiles
 from shards.writer import StoreWriter
 
 
@@ -35,42 +35,39 @@ class Damage:
         return f"{self.file}{chunk}{lines}: {self.what}"
 
 
-def verify(root: Path) -> list[Damage]:
+def verify(files: Files) -> list[Damage]:
     """Every damage of a complete store, by file; empty when every byte is as it was committed.
 
     Raises `InputError` when the store is unfinished or `files.sha256` itself is damaged.
     """
-    digests = read_commit(root)
-    sizes = {name: (root / name).stat().st_size if (root / name).is_file() else 0 for name in digests}
-    arrays = _data_files(root) if _metadata_is_whole(root, digests) else {}
+    digests = read_commit(files.root)
+    arrays = _data_files(files) if _metadata_is_whole(files, digests) else {}
     damages: list[Damage] = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="verify", dynamic_ncols=True) as bar,
+        tqdm(total=len(digests), unit="file", desc="verify", dynamic_ncols=True) as bar,
     ):
-        for name, whole in zip(
-            digests, pool.map(lambda name: _is_whole(root / name, digests[name]), digests), strict=True
-        ):
-            bar.update(sizes[name])
+        checks = pool.map(lambda name: _is_whole(files, name, digests[name]), digests)
+        for name, whole in zip(digests, checks, strict=True):
+            bar.update()
             if not whole:
-                damages += _locate(root, name, arrays.get(name))
-    damages += [
-        Damage(name, "not listed in files.sha256") for name in store_files(root) if name not in digests
-    ]
-    return damages
+                damages += _locate(files, name, arrays.get(name))
+    unlisted = (name for name in store_files(files.root) if name not in digests)
+    return damages + [Damage(name, "not listed in files.sha256") for name in unlisted]
 
 
-def _is_whole(path: Path, digest: str) -> bool:
+def _is_whole(files: Files, name: str, digest: str) -> bool:
+    path = files.local(name)
     return path.is_file() and sha256(path) == digest
 
 
-def _metadata_is_whole(root: Path, digests: dict[str, str]) -> bool:
-    return all(_is_whole(root / name, digest) for name, digest in digests.items() if name.endswith(".json"))
+def _metadata_is_whole(files: Files, digests: dict[str, str]) -> bool:
+    return all(_is_whole(files, name, digest) for name, digest in digests.items() if name.endswith(".json"))
 
 
-def _data_files(root: Path) -> dict[str, tuple[Array, int]]:
-    """File -> its array and number, for every file that holds chunks."""
-    manifest = Store.open(root).manifest
+def _data_files(files: Files) -> dict[str, tuple[Array, int]]:
+    """File -> its array and number, for every file that holds chunks; the metadata must be whole."""
+    manifest = read_manifest(files.root)
     found = {}
     for split in SPLITS:
         record = manifest.splits[split]
@@ -80,26 +77,24 @@ def _data_files(root: Path) -> dict[str, tuple[Array, int]]:
     return found
 
 
-def _locate(root: Path, name: str, place: tuple[Array, int] | None) -> Iterator[Damage]:
+def _locate(files: Files, name: str, place: tuple[Array, int] | None) -> Iterator[Damage]:
     """The damaged chunks of a file whose digest does not match."""
-    what = "sha256 does not match" if (root / name).is_file() else "missing"
+    what = "sha256 does not match" if files.local(name).is_file() else "missing"
     if place is None:
         yield Damage(name, what)
         return
     array, number = place
-    reader = MappedArray(root, array)
-    located = False
+    reader = MappedArray(files, array)
+    damaged = 0
     for inner in range(array.chunks_in_file(number)):
         first = (number * FILE_CHUNKS + inner) * array.chunk[0]
         lines = range(first, min(first + array.chunk[0], array.shape[0]))
         try:
             reader.chunk(number * FILE_CHUNKS + inner)
-        except InputError as error:
-            located = True
-            yield Damage(
-                name, str(error).rpartition("; make verify")[0].rpartition(": ")[2], array.path, inner, lines
-            )
-    if not located:
+        except DamagedChunkError as error:
+            damaged += 1
+            yield Damage(name, error.what, array.path, inner, lines)
+    if not damaged:
         yield Damage(name, f"{what}, though every chunk reads", array.path)
 
 
@@ -109,7 +104,9 @@ def repair(root: Path, damages: list[Damage]) -> list[tuple[str, int]]:
     Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a window's: the text,
     the tokenizer or the manifest, which a harvest cannot make again from the store alone.
     """
-    places = _data_files(root) if not any(damage.file.endswith(".json") for damage in damages) else {}
+    places = (
+        _data_files(LocalFiles(root)) if not any(damage.file.endswith(".json") for damage in damages) else {}
+    )
     beyond = [d.file for d in damages if d.file not in places or places[d.file][0].path.endswith("/contexts")]
     if beyond:
         raise InputError(

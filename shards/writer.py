@@ -39,6 +39,7 @@ from shards.layout import (
 from shards.manifest import SPLITS, Manifest, Moments, Source, Split, digest, read_manifest
 from shards.order import permutation
 from shards.reader import Contexts, MappedArray
+from shards.remote import LocalFiles
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class StoreWriter:
     def contexts(self, split: str, context_length: int) -> Contexts:
         """[C, T] a split's token ids, as the text pass left them."""
         array = contexts_array(split, self.text.contexts[split], context_length)
-        return Contexts(MappedArray(self.root, array))
+        return Contexts(MappedArray(LocalFiles(self.root), array))
 
     # -- windows ---------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class StoreWriter:
         write_whole(self._record_path(split, window), dumps(record))
 
     def _check_cost(self, side: str, sums: dict[str, Any], limit: float) -> None:
-        moments = _reduce([sums])
+        moments = reduce_moments([sums])
         if moments and moments.quantisation_fvu > limit:
             raise InputError(
                 f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
@@ -262,8 +263,8 @@ class StoreWriter:
             rows=text.rows[split],
             contexts=text.contexts[split],
             contexts_sha256=text.contexts_sha256[split],
-            inputs=_reduce([record["moments"]["inputs"] for record in records]),
-            outputs=_reduce([record["moments"]["outputs"] for record in records]),
+            inputs=reduce_moments([record["moments"]["inputs"] for record in records]),
+            outputs=reduce_moments([record["moments"]["outputs"] for record in records]),
         )
 
 
@@ -357,7 +358,7 @@ def encode_shard(array: Array, chunks: list[np.ndarray]) -> bytes:
     return b"".join([*parts, table, crc32c(table)])
 
 
-def _reduce(windows_: list[dict[str, Any]]) -> Moments | None:
+def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
     """Sums of windows, added in window order -> moments; None when there are no rows."""
     rows = sum(sums["n"] for sums in windows_)
     if rows == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline import Settings
 from shards import Store
-from train import record
+from train import record, samples
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.recipe import Recipe
 from train.state import State
@@ -19,31 +19,31 @@ from train.transcoder import Transcoder
 def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
     """The present state as a transcoder of raw activations, its thresholds still zero."""
     ends = recipe.objective.prefix_ends
-    folded = state.parameters.folded(recipe.scale_in, recipe.scale_out)
+    folded = state.parameters.folded(recipe.scaling)
     return Transcoder(folded, torch.zeros(len(ends), device=folded.b_dec.device), ends)
 
 
 @torch.no_grad()
-def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> Transcoder:
-    """Calibrate, measure on held-out rows, write transcoder.safetensors; it appears whole."""
+def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
+    """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
     raw = raw_transcoder(state, recipe)
     kept_per_row = (state.kept / state.kept_rows).tolist()
     thresholds = calibrate(raw, lambda: _calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
-    found = measure(raw, _heldout(store, raw.W_enc.device), lambda _: thresholds)
+    found = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
     metadata = {
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
         "source": store.manifest.source.model_dump(mode="json"),
-        "scales": {"input": recipe.scale_in, "output": recipe.scale_out},
+        "scales": {"input": recipe.scaling.scale_in, "output": recipe.scaling.scale_out},
         "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
         "heldout": found._asdict(),
         "thresholds": thresholds.tolist(),
         "versions": record.versions(),
         "git_commit": record.git_commit(),
     }
-    transcoder = Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata)
-    transcoder.save(settings.run_dir())
-    return transcoder
+    if state.samples is not None:
+        samples.write(settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scaling.scale_out)
+    Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
 
 
 def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
@@ -57,8 +57,11 @@ def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> I
                 return
 
 
-def _heldout(store: Store, device: torch.device, block: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
-    n = min(MEASURED_ROWS, len(store.heldout))
+def heldout_rows(
+    store: Store, limit: int, device: torch.device, block: int = 1024
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `limit` held-out rows, or all there are, as blocks of (inputs, outputs)."""
+    n = min(limit, len(store.heldout))
     for start in range(0, n, block):
         inputs, outputs = store.heldout.rows(start, min(start + block, n))
         yield inputs.to(device), outputs.to(device)

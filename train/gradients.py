@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.peers import Peers
+
 
 class Block(NamedTuple):
     """Gradients of latents [start, start + len(b_enc))."""
@@ -32,6 +34,19 @@ class Gradients(NamedTuple):
     """b_dec, and W_skip where there is one."""
     blocks: Callable[[], Iterator[Block]]
     """Every latent once, in order. May be called again as long as no block was used to change parameters."""
+
+    def over(self, peers: Peers) -> "Gradients":
+        """The sum of all processes' gradients."""
+        if peers.world == 1:
+            return self
+
+        def blocks() -> Iterator[Block]:
+            for block in self.blocks():
+                for gradient in block[1:]:
+                    peers.total(gradient)
+                yield block
+
+        return Gradients({name: peers.total(gradient) for name, gradient in self.shared.items()}, blocks)
 
     def whole(self) -> dict[str, Tensor]:
         """All gradients by parameter name, at their full size (tests)."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +90,8 @@ def _start_wandb(run_dir: Path, name: str, settings: Settings, config: Mapping[s
         return wandb.init(
             project=settings.wandb.project,
             name=name,
+            id=_wandb_id(run_dir),
+            resume="allow",
             mode=settings.wandb.mode,
             dir=str(run_dir),
             reinit="create_new",  # a sweep logs several runs from one process
@@ -98,3 +101,12 @@ def _start_wandb(run_dir: Path, name: str, settings: Settings, config: Mapping[s
     except Exception as error:  # no key, no network, no disk: the run goes on
         tqdm.write(f"W&B did not start, training goes on without it: {error}", file=sys.stderr)
         return None
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The same id whenever this run goes on, so that W&B shows one run and not its pieces."""
+    file = run_dir / "wandb" / "id"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(6))
+    return file.read_text()

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from pipeline import InputError, Settings
 from shards import Batch, Store
-from train import checkpoint, record
+from train import checkpoint, memory, record
 from train.dense import DenseStep
-from train.finish import finish, raw_transcoder
+from train.finish import finish, heldout_rows, raw_transcoder
 from train.gradients import Gradients
 from train.log import Log
 from train.losses import Objective, StepValues
 from train.measure import PROBE_ROWS, measure, training_cut
 from train.optimizer import apply
+from train.peers import ALONE, Peers, joined
 from train.recipe import Recipe, initial
-from train.sparse import SparseStep
-from train.state import THRESHOLD_AVERAGE, State
+from train.sparse import Buffers, SparseStep
+from train.state import State
+from train.topk import Entries
 from train.transcoder import Parameters, Transcoder
 from train.weights import FILE_NAME
 
@@ -43,61 +45,69 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__("auxiliary loss" if prefix is None else f"prefix {prefix}")
 
 
-def step_for(objective: Objective) -> Step:
+def step_for(objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> Step:
     """The one place that decides between the dense and the sparse step; both give the same gradients."""
     dense = objective.k > DENSE_SHARE * objective.d_sae
-    return DenseStep(objective) if dense else SparseStep(objective)
+    return DenseStep(objective, peers) if dense else SparseStep(objective, peers, buffers)
 
 
 @torch.no_grad()
-def train_step(state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor) -> StepValues:
-    """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place."""
-    x, y = inputs / recipe.scale_in, outputs / recipe.scale_out
+def train_step(
+    state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor, peers: Peers = ALONE
+) -> StepValues:
+    """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place.
+
+    B counts this process's rows; with `peers` the step is that of all processes' rows together.
+    """
+    x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     values, gradients = step(state.parameters, x, y, state.dead(recipe.train.dead_after_rows))
     if not torch.isfinite(values.loss):
         bad = (~torch.isfinite(values.squared_errors)).nonzero()
         raise NonFiniteLossError(int(bad[0]) if len(bad) else None)
-    apply(state.adam, gradients, recipe.learning_rate(state.step), recipe.train.clip_norm)
+    apply(state.adam, gradients.over(peers), recipe.learning_rate(state.step), recipe.train.clip_norm)
 
-    cut, rows = values.cut.item(), len(x)
-    state.threshold = (
-        cut if state.threshold is None else state.threshold + THRESHOLD_AVERAGE * (cut - state.threshold)
-    )
-    if state.step == recipe.counting_from:
-        state.kept.zero_()
-        state.kept_rows = 0
-    if state.step >= recipe.counting_from:
-        state.kept += kept_below(values.entries.latents, recipe.objective.prefix_ends)
-        state.kept_rows += rows
-    state.step += 1
-    state.rows += rows
+    kept = peers.total(kept_below(values.entries.latents, recipe.objective.prefix_ends))
+    state.count(values.cut.item(), kept, rows=len(x) * peers.world, counting=recipe.counting_from)
     state.last_fired.index_fill_(0, values.entries.latents, state.rows)
+    peers.latest(state.last_fired)
     return values
 
 
 def kept_below(latents: Tensor, prefix_ends: tuple[int, ...]) -> Tensor:
     """[G] float64: how many of `latents` lie below each prefix end."""
-    return torch.tensor([float((latents < end).sum()) for end in prefix_ends], dtype=torch.float64)
+    ends = torch.tensor(prefix_ends, device=latents.device)
+    groups = torch.bucketize(latents, ends, right=True).bincount(minlength=len(prefix_ends))
+    return groups.cumsum(0).double()
 
 
 class Run:
     """One run being trained: its directory, state, step, log."""
 
-    def __init__(self, settings: Settings, store: Store, device: str) -> None:
-        self.settings, self.store = settings, store
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        device: str,
+        peers: Peers = ALONE,
+        buffers: Buffers | None = None,
+    ) -> None:
+        self.settings, self.store, self.peers = settings, store, peers
         self.dir = settings.run_dir()
         source = store.manifest.source
-        self.recipe = Recipe.of(settings, store)
-        record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
-        self.step = step_for(self.recipe.objective)
+        self.recipe = Recipe.of(settings, store, device)
+        if peers.leads:
+            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
+        peers.wait()
+        self.step = step_for(self.recipe.objective, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
-        self.state = State.start(parameters, len(self.recipe.objective.prefix_ends))
+        groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
+        self.state = State.start(parameters, groups, sampled)
         checkpoint.restore(self.dir, self.state)
-        checkpoint.cut_metrics(self.dir, self.state.step)
-        self._probe = [rows.to(device) for rows in store.heldout.rows(0, min(PROBE_ROWS, len(store.heldout)))]
+        if peers.leads:
+            checkpoint.cut_metrics(self.dir, self.state.step)
         config = settings.model_dump(mode="json") | {"harvest_fingerprint": store.manifest.fingerprint}
         total = self.recipe.steps * settings.train.batch_size
-        self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total)
+        self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
         self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
 
     @property
@@ -109,7 +119,7 @@ class Run:
         state, train = self.state, self.settings.train
         dead = len(state.dead(train.dead_after_rows))
         try:
-            values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs)
+            values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.peers)
         except NonFiniteLossError as error:
             chunk = int(batch.rows[0]) // self.store.manifest.source.chunk_rows
             raise InputError(
@@ -119,14 +129,23 @@ class Run:
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
         self._waited += waited
-        self.log.step(len(batch.rows))
-        probes = state.step % train.heldout_every == 0
-        if state.step % train.log_every == 0 or probes or self.done:
-            self.log.metrics(
-                self._metrics(values, dead, batch.epoch) | (self._probed() if probes or self.done else {})
-            )
+        if state.samples is not None and state.step % train.sample_every == 0:
+            state.samples.collect(*_everyones(values.entries, batch, self.peers))
+        probes = state.step % train.heldout_every == 0 or self.done
+        if self.log is not None:
+            self.log.step(train.batch_size)
+            if state.step % train.log_every == 0 or probes:
+                self.log.metrics(
+                    self._metrics(values, dead, batch.epoch) | (self._probed() if probes else {})
+                )
         if state.step % train.checkpoint_every == 0 or self.done:
-            checkpoint.save(self.dir, state)
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; every process has the same state."""
+        if self.peers.leads:
+            checkpoint.save(self.dir, self.state)
+        self.peers.wait()
 
     def _metrics(self, values: StepValues, dead: int, epoch: int) -> dict[str, Any]:
         state, recipe = self.state, self.recipe
@@ -143,12 +162,12 @@ class Run:
             "loss": values.loss.item(),
             "l2_loss": values.l2_loss.item(),
             "aux_loss": values.aux_loss.item(),
-            "l0_norm": len(values.entries.rows) / rows,
+            "l0_norm": state.newest_l0,
             "fvu": fvu[-1],
             **{f"fvu/prefix_{g}": value for g, value in enumerate(fvu)},
             "dead_features_percentage": 100 * dead / recipe.objective.d_sae,
             "learning_rate": recipe.learning_rate(state.step - 1),
-            "threshold": (state.threshold or 0.0) * recipe.scale_out,
+            "threshold": (state.threshold or 0.0) * recipe.scaling.scale_out,
             "rows_per_second": round(speed, 1),
             "data_wait_seconds": round(waited, 4),
         }
@@ -156,16 +175,25 @@ class Run:
     @torch.no_grad()
     def _probed(self) -> dict[str, float | None]:
         objective = self.recipe.objective
-        pairs = zip(*(rows.split(self.settings.train.batch_size) for rows in self._probe), strict=True)
         cuts = training_cut(objective.k, objective.selection, len(objective.prefix_ends))
+        pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
         found = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
         return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(found.fvu)}
 
-    def finish(self) -> Transcoder:
+    def finish(self) -> None:
         """Write the finished weights, and give them to W&B."""
-        transcoder = finish(self.settings, self.store, self.recipe, self.state)
-        self.log.artifact(self.dir / FILE_NAME)
-        return transcoder
+        if self.log is not None:
+            finish(self.settings, self.store, self.recipe, self.state)
+            self.log.artifact(self.dir / FILE_NAME)
+        self.peers.wait()
+
+
+def _everyones(entries: Entries, batch: Batch, peers: Peers) -> tuple[Entries, Tensor]:
+    """The active entries of all processes, and the stored row number of each of their rows."""
+    numbers = torch.from_numpy(batch.rows).to(entries.rows.device)
+    rows = entries.rows + peers.rank * len(numbers)
+    parts = (rows, entries.latents, entries.values)
+    return Entries(*map(peers.gathered, parts)), peers.gathered(numbers)
 
 
 def device_of(settings: Settings) -> str:
@@ -175,40 +203,73 @@ def device_of(settings: Settings) -> str:
 
 def train(settings: Settings, store: Store) -> Transcoder:
     """Train one run to its end, from wherever it stands."""
-    return train_together([Run(settings, store, device_of(settings))])[0]
+    train_together([settings], store)
+    return Transcoder.load(settings.run_dir())
 
 
-def train_together(runs: list[Run]) -> list[Transcoder]:
-    """Give each batch of the store to every run, in one pass; each run goes on from where it stands."""
+def train_together(wanted: list[Settings], store: Store) -> None:
+    """Give each batch of the store to every run, in one pass; each run goes on from where it stands.
+
+    What decides the batches (rows, batch size, order seed) is the same for all of them.
+    """
+    device = device_of(wanted[0])
+    _check_memory(wanted, store, torch.device(device))
+    with joined(device) as peers:
+        runs: list[Run] = []
+        try:
+            buffers = Buffers()
+            runs += [Run(settings, store, device, peers, buffers) for settings in wanted]
+            _feed_all(runs, store, peers)
+            for run in runs:
+                run.finish()
+        finally:
+            for run in runs:
+                if run.log is not None:
+                    run.log.close()
+
+
+def _check_memory(wanted: list[Settings], store: Store, device: torch.device) -> None:
+    source = store.manifest.source
+    widths = source.d_in, source.d_out
+    state, on_top = 0, 0
+    for settings in wanted:
+        objective, transcoder, train = (
+            Recipe.of(settings, store).objective,
+            settings.transcoder,
+            settings.train,
+        )
+        state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
+        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size))
+    memory.check(state, on_top, device)
+
+
+def _feed_all(runs: list[Run], store: Store, peers: Peers) -> None:
     first = min(runs, key=lambda run: run.state.step)
     train, state = first.settings.train, first.state
-    loader = first.store.train.loader(
+    loader = store.train.loader(
         train.batch_size,
         train.order_seed,
         epoch=state.epoch,
         batch=state.batch,
         epochs=None,
         device=state.last_fired.device,
+        rank=peers.rank,
+        world=peers.world,
     )
     step = state.step
-    try:
-        with closing(loader.batches()) as batches, interruptions() as interrupted:
-            while not all(run.done for run in runs):
-                begun = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - begun
+    with closing(loader.batches()) as batches, interruptions() as interrupted:
+        while not all(run.done for run in runs):
+            begun = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - begun
+            for run in runs:
+                if run.state.step == step:  # a run whose checkpoint is later waits for the others
+                    run.feed(batch, loader.batches_per_epoch, waited)
+            step += 1
+            if peers.any(interrupted(), batch.inputs.device):
                 for run in runs:
-                    if run.state.step == step:  # a run whose checkpoint is later waits for the others
-                        run.feed(batch, loader.batches_per_epoch, waited)
-                step += 1
-                if interrupted():
-                    for run in runs:
-                        checkpoint.save(run.dir, run.state)
-                    raise KeyboardInterrupt(f"step {step} is saved; the same command continues")
-        return [run.finish() for run in runs]
-    finally:
-        for run in runs:
-            run.log.close()
+                    run.save()
+                raise KeyboardInterrupt(f"step {step} is saved; the same command continues")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from train.peers import ALONE, Peers
 from train.topk import Entries
 
 
@@ -68,6 +69,7 @@ def aux_loss(
     *,
     aux_k: int,
     coefficient: float,
+    peers: Peers = ALONE,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents explain what the living ones left over.
 
@@ -75,13 +77,14 @@ def aux_loss(
     (detached by the caller), e_hat = z W_dec, z the top min(aux_k, N) per row of the dead latents'
     relu(pre-activation). Both sums run over all rows and dimensions, so the coefficient does not
     depend on the scale of the residual. No b_dec, no skip. Zero when the residual is.
+    The rows of the lower sum are those of all `peers`; the upper is this process's part.
     """
     n_dead = len(W_enc)
     z = torch.relu(torch.addmm(b_enc, x, W_enc.T))
     if aux_k < n_dead:
         top = z.topk(aux_k, dim=1)
         z = torch.zeros_like(z).scatter(1, top.indices, top.values)
-    size = residual.square().sum()
+    size = peers.total(residual.square().sum())
     error = (z @ W_dec - residual).square().sum()
     scale = coefficient * min(1.0, n_dead / aux_k)
     return scale * torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0 * error)

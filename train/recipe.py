@@ -11,7 +11,7 @@ from pipeline import Train as TrainSettings
 from shards import Store
 from train.losses import Objective
 from train.schedule import learning_rate
-from train.transcoder import Parameters, Transcoder, initialise
+from train.transcoder import Parameters, Scaling, Transcoder, initialise
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,19 @@ class Recipe:
 
     objective: Objective
     train: TrainSettings
-    scale_in: float
-    scale_out: float
+    scaling: Scaling
     variance: float
     """Sum over dimensions of the outputs' variance, in normalised space."""
 
     @classmethod
-    def of(cls, settings: Settings, store: Store) -> "Recipe":
+    def of(cls, settings: Settings, store: Store, device: str = "cpu") -> "Recipe":
         source, moments = store.manifest.source, store.manifest.splits["train"]
         if moments.inputs is None or moments.outputs is None:
             raise InputError(f"{store.path}: has no train rows; harvest more")
-        _, groups = settings.transcoder.resolve(source.d_in)
+        try:
+            _, groups = settings.transcoder.resolve(source.d_in)
+        except ValueError as error:  # sizes given as multiples: only now d_in is known
+            raise InputError(f"transcoder: {error}") from error
         objective = Objective(
             prefix_ends=tuple(accumulate(groups)),
             prefix_weights=(1 / len(groups),) * len(groups),
@@ -41,7 +43,9 @@ class Recipe:
             precision=settings.train.precision,
         )
         variance = float(moments.outputs.variance.sum()) / moments.outputs.scale**2
-        return cls(objective, settings.train, moments.inputs.scale, moments.outputs.scale, variance)
+        mean = torch.tensor(moments.inputs.mean, dtype=torch.float32, device=device)
+        scaling = Scaling(mean, moments.inputs.scale, moments.outputs.scale)
+        return cls(objective, settings.train, scaling, variance)
 
     @property
     def steps(self) -> int:
@@ -67,14 +71,12 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Pa
     """Parameters before the first step, in normalised space: fresh, or another run's."""
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:
-        moments = store.manifest.splits["train"]
-        assert moments.inputs is not None  # Recipe.of refuses an empty split
-        assert moments.outputs is not None
-        mean_input = torch.tensor(moments.inputs.mean, dtype=torch.float64) / recipe.scale_in
-        mean_output = torch.tensor(moments.outputs.mean, dtype=torch.float64) / recipe.scale_out
-        fresh = initialise(objective.d_sae, mean_input, mean_output, skip=skip, seed=settings.train.seed)
+        outputs = store.manifest.splits["train"].outputs
+        assert outputs is not None  # Recipe.of refuses an empty split
+        mean = torch.tensor(outputs.mean, dtype=torch.float64) / outputs.scale
+        fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
-    other = Transcoder.load(Path(settings.train.init_from))
+    other = Transcoder.load(Path(settings.train.init_from), device)
     expected = {
         "d_in": source.d_in,
         "d_out": source.d_out,
@@ -86,5 +88,4 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Pa
     wrong = [f"{key}: expected {wanted}, found {have}" for (key, wanted), have in pairs if wanted != have]
     if wrong:
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(wrong)}")
-    unfolded = other.parameters.unfolded(recipe.scale_in, recipe.scale_out)
-    return unfolded.map(lambda tensor: tensor.to(device))
+    return other.parameters.unfolded(recipe.scaling)

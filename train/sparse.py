@@ -17,7 +17,8 @@ from torch.nn.functional import embedding_bag
 
 from train.gradients import Block, Gradients
 from train.losses import Objective, StepValues, aux_loss, nested_loss
-from train.topk import Entries, select_batch, select_rows
+from train.peers import ALONE, Peers
+from train.topk import SELECT, Entries
 from train.transcoder import Parameters
 
 ROWS = 128
@@ -28,29 +29,50 @@ LATENTS = 512
 DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class SparseStep:
-    """Forward and backward with one dense product, the encoder's. Keeps its large buffers."""
+class Buffers:
+    """Large tensors that outlive a step: a fresh one of [F, D] costs 0.1 s. Shared by the runs of a sweep."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def get(
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor on the device of `like`; its content is whatever was left in it."""
+        key = (name, tuple(shape), dtype or like.dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(shape, dtype=key[2], device=like.device)
+        return self._kept[key]
+
+
+class SparseStep:
+    """Forward and backward with one dense product, the encoder's."""
+
+    def __init__(self, objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> None:
+        self.objective, self.peers = objective, peers
+        self._buffers = buffers or Buffers()
 
     def __call__(
         self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
     ) -> tuple[StepValues, Gradients]:
-        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices."""
-        objective = self.objective
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
+
+        Values are those of all peers' rows, gradients this process's part.
+        """
+        objective, peers = self.objective, self.peers
         entries, cut = self._select(parameters, x)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
-        residual = self._kept("residual", y.shape, y) if wants_aux else None
-        S = self._kept("S", (len(x) * bags.groups, y.shape[1]), y)
-        squared_errors, d_acts = _decode(parameters, x, y, bags, objective, S, residual)
-        l2 = nested_loss(squared_errors, objective.prefix_weights, y.numel())
+        residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
+        S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
+        n_values = y.numel() * peers.world
+        scale = [2 * weight / n_values for weight in objective.prefix_weights]
+        squared_errors, d_acts = _decode(parameters, x, y, bags, scale, S, residual)
+        l2 = nested_loss(peers.total(squared_errors), objective.prefix_weights, n_values)
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
-            aux, dead_gradients = _aux(parameters, x, residual, dead, objective)
+            aux, dead_gradients = _aux(parameters, x, residual, dead, objective, peers)
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
         if parameters.W_skip is not None:
@@ -67,22 +89,12 @@ class SparseStep:
         objective, exact = self.objective, None
         W_enc, b_enc, rows = parameters.W_enc, parameters.b_enc, x
         if objective.precision == "bfloat16":
-            W_enc = self._kept("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
             b_enc, rows = b_enc.bfloat16(), x.bfloat16()
             exact = partial(_pre_activations, parameters, x)
-        pre = self._kept("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
+        pre = self._buffers.get("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
         torch.addmm(b_enc, rows, W_enc.T, out=pre)
-        select = select_batch if objective.selection == "batch_topk" else select_rows
-        return select(pre, objective.k, exact)
-
-    def _kept(
-        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """A buffer that lives as long as the step; its content is whatever the last step left."""
-        old = self._buffers.get(name)
-        if old is None or old.shape != shape or old.dtype != (dtype or like.dtype):
-            old = self._buffers[name] = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-        return old
+        return SELECT[objective.selection](pre, objective.k, exact, self.peers)
 
 
 def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
@@ -150,11 +162,13 @@ def _decode(
     x: Tensor,
     y: Tensor,
     bags: Bags,
-    objective: Objective,
+    scale: list[float],
     S: Tensor,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Reconstruct every prefix, ROWS rows at a time; fills S, and residual = y - y_G when asked.
+
+    `scale` [G] is each prefix's share of S: 2 w_g / (B D_out).
 
     Returns (squared error of each prefix [G] float64, gradient by each active entry [E]).
     """
@@ -162,7 +176,6 @@ def _decode(
     target = y - parameters.b_dec
     if parameters.W_skip is not None:
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
-    scale = [2 * weight / (n * d_out) for weight in objective.prefix_weights]
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
     d_acts = torch.empty_like(bags.values)
     bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
@@ -190,15 +203,17 @@ def _decode(
 
 
 def _aux(
-    parameters: Parameters, x: Tensor, residual: Tensor, dead: Tensor, objective: Objective
+    parameters: Parameters, x: Tensor, residual: Tensor, dead: Tensor, objective: Objective, peers: Peers
 ) -> tuple[Tensor, DeadGradients]:
     """The auxiliary loss and its gradients by the dead latents' rows: small dense products."""
     with torch.enable_grad():
         rows = [getattr(parameters, name)[dead].requires_grad_() for name in ("W_enc", "b_enc", "W_dec")]
-        loss = aux_loss(x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient)
+        loss = aux_loss(
+            x, residual, *rows, aux_k=objective.aux_k, coefficient=objective.aux_coefficient, peers=peers
+        )
         d_enc, d_bias, d_dec = torch.autograd.grad(loss, rows)
         along = (d_dec * rows[2].detach()).sum(1)
-    return loss.detach().double(), (d_enc, d_bias, d_dec, along)
+    return peers.total(loss.detach().double()), (d_enc, d_bias, d_dec, along)
 
 
 def _blocks(

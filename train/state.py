@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.latents import Samples
 from train.optimizer import Adam
 from train.transcoder import Parameters
 
@@ -37,11 +38,32 @@ class State:
     threshold: float | None = None
     """Moving average of the cuts, in normalised space."""
 
+    samples: Samples | None = None
+    """Strongest rows of each latent; none when they are not collected."""
+    newest_l0: float = 0.0
+    """Active latents per row in the newest step."""
+
     @classmethod
-    def start(cls, parameters: Parameters, n_prefixes: int) -> "State":
+    def start(cls, parameters: Parameters, n_prefixes: int, sampled: bool = False) -> "State":
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
-        return cls(parameters, Adam(parameters), last_fired, torch.zeros(n_prefixes, dtype=torch.float64))
+        kept = torch.zeros(n_prefixes, dtype=torch.float64, device=device)
+        samples = Samples(len(parameters.b_enc), device) if sampled else None
+        return cls(parameters, Adam(parameters), last_fired, kept, samples=samples)
+
+    def count(self, cut: float, kept: Tensor, rows: int, counting: int) -> None:
+        """Take in one step's cut, kept activations [G] and rows; `kept` adds up from step `counting` on."""
+        old = cut if self.threshold is None else self.threshold
+        self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
+        self.newest_l0 = float(kept[-1]) / rows
+        if self.step == counting:
+            self.kept.zero_()
+            self.kept_rows = 0
+        if self.step >= counting:
+            self.kept += kept
+            self.kept_rows += rows
+        self.step += 1
+        self.rows += rows
 
     def dead(self, after_rows: int) -> Tensor:
         """Indices, ascending, of the latents that have not fired for more than `after_rows` rows."""
@@ -51,6 +73,8 @@ class State:
         named = {f"parameters.{name}": tensor for name, tensor in self.parameters.named().items()}
         named |= {f"adam.mean.{name}": tensor for name, tensor in self.adam.mean.items()}
         named |= {f"adam.square.{name}": tensor for name, tensor in self.adam.square.items()}
+        if self.samples is not None:
+            named |= {"samples.values": self.samples.values, "samples.rows": self.samples.rows}
         return named | {"adam.steps": self.adam.steps, "last_fired": self.last_fired, "kept": self.kept}
 
     def scalars(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from train.peers import ALONE, Peers
+
 SAMPLE = 1 << 16
 """Values looked at to guess the cut; 19 M pre-activations have their (K*B)-th largest among the
 candidates above a guess made of 65,536 of them, and a full torch.topk costs 1.0 s."""
@@ -34,19 +36,26 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
     return values.kthvalue(len(values) - k + 1).values
 
 
-def candidates(values: Float[Tensor, " n"], k: int) -> Int[Tensor, " m"]:
+def candidates(values: Float[Tensor, " n"], k: int, peers: Peers = ALONE) -> Int[Tensor, " m"]:
     """Positions of positive values, among them all that are at least the k-th largest positive.
 
     A strided sample guesses a cut that about 1.25 k values exceed; where the guess was too high, the
     next is far lower, and the last is zero. So the result is exact whatever the sample said.
+    k counts over all `peers`, who use the same cut.
     """
     stride = _stride(len(values))
     sample = values[::stride]
-    rank = min(len(sample), math.ceil(1.25 * k / stride) + 8)
-    guess = max(0.0, kth_largest(sample, rank).item()) if rank < len(sample) else 0.0
+    rank = min(len(sample), math.ceil(1.25 * k / stride / peers.world) + 8)
+    guess = kth_largest(sample, rank).clamp_min(0) if rank < len(sample) else values.new_zeros(())
+    guess = peers.total(guess.float() / peers.world).item()
     for cut in (guess, guess / 4, 0.0):
         found = _above(values, cut)
-        if len(found) >= k or cut == 0.0:
+        count = (
+            len(found)
+            if peers.world == 1
+            else int(peers.total(torch.tensor(len(found), device=values.device)))
+        )
+        if count >= k or cut == 0.0:
             break
     return found
 
@@ -72,19 +81,26 @@ Values = Callable[[Tensor], Tensor]
 """Positions in the flattened [B, F] -> their pre-activations, recomputed in float32."""
 
 
-def select_batch(pre: Float[Tensor, "B F"], k: int, exact: Values | None = None) -> tuple[Entries, Tensor]:
+def select_batch(
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
+) -> tuple[Entries, Tensor]:
     """Batch top-k: every positive pre-activation at least as large as the (k*B)-th largest.
 
     Ties at the cut all stay. Also returns the cut, 0 when there are fewer positive values.
     With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
+    The batch is that of all `peers`.
     """
-    n, positions = k * len(pre), candidates(pre.view(-1), k * len(pre))
+    n = k * len(pre) * peers.world
+    positions = candidates(pre.view(-1), n, peers)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
-    cut = kth_largest(values, n).clamp_min(0) if len(values) >= n else values.new_zeros(())
+    everyones = peers.gathered(values)
+    cut = kth_largest(everyones, n).clamp_min(0) if len(everyones) >= n else values.new_zeros(())
     return _entries(positions, values, (values >= cut) & (values > 0), pre.shape[1]), cut
 
 
-def select_rows(pre: Float[Tensor, "B F"], k: int, exact: Values | None = None) -> tuple[Entries, Tensor]:
+def select_rows(
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
+) -> tuple[Entries, Tensor]:
     """Per-row top-k: in each row every positive value at least as large as the row's k-th largest.
 
     Ties stay. The returned cut is the smallest value kept, 0 when nothing is.
@@ -94,7 +110,11 @@ def select_rows(pre: Float[Tensor, "B F"], k: int, exact: Values | None = None) 
     positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     entries = _entries(positions, values, values > 0, pre.shape[1])
-    return entries, entries.values.min() if len(entries.values) else values.new_zeros(())
+    everyones = peers.gathered(entries.values)
+    return entries, everyones.min() if len(everyones) else values.new_zeros(())
+
+
+SELECT = {"batch_topk": select_batch, "topk": select_rows}
 
 
 def _entries(positions: Tensor, values: Tensor, kept: Tensor, width: int) -> Entries:

@@ -20,6 +20,23 @@ ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 
 
 
 @dataclass(frozen=True, eq=False)
+class Scaling:
+    """Normalised space: x = (input - mean_in) / scale_in, y = output / scale_out."""
+
+    mean_in: Float[Tensor, " D_in"]
+    """Mean raw input. Half of the inputs' energy can lie in it (52 % in SmolLM2's layer 12); where it was
+    left in, Adam's first steps moved whole latents along it, to where they are negative on every row."""
+    scale_in: float
+    scale_out: float
+
+    def inputs(self, raw: Float[Tensor, "B D_in"]) -> Float[Tensor, "B D_in"]:
+        return (raw - self.mean_in).div_(self.scale_in)
+
+    def outputs(self, raw: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
+        return raw / self.scale_out
+
+
+@dataclass(frozen=True, eq=False)
 class Parameters:
     """What training changes. In training they live in normalised space, saved they are folded."""
 
@@ -36,48 +53,59 @@ class Parameters:
     def map(self, change: Any) -> "Parameters":
         return Parameters(**{name: change(tensor) for name, tensor in self.named().items()})
 
-    def folded(self, scale_in: float, scale_out: float) -> "Parameters":
-        """Parameters on raw activations, given those on x = input / scale_in, y = output / scale_out.
+    def folded(self, by: Scaling) -> "Parameters":
+        """Parameters on raw activations, given those on normalised ones.
 
         With a = relu(x W_enc^T + b_enc) the raw activation is scale_out * a, so that decoder rows
-        keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec.
+        keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec. The mean
+        input goes into the biases. W_dec is shared, not copied.
         """
+        ratio, mean = by.scale_out / by.scale_in, by.mean_in.double()
+        W_enc = self.W_enc * ratio
+        W_skip = None if self.W_skip is None else self.W_skip * ratio
+        b_enc, b_dec = self.b_enc * by.scale_out, self.b_dec * by.scale_out
         return Parameters(
-            W_enc=self.W_enc * (scale_out / scale_in),
-            b_enc=self.b_enc * scale_out,
-            W_dec=self.W_dec.clone(),
-            b_dec=self.b_dec * scale_out,
-            W_skip=None if self.W_skip is None else self.W_skip * (scale_out / scale_in),
+            W_enc=W_enc,
+            b_enc=b_enc - _product(W_enc, mean),
+            W_dec=self.W_dec,
+            b_dec=b_dec if W_skip is None else b_dec - _product(W_skip, mean),
+            W_skip=W_skip,
         )
 
-    def unfolded(self, scale_in: float, scale_out: float) -> "Parameters":
+    def unfolded(self, by: Scaling) -> "Parameters":
         """The inverse of `folded`."""
-        return self.folded(1 / scale_in, 1 / scale_out)
+        ratio, mean = by.scale_in / by.scale_out, by.mean_in.double()
+        b_enc = self.b_enc + _product(self.W_enc, mean)
+        b_dec = self.b_dec if self.W_skip is None else self.b_dec + _product(self.W_skip, mean)
+        return Parameters(
+            W_enc=self.W_enc * ratio,
+            b_enc=b_enc / by.scale_out,
+            W_dec=self.W_dec,
+            b_dec=b_dec / by.scale_out,
+            W_skip=None if self.W_skip is None else self.W_skip * ratio,
+        )
+
+
+def _product(matrix: Tensor, vector: Tensor, block: int = 1024) -> Tensor:
+    """matrix @ vector in float64, without a float64 copy of the whole matrix."""
+    return torch.cat([rows.double() @ vector for rows in matrix.split(block)]).to(matrix.dtype)
 
 
 def initialise(
-    d_sae: int,
-    mean_input: Float[Tensor, " D_in"],
-    mean_output: Float[Tensor, " D_out"],
-    *,
-    skip: bool,
-    seed: int,
+    d_in: int, d_sae: int, mean_output: Float[Tensor, " D_out"], *, skip: bool, seed: int
 ) -> Parameters:
     """Parameters before the first step, in normalised space, on the CPU.
 
     b_dec is the mean output, W_dec random unit rows, W_enc normal with standard deviation
-    ENCODER_SCALE / sqrt(D_in), W_skip zero. b_enc makes the mean input's pre-activations zero: half of
-    the inputs' energy can lie in their mean (52 % in SmolLM2's layer 12), and without this half of
-    the latents start negative on every row, where no gradient, not even the aux loss's, reaches them.
+    ENCODER_SCALE / sqrt(d_in), b_enc and W_skip zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    d_in, mean_input = len(mean_input), mean_input.to(torch.float32)
     W_enc = torch.randn(d_sae, d_in, generator=generator).mul_(ENCODER_SCALE / d_in**0.5)
     W_dec = torch.randn(d_sae, len(mean_output), generator=generator)
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return Parameters(
         W_enc=W_enc,
-        b_enc=-(W_enc @ mean_input),
+        b_enc=torch.zeros(d_sae),
         W_dec=W_dec,
         b_dec=mean_output.to(torch.float32).clone(),
         W_skip=torch.zeros(len(mean_output), d_in) if skip else None,

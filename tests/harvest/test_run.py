@@ -172,7 +172,7 @@ def test_stopped_at_any_window_and_continued(
     monkeypatch.setattr(StoreWriter, "write_window", fails)
     with pytest.raises((what, InputError)):
         harvest(settings_for(llama))
-    path = settings_for(llama).store_path(1)
+    path = Path(settings_for(llama).store_path(1))
     with pytest.raises(InputError, match="unfinished harvest"):
         Store.open(path)
     monkeypatch.setattr(StoreWriter, "write_window", write)
@@ -194,7 +194,7 @@ def test_stopped_in_the_text_pass_and_continued(
     monkeypatch.setattr(run, "documents", stops)
     with pytest.raises(InputError, match="gone"):
         harvest(settings_for(llama))
-    assert not settings_for(llama).store_path(1).exists()
+    assert not Path(settings_for(llama).store_path(1)).exists()
     monkeypatch.undo()
     (path,) = harvest(settings_for(llama))
     assert read_commit(path) == read_commit(whole)
@@ -213,7 +213,7 @@ def test_a_partial_store_of_another_harvest_is_refused(
 
 def test_a_second_harvest_into_one_store_is_refused(llama: Path, settings_for: Make) -> None:
     settings = settings_for(llama)
-    with StoreWriter(settings.store_path(1)).lock(), pytest.raises(InputError) as stopped:
+    with StoreWriter(Path(settings.store_path(1))).lock(), pytest.raises(InputError) as stopped:
         harvest(settings)
     assert f"another harvest is writing it (process {os.getpid()})" in str(stopped.value)
     harvest(settings)  # the lock of whoever is gone is no obstacle
@@ -243,14 +243,14 @@ def test_two_processes_write_the_same_bytes(llama: Path, settings_for: Make, tmp
     settings = settings_for(llama)
     done = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert read_commit(settings.store_path(1)) == read_commit(whole)
+    assert read_commit(Path(settings.store_path(1))) == read_commit(whole)
 
 
 def test_killed_and_continued(llama: Path, settings_for: Make, tmp_path: Path) -> None:
     """kill -9 of the real command at three moments; the finished store is byte-identical."""
     whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
     command = command_of(settings_for(llama))
-    path = settings_for(llama).store_path(1)
+    path = Path(settings_for(llama).store_path(1))
     for sign in ("train/contexts", ".harvest/plan.json", ".harvest/records"):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60

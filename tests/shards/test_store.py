@@ -19,6 +19,7 @@ from shards.codecs import dequantise, from_bfloat16
 from shards.files import commit_text, read_commit, sha256
 from shards.layout import SHARD_ROWS
 from shards.reader import MappedArray, ZarrArray, open_array, read_lines
+from shards.remote import LocalFiles
 from tests.fixtures import Rows, make_store
 
 STORAGES = ("int8", "bfloat16", "float32")
@@ -177,7 +178,7 @@ def test_unknown_layouts_are_read_through_zarr(store: Store, tmp_path: Path) -> 
     other = zarr.create_array(copy / array.path, shape=array.shape, dtype=array.dtype, chunks=(500, 3))
     other[:] = values
     with pytest.warns(UserWarning, match="layout unknown to the fast reader, read through zarr-python"):
-        reader = open_array(copy, array)
+        reader = open_array(LocalFiles(copy), array)
     assert isinstance(reader, ZarrArray)
     for chunk in (0, 7, array.chunks - 1):
         assert (reader.chunk(chunk) == store.train.readers["inputs"].chunk(chunk)).all()

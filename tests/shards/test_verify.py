@@ -11,6 +11,7 @@ from pipeline import InputError
 from shards import Store
 from shards.files import read_commit
 from shards.layout import SHARD_ROWS
+from shards.remote import LocalFiles
 from shards.verify import repair, verify
 from tests.fixtures import make_store
 from tests.harvest.test_run import Make
@@ -28,7 +29,7 @@ def data_files(root: Path) -> list[Path]:
 
 
 def test_a_whole_store_has_no_damage(store: Store) -> None:
-    assert verify(store.path) == []
+    assert verify(LocalFiles(store.path)) == []
 
 
 def test_a_flipped_byte_is_named_with_chunk_and_rows(store: Store, tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_flipped_byte_is_named_with_chunk_and_rows(store: Store, tmp_path: Pat
     data = bytearray(path.read_bytes())
     data[len(data) // 4] ^= 1
     path.write_bytes(bytes(data))
-    (damage,) = verify(copy)
+    (damage,) = verify(LocalFiles(copy))
     assert (damage.file, damage.array, damage.what) == (
         "train/inputs/c/1/0",
         "train/inputs",
@@ -77,14 +78,14 @@ def test_300_random_flips_are_found_and_never_handed_out(store: Store, tmp_path:
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         path.write_bytes(bytes(data))
         try:
-            found = [damage.file for damage in verify(copy)]
+            found = [damage.file for damage in verify(LocalFiles(copy))]
         except InputError as error:
             found = ["files.sha256"] if "files.sha256" in str(error) else []
         assert str(path.relative_to(copy)) in found
         with pytest.raises(InputError):
             read_everything(copy)
         path.write_bytes(original)
-    assert verify(copy) == []
+    assert verify(LocalFiles(copy)) == []
 
 
 def test_deleted_emptied_and_truncated_files_of_each_kind(store: Store, tmp_path: Path) -> None:
@@ -103,14 +104,16 @@ def test_deleted_emptied_and_truncated_files_of_each_kind(store: Store, tmp_path
         for damage in (Path.unlink, cut, lambda path: path.write_bytes(b"")):
             copy = shutil.copytree(store.path, tmp_path / "s.zarr")
             damage(copy / name)
-            assert str(name) in [found.file for found in verify(copy)], name
+            assert str(name) in [found.file for found in verify(LocalFiles(copy))], name
             shutil.rmtree(copy)
 
 
 def test_files_that_do_not_belong(store: Store, tmp_path: Path) -> None:
     copy = shutil.copytree(store.path, tmp_path / "s.zarr")
     (copy / "train" / "notes.txt").write_text("x")
-    assert [str(damage) for damage in verify(copy)] == ["train/notes.txt: not listed in files.sha256"]
+    assert [str(damage) for damage in verify(LocalFiles(copy))] == [
+        "train/notes.txt: not listed in files.sha256"
+    ]
 
 
 def test_repair_refills_exactly_the_damaged_windows(llama: Path, settings_for: Make) -> None:
@@ -120,12 +123,12 @@ def test_repair_refills_exactly_the_damaged_windows(llama: Path, settings_for: M
     untouched = {file: file.stat().st_mtime_ns for file in data_files(path) if "heldout" in str(file)}
     flip(path / "train/outputs/c/0/0")
     (path / "train/row_context/c/0").unlink()
-    assert repair(path, verify(path)) == [("train", 0)]
+    assert repair(path, verify(LocalFiles(path))) == [("train", 0)]
     with pytest.raises(InputError, match="unfinished harvest"):
         Store.open(path)
     assert harvest(settings) == [path]
     assert read_commit(path) == before
-    assert verify(path) == []
+    assert verify(LocalFiles(path)) == []
     assert untouched == {file: file.stat().st_mtime_ns for file in data_files(path) if "heldout" in str(file)}
 
 
@@ -136,6 +139,6 @@ def test_what_a_harvest_cannot_refill_is_not_repaired(store: Store, tmp_path: Pa
         with pytest.raises(
             InputError, match="cannot be refilled from the store alone; remove it and harvest again"
         ):
-            repair(copy, verify(copy))
+            repair(copy, verify(LocalFiles(copy)))
         assert (copy / "files.sha256").is_file()
         shutil.rmtree(copy)

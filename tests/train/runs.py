@@ -1,10 +1,13 @@
 """Rows and settings of runs that take seconds."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline import Settings
+from train import Transcoder
 
 D_IN, D_OUT, CAUSES = 12, 10, 48
 
@@ -36,6 +39,7 @@ def tiny_settings(store_root: Path, checkpoints: Path, run: str = "a", **changes
             "checkpoint_every": 20,
             "log_every": 10,
             "heldout_every": 40,
+            "sample_every": 5,
         },
         "wandb": {"mode": "disabled"},
         "paths": {"activations": store_root, "checkpoints": checkpoints},
@@ -44,3 +48,18 @@ def tiny_settings(store_root: Path, checkpoints: Path, run: str = "a", **changes
         section, _, name = key.partition("__")
         values[section][name] = value
     return Settings.model_validate({"layers": (0,), "run": run, **values})
+
+
+def command(settings: Settings, *more: str) -> list[str]:
+    """The command line that asks for these settings."""
+    options = [sys.executable, "-m", "train", "--layer", "0", "--run", settings.run, *more]
+    for section in ("model", "transcoder", "train", "wandb", "paths"):
+        for key, value in getattr(settings, section):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            options += [f"--{section}.{key}", text]
+    return options
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    loaded = Transcoder.load(run_dir)
+    return loaded.parameters.named() | {"thresholds": loaded.thresholds}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import InputError
 from tests.train.steps import problem
 from train import Transcoder
-from train.transcoder import initialise
+from train.transcoder import Scaling, initialise
 
 
 def made(skip: bool = False) -> Transcoder:
@@ -21,13 +21,28 @@ def made(skip: bool = False) -> Transcoder:
 def test_folding_keeps_the_function_exact(skip: bool) -> None:
     """Powers of two as scales: folding is then exact in floating point, so equality is too."""
     p = problem(rows=20, skip=skip, dtype=torch.float32)
+    by = Scaling(torch.zeros(5), 4.0, 0.5)
     normal = Transcoder(p.parameters, torch.tensor([0.5]), (11,))
-    raw = Transcoder(p.parameters.folded(4.0, 0.5), torch.tensor([0.5]) * 0.5, (11,))
+    raw = Transcoder(p.parameters.folded(by), torch.tensor([0.5]) * 0.5, (11,))
+    assert torch.equal(by.inputs(p.x * 4.0), p.x)
     assert torch.equal(raw(p.x * 4.0), normal(p.x) * 0.5)
     assert torch.equal(raw.encode(p.x * 4.0), normal.encode(p.x) * 0.5)
     assert torch.equal(raw.W_dec, normal.W_dec)
-    back = raw.parameters.unfolded(4.0, 0.5)
+    back = raw.parameters.unfolded(by)
     assert all(torch.equal(back.named()[n], t) for n, t in p.parameters.named().items())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_folding_takes_the_mean_and_any_scale_along(skip: bool) -> None:
+    p = problem(rows=20, skip=skip)
+    by = Scaling(torch.linspace(-3, 50, 5, dtype=torch.float64), 3.7, 0.31)
+    raw_inputs = p.x * 3.7 + by.mean_in
+    normal = Transcoder(p.parameters, torch.tensor([0.0]), (11,))
+    raw = Transcoder(p.parameters.folded(by), torch.tensor([0.0]), (11,))
+    torch.testing.assert_close(raw(raw_inputs), normal(by.inputs(raw_inputs)) * 0.31, rtol=1e-12, atol=1e-12)
+    back = raw.parameters.unfolded(by)
+    for name, tensor in p.parameters.named().items():
+        torch.testing.assert_close(back.named()[name], tensor, rtol=1e-12, atol=1e-12)
 
 
 def test_encode_keeps_what_is_above_the_threshold() -> None:
@@ -104,13 +119,12 @@ def test_what_is_no_transcoder_is_refused(tmp_path: Path) -> None:
 
 def test_first_values() -> None:
     mean = torch.tensor([1.0, -2.0, 3.0])
-    mean_input = torch.linspace(-1, 2, 400)
-    first = initialise(50, mean_input, mean, skip=True, seed=1)
+    first = initialise(400, 50, mean, skip=True, seed=1)
     torch.testing.assert_close(first.W_dec.norm(dim=1), torch.ones(50))
     assert torch.equal(first.b_dec, mean)
     assert float(first.W_enc.std()) == pytest.approx(0.1 / 20, rel=0.02)
-    torch.testing.assert_close(first.W_enc @ mean_input + first.b_enc, torch.zeros(50))
+    assert not first.b_enc.any()
     assert not first.W_skip.any()
-    again, other = (initialise(50, mean_input, mean, skip=True, seed=seed) for seed in (1, 2))
+    again, other = (initialise(400, 50, mean, skip=True, seed=seed) for seed in (1, 2))
     assert torch.equal(first.W_enc, again.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)

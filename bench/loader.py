@@ -1,0 +1,163 @@
+"""python -m bench.loader STORE: the loader against zarr-python and against memory, rows per second.
+
+One epoch (or its first groups) of 1,024-row batches, in turns in one process, medians; pinned to one core, then
+the loader alone on two. What is compared gives the same float32 batches: same order, same scales.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import zarr
+from rich.console import Console
+from rich.table import Table
+
+from shards import Store, StoreSplit
+from shards.codecs import crc32c
+from shards.layout import CHUNK_ROWS, FILE_CHUNKS
+from shards.loader import SIDES
+from shards.order import chunk_groups
+from shards.reader import MappedArray
+
+BATCH, GROUP = 1024, 32
+ROUNDS = 5
+
+
+def ours(store: Store, groups: int) -> int:
+    loader = store.train.loader(BATCH, seed=0)
+    rows = 0
+    for inputs, _ in loader:
+        rows += len(inputs)
+        if rows >= groups * GROUP * CHUNK_ROWS:
+            break
+    return rows
+
+
+def batches_of(group: dict[str, np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Dequantised batches of one decoded int8 group, as the loader cuts them."""
+    step = BATCH // GROUP
+    for start in range(0, CHUNK_ROWS, step):
+        cut = slice(start, start + step)
+        pair = []
+        for side in SIDES:
+            values = torch.from_numpy(group[f"{side}s"][:, cut]).to(torch.float32)
+            values *= torch.from_numpy(group[f"{side}_scales"])[:, None, :]
+            values *= torch.from_numpy(group[f"{side}_row_scales"][:, cut])[:, :, None]
+            pair.append(values.reshape(BATCH, -1))
+        yield pair[0], pair[1]
+
+
+def over_zarr(store: Store, groups: int) -> int:
+    """The same loop over zarr-python's own sharded arrays."""
+    opened = zarr.open_group(store.path, mode="r")["train"]
+    assert isinstance(opened, zarr.Group)
+    names = [f"{side}{kind}" for side in SIDES for kind in ("s", "_row_scales")]
+    rows = 0
+    for chunks in chunk_groups(len(store.train) // CHUNK_ROWS, GROUP, 0, 0)[:groups]:
+        read = {
+            name: np.stack([_lines(opened, name, c * CHUNK_ROWS, CHUNK_ROWS) for c in chunks])
+            for name in names
+        }
+        for side in SIDES:
+            read[f"{side}_scales"] = np.stack([_lines(opened, f"{side}_scales", c, 1)[0] for c in chunks])
+        rows += sum(len(inputs) for inputs, _ in batches_of(read))
+    return rows
+
+
+def _lines(group: zarr.Group, name: str, start: int, count: int) -> np.ndarray:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[start : start + count])
+
+
+class InMemory:
+    """crc + decode + dequantise of the same bytes, held in memory: what no reader of them can beat."""
+
+    def __init__(self, split: StoreSplit, groups: int) -> None:
+        self._groups = chunk_groups(len(split) // CHUNK_ROWS, GROUP, 0, 0)[:groups]
+        names = [f"{side}{kind}" for side in SIDES for kind in ("s", "_row_scales", "_scales")]
+        self._readers = {name: split.readers[name] for name in names}
+        self._payloads = {
+            (name, int(chunk)): _payload(reader, int(chunk))
+            for name, reader in self._readers.items()
+            for chunk in self._groups.ravel()
+        }
+        self._codecs = {name: reader.array.compressor.codec() for name, reader in self._readers.items()}
+        shapes = {name: (GROUP, *reader.array.chunk) for name, reader in self._readers.items()}
+        self._buffers = {
+            name: np.empty(shapes[name], reader.array.dtype) for name, reader in self._readers.items()
+        }
+
+    def __call__(self) -> int:
+        rows = 0
+        for chunks in self._groups:
+            for name, buffer in self._buffers.items():
+                codec = self._codecs[name]
+                assert codec
+                for slot, chunk in enumerate(chunks):
+                    payload = self._payloads[name, int(chunk)]
+                    crc32c(payload)
+                    codec.decode(payload, buffer[slot])
+            group = {
+                n: b[:, 0] if n.endswith("_scales") and "row" not in n else b
+                for n, b in self._buffers.items()
+            }
+            rows += sum(len(inputs) for inputs, _ in batches_of(group))
+        return rows
+
+
+def _payload(reader: object, chunk: int) -> bytes:
+    assert isinstance(reader, MappedArray)
+    return reader._file(chunk // FILE_CHUNKS).payload(chunk % FILE_CHUNKS).tobytes()
+
+
+def rate(run: Callable[[], int]) -> float:
+    begun = time.perf_counter()
+    return run() / (time.perf_counter() - begun)
+
+
+def pin(cores: int) -> None:
+    os.sched_setaffinity(0, sorted(ALL_CORES)[:cores])
+    torch.set_num_threads(cores)
+
+
+ALL_CORES = os.sched_getaffinity(0)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("store", type=Path)
+    options.add_argument("--groups", type=int, default=12)
+    given = options.parse_args()
+    store = Store.open(given.store)
+    groups = min(given.groups, len(store.train) // CHUNK_ROWS // GROUP)
+    in_memory = InMemory(store.train, groups)
+    contenders: dict[str, tuple[int, Callable[[], int]]] = {
+        "loader": (1, lambda: ours(store, groups)),
+        "zarr-python, same loop": (1, lambda: over_zarr(store, groups)),
+        "crc + decode + dequantise, in memory": (1, in_memory),
+        "loader, two cores": (2, lambda: ours(store, groups)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, (cores, run) in contenders.items():
+            pin(cores)
+            rates[name].append(rate(run))
+    base = median(rates["loader"])
+    table = Table("what", "krows/s", "of the loader on one core")
+    for name, found in rates.items():
+        table.add_row(name, f"{median(found) / 1e3:,.0f}", f"{median(found) / base:.2f}")
+    Console().print(table)
+    results = Path("bench/results/loader.json")
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps({name: median(found) for name, found in rates.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

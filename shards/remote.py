@@ -1,0 +1,156 @@
+"""Stores at s3://, gs:// and https:// addresses, read through a local cache directory; and uploading one.
+
+Credentials and endpoints come from the environment, by the names obstore documents (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...).
+"""
+
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from pipeline import InputError, Paths
+from shards.files import read_commit, write_whole
+from shards.layout import COMMIT
+
+SCHEMES = ("s3://", "gs://", "https://", "http://")
+CACHE = Paths().cache
+CACHE_BYTES = Paths().cache_bytes
+
+
+def is_url(where: str | Path) -> bool:
+    return str(where).startswith(SCHEMES)
+
+
+class Files(Protocol):
+    """Where a store's files are: a local directory, or a cache of a remote one."""
+
+    where: str
+    root: Path
+    """Local directory that the files are below, once `local` has named them."""
+
+    def local(self, name: str) -> Path:
+        """A local path of file `name`; raises `InputError` when it cannot be had."""
+        ...
+
+
+class LocalFiles:
+    def __init__(self, root: Path) -> None:
+        self.root, self.where = root, str(root)
+
+    def local(self, name: str) -> Path:
+        return self.root / name
+
+
+class RemoteFiles:
+    """Downloads whole files on demand into `cache`, least recently used ones go above `limit` bytes.
+
+    A file appears whole in the cache; its chunks are verified as any other's when they are read.
+    """
+
+    def __init__(self, url: str, cache: Path, limit: int) -> None:
+        self.where = url.rstrip("/")
+        self._store = _open(self.where)
+        self.root = cache / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._busy: dict[str, threading.Lock] = {}
+
+    def local(self, name: str) -> Path:
+        with self._lock:
+            busy = self._busy.setdefault(name, threading.Lock())
+        path = self.root / name
+        with busy:
+            if path.is_file():
+                os.utime(path)
+            else:
+                write_whole(path, _get(self._store, name, self.where))
+                self._evict(path)
+        return path
+
+    def _evict(self, newest: Path) -> None:
+        """Remove what was used longest ago; a mapped file stays readable until it is let go."""
+        with self._lock:
+            files = [path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+            stats = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files)
+            total = sum(size for _, size, _ in stats)
+            for _, size, path in stats:
+                if total <= self._limit:
+                    return
+                if path not in (newest, self.root / COMMIT):
+                    path.unlink()
+                    total -= size
+
+
+def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
+    """Local or remote files of the store at `where`.
+
+    A remote commit is fetched anew: another store may have taken its place since it was cached.
+    """
+    if not is_url(where):
+        return LocalFiles(Path(where))
+    files = RemoteFiles(str(where), cache, cache_bytes)
+    commit = _get(files._store, COMMIT, files.where)
+    cached = files.root / COMMIT
+    if cached.is_file() and cached.read_bytes() != commit:
+        for path in files.root.rglob("*"):
+            if path.is_file():
+                path.unlink()
+    write_whole(cached, commit)
+    return files
+
+
+def upload(root: Path, url: str) -> None:
+    """Copy the complete store at `root` to `url`; `files.sha256` last, so that it is never half there."""
+    names = sorted(read_commit(root))
+    target = _open(url)
+
+    def put(name: str) -> int:
+        import obstore
+
+        try:
+            obstore.put(target, name, root / name)
+        except Exception as error:  # obstore raises one class per provider
+            raise InputError(f"{url}/{name}: upload failed: {_brief(error)}") from error
+        return (root / name).stat().st_size
+
+    total = sum((root / name).stat().st_size for name in names)
+    with (
+        ThreadPoolExecutor(8) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="upload", dynamic_ncols=True) as bar,
+    ):
+        for size in pool.map(put, names):
+            bar.update(size)
+        put(COMMIT)
+
+
+def _open(url: str) -> Any:
+    from obstore.store import from_url
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
+    try:
+        if endpoint.startswith("http://"):
+            return from_url(url, client_options={"allow_http": True})  # pyright: ignore
+        return from_url(url)
+    except Exception as error:  # obstore raises one class per provider
+        raise InputError(f"{url}: not an address of an object store: {_brief(error)}") from error
+
+
+def _get(store: Any, name: str, where: str) -> bytes:
+    import obstore
+
+    try:
+        return bytes(obstore.get(store, name).bytes())
+    except FileNotFoundError:
+        what = "no complete store there (files.sha256 is missing)" if name == COMMIT else "missing"
+        raise InputError(f"{where}/{name}: {what}") from None
+    except Exception as error:  # obstore raises one class per provider
+        raise InputError(f"{where}/{name}: cannot be read: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,51 @@
+"""The plan against what a training process really takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pipeline import ROOT, InputError
+from train import memory
+from train.losses import Objective
+
+OBJECTIVE = Objective((512, 4096, 16384), (1 / 3,) * 3, 32, "batch_topk", 0, 0.0)
+D, BATCH = 512, 512
+
+STEPS = f"""
+import json, resource, torch
+from train.losses import Objective
+from train.optimizer import Adam, apply
+from train.sparse import SparseStep
+from train.transcoder import initialise
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+before = peak()
+objective = Objective((512, 4096, 16384), (1 / 3,) * 3, 32, "batch_topk", 0, 0.0)
+adam = Adam(initialise({D}, 16384, torch.zeros({D}), skip=False, seed=0))
+step, none = SparseStep(objective), torch.arange(0)
+with torch.no_grad():
+    for _ in range(3):
+        values, gradients = step(adam.parameters, torch.randn({BATCH}, {D}), torch.randn({BATCH}, {D}), none)
+        apply(adam, gradients, 1e-3)
+print(json.dumps(peak() - before))
+"""
+
+
+def test_steps_take_what_was_planned() -> None:
+    done = subprocess.run([sys.executable, "-c", STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    planned = memory.kept(OBJECTIVE, D, D) + memory.passing(OBJECTIVE, D, D, BATCH)
+    assert 0.5 * planned < found < 1.15 * planned + 2**26, (found, planned)
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 4 * memory.GIB)
+    memory.check(memory.GIB, memory.GIB, torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"needs about 11\.\d GiB \(10\.0 of weights and Adam, 0\.1 of a step"
+    ):
+        memory.check(10 * memory.GIB, memory.GIB // 10, torch.device("cpu"))

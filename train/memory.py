@@ -1,0 +1,58 @@
+"""How much memory training takes, before it starts. Arithmetic, checked against measured peaks in a test."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline import InputError
+from train.latents import PER_LATENT
+from train.losses import Objective
+
+GIB = 2**30
+PROGRAM = GIB // 2
+"""Interpreter, PyTorch, zarr, tokenizer."""
+LOADER = int(0.4 * GIB)
+"""Its bound, see shards/loader.py."""
+
+
+def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, samples: bool = False) -> int:
+    """Bytes of one run's state: weights and Adam's two moments, counters, samples."""
+    parameters = objective.d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if skip else 0)
+    return 3 * 4 * parameters + 8 * objective.d_sae + (12 * PER_LATENT * objective.d_sae if samples else 0)
+
+
+def passing(objective: Objective, d_in: int, d_out: int, batch: int) -> int:
+    """Bytes that a step or a measurement takes on top, once for all runs of a sweep.
+
+    A step: pre-activations and their flags [B, F], S and its blocks [B, G, D], rows in both spaces,
+    about six numbers of 8 bytes for each of 1.25 K*B candidates; in bfloat16 a copy of W_enc.
+    A measurement: W_enc folded to raw activations.
+    """
+    groups, d_sae = len(objective.prefix_ends), objective.d_sae
+    wide = batch * d_sae * (4 + 1) + batch * groups * d_out * 4 + 4 * batch * (d_in + d_out) * 4
+    step = wide + int(1.25 * objective.k * batch) * 48
+    if objective.precision == "bfloat16":
+        step += 2 * d_sae * d_in
+    return step + 4 * d_sae * d_in
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that are free for this process; none where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(free.split()[1]) * 1024
+
+
+def check(state: int, on_top: int, device: torch.device) -> None:
+    """Raise `InputError` when the runs cannot fit, `state` bytes of all runs and `on_top` of one step."""
+    free, needed = available(device), state + on_top + PROGRAM + LOADER
+    if free is not None and needed > free:
+        raise InputError(
+            f"memory: training needs about {needed / GIB:.1f} GiB ({state / GIB:.1f} of weights and Adam, "
+            f"{on_top / GIB:.1f} of a step, the rest loader and program), {free / GIB:.1f} GiB are free; "
+            "lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
+        )

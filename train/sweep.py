@@ -1,0 +1,121 @@
+"""python -m train.sweep --layer 17 [--sweep.lr 2e-4,4e-4 ...]: every combination of [sweep], in one pass.
+
+Each run has its own directory, <run>-<what differs>, and is bit-identical to the same run alone.
+The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-sweep/sweep.png.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+import pipeline
+from pipeline import InputError, Settings
+from shards import Store
+from train import record
+from train.weights import publish, read_metadata
+
+
+def combinations(settings: Settings, d_in: int) -> list[Settings]:
+    """Settings of every run of the sweep, named after what differs."""
+    lists = {key: values for key, values in settings.sweep if values}
+    if not lists:
+        raise InputError("sweep: nothing to combine; give lists in [sweep], or --sweep.lr 2e-4,4e-4")
+    made = [
+        _one(settings, dict(zip(lists, values, strict=True)), d_in) for values in product(*lists.values())
+    ]
+    names = [one.run for one in made]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"sweep: two runs would be called {twice}; list each value once")
+    return made
+
+
+def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
+    """`settings` with one value of each list, and the sizes that follow from it."""
+    d_sae, groups = settings.transcoder.resolve(d_in)
+    values = settings.model_dump(exclude={"sweep"})
+    values["transcoder"] |= {"d_sae": d_sae, "group_sizes": groups}
+    plain = Settings.model_validate(values)
+    for key, value in chosen.items():
+        section = "transcoder" if key in pipeline.Transcoder.model_fields else "train"
+        values[section][key] = value
+    try:
+        if "group_sizes" in chosen:
+            values["transcoder"]["group_sizes"] = sizes = pipeline.latents(chosen["group_sizes"], d_in)
+            values["transcoder"]["d_sae"] = sum(sizes)
+        if "d_sae" in chosen:
+            (wider,) = pipeline.latents((chosen["d_sae"],), d_in)
+            values["transcoder"] |= {"d_sae": wider, "group_sizes": _in_proportion(groups, wider)}
+        made = Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"sweep: {chosen}: {error.errors()[0]['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"sweep: {chosen}: {error}") from error
+    name = "-".join([settings.run, *pipeline.changes(plain, made)])[:100]
+    return made.model_copy(update={"run": name})
+
+
+def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
+    wider = tuple(group * d_sae / sum(groups) for group in groups)
+    if any(size != int(size) for size in wider):
+        raise ValueError(f"groups {groups} cannot grow in proportion to {d_sae} latents; sweep group_sizes")
+    return tuple(int(size) for size in wider)
+
+
+def report(runs: list[Settings], folder: Path) -> Table:
+    """Write results.json and sweep.png; the table, best held-out FVU of the full prefix first."""
+    rows = []
+    for settings in runs:
+        metadata = read_metadata(settings.run_dir())
+        found = metadata["heldout"]
+        rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
+                     "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
+    rows.sort(key=lambda row: row["fvu"][-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "results.json.tmp"
+    aside.write_text(json.dumps(rows, indent=1) + "\n")
+    publish(aside, folder / "results.json")
+    _plot(rows, folder / "sweep.png")
+    table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")
+    for row in rows:
+        fvu = " ".join(f"{value:.4f}" for value in row["fvu"])
+        dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
+        table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
+    return table
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="L0 (active latents per row)", ylabel="FVU on held-out rows")
+    for row in rows:
+        axes.plot(row["l0"], row["fvu"], marker="o", label=row["run"])
+    axes.set_title("Every prefix of every run, coarse to fine")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    settings, _ = pipeline.load(pipeline.parser("train.sweep", "Train every combination of [sweep]."))
+    store = Store.open(settings.store_path(settings.layer))
+    runs = combinations(settings, store.manifest.source.d_in)
+    waiting = [one for one in runs if record.finished(one.run_dir(), one) is None]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
+    if waiting:
+        from train.loop import train_together
+
+        train_together(waiting, store)
+    folder = settings.run_dir().with_name(f"{settings.run}-sweep")
+    Console().print(report(runs, folder))
+    print(f"runs {folder.parent}\nplot {folder / 'sweep.png'}")
+
+
+if __name__ == "__main__":
+    pipeline.run_stage(main)
