@@ -161,8 +161,14 @@ function drawDetail(f) {
   fact(number(c.entropy[f]) + " bit", "token entropy", "0: always the same token");
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), kin(f)); return; }
-  const pair = make("div", "pair"), left = make("div"), right = make("div");
+  const pair = make("div", "pair"), left = make("div"), right = make("div"), width = c.promoted.width;
   left.append(make("h3", "", "Tokens it fires on"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  if (width) {
+    const line = make("p", "promotes");
+    for (let i = 0; i < width; i++) line.append(make("bdi", "token", visible(strings[c.promoted[f * width + i]])), " ");
+    line.title = "highest logits of the latent's decoder row through the final norm and the unembedding";
+    right.append(make("h3", "", "Next tokens it promotes"), line);
+  }
   pair.append(left, right);
   const strongest = [], even = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) (c.sampleQuantile[s] === 255 ? strongest : even).push(s);

@@ -283,6 +283,7 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
             (others[:, :4] % ends[0]).astype(np.int32), rng.random((n_latents, 4)).astype(np.float32)
         ),
         samples=samples,
+        promoted=rng.integers(0, 60, (n_latents, 6)).astype(np.int32),
     )
 
 
