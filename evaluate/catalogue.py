@@ -47,6 +47,8 @@ class Catalogue:
     twins: Partners
     parents: Partners
     samples: Samples
+    promoted: np.ndarray
+    """[F, n] token ids whose logits the latent raises most; n is 0 where the language model was not run."""
 
 
 def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequence[int]) -> Catalogue:
@@ -77,6 +79,7 @@ def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequ
         twins=twins,
         parents=parents,
         samples=samples,
+        promoted=np.zeros((n_latents, 0), np.int32),
     )
 
 
@@ -140,6 +143,7 @@ def tensors(made: Catalogue) -> dict[str, torch.Tensor]:
         "token_entropy_bits": torch.from_numpy(made.entropy),
         "top_token_share": torch.from_numpy(made.top_share),
         "top_tokens": torch.from_numpy(made.tokens),
+        "promoted_tokens": torch.from_numpy(made.promoted),
         "nearest_latents": made.neighbours.latents,
         "nearest_cosines": made.neighbours.cosines,
         "twins": torch.from_numpy(made.twins.latents),

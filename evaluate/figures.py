@@ -24,6 +24,18 @@ class Plot:
     caption: str
     draw: Callable[[], Figure]
 
+    @property
+    def file(self) -> str:
+        return f"{self.name}.png"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    plot: Plot
+    svg: str
+    wide: bool
+    """Has panels side by side, and wants twice the room."""
+
 
 def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> Iterator[Plot]:
     """Every plot of a run's evaluation, in the order of the page."""
@@ -120,18 +132,17 @@ def svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
+    text = text.replace(plots.ON_BAR, "var(--card)").replace("#ffffff", "var(--card)")
     for g, colour in enumerate(plots.COLOURS):
         text = text.replace(colour, f"var(--g{g})")
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
 
 
-def draw(
-    metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], folder: Path
-) -> dict[str, list[tuple[str, str]]]:
-    """Saves every plot as <name>.png; returns part of the page -> (caption, SVG)."""
-    parts: dict[str, list[tuple[str, str]]] = {}
+def draw(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], folder: Path) -> list[Drawn]:
+    """Draws every plot, and saves each as <name>.png in `folder`."""
+    drawn = []
     for plot in all_plots(metrics, made, log):
         figure = plot.draw()
-        save(figure, folder / f"{plot.name}.png")
-        parts.setdefault(plot.part, []).append((plot.caption, svg(figure)))
-    return parts
+        save(figure, folder / plot.file)
+        drawn.append(Drawn(plot, svg(figure), len(figure.axes) > 1))
+    return drawn

@@ -43,6 +43,7 @@ def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]
         "entropy": made.entropy.astype(np.float32),
         "topShare": made.top_share.astype(np.float32),
         "tokens": labels,
+        "promoted": strings.labels(made.promoted),
         "tokenShares": made.token_shares,
         "histogram": np.minimum(made.histogram, 65_535).astype(np.uint16),
         "near": made.neighbours.latents.numpy().astype(np.int32),

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = "osD^vP"
-INK, GRID = "#1c1b1a", "#dfdbd5"
-"""The only colours beside the palette: the page replaces them by its theme's."""
+INK, GRID, ON_BAR = "#1c1b1a", "#dfdbd5", "#1c1b1b"
+"""The only colours beside the palette: axes and text, grid, text on coloured bars. The page replaces all
+of them by its theme's; on paper the palette is light enough for black text."""
 
 Line = dict[str, Any]
 
@@ -50,8 +51,8 @@ def _look(g: int) -> dict[str, Any]:
     return {"color": COLOURS[g % n], "linestyle": STYLES[g % n], "marker": MARKERS[g % n], "markersize": 4}
 
 
-def _note(axes: Axes, text: str, place: tuple[float, float], **options: Any) -> None:
-    axes.annotate(text, place, fontsize=8.5, color=INK, **options)
+def _note(axes: Axes, text: str, place: tuple[float, float], color: str = INK, **options: Any) -> None:
+    axes.annotate(text, place, fontsize=8.5, color=color, **options)
 
 
 def _number(value: float | None) -> float:
@@ -62,16 +63,14 @@ def loss_curve(log: Sequence[Line]) -> Figure:
     """Training loss, and held-out FVU of every prefix, over training rows."""
     made, (left, right) = figure(2, width=8.2)
     lines = [line for line in log if line.get("loss") is not None]
-    left.plot([line["rows"] for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
-    left.set(xlabel="training rows (tokens)", ylabel="training loss (normalised units)")
-    if lines and min(line["loss"] for line in lines) > 0:
-        left.set_yscale("log")
+    left.plot([line["rows"] / 1e6 for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
+    left.set(xlabel="training rows (million tokens)", ylabel="training loss (normalised units)")
     names = sorted({key for line in log for key in line if key.startswith("heldout_fvu/prefix_")})
     for g, name in enumerate(names):
-        points = [(line["rows"], line[name]) for line in log if line.get(name) is not None]
+        points = [(line["rows"] / 1e6, line[name]) for line in log if line.get(name) is not None]
         x, y = zip(*points, strict=True)
         right.plot(x, y, **_look(g), label=f"prefix {name.rsplit('_', 1)[1]}")
-    right.set(xlabel="training rows (tokens)", ylabel="held-out FVU")
+    right.set(xlabel="training rows (million tokens)", ylabel="held-out FVU")
     if names:
         _legend(right)
     return made
@@ -84,7 +83,8 @@ def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear
     values = [_number(prefix["fvu"]) for prefix in prefixes]
     axes.bar(places, values, color=[COLOURS[g % len(COLOURS)] for g in places], width=0.62)
     for place, value in zip(places, values, strict=True):
-        _note(axes, f"{value:.3f}", (place, value), ha="center", va="bottom")
+        inside = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center", "va": "top"}
+        _note(axes, f"{value:.3f}", (place, value), ON_BAR, weight="bold", **inside)
     if linear is not None:
         axes.axhline(linear, color=INK, linewidth=1.2, label=f"best linear map: {linear:.3f}")
     axes.axhline(moderate, color=INK, linestyle="--", linewidth=1, label=f"moderate: below {moderate:g}")
@@ -178,7 +178,8 @@ def cross_entropy(prefixes: Sequence[Line]) -> Figure:
             0.38,
             color=COLOURS[index],
             hatch=("", "//")[index],
-            edgecolor="white",
+            edgecolor=ON_BAR,
+            linewidth=0.5,
             label=f"against {name} ablation",
         )
         for bar, value in zip(bars, values, strict=True):
@@ -232,7 +233,7 @@ def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Fig
             width = 100 * float(value) / total
             axes.barh(row, width, left=left, color=COLOURS[g % len(COLOURS)], edgecolor="white", height=0.66)
             if width > 6:
-                _note(axes, f"{width:.0f} %", (left + width / 2, row), ha="center", va="center")
+                _note(axes, f"{width:.0f} %", (left + width / 2, row), ON_BAR, ha="center", va="center")
             left += width
     axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
@@ -257,7 +258,7 @@ def error_by_size(errors: Line) -> Figure:
     centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
     made, (left, right) = figure(2, width=8.2)
     _fvu_lines(left, centres, lines)
-    left.set(xlabel="distance of the output from the mean (1 = root mean square)", ylabel="FVU", xscale="log")
+    left.set(xlabel="distance from the mean (1 = root mean square)", ylabel="FVU")
     rows = sum(line["rows"] for line in lines)
     for index, (name, values) in enumerate(
         {
@@ -266,8 +267,11 @@ def error_by_size(errors: Line) -> Figure:
         }.items()
     ):
         right.plot(centres, 100 * np.asarray(values), **_look(index), label=name)
-    right.set(xlabel="distance of the output from the mean", ylabel="share (%)", xscale="log")
+    right.set(xlabel="distance from the mean (1 = root mean square)", ylabel="share (%)")
     right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _legend(right)
     return made
 

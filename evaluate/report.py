@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from evaluate.coactivation import MIN_FIRINGS
 from evaluate.contexts import N_EVEN
+from evaluate.figures import Drawn
 from evaluate.files import write_text
 from evaluate.page_data import script_json
 from evaluate.sparse import BLOCK_ROWS
@@ -42,10 +43,8 @@ def visible(token: str) -> str:
     return token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace(" ", "␣")
 
 
-def write_report(
-    path: Path, metrics: dict[str, Any], data: dict[str, Any], plots: dict[str, list[tuple[str, str]]]
-) -> None:
-    """`data`: what the page's script reads; `plots`: part of the page -> (caption, SVG of our own)."""
+def write_report(path: Path, metrics: dict[str, Any], data: dict[str, Any], drawn: list[Drawn]) -> None:
+    """`data`: what the page's script reads; `drawn`: the plots, whose SVG is our own."""
     environment = Environment(
         loader=FileSystemLoader(PAGE),
         autoescape=True,
@@ -61,7 +60,7 @@ def write_report(
         verdicts=[verdicts(metrics, g) for g in range(len(metrics["prefixes"]))],
         baseline_names=BASELINES,
         cross_entropy_note=cross_entropy_note(metrics["cross_entropy"]),
-        figures=lambda part: _figures(plots.get(part, [])),
+        figures=lambda part: _figures([each for each in drawn if each.plot.part == part]),
         tabs=TABS,
         n_even=N_EVEN,
         min_firings=MIN_FIRINGS,
@@ -84,6 +83,11 @@ def cross_entropy_note(measured: dict[str, Any]) -> str:
     )
 
 
-def _figures(images: list[tuple[str, str]]) -> Markup:
-    figure = Markup('<figure><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div></figure>\n')
-    return Markup("").join(figure.format(caption, caption, Markup(svg)) for caption, svg in images)
+def _figures(drawn: list[Drawn]) -> Markup:
+    figure = Markup(
+        '<figure class="{}"><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div></figure>\n'
+    )
+    return Markup("").join(
+        figure.format("wide" if each.wide else "", each.plot.caption, each.plot.caption, Markup(each.svg))
+        for each in drawn
+    )

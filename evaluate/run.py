@@ -1,6 +1,6 @@
 """The evaluation of one run, in a straight line: store and weights in, metrics.json, plots and page out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
 from evaluate.files import code_sha256, read_json, read_lines, sha256, write_json
+from evaluate.language import measure_language
 from evaluate.page_data import page_data
 from evaluate.passes import first_pass, second_pass
 from evaluate.redundancy import decoder_similarity
 from evaluate.report import write_report
 from evaluate.sparse import Coder
-from evaluate.splicing import cross_entropy
 from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
@@ -58,10 +58,9 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     coder, trained = load_coder(job.run_dir, job.store), _run_record(job.run_dir)["settings"]["transcoder"]
     metrics, made = _measure(job, coder, trained["k"])
     metrics["baselines"] |= _one_group(job, trained)
-    metrics["cross_entropy"] = cross_entropy(
-        settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"]
-    )
-    _write(job, metrics, made)
+    language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
+    metrics["cross_entropy"] = language.cross_entropy
+    _write(job, metrics, replace(made, promoted=language.promoted))
     return metrics, True
 
 
@@ -169,10 +168,10 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
     (folder / "metrics.json").unlink(missing_ok=True)
     for line in metrics["errors"]["by_token"]:
         line["token"] = text.label(line["class"])
-    parts = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
+    drawn = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
     data = page_data(made, job.split.contexts, text)
     data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
-    write_report(folder / "report.html", metrics, data, parts)
+    write_report(folder / "report.html", metrics, data, drawn)
     save_file(tensors(made), folder / "latents.safetensors")
-    metrics["files"] = sorted(path.name for path in folder.iterdir())
+    metrics["files"] = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
     write_json(folder / "metrics.json", metrics)

@@ -150,7 +150,7 @@ function drawDetail(f) {
   const previous = make("button", "", "‹"), next = make("button", "", "›");
   previous.setAttribute("aria-label", "Previous latent"); next.setAttribute("aria-label", "Next latent");
   previous.onclick = () => step(-1); next.onclick = () => step(1);
-  head.append(back, make("h2", "", "Latent " + f), chip(f), make("small", "", `group ${g} of ${G}, in prefix ${g} and wider`), make("span", "space"), previous, next);
+  head.append(back, make("h2", "", "Latent " + f), chip(f), make("small", "", g === G - 1 ? `group ${g}, the finest` : g ? `group ${g}, in prefixes ${g} to ${G - 1}` : "group 0, in every prefix"), make("span", "space"), previous, next);
   detail.append(head);
   const facts = make("div", "facts");
   const fact = (value, name, title) => { const box = make("div"); if (title) box.title = title; box.append(make("b", "", value), make("span", "", name)); facts.append(box); };
@@ -161,8 +161,14 @@ function drawDetail(f) {
   fact(number(c.entropy[f]) + " bit", "token entropy", "0: always the same token");
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), kin(f)); return; }
-  const pair = make("div", "pair"), left = make("div"), right = make("div");
+  const pair = make("div", "pair"), left = make("div"), right = make("div"), width = c.promoted.width;
   left.append(make("h3", "", "Tokens it fires on"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  if (width) {
+    const line = make("p", "promotes");
+    for (let i = 0; i < width; i++) line.append(make("bdi", "token", visible(strings[c.promoted[f * width + i]])), " ");
+    line.title = "highest logits of the latent's decoder row through the final norm and the unembedding";
+    right.append(make("h3", "", "Next tokens it promotes"), line);
+  }
   pair.append(left, right);
   const strongest = [], even = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) (c.sampleQuantile[s] === 255 ? strongest : even).push(s);
@@ -173,7 +179,7 @@ function wordTable(f) {
   const table = make("div", "words-table"), n = c.tokens.width;
   for (let i = 0; i < n && c.tokens[f * n + i] >= 0; i++) {
     const share = c.tokenShares[f * n + i], bar = make("i");
-    bar.style.width = 100 * share + "%";
+    bar.style.width = 100 * share / c.tokenShares[f * n] + "%";
     table.append(make("bdi", "token", visible(strings[c.tokens[f * n + i]])), bar, make("span", "value", percent(share)));
   }
   table.title = "share of the latent's activation";

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from evaluate.language import measure_language, promoted_tokens
 from evaluate.sparse import Coder
 from evaluate.splice import Loss, rows_of, splice, summary
-from evaluate.splicing import cross_entropy
 from harvest import lm
 from harvest.run import harvest
 from pipeline import Model, Settings
@@ -154,7 +154,9 @@ def test_every_prefix_of_a_run_on_its_own_store(harvested: tuple[Settings, Store
     settings, store = harvested
     coder = random_coder(32, 32, ends=(4, 9))
     prefixes: list[dict] = [{}, {}]
-    measured = cross_entropy(settings, store, store.heldout, coder, 64, prefixes)
+    language = measure_language(settings, store, store.heldout, coder, 64, prefixes)
+    measured = language.cross_entropy
+    assert language.promoted.shape == (9, 6)
     assert measured["skipped"] is None
     assert measured["positions"] == measured["contexts"] * (store.manifest.source.context_length - 1)
     for prefix in prefixes:
@@ -169,10 +171,18 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
     coder: Coder = random_coder(32, 32, ends=(4,))
     for name, reason in ((str(gemma), "expected weights"), (str(tmp_path / "absent"), "no such directory")):
         model = settings.model.model_copy(update={"name": name})
-        measured = cross_entropy(
-            settings.model_copy(update={"model": model}), store, store.heldout, coder, 64, [{}]
-        )
-        assert reason in measured["skipped"]
-    assert cross_entropy(settings, store, store.heldout, coder, 0, [{}]) == {
-        "skipped": "it was not asked for"
-    }
+        other = settings.model_copy(update={"model": model})
+        measured = measure_language(other, store, store.heldout, coder, 64, [{}])
+        assert reason in measured.cross_entropy["skipped"]
+        assert measured.promoted.shape == (4, 0)
+    unasked = measure_language(settings, store, store.heldout, coder, 0, [{}])
+    assert unasked.cross_entropy == {"skipped": "it was not asked for"}
+
+
+def test_promoted_tokens_are_hugging_faces_logits(directory: Path) -> None:
+    W_dec = random_coder(3, 32, ends=(300,)).W_dec
+    promoted = promoted_tokens(language_model(directory), W_dec, n=4)
+    reference = hugging_face(directory)
+    with torch.inference_mode():
+        logits = reference.lm_head(reference.model.norm(W_dec))
+    assert torch.equal(torch.from_numpy(promoted).long(), logits.topk(4).indices)

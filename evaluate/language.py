@@ -1,5 +1,9 @@
-"""Cross-entropy of one run: loads the language model, splices every prefix, and says why when it cannot."""
+"""What needs the language model: cross-entropy with every prefix spliced in, and what latents promote.
 
+Shapes: F latents, D model width, V vocabulary, n tokens shown per latent.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,28 +16,57 @@ from pipeline import InputError, Settings
 from shards import Store
 from shards.manifest import Source
 
+N_PROMOTED = 6
+PROMOTE_BLOCK = 256
+"""Latents at once: 50 MB of logits at a vocabulary of 49,152."""
+PROMOTE_LIMIT = 2e12
+"""F * D * V up to which promoted tokens are computed on a CPU, about a minute; 1.3e11 in the demo."""
 
-def cross_entropy(
+
+@dataclass(frozen=True)
+class Language:
+    """`cross_entropy`: losses of the model as it is and with both ablations, and `skipped`, which says in
+    words why nothing was measured, or is None."""
+
+    cross_entropy: dict[str, Any]
+    promoted: np.ndarray
+    """[F, n] token ids whose logits each latent raises most; n is 0 where that was not computed."""
+
+
+def measure_language(
     settings: Settings, store: Store, split: Any, coder: Coder, n_tokens: int, prefixes: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Losses of the model as it is and with both ablations; fills "cross_entropy" of every prefix.
+) -> Language:
+    """Fills "cross_entropy" of every prefix, and finds what every latent promotes.
 
     The first `n_tokens` tokens of the split's contexts are used (whole contexts, at least one).
-    `skipped` says in words why nothing was measured, or is None.
     """
+    nothing = np.zeros((len(coder.W_dec), 0), np.int32)
     if n_tokens == 0:
-        return {"skipped": "it was not asked for"}
+        return Language({"skipped": "it was not asked for"}, nothing)
     try:
         model = _language_model(settings, store.manifest.source)
     except InputError as error:
-        return {"skipped": str(error)}
+        return Language({"skipped": str(error)}, nothing)
+    coder = coder.to(model.device)
+    losses = _cross_entropy(model, store, settings.evaluate.split, split, coder, n_tokens, prefixes)
+    affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
+    return Language(losses, promoted_tokens(model, coder.W_dec) if affordable else nothing)
+
+
+def _cross_entropy(
+    model: Any,
+    store: Store,
+    name: str,
+    split: Any,
+    coder: Coder,
+    n_tokens: int,
+    prefixes: list[dict[str, Any]],
+) -> dict[str, Any]:
     from evaluate.splice import splice, summary  # imports transformers, which takes seconds
 
-    source = store.manifest.source
-    moments = store.manifest.splits[settings.evaluate.split].outputs
+    source, moments = store.manifest.source, store.manifest.splits[name].outputs
     assert moments is not None, "a split with rows has moments"
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=model.device)
-    coder = coder.to(model.device)
     replacements = {
         "zero": lambda inputs: torch.zeros(len(inputs), len(mean), device=inputs.device),
         "mean": lambda inputs: mean.expand(len(inputs), -1),
@@ -46,7 +79,20 @@ def cross_entropy(
     for g, prefix in enumerate(prefixes):
         prefix["cross_entropy"] = summary(losses, str(g))
     made: dict[str, Any] = {"skipped": None, "contexts": n_contexts, "positions": losses["clean"].positions}
-    return made | {name: summary(losses, name)["cross_entropy"] for name in ("clean", "zero", "mean")}
+    return made | {key: summary(losses, key)["cross_entropy"] for key in ("clean", "zero", "mean")}
+
+
+@torch.inference_mode()
+def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarray:
+    """[F, n] token ids of the highest logits of unembed(final_norm(W_dec[f])), highest first.
+
+    The direct path only: the norm's scale does not change the order, its gain does, and whatever later
+    layers make of the direction is not seen.
+    """
+    bridge = model.bridge
+    blocks = W_dec.to(model.dtype).split(PROMOTE_BLOCK)
+    found = [bridge.unembed(bridge.ln_final(block[None]))[0].topk(n, dim=-1).indices for block in blocks]
+    return torch.cat(found).cpu().numpy().astype(np.int32)
 
 
 class PrefixOf:
