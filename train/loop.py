@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,6 +214,7 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     What decides the batches (rows, batch size, order seed) is the same for all of them.
     """
     device = device_of(wanted[0])
+    _check_store(wanted[0], store)
     _check_memory(wanted, store, torch.device(device))
     with joined(device) as peers:
         runs: list[Run] = []
@@ -226,6 +228,16 @@ def train_together(wanted: list[Settings], store: Store) -> None:
             for run in runs:
                 if run.log is not None:
                     run.log.close()
+
+
+def _check_store(settings: Settings, store: Store) -> None:
+    """Refuse a store of another model or layer; a model given as a directory has no name to compare."""
+    asked, source = (settings.model.name, settings.layer), store.manifest.source
+    if source.layer != asked[1] or (source.model != asked[0] and not Path(asked[0]).is_dir()):
+        raise InputError(
+            f"{store.path}: expected activations of {asked[0]} layer {asked[1]}, found {source.model} layer "
+            f"{source.layer}; harvest it (make harvest), or give --model.name and --layer of this store"
+        )
 
 
 def _check_memory(wanted: list[Settings], store: Store, device: torch.device) -> None:

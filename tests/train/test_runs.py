@@ -224,3 +224,20 @@ def test_runs_trained_together_equal_runs_trained_alone(
     train(alone, store)
     assert_same_run(both[0].run_dir(), finished)
     assert_same_run(both[1].run_dir(), alone.run_dir())
+
+
+def test_a_store_of_another_model_or_layer_is_refused(make_settings: Make, store: Store) -> None:
+    other = make_settings()
+    other = other.model_copy(update={"model": other.model.model_copy(update={"name": "other/tiny"})})
+    with pytest.raises(
+        InputError, match="expected activations of other/tiny layer 0, found tests/tiny layer 0"
+    ):
+        train(other, store)
+    with pytest.raises(InputError, match="expected activations of tests/tiny layer 3"):
+        train(make_settings().model_copy(update={"layers": (3,)}), store)
+
+
+def test_sizes_that_do_not_fit_the_stores_width_are_refused(make_settings: Make, store: Store) -> None:
+    settings = make_settings(transcoder__d_sae="2.125x", transcoder__group_sizes=("2.125x",))
+    with pytest.raises(InputError, match=r"transcoder: size 2.125x of d_in 12 is 25.5, not a positive whole"):
+        train(settings, store)

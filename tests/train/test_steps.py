@@ -1,5 +1,6 @@
 """The loss, its gradients, and the sparse step against the dense one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -180,3 +181,24 @@ def test_dead_latents_alone_get_the_aux_gradient(step: type[DenseStep] | type[Sp
     assert len(changed) > 0
     assert float(values.aux_loss) > 0
     torch.testing.assert_close(gradients["b_dec"], without["b_dec"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("selection", ["batch_topk", "topk"])
+def test_bfloat16_changes_the_selection_at_most(selection: str) -> None:
+    """Kept values are float32's, and the gradients those of the entries that were kept."""
+    made = problem(
+        rows=64, d_in=96, d_out=8, prefix_ends=(100, 700), k=12, selection=selection, dtype=torch.float32
+    )
+    exact, _ = run(SparseStep, made)
+    half = made._replace(objective=replace(made.objective, precision="bfloat16"))
+    values, gradients = run(SparseStep, half)
+    rows, latents, kept = values.entries
+    pre = made.x @ made.parameters.W_enc.T + made.parameters.b_enc
+    torch.testing.assert_close(kept, pre[rows, latents], rtol=1e-5, atol=1e-5)
+    both = set(zip(*(part.tolist() for part in values.entries[:2]), strict=True))
+    expected = set(zip(*(part.tolist() for part in exact.entries[:2]), strict=True))
+    assert len(both & expected) > 0.98 * len(expected)
+    if selection == "batch_topk":  # candidates are many more than are kept, so here nothing differs at all
+        assert both == expected
+        _, dense = run(DenseStep, made)
+        assert relative(gradients["W_enc"], dense["W_enc"]) < 1e-5
