@@ -42,7 +42,7 @@ def tiny_settings(store_root: Path, checkpoints: Path, run: str = "a", **changes
             "sample_every": 5,
         },
         "wandb": {"mode": "disabled"},
-        "paths": {"activations": store_root, "checkpoints": checkpoints},
+        "paths": {"activations": str(store_root), "checkpoints": str(checkpoints)},
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
