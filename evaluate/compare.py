@@ -18,6 +18,7 @@ from evaluate.redundancy import decoder_similarity
 from evaluate.report import PAGE, number
 from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
+from harvest.lm import pick_device
 from pipeline import InputError, Settings
 
 COLUMNS = {
@@ -42,7 +43,8 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
     job = prepare(settings, ce_tokens=0)
     paths = [job.run_dir, *map(Path, others)]
     names = distinct_names(paths)
-    coders = {name: read(path, job.store) for name, path in zip(names, paths, strict=True)}
+    device = pick_device(settings.model.device)
+    coders = {name: read(path, job.store).to(device) for name, path in zip(names, paths, strict=True)}
     measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
     reference = measured[names[0]][-1]
     lines = [
@@ -82,7 +84,8 @@ def _measure(
             inputs, outputs = split.rows(start, stop)
             baselines.add(inputs, outputs)
             for measurement in measurements.values():
-                measurement.add(inputs, outputs)
+                device = measurement.coder.W_dec.device
+                measurement.add(inputs.to(device), outputs.to(device))
             bar.update(stop - start)
     made, deviation = {}, 0.0
     for name, measurement in measurements.items():

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from evaluate import page_data
 from evaluate.catalogue import Catalogue, group_summaries, splitting
 from evaluate.contexts import REACH, Samples
+from evaluate.foreign import read
 from evaluate.measure import measure
 from evaluate.page_data import Strings, Windows
-from evaluate.run import evaluate, load_coder
+from evaluate.run import evaluate
 from evaluate.tokens import TokenText
 from shards import Store
 from tests.evaluate.runs import ENDS, make_run, settings_of
@@ -31,7 +32,7 @@ def test_latents_safetensors_equals_dense_activations(root: Path) -> None:
     settings = settings_of(root)
     columns = load_file(settings.run_dir() / "evaluation" / "latents.safetensors")
     store = Store.open(settings.store_path(0))
-    coder = load_coder(settings.run_dir(), store)
+    coder = read(settings.run_dir(), store)
     inputs, _ = store.heldout.rows(0, len(store.heldout))
     pre = coder.pre_activations(inputs).numpy()
     for g, end in enumerate(ENDS):
@@ -54,7 +55,7 @@ def test_latents_safetensors_equals_dense_activations(root: Path) -> None:
 def test_groups_add_up(root: Path) -> None:
     settings = settings_of(root)
     store = Store.open(settings.store_path(0))
-    coder = load_coder(settings.run_dir(), store)
+    coder = read(settings.run_dir(), store)
     full = measure(coder, store.heldout, 1500, None, lambda _: None).result()["prefixes"][-1]
     metrics, _ = evaluate(settings, ce_tokens=0)
     groups = metrics["latents"]["groups"]
