@@ -15,7 +15,8 @@ OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call o
 export TOKENIZERS_PARALLELISM = true
 export WANDB_SILENT = true
 
-.PHONY: demo test install install-dev install-embedded harvest plan verify train evaluate lint format clean
+.PHONY: demo test test-all install install-dev install-embedded harvest plan verify upload train sweep samples \
+        evaluate compare bench bench-storage lint format clean
 
 demo: install install-embedded
 	@$(PY) -m harvest --profile demo $(ARGS)
@@ -25,12 +26,15 @@ demo: install install-embedded
 test: install-dev install-embedded lint
 	@$(PY) -m pytest -q -m "not slow" $(ARGS)
 
+# What is slow: 50 kills of a harvest, several processes, the browser. `test` first.
+test-all: install-dev install-embedded
+	@$(PY) -m pytest -q -m slow $(ARGS)
+
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-# The "--" keeps torchrun from taking --run for an abbreviation of its own options.
-RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --,$(PY) -m)
+RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC),$(PY))
 
 harvest: install
-	@$(RUN_PY) harvest $(OPTIONS)
+	@$(RUN_PY) -m harvest $(OPTIONS)
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
@@ -38,11 +42,34 @@ plan: install
 verify: install
 	@$(PY) -m shards verify $(OPTIONS)
 
+upload: install
+	@$(PY) -m shards upload $(call option,TO,--to) $(OPTIONS)
+
 train: install
-	@$(RUN_PY) train $(OPTIONS)
+	@$(RUN_PY) -m train $(OPTIONS)
+
+sweep: install
+	@$(PY) -m train.sweep $(OPTIONS)
+
+samples: install
+	@$(PY) -m train.samples $(OPTIONS)
 
 evaluate: install
 	@$(PY) -m evaluate $(OPTIONS)
+
+compare: install
+	@$(PY) -m evaluate.compare $(if $(WITH),--with $(WITH)) $(OPTIONS)
+
+# Ratios against references, side by side in one process; JSON in bench/results/. Needs the demo's store.
+DEMO_STORES = activations/smollm2-135m
+bench: install install-embedded
+	@$(PY) -m harvest --profile demo
+	@$(PY) -m bench.loader $(DEMO_STORES)/layer_12.zarr
+	@$(PY) -m bench.train_step
+
+bench-storage: install install-embedded
+	@$(PY) -m harvest --profile demo --harvest f32 --harvest.rows 32768 --harvest.storage float32
+	@$(PY) -m bench.storage $(DEMO_STORES)/layer_12_f32.zarr
 
 lint: install-dev
 	@$(PY) -m ruff check .

@@ -6,6 +6,7 @@ A leaf: imports no stage.
 """
 
 import argparse
+import errno
 import re
 import sys
 import tomllib
@@ -433,12 +434,22 @@ def _known(where: tuple[int | str, ...]) -> str:
     return "known are " + ", ".join(known)
 
 
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+"""Errors of the disk that the user can mend: not defects of the program."""
+
+
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
     try:
         stage()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; mend that, and the same command continues", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         hint = str(interrupt) or "the same command continues"

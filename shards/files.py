@@ -18,6 +18,9 @@ def write_whole(path: Path, data: bytes) -> str:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # write() does not name its file
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

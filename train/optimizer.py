@@ -10,6 +10,17 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 
+def rates(parameters: Parameters) -> dict[str, float]:
+    """Factor of the learning rate of each parameter: sqrt(D_in) / 2 for b_enc, 1 for the others.
+
+    Adam moves every number by about the learning rate. In a row of W_enc D_in numbers move a
+    pre-activation together, in b_enc only one does, so at the same rate biases lag behind. Measured on
+    the demo (D_in 576, held-out FVU after 800 steps): factor 1 0.413, 5 0.403, 20 0.397; 60 0.402, with
+    19 % of the latents dead.
+    """
+    return dict.fromkeys(parameters.named(), 1.0) | {"b_enc": parameters.W_enc.shape[1] ** 0.5 / 2}
+
+
 class Adam:
     """Adam's state for `parameters`, and its update of any rows of one of them.
 
@@ -18,7 +29,7 @@ class Adam:
     """
 
     def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
+        self.parameters, self._rates = parameters, rates(parameters)
         named = parameters.named()
         self.mean = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
         self.square = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
@@ -32,7 +43,7 @@ class Adam:
             [self.square[name][rows]],
             [],
             [self.steps],
-            lr=lr,
+            lr=lr * self._rates[name],
             beta1=BETAS[0],
             beta2=BETAS[1],
             weight_decay=0.0,

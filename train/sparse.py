@@ -6,7 +6,6 @@ so each bag's entries lie together. S [B*G, D_out] is the loss's gradient by eac
 the reconstruction: S_g = 2 / (B D_out) * sum over h >= g of w_h (y_h - y).
 """
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -100,10 +99,9 @@ class SparseStep:
 def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
     """[E] pre-activations at ascending positions of the flattened [B, F]."""
     d_sae = len(parameters.b_enc)
-    starts = torch.arange(len(x) + 1, device=x.device) * d_sae
-    offsets = torch.searchsorted(positions, starts, out_int32=True)
-    latents = positions.remainder(d_sae).int()
-    return _products(x, parameters.W_enc, offsets, latents) + parameters.b_enc[latents]
+    rows = positions.div(d_sae, rounding_mode="floor")
+    latents = (positions - rows * d_sae).int()
+    return _products(x, parameters.W_enc, rows.int(), latents) + parameters.b_enc[latents]
 
 
 class Bags(NamedTuple):
@@ -198,7 +196,8 @@ def _decode(
         torch.mul(r[:, -1], scale[-1], out=s[:, -1])
         for g in range(groups - 2, -1, -1):
             torch.add(s[:, g + 1], r[:, g], alpha=scale[g], out=s[:, g])
-        d_acts[entries] = _products(block, parameters.W_dec, offsets, latents)
+        first = rows.start * groups
+        d_acts[entries] = _products(block, parameters.W_dec, bags.bag[entries] - first, latents)
     return squared_errors, d_acts
 
 
@@ -249,12 +248,11 @@ def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Ten
     )
 
 
-def _products(left: Tensor, right: Tensor, offsets: Tensor, columns: Tensor) -> Tensor:
-    """[E] left[i] . right[j] at the entries (i, j) of a CSR pattern: a sampled dense-dense product."""
-    shape = (len(left), len(right))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            offsets, columns, left.new_zeros(len(columns)), shape, check_invariants=False
-        )
-        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0).values()
+def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[E] left[rows[i]] . right[columns[i]]: a sampled dense-dense product; indices int32, rows ascending.
+
+    This is what autograd calls for the per-sample weights of embedding_bag; torch.sparse.sampled_addmm
+    computes the same 1.4x as slowly (98,304 products of width 2,304: 0.088 against 0.063 s on one thread).
+    """
+    unused = rows.new_zeros(len(left))  # offsets, needed only where rows are not given
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, columns, unused, rows, 0)

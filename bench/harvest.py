@@ -1,0 +1,140 @@
+"""python -m bench.harvest: tokens per second against the bare forward pass, and peak memory at two sizes.
+
+Speed: the demo's model and text; blocks of windows are harvested and, in turns, the same contexts are run through
+the same early-stopped model with nothing else done. Medians of several turns in one process.
+Memory: Gemma-2's real width (2,304) with two layers and random weights; peak resident size of the whole command
+minus that of loading the model and running one batch, at two numbers of rows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pipeline
+from harvest import lm
+from harvest.activations import Kept
+from harvest.run import harvest
+from shards import Store
+from shards.layout import SHARD_ROWS
+from shards.reader import Contexts
+from tests.models import save_wide_gemma, sentences, write_jsonl
+
+RESULTS = Path("bench/results/harvest.json")
+TURNS = 3
+
+
+def settings(*argv: str) -> pipeline.Settings:
+    return pipeline.load(pipeline.parser("harvest", ""), argv)[0]
+
+
+def speed(scratch: Path) -> dict[str, float]:
+    """Median tokens per second of a whole harvest's windows and of the bare forward pass over them."""
+    import harvest.run as run
+    import harvest.windows as windows
+
+    seconds: list[float] = []
+    timed = windows.run_windows
+
+    def stopwatch(*args: object) -> None:
+        begun = time.perf_counter()
+        timed(*args)  # type: ignore[arg-type]
+        seconds.append(time.perf_counter() - begun)
+
+    run.run_windows = stopwatch  # type: ignore[assignment]
+    model: lm.LanguageModel | None = None
+    ours, bare = [], []
+    for turn in range(TURNS):
+        made = settings(
+            "--profile",
+            "demo",
+            "--harvest.rows",
+            str(SHARD_ROWS),
+            "--paths.activations",
+            str(scratch / str(turn)),
+        )
+        (path,) = harvest(made)
+        store = Store.open(path)
+        ours.append((len(store.train) + len(store.heldout)) / seconds[-1])
+        if model is None:
+            where = lm.locate(made.model)
+            model = lm.load(made.model, where, lm.load_tokenizer(where, None))
+        bare.append(forward_only(model, store.train.contexts, store.manifest.source.dropped_token_ids, made))
+    return {"harvest tokens/s": median(ours), "bare forward tokens/s": median(bare)}
+
+
+def forward_only(
+    model: lm.LanguageModel, contexts: Contexts, dropped: list[int], made: pipeline.Settings
+) -> float:
+    kept = Kept.count(contexts, dropped)
+    rows = int(kept.before[-1])
+    begun = time.perf_counter()
+    for batch in kept.batches(range(rows), made.harvest.batch_size):
+        model.run_blocks(torch.from_numpy(batch.tokens).long(), made.layer)
+    return rows / (time.perf_counter() - begun)
+
+
+def peak(command: list[str]) -> float:
+    """Peak resident size of a command in GiB, as the kernel accounts it."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
+        "stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    return int(done.stdout) / 2**20
+
+
+def memory(scratch: Path) -> dict[str, float]:
+    """GiB beyond the model, at one window and a bit, and at three times that."""
+    model = save_wide_gemma(scratch / "gemma")
+    text = write_jsonl(scratch / "text.jsonl", sentences(9000, words=40))
+    common = ["--layer", "1", "--model.name", str(model), "--data.files", str(text), "--data.pack", "concat"]
+    common += ["--harvest.context_length", "64", "--model.device", "cpu", "--model.dtype", "bfloat16"]
+    found = {}
+    base = peak(
+        [
+            sys.executable,
+            "-m",
+            "harvest",
+            *common,
+            "--harvest.rows",
+            "200",
+            "--paths.activations",
+            str(scratch / "0"),
+        ]
+    )
+    for rows in (40_000, 120_000):
+        where = ["--harvest.rows", str(rows), "--paths.activations", str(scratch / str(rows))]
+        found[f"GiB beyond the model, {rows:,} rows"] = (
+            peak([sys.executable, "-m", "harvest", *common, *where]) - base
+        )
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Harvest against the bare forward pass.")
+    options.add_argument("--skip-memory", action="store_true")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = speed(Path(scratch))
+        found["harvest / bare"] = found["harvest tokens/s"] / found["bare forward tokens/s"]
+        if not given.skip_memory:
+            found |= memory(Path(scratch))
+    table = Table("what", "figure")
+    for name, value in found.items():
+        table.add_row(name, f"{value:,.3g}" if value < 100 else f"{value:,.0f}")
+    Console().print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

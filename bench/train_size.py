@@ -1,0 +1,88 @@
+"""python -m bench.train_size: step time and memory against the number of latents, K fixed; plot in docs/.
+
+Nothing but the encoder product, Adam and buffers may grow with F. Each size runs in its own process,
+so that its peak memory is its own. D 576 and K 32, as in the demo, so that 262,144 latents fit.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.train_step import floor, rows, sparse
+from train import memory
+from train.losses import Objective
+from train.transcoder import initialise
+
+SIZES = (4096, 16_384, 65_536, 262_144)
+D, K, BATCH = 576, 32, 1024
+RESULTS = Path(__file__).parent / "results" / "train_size.json"
+PLOT = Path(__file__).parent.parent / "docs" / "training_size.png"
+
+
+def one(d_sae: int, repeats: int = 3) -> dict[str, float]:
+    """Median seconds of step and floor, peak memory in bytes, of one size."""
+    ends = (d_sae // 16, d_sae * 3 // 16, d_sae * 7 // 16, d_sae)
+    objective = Objective(ends, (0.25,) * 4, K, "batch_topk", 512, 1.0)
+    parameters = initialise(D, d_sae, torch.zeros(D), skip=False, seed=0)
+    x, y = rows(BATCH, D, 1), rows(BATCH, D, 2)
+    step = sparse(parameters, objective, x, y)
+    found = {}
+    for name in ("step", "floor"):
+        once = step if name == "step" else floor(parameters, x, torch.float32)
+        times = []
+        for _ in range(repeats + 1):
+            begun = time.perf_counter()
+            once()
+            times.append(time.perf_counter() - begun)
+        found[name] = statistics.median(times[1:])
+        if name == "step":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found["memory"] = peak - 4 * d_sae * 2 * D  # the bench's own second copy of the weights
+    found["planned"] = memory.kept(objective, D, D) + memory.passing(objective, D, D, BATCH) + memory.PROGRAM
+    return found
+
+
+def plot(found: dict[int, dict[str, float]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, names, unit, scale in (
+        (left, ("step", "floor"), "seconds", 1.0),
+        (right, ("memory", "planned"), "GiB", 2**-30),
+    ):
+        for name in names:
+            axes.loglog(list(found), [values[name] * scale for values in found.values()], "o-", label=name)
+        axes.set(xlabel="latents", ylabel=unit)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(PLOT, dpi=150)
+
+
+def main() -> None:
+    if len(sys.argv) == 2:
+        print(json.dumps(one(int(sys.argv[1]))))
+        return
+    found = {}
+    for size in SIZES:
+        command = [sys.executable, "-m", "bench.train_size", str(size)]
+        found[size] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    table = Table("latents", "step, s", "floor, s", "memory, GiB", "planned, GiB")
+    for size, values in found.items():
+        gib = (f"{values[name] / 2**30:.2f}" for name in ("memory", "planned"))
+        table.add_row(f"{size:,}", f"{values['step']:.3f}", f"{values['floor']:.3f}", *gib)
+    Console().print(table)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    plot(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a harvest survives, for real: kill -9 at random instants, a full disk, ranks that come and go."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from harvest.run import harvest
+from pipeline import Settings
+from shards.files import read_commit
+from shards.remote import LocalFiles
+from shards.verify import verify
+from tests.harvest.test_run import ROOT, Make, command_of
+from tests.models import sentences, write_jsonl
+
+KILLS = 50
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("long") / "long.jsonl", sentences(2500, words=50))
+
+
+@pytest.fixture
+def long_harvest(llama: Path, long_text: Path, settings_for: Make, tmp_path: Path) -> tuple[Settings, Path]:
+    """Settings of a harvest of four windows, and the store of an uninterrupted one."""
+    options = ("--data.files", str(long_text), "--paths.activations", str(tmp_path / "whole"))
+    whole = harvest(settings_for(llama, *options, rows=80_000))[0]
+    return settings_for(llama, "--data.files", str(long_text), rows=80_000), whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_50_kills_at_random_instants(long_harvest: tuple[Settings, Path]) -> None:
+    settings, whole = long_harvest
+    path = Path(settings.store_path(1))
+    expected = read_commit(whole)
+    rng = random.Random(0)
+    begun = time.monotonic()
+    subprocess.run(command_of(settings), cwd=ROOT, check=True, capture_output=True)
+    full = time.monotonic() - begun
+    shutil.rmtree(path)
+    killed = finished = 0
+    while killed < KILLS:
+        process = subprocess.Popen(
+            command_of(settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=rng.uniform(0.4, 1.0) * full)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert process.returncode == 0
+        assert read_commit(path) == expected
+        finished += 1
+        shutil.rmtree(path)
+    subprocess.run(command_of(settings), cwd=ROOT, check=True, capture_output=True)
+    assert read_commit(path) == expected
+    assert verify(LocalFiles(path)) == []
+    print(f"{killed} kills, {finished + 1} finished stores, all byte-identical")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_any_number_of_processes_writes_the_same_bytes(long_harvest: tuple[Settings, Path]) -> None:
+    settings, whole = long_harvest
+    path = Path(settings.store_path(1))
+    for processes in (2, 3):
+        subprocess.run(command_of(settings, processes), cwd=ROOT, check=True, capture_output=True)
+        assert read_commit(path) == read_commit(whole)
+        shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rank_that_dies_and_another_number_of_ranks(long_harvest: tuple[Settings, Path]) -> None:
+    settings, whole = long_harvest
+    path = Path(settings.store_path(1))
+    launcher = subprocess.Popen(
+        command_of(settings, 3), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not list(path.glob(".harvest/records/*.json"))
+        and launcher.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
+    subprocess.run(["kill", "-9", children.stdout.split()[-1]], check=False)
+    assert launcher.wait(timeout=120) != 0
+    subprocess.run(command_of(settings, 2), cwd=ROOT, check=True, capture_output=True)
+    assert read_commit(path) == read_commit(whole)
+
+
+def test_ctrl_c_says_how_to_continue(llama: Path, long_text: Path, settings_for: Make) -> None:
+    settings = settings_for(llama, "--data.files", str(long_text), rows=80_000)
+    path = Path(settings.store_path(1))
+    process = subprocess.Popen(
+        command_of(settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (path / ".harvest/source.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted: ")
+    assert errors.splitlines()[-1].endswith("the same command continues")
+    assert "Traceback" not in errors
+
+
+def test_a_full_disk(llama: Path, long_text: Path, settings_for: Make, tmp_path: Path) -> None:
+    """A real one: a 4 MB tmpfs. The line names the file; with room the same command goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        settings = settings_for(
+            llama, "--data.files", str(long_text), "--paths.activations", str(disk), rows=80_000
+        )
+        command = [*command_of(settings), "--force"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        last = done.stderr.splitlines()[-1]
+        assert "No space left on device" in last
+        assert last.endswith("mend that, and the same command continues")
+        assert "Traceback" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        assert verify(LocalFiles(Path(settings.store_path(1)))) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
