@@ -35,7 +35,7 @@ COLUMNS = {
 def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
     """Measures the run that `settings` name and the `others` (directories) on the same rows.
 
-    Writes compare.json, compare.png and compare.html into <run>/evaluation; returns the values and the
+    Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
     folder. Differences are to the run's full dictionary.
     """
     if not others:
@@ -58,8 +58,9 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
         name: _weights_sha256(path) for name, path in zip(names, paths, strict=True)
     }
     values = {"rows": job.n_rows, "lines": lines, "linear_map_fvu": linear, "provenance": provenance}
-    _write(job.folder, values)
-    return values, job.folder
+    folder = job.run_dir / "comparison"
+    _write(folder, values)
+    return values, folder
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

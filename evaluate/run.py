@@ -160,7 +160,8 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
     folder, text = job.folder, TokenText(job.store.tokenizer_path)
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
+    for old in (folder / "metrics.json", *folder.glob("*.png")):
+        old.unlink(missing_ok=True)
     for line in metrics["errors"]["by_token"]:
         line["token"] = text.label(line["class"])
     drawn = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
