@@ -18,6 +18,7 @@ from evaluate.redundancy import decoder_similarity
 from evaluate.report import PAGE, number
 from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
+from harvest.lm import pick_device
 from pipeline import InputError, Settings
 
 COLUMNS = {
@@ -34,7 +35,7 @@ COLUMNS = {
 def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
     """Measures the run that `settings` name and the `others` (directories) on the same rows.
 
-    Writes compare.json, compare.png and compare.html into <run>/evaluation; returns the values and the
+    Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
     folder. Differences are to the run's full dictionary.
     """
     if not others:
@@ -42,7 +43,8 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
     job = prepare(settings, ce_tokens=0)
     paths = [job.run_dir, *map(Path, others)]
     names = distinct_names(paths)
-    coders = {name: read(path, job.store) for name, path in zip(names, paths, strict=True)}
+    device = pick_device(settings.model.device)
+    coders = {name: read(path, job.store).to(device) for name, path in zip(names, paths, strict=True)}
     measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
     reference = measured[names[0]][-1]
     lines = [
@@ -56,8 +58,9 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
         name: _weights_sha256(path) for name, path in zip(names, paths, strict=True)
     }
     values = {"rows": job.n_rows, "lines": lines, "linear_map_fvu": linear, "provenance": provenance}
-    _write(job.folder, values)
-    return values, job.folder
+    folder = job.run_dir / "comparison"
+    _write(folder, values)
+    return values, folder
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -82,7 +85,8 @@ def _measure(
             inputs, outputs = split.rows(start, stop)
             baselines.add(inputs, outputs)
             for measurement in measurements.values():
-                measurement.add(inputs, outputs)
+                device = measurement.coder.W_dec.device
+                measurement.add(inputs.to(device), outputs.to(device))
             bar.update(stop - start)
     made, deviation = {}, 0.0
     for name, measurement in measurements.items():

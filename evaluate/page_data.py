@@ -28,7 +28,7 @@ def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]
     samples = made.samples
     shown = np.arange(len(samples.latents))
     windows = Windows.around(samples, shown, contexts.shape[1])
-    while windows.length > POOL_TOKENS:
+    while windows.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
         shown = shown[_first_half(samples.latents[shown])]
         windows = Windows.around(samples, shown, contexts.shape[1])
     pool = windows.strings(contexts, strings)

@@ -55,7 +55,7 @@ def first_pass(
     tick: Tick,
 ) -> First:
     """One reading of rows [0, n_rows); `moments` are the split's outputs', `tick` gets each block's rows."""
-    n_latents = len(coder.W_dec)
+    n_latents, device = len(coder.W_dec), coder.W_dec.device
     positions = split.contexts.shape[1]
     first = First(
         Measurement(coder, k),
@@ -75,7 +75,7 @@ def first_pass(
         inputs, outputs = split.rows(start, stop)
         context, position = split.provenance(start, stop)
         token = tokens_at(split, context, position)
-        entries, errors = first.measurement.add(inputs, outputs)
+        entries, errors = first.measurement.add(inputs.to(device), outputs.to(device))
         first.baselines.add(inputs, outputs)
         first.error_map.add(outputs, errors, token, position)
         first.coactivation.add(entries[-1])
@@ -94,10 +94,12 @@ def second_pass(coder: Coder, split: TextSplit, n_rows: int, first: First, tick:
     """The samples of every living latent with its activations on the tokens around them."""
     n_contexts, positions = split.contexts.shape
     samples = choose(first.top, first.even, positions)
-    shader = Shader(samples, n_contexts, positions)
+    shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, _ = split.rows(start, stop)
-        row, latent, value = _arrays(entries_above(coder.pre_activations(inputs), coder.thresholds[-1]))
+        row, latent, value = _arrays(
+            entries_above(coder.pre_activations(inputs.to(device)), coder.thresholds[-1])
+        )
         shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
         tick(stop - start)
     return samples

@@ -18,6 +18,9 @@ INK, GRID, ON_BAR = "#1c1b1a", "#dfdbd5", "#1c1b1b"
 """The only colours beside the palette: axes and text, grid, text on coloured bars. The page replaces all
 of them by its theme's; on paper the palette is light enough for black text."""
 
+WIDE = 13.0
+"""Inches of a figure with panels: twice a plain one, so that all text is of one size on the page."""
+
 Line = dict[str, Any]
 
 
@@ -61,7 +64,7 @@ def _number(value: float | None) -> float:
 
 def loss_curve(log: Sequence[Line]) -> Figure:
     """Training loss, and held-out FVU of every prefix, over training rows."""
-    made, (left, right) = figure(2, width=8.2)
+    made, (left, right) = figure(2, width=WIDE)
     lines = [line for line in log if line.get("loss") is not None]
     left.plot([line["rows"] / 1e6 for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
     left.set(xlabel="training rows (million tokens)", ylabel="training loss (normalised units)")
@@ -185,10 +188,11 @@ def cross_entropy(prefixes: Sequence[Line]) -> Figure:
         for bar, value in zip(bars, values, strict=True):
             _note(axes, f"{value:.1f}", (bar.get_x() + 0.19, max(value, 0)), ha="center", va="bottom")
     axes.axhline(100, color=INK, linewidth=1)
+    axes.set_ylim(top=124)
     axes.set_xticks(places, [f"{g}\n{p['end']:,} latents" for g, p in enumerate(prefixes)])
     axes.set(xlabel="prefix", ylabel="cross-entropy recovered (%)")
     axes.grid(axis="x", visible=False)
-    _legend(axes, loc="lower right")
+    _legend(axes, loc="upper center", ncols=2)
     return made
 
 
@@ -199,7 +203,7 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
         "entropy": "entropy of its tokens (bits)",
         "top_share": "share of its top token (%)",
     }
-    made, panels = figure(3, width=8.6)
+    made, panels = figure(3, width=WIDE)
     for axes, (key, label) in zip(panels, names.items(), strict=True):
         for g, group in enumerate(groups):
             values = group[key] * (1 if key == "entropy" else 100)
@@ -219,7 +223,7 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
 
 def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Figure:
     """What each group is of the whole: latents, active latents, energy, and explained variance added."""
-    made, (axes,) = figure(height=3.4)
+    made, (axes,) = figure()
     explained = np.diff([0.0, *(1 - _number(prefix["fvu"]) for prefix in prefixes)])
     shares = {
         "latents": [group["end"] - group["start"] for group in groups],
@@ -256,7 +260,7 @@ def error_by_size(errors: Line) -> Figure:
     """FVU of every prefix by the size of the output, and which sizes hold the error."""
     lines, edges = errors["by_size"], np.asarray(errors["size_edges"])
     centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
-    made, (left, right) = figure(2, width=8.2)
+    made, (left, right) = figure(2, width=WIDE)
     _fvu_lines(left, centres, lines)
     left.set(xlabel="distance from the mean (1 = root mean square)", ylabel="FVU")
     rows = sum(line["rows"] for line in lines)

@@ -12,6 +12,7 @@ from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
 from evaluate.files import code_sha256, read_json, read_lines, sha256, write_json
+from evaluate.foreign import read
 from evaluate.language import measure_language
 from evaluate.page_data import page_data
 from evaluate.passes import first_pass, second_pass
@@ -21,7 +22,6 @@ from evaluate.sparse import Coder
 from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
-from train import Transcoder
 
 CROSS_ENTROPY_TOKENS = 8192
 
@@ -55,7 +55,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     done = finished(job.folder)
     if done is not None and done["provenance"] == job.provenance:
         return done, False
-    coder, trained = load_coder(job.run_dir, job.store), _run_record(job.run_dir)["settings"]["transcoder"]
+    coder, trained = load_coder(job), _run_record(job.run_dir)["settings"]["transcoder"]
     metrics, made = _measure(job, coder, trained["k"])
     metrics["baselines"] |= _one_group(job, trained)
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
@@ -94,16 +94,11 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     return Job(settings, store, run_dir, n_rows, provenance)
 
 
-def load_coder(run_dir: Path, store: Store) -> Coder:
-    coder = Coder.of(Transcoder.load(run_dir))
-    found = (coder.W_enc.shape[1], coder.W_dec.shape[1])
-    source = store.manifest.source
-    if found != (source.d_in, source.d_out):
-        raise InputError(
-            f"{run_dir}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
-            f"found {found[0]} -> {found[1]}; give the harvest that this run was trained on"
-        )
-    return coder
+def load_coder(job: Job) -> Coder:
+    """The run's transcoder, fed as the store's inputs are, on the device of model.device."""
+    from harvest.lm import pick_device  # imports transformers, which takes seconds
+
+    return read(job.run_dir, job.store).to(pick_device(job.settings.model.device))
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -165,7 +160,8 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
     folder, text = job.folder, TokenText(job.store.tokenizer_path)
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
+    for old in (folder / "metrics.json", *folder.glob("*.png")):
+        old.unlink(missing_ok=True)
     for line in metrics["errors"]["by_token"]:
         line["token"] = text.label(line["class"])
     drawn = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)

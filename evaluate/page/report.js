@@ -36,7 +36,10 @@ let prefix, order = [], chosen = -1, descending = true;
 const density = (f, g = prefix) => c.density[g * F + f];
 const number = (x, digits = 3) => !Number.isFinite(x) ? "–" : Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(digits)));
 const percent = (x) => !Number.isFinite(x) ? "–" : x === 0 ? "0 %" : 100 * x < 0.01 ? "<0.01 %" : number(100 * x, 3) + " %";
-const visible = (text) => text === "" ? "␣̸" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+const INVISIBLE = /[\p{Cf}\p{Cc}\p{Zl}\p{Zp}\u00a0]/gu; // format and control characters, by their code points
+const named = (text) => text.replace(INVISIBLE, (c) => "‹" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "›");
+const visible = (text) => named(spaces(text));
+const spaces = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
 const words = (f, n = 3) => {
   const made = make("span", "words");
   for (let i = 0; i < n; i++) {
@@ -217,6 +220,7 @@ function lines(f, samples) {
 }
 function write(token, string) {
   if (string === "") { token.append(make("span", "mark", "·")); token.title = "part of the character that follows"; return; }
+  if (string.replace(INVISIBLE, "").trim() === "" && string.trim() !== "") { token.append(make("span", "mark", named(string))); return; }
   string.split("\n").forEach((part, i) => { if (i) token.append(make("span", "mark", "⏎")); token.append(part); });
 }
 function kin(f) {

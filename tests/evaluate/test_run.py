@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline import ROOT, InputError, Settings
 from tests.evaluate.fakes import random_rows
 from tests.evaluate.runs import ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
+from train import Transcoder
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
@@ -73,6 +75,31 @@ def test_the_train_split_on_request(root: Path) -> None:
     metrics, fresh = evaluate(settings_of(root, "--evaluate.split", "train"))
     assert fresh
     assert (metrics["rows"], metrics["provenance"]["split"]) == (2000, "train")
+
+
+def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
+    settings, plain = settings_of(root), settings_of(root, "--run", "plain")
+    record = json.loads((settings.run_dir() / "settings.json").read_text())
+    record["settings"]["transcoder"]["group_sizes"] = [ENDS[-1]]
+    own = tiny_transcoder()
+    plain.run_dir().mkdir()
+    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], {}).save(plain.run_dir())
+    (plain.run_dir() / "settings.json").write_text(json.dumps(record))
+    metrics, _ = evaluate(plain)
+    assert "one_group" not in metrics["baselines"]
+    shutil.rmtree(settings.run_dir() / "evaluation")
+    baseline = evaluate(settings)[0]["baselines"]["one_group"]
+    assert baseline["run"] == "plain"
+    assert baseline["fvu"] == metrics["prefixes"][0]["fvu"] == metrics_of(root)["prefixes"][-1]["fvu"]
+    shutil.rmtree(plain.run_dir())
+
+
+def test_a_run_of_another_harvest_says_so(root: Path) -> None:
+    file = settings_of(root).run_dir() / "settings.json"
+    record = file.read_text()
+    file.write_text(json.dumps(json.loads(record) | {"harvest_fingerprint": "another"}))
+    assert "trained on another harvest" in command(root).stdout
+    file.write_text(record)
 
 
 def test_the_page_names_what_was_measured(root: Path) -> None:
