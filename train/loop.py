@@ -176,7 +176,7 @@ class Run:
     @torch.no_grad()
     def _probed(self) -> dict[str, float | None]:
         objective = self.recipe.objective
-        cuts = training_cut(objective.k, objective.selection, len(objective.prefix_ends))
+        cuts = training_cut(objective.k, len(objective.prefix_ends))
         pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
         found = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
         return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(found.fvu)}

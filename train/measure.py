@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from train.topk import kth_largest, select_batch, select_rows
+from train.topk import kth_largest, select_batch
 from train.transcoder import Transcoder
 
 CALIBRATION_ROWS = 65_536
@@ -76,12 +76,11 @@ def _decode(transcoder: Transcoder, inputs: Tensor, rows: Tensor, values: Tensor
     return y if transcoder.W_skip is None else y.addmm_(inputs, transcoder.W_skip.T)
 
 
-def training_cut(k: int, selection: str, groups: int) -> Callable[[Tensor], Tensor]:
-    """Cuts that keep what training would keep of these rows (per-row top-k: its mean cut)."""
-    select = select_batch if selection == "batch_topk" else select_rows
+def training_cut(k: int, groups: int) -> Callable[[Tensor], Tensor]:
+    """Cuts at which k latents per row are active on average over the batch, for all prefixes the same."""
 
     def cuts(pre: Tensor) -> Tensor:
-        _, cut = select(pre, k)
+        _, cut = select_batch(pre, k)
         return torch.nextafter(cut, torch.zeros_like(cut)).repeat(groups)  # kept are those above
 
     return cuts

@@ -64,9 +64,7 @@ def test_a_guess_from_an_untypical_first_batch_does_no_harm() -> None:
     assert int((pre > found[2]).sum()) == 800
 
 
-@pytest.mark.parametrize("selection", ["batch_topk"])
-def test_training_cut_keeps_what_training_keeps(selection: str) -> None:
+def test_training_cut_keeps_what_training_keeps() -> None:
     t, x, _ = made()
     pre = t.pre_activations(x)
-    cuts = training_cut(2, selection, 3)(pre)
-    assert [int((pre > cut).sum()) for cut in cuts] == [800, 800, 800]
+    assert [int((pre > cut).sum()) for cut in training_cut(2, 3)(pre)] == [800, 800, 800]
