@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge
-from evaluate.files import sha256, write_json, write_text
+from evaluate.files import write_json
 from evaluate.foreign import read
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
@@ -20,6 +20,7 @@ from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
 from harvest.lm import pick_device
 from pipeline import InputError, Settings
+from shards.files import sha256, write_whole
 
 COLUMNS = {
     "fvu": "FVU",
@@ -124,5 +125,5 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
         style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
         plot=Markup(figures.svg(figure)),
     )
-    write_text(folder / "compare.html", page)
+    write_whole(folder / "compare.html", page.encode())
     write_json(folder / "compare.json", values)

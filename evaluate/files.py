@@ -1,12 +1,12 @@
-"""Files of an evaluation: read with one-line errors, written whole or not at all."""
+"""JSON of an evaluation: read with one-line errors, written whole or not at all."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pipeline import InputError
+from shards.files import write_whole
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -33,23 +33,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return made
 
 
-def write_text(path: Path, text: str) -> None:
-    """Written aside, flushed and renamed: a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 def write_json(path: Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Written whole: a reader sees the old file or the new one."""
+    write_whole(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def code_sha256() -> str:

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from evaluate.coactivation import MIN_FIRINGS
 from evaluate.contexts import N_EVEN
 from evaluate.figures import Drawn
-from evaluate.files import write_text
 from evaluate.page_data import script_json
 from evaluate.sparse import BLOCK_ROWS
 from evaluate.verdicts import verdicts
+from shards.files import write_whole
 
 PAGE = Path(__file__).parent / "page"
 TABS = ("Overview", "Latents", "Nesting", "Error", "About")
@@ -70,7 +70,7 @@ def write_report(path: Path, metrics: dict[str, Any], data: dict[str, Any], draw
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(script_json(data)),
     )
-    write_text(path, page)
+    write_whole(path, page.encode())
 
 
 def cross_entropy_note(measured: dict[str, Any]) -> str:

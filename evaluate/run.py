@@ -11,7 +11,7 @@ from tqdm import tqdm
 from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
-from evaluate.files import code_sha256, read_json, read_lines, sha256, write_json
+from evaluate.files import code_sha256, read_json, read_lines, write_json
 from evaluate.foreign import read
 from evaluate.language import measure_language
 from evaluate.page_data import page_data
@@ -22,6 +22,7 @@ from evaluate.sparse import Coder
 from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
+from shards.files import sha256
 
 CROSS_ENTROPY_TOKENS = 8192
 
@@ -70,7 +71,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     weights = run_dir / "transcoder.safetensors"
     if not weights.exists():
         raise InputError(f"{weights}: not found; train this run first (make train)")
-    store = Store.open(settings.store_path(settings.layer))
+    store = Store.of(settings)
     split = getattr(store, settings.evaluate.split)
     n_rows = min(settings.evaluate.rows or len(split), len(split))
     if not n_rows:

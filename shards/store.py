@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import InputError
+from pipeline import InputError, Settings
 from shards.codecs import from_bfloat16
 from shards.files import read_commit, sha256
 from shards.layout import CHUNK_ROWS, Array, split_arrays
@@ -53,6 +53,11 @@ class Store:
                 files, split_arrays(manifest.source, name, found.rows, found.contexts), manifest
             )
         return cls(root, manifest, splits)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """The store that a stage of these settings works on."""
+        return cls.open(settings.store_path(settings.layer), settings.paths.cache, settings.paths.cache_bytes)
 
     @property
     def tokenizer_path(self) -> Path:

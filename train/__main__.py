@@ -15,7 +15,7 @@ def main() -> None:
         from shards import Store
         from train.loop import train
 
-        train(settings, Store.open(store_path))
+        train(settings, Store.of(settings))
 
     from rich.console import Console
 

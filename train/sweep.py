@@ -104,7 +104,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     settings, _ = pipeline.load(pipeline.parser("train.sweep", "Train every combination of [sweep]."))
-    store = Store.open(settings.store_path(settings.layer))
+    store = Store.of(settings)
     runs = combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one) is None]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
