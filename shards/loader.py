@@ -11,7 +11,7 @@ Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ class Loader:
         for batch in self.batches():
             yield batch.inputs, batch.outputs
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Threads decode the next group while another cuts batches from the group at hand, AHEAD of the caller."""
         current, following = _Group(self), _Group(self)
         cut: deque[Future[Batch]] = deque()
