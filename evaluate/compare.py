@@ -80,7 +80,7 @@ def _measure(
     coders: dict[str, Coder], split: Any, n_rows: int, train: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
-    measurements = {name: Measurement(coder, k=None) for name, coder in coders.items()}
+    measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
     baselines = Baselines(fit_ridge(train))
     with tqdm(total=n_rows, desc="compare", unit=" rows", unit_scale=True, dynamic_ncols=True) as bar:
         for start, stop in blocks(n_rows):
