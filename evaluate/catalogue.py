@@ -154,8 +154,8 @@ def tensors(made: Catalogue) -> dict[str, torch.Tensor]:
 
 
 def _median(values: np.ndarray) -> float | None:
-    return float(np.median(values)) if len(values) else None
+    return float(np.median(values)) if values.size else None
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+    return float(np.mean(values)) if values.size else None

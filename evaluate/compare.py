@@ -1,4 +1,4 @@
-"""Several transcoders on the same held-out rows: one table with differences, and FVU against L0."""
+"""python -m evaluate.compare: several transcoders on the same held-out rows, one table with differences."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.console import Console
 from tqdm import tqdm
 
 from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge
+<<<<<<< HEAD
 from evaluate.files import write_json
+=======
+from evaluate.console import number_of, plain, table_of
+from evaluate.files import sha256, write_json, write_text
+>>>>>>> evaluate-work
 from evaluate.foreign import read
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
@@ -19,8 +25,12 @@ from evaluate.report import PAGE, number
 from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
 from harvest.lm import pick_device
+<<<<<<< HEAD
 from pipeline import InputError, Settings
 from shards.files import sha256, write_whole
+=======
+from pipeline import InputError, Settings, load, parser, run_stage
+>>>>>>> evaluate-work
 
 COLUMNS = {
     "fvu": "FVU",
@@ -79,7 +89,7 @@ def _measure(
     coders: dict[str, Coder], split: Any, n_rows: int, train: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
-    measurements = {name: Measurement(coder, k=None) for name, coder in coders.items()}
+    measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
     baselines = Baselines(fit_ridge(train))
     with tqdm(total=n_rows, desc="compare", unit=" rows", unit_scale=True, dynamic_ncols=True) as bar:
         for start, stop in blocks(n_rows):
@@ -127,3 +137,40 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     )
     write_whole(folder / "compare.html", page.encode())
     write_json(folder / "compare.json", values)
+
+
+def main() -> None:
+    made = parser("evaluate.compare", "Measure several transcoders on the same held-out rows.")
+    made.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other runs' directories, or Gemma Scope's (params.npz)",
+    )
+    settings, given = load(made)
+    show(*compare(settings, given.others), Console())
+
+
+def show(values: dict[str, Any], folder: Path, console: Console) -> None:
+    """One line per transcoder and prefix, differences to the run's full dictionary in brackets."""
+    columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %")
+    table = table_of(f"the same {values['rows']:,} {values['provenance']['split']} rows", columns)
+    for line in values["lines"]:
+        change = line["difference"]["fvu"]
+        table.add_row(
+            line["transcoder"],
+            str(line["prefix"]),
+            f"{line['end']:,}",
+            number_of(line["fvu"]) + (f" ({change:+.3f})" if change else ""),
+            f"{line['l0']:.1f}",
+            f"{100 * line['dead_fraction']:.1f}",
+        )
+    console.print(table)
+    plain(console, f"best linear map: FVU {number_of(values['linear_map_fvu'])}")
+    plain(console, f"report {folder / 'compare.html'}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -108,8 +108,8 @@ def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, floa
     """name -> (L0, FVU) of every prefix, for the threshold, training's selection, and a one-group run."""
     prefixes = metrics["prefixes"]
     series = {"prefixes, threshold": [(prefix["l0"], prefix["fvu"]) for prefix in prefixes]}
-    if prefixes[0]["batch_topk"]:
-        training = [prefix["batch_topk"] for prefix in prefixes]
+    if prefixes[0]["training_selection"]:
+        training = [prefix["training_selection"] for prefix in prefixes]
         series["prefixes, training selection"] = [(each["l0"], each["fvu"]) for each in training]
     one_group = metrics["baselines"].get("one_group")
     if one_group:

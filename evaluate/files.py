@@ -41,7 +41,7 @@ def write_json(path: Path, values: Any) -> None:
 def code_sha256() -> str:
     """Digest of this package's own source: another version of it evaluates again."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.iterdir()):
+    for path in sorted(Path(__file__).parent.rglob("*")):
         if path.suffix in (".py", ".html", ".css", ".js"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -13,7 +13,16 @@ from torch import Tensor
 from evaluate.latents import Firing
 from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
 from evaluate.sparse import Coder, Entries, Split, base_output, blocks, decode, prefix_entries
-from train.topk import select_batch
+from train.topk import select_batch, select_rows
+
+Select = Callable[[Tensor], Entries]
+"""Pre-activations of a batch [B, F] -> its active entries."""
+
+
+def training_selection(kind: str, k: int) -> Select:
+    """The selection that `transcoder.selection` names: k a row on average over the batch, or k in each row."""
+    choose = select_rows if kind == "topk" else select_batch
+    return lambda pre: Entries(*choose(pre, k)[0], n_rows=len(pre))
 
 
 @dataclass
@@ -27,19 +36,19 @@ class Prefix:
     sparsity: Sparsity
     firing: Firing
     training_error: Reconstruction
-    """With the selection of training (batch top-k) instead of the threshold."""
+    """With the selection of training (batch top-k or top-k) instead of the threshold."""
     training_sparsity: Sparsity
 
-    def result(self, deviation: float, k: int | None) -> dict[str, Any]:
+    def result(self, deviation: float) -> dict[str, Any]:
         made: dict[str, Any] = {"end": self.end, **self.error.result(deviation), **self.sparsity.result()}
         made["threshold"] = self.threshold
         made["dead_fraction"] = self.firing.dead_fraction
         made["over_1_percent"] = int((self.firing.density > 0.01).sum())
         made["over_10_percent"] = int((self.firing.density > 0.1).sum())
-        made["batch_topk"] = None
-        if k is not None:
+        made["training_selection"] = None
+        if self.training_error.rows:
             sparsity = self.training_sparsity.result()
-            made["batch_topk"] = {
+            made["training_selection"] = {
                 "fvu": self.training_error.result(deviation)["fvu"],
                 "l0": sparsity["l0"],
                 "l1": sparsity["l1"],
@@ -51,11 +60,11 @@ class Prefix:
 class Measurement:
     """Everything the pass accumulates; `add` takes blocks, `result` gives plain JSON values.
 
-    `k` is the training's mean number of active latents per row, None for a coder without one.
+    `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
     """
 
-    def __init__(self, coder: Coder, k: int | None) -> None:
-        self.coder, self.k = coder, k
+    def __init__(self, coder: Coder, select: Select | None) -> None:
+        self.coder, self.select = coder, select
         width = coder.W_dec.shape[1]
         self.deviation = Deviation(width)
         self.prefixes = [
@@ -85,14 +94,11 @@ class Measurement:
             errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
             prefix.sparsity.add(entries)
             prefix.firing.add(entries)
-        if self.k is not None:
-            self._add_training(pre, outputs, base)
+        if self.select is not None:
+            self._add_training(self.select(pre), outputs, base)
         return found, torch.stack(errors)
 
-    def _add_training(self, pre: Tensor, outputs: Tensor, base: Tensor) -> None:
-        assert self.k is not None
-        chosen, _ = select_batch(pre, self.k)
-        kept = Entries(*chosen, n_rows=len(pre))
+    def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
         for prefix in self.prefixes:
             entries = kept.keep(kept.latents < prefix.end)
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
@@ -102,17 +108,17 @@ class Measurement:
         deviation = self.deviation.total
         return {
             "rows": self.deviation.rows,
-            "prefixes": [prefix.result(deviation, self.k) for prefix in self.prefixes],
+            "prefixes": [prefix.result(deviation) for prefix in self.prefixes],
             "latents": self.prefixes[-1].firing.result(),
         }
 
 
 @torch.inference_mode()
 def measure(
-    coder: Coder, split: Split, n_rows: int, k: int | None, tick: Callable[[int], object]
+    coder: Coder, split: Split, n_rows: int, select: Select | None, tick: Callable[[int], object]
 ) -> Measurement:
     """Pass over the first `n_rows` rows of `split`; `tick` is called with the rows of each block."""
-    measurement = Measurement(coder, k)
+    measurement = Measurement(coder, select)
     device = coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, outputs = split.rows(start, stop)

@@ -14,7 +14,7 @@ from evaluate.baselines import Baselines, LinearMap
 from evaluate.coactivation import Coactivation
 from evaluate.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.error_map import ErrorMap
-from evaluate.measure import Measurement
+from evaluate.measure import Measurement, Select
 from evaluate.sparse import Coder, Entries, TextSplit, blocks, entries_above
 from shards.manifest import Moments
 
@@ -48,7 +48,7 @@ def first_pass(
     coder: Coder,
     split: TextSplit,
     n_rows: int,
-    k: int | None,
+    select: Select | None,
     linear: LinearMap,
     moments: Moments,
     vocabulary: int,
@@ -58,7 +58,7 @@ def first_pass(
     n_latents, device = len(coder.W_dec), coder.W_dec.device
     positions = split.contexts.shape[1]
     first = First(
-        Measurement(coder, k),
+        Measurement(coder, select),
         Baselines(linear),
         ErrorMap(
             np.asarray(moments.mean),

@@ -14,6 +14,7 @@ from evaluate.figures import draw
 from evaluate.files import code_sha256, read_json, read_lines, write_json
 from evaluate.foreign import read
 from evaluate.language import measure_language
+from evaluate.measure import Select, training_selection
 from evaluate.page_data import page_data
 from evaluate.passes import first_pass, second_pass
 from evaluate.redundancy import decoder_similarity
@@ -57,7 +58,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     if done is not None and done["provenance"] == job.provenance:
         return done, False
     coder, trained = load_coder(job), _run_record(job.run_dir)["settings"]["transcoder"]
-    metrics, made = _measure(job, coder, trained["k"])
+    metrics, made = _measure(job, coder, training_selection(trained["selection"], trained["k"]))
     metrics["baselines"] |= _one_group(job, trained)
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
@@ -115,7 +116,7 @@ def _run_record(run_dir: Path) -> dict[str, Any]:
     return read_json(run_dir / "settings.json", "train this run again (make train)")
 
 
-def _measure(job: Job, coder: Coder, k: int) -> tuple[dict[str, Any], Catalogue]:
+def _measure(job: Job, coder: Coder, select: Select) -> tuple[dict[str, Any], Catalogue]:
     """Both passes, and what is computed from the weights alone."""
     split = job.split
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
@@ -124,7 +125,7 @@ def _measure(job: Job, coder: Coder, k: int) -> tuple[dict[str, Any], Catalogue]
     progress = partial(tqdm, total=job.n_rows, unit=" rows", unit_scale=True, dynamic_ncols=True)
     linear = fit_ridge(job.store.train)
     with progress(desc="statistics") as bar:
-        first = first_pass(coder, split, job.n_rows, k, linear, moments, vocabulary, bar.update)
+        first = first_pass(coder, split, job.n_rows, select, linear, moments, vocabulary, bar.update)
     with progress(desc="contexts") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)

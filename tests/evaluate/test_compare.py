@@ -1,6 +1,8 @@
 """Gemma Scope's format, the gain convention, and several transcoders on the same rows."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import torch
 from evaluate.compare import compare, distinct_names
 from evaluate.foreign import convert, read
 from evaluate.measure import measure
-from pipeline import InputError
+from pipeline import ROOT, InputError
 from shards import Store
 from tests.evaluate.fakes import random_coder, random_rows
-from tests.evaluate.runs import make_run, settings_of, tiny_transcoder
+from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,19 @@ def test_what_is_not_a_transcoder_or_too_wide_is_refused(root: Path, tmp_path: P
         read(wide, store)
     with pytest.raises(InputError, match="give WITH="):
         compare(settings_of(root), [])
+
+
+def test_the_command(root: Path, tmp_path: Path) -> None:
+    folder = gemma_scope(tmp_path / "theirs")
+    command = [sys.executable, "-m", "evaluate.compare", "--with", str(folder), *arguments(root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "theirs" in done.stdout
+    assert "compare.html" in done.stdout
+    done = subprocess.run(
+        [*command[:3], *arguments(root)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evaluate import sparse
-from evaluate.measure import measure
+from evaluate.measure import measure, training_selection
 from evaluate.sparse import Coder
 from tests.evaluate.fakes import Rows, random_coder, random_rows
 
@@ -28,7 +28,7 @@ def test_equals_the_dense_computation(skip: bool, per_latent: bool, monkeypatch:
     coder = random_coder(5, 6, ends=(3, 8, 20), skip=skip, per_latent=per_latent)
     rows = random_rows(31, 5, 6)
     seen: list[int] = []
-    result = measure(coder, rows, n_rows=31, k=None, tick=seen.append).result()
+    result = measure(coder, rows, n_rows=31, select=None, tick=seen.append).result()
     assert sum(seen) == 31
     assert max(seen) == 7
     y = rows.outputs.double().numpy()
@@ -42,36 +42,47 @@ def test_equals_the_dense_computation(skip: bool, per_latent: bool, monkeypatch:
         assert prefix["l0"] == pytest.approx((acts > 0).sum(1).mean())
         assert prefix["l1"] == pytest.approx(acts.sum(1).mean(), rel=1e-5)
         assert prefix["dead_fraction"] == pytest.approx((acts.max(0) == 0).mean())
-        assert prefix["batch_topk"] is None
+        assert prefix["training_selection"] is None
     acts, _ = dense(coder, rows, 2)
     assert result["latents"]["largest_activation"] == pytest.approx(acts.max(), rel=1e-6)
 
 
 def test_only_the_asked_rows_are_read() -> None:
     coder, rows = random_coder(5, 6, ends=(4,)), random_rows(40, 5, 6)
-    few = measure(coder, rows, n_rows=11, k=None, tick=lambda _: None).result()
+    few = measure(coder, rows, n_rows=11, select=None, tick=lambda _: None).result()
     cut = Rows(rows.inputs[:11], rows.outputs[:11])
-    assert few == measure(coder, cut, n_rows=11, k=None, tick=lambda _: None).result()
+    assert few == measure(coder, cut, n_rows=11, select=None, tick=lambda _: None).result()
     assert few["rows"] == 11
 
 
 def test_training_selection_keeps_k_per_row_on_average() -> None:
     coder, rows = random_coder(5, 6, ends=(10, 30)), random_rows(64, 5, 6)
-    result = measure(coder, rows, n_rows=64, k=4, tick=lambda _: None).result()
-    assert result["prefixes"][1]["batch_topk"]["l0"] == 4.0
-    assert 0 < result["prefixes"][0]["batch_topk"]["l0"] < 4.0
+    result = measure(
+        coder, rows, n_rows=64, select=training_selection("batch_topk", 4), tick=lambda _: None
+    ).result()
+    assert result["prefixes"][1]["training_selection"]["l0"] == 4.0
+    assert 0 < result["prefixes"][0]["training_selection"]["l0"] < 4.0
+
+
+def test_per_row_selection_keeps_k_in_every_row() -> None:
+    pre = torch.randn(9, 14, generator=torch.Generator().manual_seed(3)) + 5
+    assert training_selection("topk", 3)(pre).l0().tolist() == [3] * 9
+    assert len(training_selection("batch_topk", 3)(pre).values) == 27
 
 
 def test_a_transcoder_that_never_fires_says_its_bias() -> None:
     coder, rows = random_coder(5, 6, ends=(4, 9)), random_rows(20, 5, 6)
     coder.thresholds = torch.full((2,), 1e6)
     coder.b_dec = rows.outputs.mean(0)
-    result = measure(coder, rows, n_rows=20, k=2, tick=lambda _: None).result()
+    result = measure(
+        coder, rows, n_rows=20, select=training_selection("batch_topk", 2), tick=lambda _: None
+    ).result()
     assert result["prefixes"][1]["fvu"] == pytest.approx(1.0, abs=1e-6)
     assert result["prefixes"][1]["l0"] == 0.0
     assert result["latents"]["dead"] == 9
 
 
-def test_one_row_and_constant_outputs_give_null() -> None:
+def test_one_row_has_no_fvu() -> None:
     coder, rows = random_coder(5, 6, ends=(4,)), random_rows(1, 5, 6)
-    assert measure(coder, rows, n_rows=1, k=2, tick=lambda _: None).result()["prefixes"][0]["fvu"] is None
+    result = measure(coder, rows, n_rows=1, select=None, tick=lambda _: None).result()
+    assert result["prefixes"][0]["fvu"] is None

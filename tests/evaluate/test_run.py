@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluate.run import evaluate as evaluate_with
 from pipeline import ROOT, InputError, Settings
-from tests.evaluate.fakes import random_rows
-from tests.evaluate.runs import ENDS, arguments, make_run, settings_of, tiny_transcoder
+from tests.evaluate.fakes import random_coder, random_rows
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
 from train import Transcoder
+from train.transcoder import Parameters
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
@@ -92,6 +94,32 @@ def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
     assert baseline["run"] == "plain"
     assert baseline["fvu"] == metrics["prefixes"][0]["fvu"] == metrics_of(root)["prefixes"][-1]["fvu"]
     shutil.rmtree(plain.run_dir())
+
+
+@pytest.mark.parametrize("n_latents", [1, 3])
+def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Path) -> None:
+    coder = random_coder(D_IN, D_OUT, (n_latents,))
+    parameters = Parameters(coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)
+    make_run(tmp_path, Transcoder(parameters, torch.tensor([1e6]), (n_latents,), {}))
+    metrics, _ = evaluate(settings_of(tmp_path))
+    assert metrics["prefixes"][0]["dead_fraction"] == 1.0
+    assert metrics["prefixes"][0]["l0"] == 0.0
+    assert metrics["latents"]["groups"][0]["median_density"] is None
+
+
+def test_the_page_is_part_of_the_code(tmp_path: Path) -> None:
+    copy = tmp_path / "evaluate"
+    shutil.copytree(ROOT / "evaluate", copy)
+    digest = "from pathlib import Path; from evaluate.files import code_sha256; print(code_sha256())"
+    made = []
+    for change in ("", "\n"):
+        (copy / "page" / "report.css").write_text((copy / "page" / "report.css").read_text() + change)
+        (tmp_path / "pipeline.py").write_text((ROOT / "pipeline.py").read_text())
+        done = subprocess.run(
+            [sys.executable, "-c", digest], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        made.append(done.stdout)
+    assert len(set(made)) == 2
 
 
 def test_a_run_of_another_harvest_says_so(root: Path) -> None:
