@@ -12,12 +12,8 @@ from tqdm import tqdm
 
 from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge
-<<<<<<< HEAD
-from evaluate.files import write_json
-=======
 from evaluate.console import number_of, plain, table_of
-from evaluate.files import sha256, write_json, write_text
->>>>>>> evaluate-work
+from evaluate.files import write_json
 from evaluate.foreign import read
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
@@ -25,12 +21,8 @@ from evaluate.report import PAGE, number
 from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
 from harvest.lm import pick_device
-<<<<<<< HEAD
-from pipeline import InputError, Settings
-from shards.files import sha256, write_whole
-=======
 from pipeline import InputError, Settings, load, parser, run_stage
->>>>>>> evaluate-work
+from shards.files import sha256, write_whole
 
 COLUMNS = {
     "fvu": "FVU",
