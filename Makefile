@@ -31,10 +31,11 @@ test-all: install-dev install-embedded
 	@$(PY) -m pytest -q -m slow $(ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-RUN_PY = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC),$(PY))
+# (-m -- because torchrun would take --run for an option of its own.)
+RANKS = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --,$(PY) -m)
 
 harvest: install
-	@$(RUN_PY) -m harvest $(OPTIONS)
+	@$(RANKS) harvest $(OPTIONS)
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
@@ -46,7 +47,7 @@ upload: install
 	@$(PY) -m shards upload $(call option,TO,--to) $(OPTIONS)
 
 train: install
-	@$(RUN_PY) -m train $(OPTIONS)
+	@$(RANKS) train $(OPTIONS)
 
 sweep: install
 	@$(PY) -m train.sweep $(OPTIONS)
