@@ -8,6 +8,7 @@ A leaf: imports no stage.
 import argparse
 import errno
 import re
+import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -440,6 +441,8 @@ ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
+    # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         stage()
     except InputError as error:

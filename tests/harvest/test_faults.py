@@ -103,7 +103,11 @@ def test_ctrl_c_says_how_to_continue(llama: Path, long_text: Path, settings_for:
     settings = settings_for(llama, "--data.files", str(long_text), rows=80_000)
     path = Path(settings.store_path(1))
     process = subprocess.Popen(
-        command_of(settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command_of(settings),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not (path / ".harvest/source.json").exists() and time.monotonic() < deadline:
