@@ -24,7 +24,7 @@ def main() -> None:
     store = Store.open(settings.store_path(settings.layer))
     with tempfile.TemporaryDirectory() as scratch:
         paths = settings.paths.model_copy(update={"checkpoints": Path(scratch)})
-        run = Run(settings.model_copy(update={"paths": paths}), store, "cpu")
+        run = Run(settings.model_copy(update={"paths": paths}), store, torch.device("cpu"))
         loader = store.train.loader(settings.train.batch_size, epochs=None)
         batches = loader.batches()
         batch = next(batches)

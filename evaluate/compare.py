@@ -20,8 +20,8 @@ from evaluate.redundancy import decoder_similarity
 from evaluate.report import PAGE, number
 from evaluate.run import prepare
 from evaluate.sparse import Coder, blocks
-from harvest.lm import pick_device
 from pipeline import InputError, Settings, load, parser, run_stage
+from shards.device import pick_device
 from shards.files import sha256, write_whole
 
 COLUMNS = {

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from evaluate import plots
 from evaluate.catalogue import Catalogue
 from evaluate.verdicts import FVU_GOOD, FVU_MODERATE
+from shards.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, floa
 
 
 def save(figure: Figure, path: Path) -> None:
-    aside = path.with_suffix(".tmp")
-    figure.savefig(aside, dpi=150, format="png", facecolor="white", metadata={"Software": None})
-    aside.replace(path)
+    made = io.BytesIO()
+    figure.savefig(made, dpi=150, format="png", facecolor="white", metadata={"Software": None})
+    write_whole(path, made.getvalue())
 
 
 def svg(figure: Figure) -> str:

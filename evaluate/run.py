@@ -23,6 +23,7 @@ from evaluate.sparse import Coder
 from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
+from shards.device import pick_device
 from shards.files import sha256
 
 CROSS_ENTROPY_TOKENS = 8192
@@ -98,8 +99,6 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
 
 def load_coder(job: Job) -> Coder:
     """The run's transcoder, fed as the store's inputs are, on the device of model.device."""
-    from harvest.lm import pick_device  # imports transformers, which takes seconds
-
     return read(job.run_dir, job.store).to(pick_device(job.settings.model.device))
 
 

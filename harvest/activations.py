@@ -95,10 +95,9 @@ def _rows_of(caught: dict[str, torch.Tensor], name: str, batch: Positions, sourc
         raise InputError(
             f"hook {name}: expected {batch.tokens.shape} positions, found {found}; it did not fire"
         )
-    index = torch.from_numpy(batch.context), torch.from_numpy(batch.position)
-    rows = tensor[index[0].to(tensor.device), index[1].to(tensor.device)].float().cpu()
-    finite = torch.isfinite(rows).all(dim=1)
-    if not finite.all():
+    places = torch.from_numpy(batch.context * batch.tokens.shape[1] + batch.position).to(tensor.device)
+    rows = tensor.flatten(0, 1).index_select(0, places).float().cpu()
+    if not torch.isfinite(rows.sum()) and not (finite := torch.isfinite(rows).all(dim=1)).all():
         row = int((~finite).nonzero()[0])
         raise InputError(
             f"layer {source.layer}, {name}: NaN or infinity in context {batch.first_context + batch.context[row]} "

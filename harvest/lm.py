@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from harvest.embedded import MODELS, model_directory
 from pipeline import InputError, Model
+from shards.device import pick_device
 
 InputKind = Literal["normalized", "mlp_in"]
 INPUT_HOOKS: dict[InputKind, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
@@ -109,21 +110,6 @@ class LanguageModel:
 def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `model.device`; raises `InputError` when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"model.device: expected auto, cpu or cuda, found {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device: {name} asked for, but PyTorch finds no GPU; use --model.device cpu")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

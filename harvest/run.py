@@ -20,7 +20,7 @@ from shards.codecs import Compressor
 from shards.files import sha256, write_whole
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
-from shards.plan import estimate, human, measure
+from shards.plan import estimate, human, measure, shortage
 from shards.remote import is_url
 from shards.store import Store
 from shards.writer import ContextWriter, StoreWriter, Text
@@ -227,28 +227,28 @@ def _versions() -> dict[str, str]:
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
+    asked, plans = settings.harvest, []
     for layer in settings.layers:
         writer = StoreWriter(_local(settings.store_path(layer)))
         if writer.complete:
             tqdm.write(f"layer {layer}: {writer.root} is already harvested")
             continue
         width = 2 * lm.width(lm.locate(settings.model), settings.model.revision)
-        asked = settings.harvest
         heldout = asked.rows * asked.heldout_fraction / (1 - asked.heldout_fraction)
-        plan = estimate(width, asked.storage, asked.rows + round(heldout), writer.root)
-        fits = "" if plan.bytes < plan.free_bytes else "; it does NOT fit"
-        tqdm.write(f"layer {layer}: {plan}{fits}")
+        plans.append(estimate(width, asked.storage, asked.rows + round(heldout), writer.root))
+        tqdm.write(f"layer {layer}: {plans[-1]}")
+    if plans and (missing := shortage(plans)):
+        tqdm.write(f"it does NOT fit: the harvest {missing}")
 
 
 def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:
     """Print the plan; called before the first window on an estimate, after it on what was measured."""
     plans = [measure(writer) for writer in writers]
-    needed, free = sum(plan.bytes for plan in plans), plans[0].free_bytes
     for writer, plan in zip(writers, plans, strict=True):
         tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
-    if needed > free and not force:
+    if (missing := shortage(plans)) and not force:
         raise InputError(
-            f"{settings.paths.activations}: the harvest needs {human(needed)}, {human(free)} are free; "
+            f"{settings.paths.activations}: the harvest {missing}; "
             "lower harvest.rows, move paths.activations, or give --force"
         )
 

@@ -113,13 +113,14 @@ def quantise(values: np.ndarray) -> Quantised:
     Row norms vary wildly in some models (median 513, maximum 8,564 in one layer of Gemma 3): dividing by
     the row's RMS first cuts the cost there from 5.6e-4 of the variance to 4.6e-5.
     """
-    row_scales = np.sqrt(np.mean(np.square(values, dtype=np.float64), axis=1)).astype(np.float32)
+    squares = np.einsum("nd,nd->n", values, values, dtype=np.float64)
+    row_scales = np.sqrt(squares / values.shape[1]).astype(np.float32)
     row_scales[row_scales == 0] = 1
-    normalised = values / row_scales[:, None]
-    scales = np.abs(normalised).max(axis=0, initial=0) / np.float32(127)
-    divisor = np.where(scales == 0, np.float32(1), scales)
-    stored = np.clip(np.rint(normalised / divisor), -127, 127).astype(np.int8)
-    return Quantised(stored, scales, row_scales)
+    steps = values / row_scales[:, None]
+    scales = np.maximum(steps.max(axis=0, initial=0), -steps.min(axis=0, initial=0)) / np.float32(127)
+    steps /= np.where(scales == 0, np.float32(1), scales)
+    np.clip(np.rint(steps, out=steps), -127, 127, out=steps)
+    return Quantised(steps.astype(np.int8), scales, row_scales)
 
 
 def dequantise(stored: np.ndarray, scales: np.ndarray, row_scales: np.ndarray) -> np.ndarray:

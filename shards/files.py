@@ -13,11 +13,8 @@ def write_whole(path: Path, data: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        aside.write_bytes(data)
+        publish(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # write() does not name its file
@@ -25,6 +22,21 @@ def write_whole(path: Path, data: bytes) -> str:
         aside.unlink(missing_ok=True)
         raise
     return hashlib.sha256(data).hexdigest()
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Flush the finished file or directory `aside` to disk and rename it to `path`."""
+    flush(aside)
+    aside.replace(path)
+    flush(path.parent)  # the rename itself survives a power cut
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,6 @@ Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ import torch
 
 from pipeline import InputError
 from shards.codecs import from_bfloat16
+from shards.device import cores
 from shards.layout import CHUNK_ROWS
 from shards.order import chunk_groups
 
@@ -100,10 +100,13 @@ class Loader:
             yield batch.inputs, batch.outputs
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Threads decode the next group while another cuts batches from the group at hand, AHEAD of the caller."""
+        """Threads decode the next group while others cut batches from the group at hand, AHEAD of the caller."""
         current, following = _Group(self), _Group(self)
         cut: deque[Future[Batch]] = deque()
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as decoders, ThreadPoolExecutor(1) as cutter:
+        with (
+            ThreadPoolExecutor(min(4, cores())) as decoders,
+            ThreadPoolExecutor(min(AHEAD, cores())) as cutters,
+        ):
             turns = self._schedule()
             turn = next(turns, None)
             if turn is not None:
@@ -115,7 +118,7 @@ class Loader:
                     following.decode(decoders, next_turn.chunks)
                 current.wait()
                 for within in range(turn.first_batch, self.batches_per_group):
-                    cut.append(cutter.submit(self._cut, current, turn, within))
+                    cut.append(cutters.submit(self._cut, current, turn, within))
                     if len(cut) > AHEAD:
                         yield cut.popleft().result()
                 current, following, turn = following, current, next_turn

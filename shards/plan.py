@@ -24,6 +24,8 @@ class Plan:
     bytes_per_row: float
     fixed_bytes: int
     """Text, tokenizer, metadata: what does not grow with the windows still to come."""
+    written_bytes: int
+    """What of it is on disk already."""
     free_bytes: int
     measured: bool
     """Whether bytes_per_row is that of windows already written."""
@@ -31,6 +33,10 @@ class Plan:
     @property
     def bytes(self) -> int:
         return int(self.fixed_bytes + self.rows * self.bytes_per_row)
+
+    @property
+    def to_come(self) -> int:
+        return max(0, self.bytes - self.written_bytes)
 
     def __str__(self) -> str:
         how = "measured" if self.measured else "estimated"
@@ -45,7 +51,7 @@ def estimate(width: int, storage: str, rows: int, where: Path) -> Plan:
     stored = width * STORED_DTYPE[storage].itemsize * COMPRESSED[storage]
     scales = 4 * width / CHUNK_ROWS + 8 if storage == "int8" else 0
     fixed = 4 * width * MANIFEST_BYTES_PER_DIMENSION
-    return Plan(rows, stored + scales + PROVENANCE, fixed, _free(where), measured=False)
+    return Plan(rows, stored + scales + PROVENANCE, fixed, _size(where), _free(where), measured=False)
 
 
 def measure(writer: StoreWriter) -> Plan:
@@ -63,7 +69,12 @@ def measure(writer: StoreWriter) -> Plan:
     )
     text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
     fixed = sum(path.stat().st_size for path in [*others, *text]) + 4 * width * MANIFEST_BYTES_PER_DIMENSION
-    return Plan(rows, written / done, fixed, _free(writer.root) + written, measured=True)
+    size, free = _size(writer.root), _free(writer.root)
+    return Plan(rows, written / done, fixed, size, free, measured=True)
+
+
+def _size(where: Path) -> int:
+    return sum(path.stat().st_size for path in where.rglob("*") if path.suffix != ".tmp" and path.is_file())
 
 
 def _free(where: Path) -> int:
@@ -78,3 +89,9 @@ def human(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def shortage(plans: list[Plan]) -> str | None:
+    """What the stores of these plans, side by side on one disk, still need and do not find; none when they fit."""
+    needed, free = sum(plan.to_come for plan in plans), plans[0].free_bytes
+    return f"needs {human(needed)} more, {human(free)} are free" if needed > free else None

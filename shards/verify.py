@@ -1,6 +1,5 @@
 """Reads and checks every byte of a store; un-commits exactly the damaged windows."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline import InputError
+from shards.device import cores
 from shards.files import read_commit, sha256, store_files
 from shards.layout import FILE_CHUNKS, Array, split_arrays
 from shards.manifest import SPLITS, read_manifest
@@ -44,7 +44,7 @@ def verify(files: Files) -> list[Damage]:
     arrays = _data_files(files) if _metadata_is_whole(files, digests) else {}
     damages: list[Damage] = []
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(total=len(digests), unit="file", desc="verify", dynamic_ncols=True) as bar,
     ):
         checks = pool.map(lambda name: _is_whole(files, name, digests[name]), digests)

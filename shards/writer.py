@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -202,8 +203,7 @@ class StoreWriter:
             for name, data in files.items():
                 publish(name, data)
         for name, values in (("row_context", columns.context), ("row_position", columns.position)):
-            chunks = [values[i : i + CHUNK_ROWS] for i in range(0, len(values), CHUNK_ROWS)]
-            publish(name, encode_shard(arrays[name], chunks))
+            publish(name, encode_shard(arrays[name], values))
         record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
         write_whole(self._record_path(split, window), dumps(record))
 
@@ -303,31 +303,30 @@ def encode_rows(
 
     Sums are float64, chunk by chunk in order: n, sum, sum of squares, squared error of storing.
     """
-    stored: list[np.ndarray] = []
-    scales: list[np.ndarray] = []
-    row_scales: list[np.ndarray] = []
+    stored = np.empty(rows.shape, arrays[f"{side}s"].dtype)
+    scales = np.empty((math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
+    row_scales = np.empty(len(rows), np.float32)
     total, squares, error = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), 0.0
-    for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = rows[start : start + CHUNK_ROWS]
+    for number, start in enumerate(range(0, len(rows), CHUNK_ROWS)):
+        here = slice(start, start + CHUNK_ROWS)
+        chunk = rows[here]
         if storage == "int8":
             quantised = quantise(chunk)
+            stored[here], scales[number], row_scales[here] = quantised
             back = dequantise(*quantised)
-            stored.append(quantised.stored)
-            scales.append(quantised.scales)
-            row_scales.append(quantised.row_scales)
         elif storage == "bfloat16":
-            stored.append(to_bfloat16(chunk))
-            back = from_bfloat16(stored[-1])
+            stored[here] = to_bfloat16(chunk)
+            back = from_bfloat16(stored[here])
         else:
-            stored.append(chunk)
-            back = chunk
+            stored[here] = back = chunk
         wide = chunk.astype(np.float64)
         total += wide.sum(axis=0)
         squares += np.einsum("nd,nd->d", wide, wide)
-        error += float(np.square(back - chunk, dtype=np.float64).sum())
+        lost = back - chunk
+        error += float(np.einsum("nd,nd->n", lost, lost).sum(dtype=np.float64))
     files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
     if storage == "int8":
-        files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], [s[None] for s in scales])
+        files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], scales)
         files[f"{side}_row_scales"] = encode_shard(arrays[f"{side}_row_scales"], row_scales)
     sums = {"n": len(rows), "sum": total.tolist(), "squares": squares.tolist(), "error": error}
     return files, sums
@@ -345,13 +344,13 @@ def encode_chunk(array: Array, values: np.ndarray) -> bytes:
     return data + crc32c(data)
 
 
-def encode_shard(array: Array, chunks: list[np.ndarray]) -> bytes:
-    """Inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
+def encode_shard(array: Array, values: np.ndarray) -> bytes:
+    """A file's lines: inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
     index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
     parts: list[bytes] = []
     offset = 0
-    for number, values in enumerate(chunks):
-        parts.append(encode_chunk(array, values))
+    for number, start in enumerate(range(0, len(values), array.chunk[0])):
+        parts.append(encode_chunk(array, values[start : start + array.chunk[0]]))
         index[number] = offset, len(parts[-1])
         offset += len(parts[-1])
     table = index.tobytes()
@@ -392,9 +391,7 @@ class ContextWriter:
 
     def _flush(self) -> None:
         values = np.stack(self._pending).astype(self._array.dtype)
-        size = self._array.chunk[0]
-        chunks = [values[i : i + size] for i in range(0, len(values), size)]
-        write_whole(self._root / self._array.file(len(self._digests)), encode_shard(self._array, chunks))
+        write_whole(self._root / self._array.file(len(self._digests)), encode_shard(self._array, values))
         self._digests.append(hashlib.sha256(values.tobytes()).hexdigest())
         self._pending = []
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import InputError
+from shards.files import flush, publish, write_whole
 from train.state import State
-from train.weights import flush, publish
 
 VERSION = 1
 
@@ -35,16 +35,10 @@ def save(run_dir: Path, state: State) -> None:
     for file in aside.iterdir():
         flush(file)
     publish(aside, final)
-    _point_to(folder, final.name)
+    write_whole(folder / "latest", f"{final.name}\n".encode())
     for old in folder.iterdir():
         if old.is_dir() and old != final:
             shutil.rmtree(old)
-
-
-def _point_to(folder: Path, name: str) -> None:
-    aside = folder / "latest.tmp"
-    aside.write_text(name + "\n")
-    publish(aside, folder / "latest")
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -85,6 +79,4 @@ def cut_metrics(run_dir: Path, step: int) -> None:
         return
     kept = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in kept if json.loads(line)["step"] <= step]
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text("".join(kept))
-    publish(aside, file)
+    write_whole(file, "".join(kept).encode())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import InputError, Settings
 from shards import Batch, Store
+from shards.device import pick_device
 from train import checkpoint, memory, record
 from train.dense import DenseStep
 from train.finish import finish, heldout_rows, raw_transcoder
@@ -88,7 +89,7 @@ class Run:
         self,
         settings: Settings,
         store: Store,
-        device: str,
+        device: torch.device,
         peers: Peers = ALONE,
         buffers: Buffers | None = None,
     ) -> None:
@@ -197,11 +198,6 @@ def _everyones(entries: Entries, batch: Batch, peers: Peers) -> tuple[Entries, T
     return Entries(*map(peers.gathered, parts)), peers.gathered(numbers)
 
 
-def device_of(settings: Settings) -> str:
-    asked = settings.model.device
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def train(settings: Settings, store: Store) -> Transcoder:
     """Train one run to its end, from wherever it stands."""
     train_together([settings], store)
@@ -213,9 +209,9 @@ def train_together(wanted: list[Settings], store: Store) -> None:
 
     What decides the batches (rows, batch size, order seed) is the same for all of them.
     """
-    device = device_of(wanted[0])
+    device = pick_device(wanted[0].model.device)
     _check_store(wanted[0], store)
-    _check_memory(wanted, store, torch.device(device))
+    _check_memory(wanted, store, device)
     with joined(device) as peers:
         runs: list[Run] = []
         try:

@@ -66,13 +66,13 @@ ALONE = Peers()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Peers]:
+def joined(device: torch.device) -> Iterator[Peers]:
     """The processes that torchrun started (gloo on CPU, nccl on CUDA), or this one alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Peers(dist.get_rank(), world)
     finally:

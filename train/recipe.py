@@ -25,7 +25,7 @@ class Recipe:
     """Sum over dimensions of the outputs' variance, in normalised space."""
 
     @classmethod
-    def of(cls, settings: Settings, store: Store, device: str = "cpu") -> "Recipe":
+    def of(cls, settings: Settings, store: Store, device: torch.device | str = "cpu") -> "Recipe":
         source, moments = store.manifest.source, store.manifest.splits["train"]
         if moments.inputs is None or moments.outputs is None:
             raise InputError(f"{store.path}: has no train rows; harvest more")
@@ -67,7 +67,7 @@ class Recipe:
         )
 
 
-def initial(settings: Settings, recipe: Recipe, store: Store, device: str) -> Parameters:
+def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:
     """Parameters before the first step, in normalised space: fresh, or another run's."""
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ROOT, InputError, Settings
+from shards.files import write_whole
 from train import weights
 
 FREE = {"train.checkpoint_every"}
@@ -31,11 +32,8 @@ def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str) -> Non
     file = run_dir / "settings.json"
     if file.exists():
         refuse_another(run_dir, settings, fingerprint)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".tmp")
     record = {"settings": settings.model_dump(mode="json"), "harvest_fingerprint": fingerprint, "d_in": d_in}
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    weights.publish(aside, file)
+    write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -> None:

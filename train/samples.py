@@ -17,8 +17,8 @@ import numpy as np
 import pipeline
 from pipeline import InputError
 from shards import Store
+from shards.files import publish
 from train.latents import Samples
-from train.weights import publish
 
 AROUND = 16
 """Tokens shown before and after."""

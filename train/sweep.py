@@ -16,8 +16,9 @@ from rich.table import Table
 import pipeline
 from pipeline import InputError, Settings
 from shards import Store
+from shards.files import write_whole
 from train import record
-from train.weights import publish, read_metadata
+from train.weights import read_metadata
 
 
 def combinations(settings: Settings, d_in: int) -> list[Settings]:
@@ -76,10 +77,7 @@ def report(runs: list[Settings], folder: Path) -> Table:
         rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: row["fvu"][-1])
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "results.json.tmp"
-    aside.write_text(json.dumps(rows, indent=1) + "\n")
-    publish(aside, folder / "results.json")
+    write_whole(folder / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
     _plot(rows, folder / "sweep.png")
     table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")
     for row in rows:

@@ -1,7 +1,6 @@
 """The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import InputError
+from shards.files import publish
 
 FILE_NAME = "transcoder.safetensors"
 FORMAT = "matryoshka-transcoder"
@@ -24,6 +24,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
+    aside.touch()  # save_file alone would make it readable for its owner only
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         aside,
@@ -84,18 +85,3 @@ def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[in
             f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         )
     return tensor
-
-
-def publish(aside: Path, path: Path) -> None:
-    """Flush the finished file `aside` to disk and rename it to `path`."""
-    flush(aside)
-    aside.replace(path)
-    flush(path.parent)  # the rename itself survives a power cut
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

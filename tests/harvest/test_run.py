@@ -1,6 +1,7 @@
 """Whole harvests of tiny models: what lands in the store, and what survives being stopped."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,17 @@ def test_a_disk_that_is_too_small(llama: Path, settings_for: Make, monkeypatch: 
     with pytest.raises(InputError, match=r"the harvest needs .* 5 B are free; lower harvest\.rows"):
         harvest(settings_for(llama))
     harvest(settings_for(llama), force=True)
+
+
+def test_after_its_first_window_the_plan_is_right_within_5_percent(
+    llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = write_jsonl(tmp_path / "long.jsonl", sentences(1200, words=50))
+    (path,) = harvest(settings_for(llama, "--data.files", str(text), rows=40_000))
+    found = re.search(r"bytes a row \(measured\), ([\d.]+) MB on disk", capsys.readouterr().out)
+    assert found
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert float(found[1]) * 1e6 == pytest.approx(size, rel=0.05)
 
 
 def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, tmp_path: Path) -> None:
