@@ -2,11 +2,13 @@
 
 Batches of 1,024 rows, in turns in one process, medians; pinned to one core, then
 the loader alone on two. What is compared gives the same float32 batches: same order, same scales.
+Then the loader's peak memory at Gemma-2-2B's width, at two numbers of rows.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +26,12 @@ from shards.layout import CHUNK_ROWS, FILE_CHUNKS
 from shards.loader import SIDES
 from shards.order import chunk_groups
 from shards.reader import MappedArray
+from tests.fixtures import make_store
+from tests.memory import of_loader
 
 BATCH, GROUP = 1024, 32
 ROUNDS = 5
+WIDTH, MEMORY_ROWS = 2304, (70_000, 140_000)
 
 
 def ours(store: Store) -> int:
@@ -125,6 +130,15 @@ def pin(cores: int) -> None:
 ALL_CORES = os.sched_getaffinity(0)
 
 
+def memory(rows: int) -> float:
+    """GiB of the loader over an int8 store of this many rows."""
+    rng = np.random.default_rng(0)
+    pair = (rng.standard_normal((rows, WIDTH), np.float32), rng.standard_normal((rows, WIDTH), np.float32))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = make_store(f"{scratch}/s.zarr", pair, (pair[0][:1], pair[1][:1]), "int8")
+        return of_loader(made.path) / 1024
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("store", type=Path)
@@ -149,9 +163,13 @@ def main() -> None:
     for name, found in rates.items():
         table.add_row(name, f"{median(found) / 1e3:,.0f}", f"{median(found) / base:.2f}")
     Console().print(table)
+    gibs = {f"{rows:,} rows of width {WIDTH:,}": memory(rows) for rows in MEMORY_ROWS}
+    for what, gib in gibs.items():
+        Console().print(f"{what}: {gib:.2f} GiB")
     results = Path("bench/results/loader.json")
     results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({name: median(found) for name, found in rates.items()}, indent=1) + "\n")
+    found = {name: median(rates[name]) for name in rates} | {"GiB": gibs}
+    results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
