@@ -136,15 +136,22 @@ def _latents(size: int | str, d_in: int) -> int:
     return int(latents)
 
 
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Rate = Annotated[float | None, BeforeValidator(_auto)]
+
+
 class Train(Section):
     rows: int = Field(default=15_000_000, gt=0)
     """Rows to train on; more than the store holds means several epochs."""
     batch_size: int = Field(default=1024, gt=0)
     """Rows per step."""
-    lr: float = Field(default=4e-4, gt=0)
-    """Peak learning rate of Adam."""
-    min_lr: float = Field(default=4e-6, ge=0)
-    """Learning rate at the end of the cosine decay."""
+    lr: Rate = Field(default=None, gt=0)
+    """Peak learning rate of Adam; auto: by the rule of train/schedule.py."""
+    min_lr: Rate = Field(default=None, ge=0)
+    """Learning rate at the end of the cosine decay; auto: a hundredth of the peak."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -174,7 +181,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":
-        if self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower train.min_lr")
         if self.rows < self.batch_size:
             raise ValueError(f"rows {self.rows} are less than one batch of {self.batch_size}")

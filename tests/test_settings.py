@@ -27,7 +27,8 @@ def test_the_guides_recipes(layer: str, d_sae: int, groups: tuple[int, ...], row
     assert made.model.name == "google/gemma-2-2b"
     assert (made.data.dataset, made.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert made.transcoder.resolve(d_in=2304) == (d_sae, groups)
-    assert (made.transcoder.k, made.train.lr) == (96, 4e-4)
+    assert made.transcoder.k == 96
+    assert settings("--layer", layer, "--profile", "guide").train.lr == 4e-4
     assert (made.harvest.rows, made.train.rows) == (rows, rows)
     assert made.train.sample_every > 0
 
@@ -58,6 +59,11 @@ def test_any_layer_of_the_demo_model_works() -> None:
 def test_sizes_may_be_multiples_of_d_in() -> None:
     made = settings("--layer", "3", "--model.name", "m").transcoder
     assert made.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
+
+
+def test_a_rate_left_to_the_rule() -> None:
+    made = settings("--profile", "demo", "--train.min_lr", "auto").train
+    assert (made.lr, made.min_lr) == (None, None)
 
 
 def test_run_names_tell_what_differs_from_the_recipe() -> None:
@@ -97,11 +103,14 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
             ["--transcoder.k", "20000"],
             "command line: transcoder: k is 20000, but there are only 18432 latents; ",
         ),
-        (["--train.min_lr", "1"], "command line: train: min_lr 1 is above lr 0.0004; lower train.min_lr"),
+        (
+            ["--train.lr", "4e-4", "--train.min_lr", "1"],
+            "command line: train: min_lr 1 is above lr 0.0004; lower train.min_lr",
+        ),
         (["--train.rows", "10"], "command line: train: rows 10 are less than one batch of 1024"),
         (["--layer", "x"], "layer: expected layer numbers from 0, found 'x'; for example LAYER=17"),
         (["--run", "../up"], "run: '../up' is not a name; use letters, digits and . _ + = - (at most 100)"),
-        (["--profile", "nope"], "profile: expected one of demo, found 'nope'; see pipeline.toml"),
+        (["--profile", "nope"], "profile: expected one of demo, guide, found 'nope'; see pipeline.toml"),
         (
             ["--train.lr"],
             "command line: argument --train.lr: expected one argument; --help lists every option",

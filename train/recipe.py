@@ -10,7 +10,7 @@ from pipeline import InputError, Settings
 from pipeline import Train as TrainSettings
 from shards import Store
 from train.losses import Objective
-from train.schedule import learning_rate
+from train.schedule import learning_rate, peak_rate
 from train.transcoder import Parameters, Scaling, Transcoder, initialise
 
 
@@ -20,6 +20,9 @@ class Recipe:
 
     objective: Objective
     train: TrainSettings
+    lr: float
+    """Peak learning rate."""
+    min_lr: float
     scaling: Scaling
     variance: float
     """Sum over dimensions of the outputs' variance, in normalised space."""
@@ -45,7 +48,10 @@ class Recipe:
         variance = float(moments.outputs.variance.sum()) / moments.outputs.scale**2
         mean = torch.tensor(moments.inputs.mean, dtype=torch.float32, device=device)
         scaling = Scaling(mean, moments.inputs.scale, moments.outputs.scale)
-        return cls(objective, settings.train, scaling, variance)
+        asked = settings.train
+        lr = peak_rate(source.d_in, objective.d_sae) if asked.lr is None else asked.lr
+        min_lr = lr / 100 if asked.min_lr is None else asked.min_lr
+        return cls(objective, asked, lr, min_lr, scaling, variance)
 
     @property
     def steps(self) -> int:
@@ -57,14 +63,8 @@ class Recipe:
         return self.steps - max(1, self.steps // 10)
 
     def learning_rate(self, step: int) -> float:
-        train = self.train
-        return learning_rate(
-            step,
-            self.steps,
-            peak=train.lr,
-            final=train.min_lr,
-            warmup=min(train.warmup_steps, self.steps // 2),
-        )
+        warmup = min(self.train.warmup_steps, self.steps // 2)
+        return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=warmup)
 
 
 def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:

@@ -2,6 +2,20 @@
 
 import math
 
+LR = 5e-3
+"""Peak rate at d_in 576 and d_sae 4,608: the best of those in docs/log.md."""
+
+
+def peak_rate(d_in: int, d_sae: int) -> float:
+    """The learning rate that train.lr = "auto" stands for: LR * sqrt(576 / d_in) * sqrt(4608 / d_sae).
+
+    LR was tuned at d_in 576, d_sae 4,608 (the demo). With more latents each explains a smaller part, and the same
+    steps of all of them move the reconstruction more: 1 / sqrt(d_sae). A unit decoder row of a wider layer has
+    smaller entries, in proportion to 1 / sqrt(d_in), and Adam's step has the same size for each. How far the rule
+    was checked: docs/log.md.
+    """
+    return LR * (576 / d_in * 4608 / d_sae) ** 0.5
+
 
 def learning_rate(step: int, steps: int, *, peak: float, final: float, warmup: int) -> float:
     """Learning rate of `step` (0-based) of `steps`: linear warm-up to `peak`, cosine to `final`.
