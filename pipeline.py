@@ -164,9 +164,9 @@ class Train(Section):
     """Run directory whose weights this run starts from."""
     aux_k: int = Field(default=512, ge=0)
     """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
-    aux_coefficient: float = Field(default=1.0, ge=0)
+    aux_coefficient: float = Field(default=0.125, ge=0)
     """Weight of the auxiliary loss, relative to the residual's own size (see train/losses.py)."""
-    dead_after_rows: int = Field(default=1_000_000, gt=0)
+    dead_after_rows: int = Field(default=16_000, gt=0)
     """A latent that has not fired for so many rows is dead."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Gradient norm above which gradients are scaled down; none: never."""

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from train.dense import DenseStep
 from train.losses import Objective
-from train.optimizer import Adam, apply, project, renormalise
+from train.optimizer import BETAS, Adam, apply, project, renormalise
 from train.sparse import SparseStep
 from train.transcoder import Parameters, initialise
 
@@ -57,7 +57,7 @@ def floor(parameters: Parameters, x: torch.Tensor, dtype: torch.dtype) -> Conten
 def dense(parameters: Parameters, objective: Objective, x: torch.Tensor, y: torch.Tensor) -> Contender:
     """The dense step with torch.optim.Adam as it comes, and the constraint on whole matrices."""
     leaves = parameters.map(lambda tensor: tensor.clone().requires_grad_())
-    optimizer = torch.optim.Adam(leaves.named().values(), lr=LR)
+    optimizer = torch.optim.Adam(leaves.named().values(), lr=LR, betas=BETAS)
     step, none = DenseStep(objective), torch.arange(0)
 
     def once() -> None:

@@ -6,7 +6,7 @@ import torch
 from tests.train.steps import Problem, problem
 from train import sparse
 from train.gradients import Gradients
-from train.optimizer import Adam, apply, clip_scale
+from train.optimizer import BETAS, Adam, apply, clip_scale
 from train.sparse import SparseStep
 
 
@@ -22,7 +22,7 @@ def reference(
     named = {name: tensor.clone() for name, tensor in made.parameters.named().items()}
     slow = [tensor for name, tensor in named.items() if name != "b_enc"]
     fast = {"params": [named["b_enc"]], "lr": lr * 5**0.5 / 2}  # 5 inputs
-    optimizer = torch.optim.Adam([{"params": slow}, fast], lr=lr)
+    optimizer = torch.optim.Adam([{"params": slow}, fast], lr=lr, betas=BETAS)
     for _ in range(steps):
         parameters = made.parameters.__class__(**named)
         gradients = gradients_of(made._replace(parameters=parameters)).whole()
