@@ -179,7 +179,7 @@ def test_more_rows_continue_a_finished_run(make_settings: Make, store: Store) ->
 def test_init_from_starts_at_the_other_runs_weights(
     make_settings: Make, store: Store, finished: Path
 ) -> None:
-    run = Run(make_settings(run="warm", train__init_from=str(finished)), store, "cpu")
+    run = Run(make_settings(run="warm", train__init_from=str(finished)), store, torch.device("cpu"))
     folded = run.state.parameters.folded(run.recipe.scaling)
     for name, tensor in Transcoder.load(finished).parameters.named().items():
         torch.testing.assert_close(folded.named()[name], tensor, rtol=1e-5, atol=1e-6)
@@ -189,7 +189,7 @@ def test_init_from_starts_at_the_other_runs_weights(
         Run(
             make_settings(run="other", train__init_from=str(finished), transcoder__group_sizes=(8, 56)),
             store,
-            "cpu",
+            torch.device("cpu"),
         )
 
 
@@ -202,11 +202,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: 
     with pytest.raises(
         InputError, match=r"step_20: not a readable checkpoint.*to train again from the start"
     ):
-        Run(settings, store, "cpu")
+        Run(settings, store, torch.device("cpu"))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 99}))
     with pytest.raises(InputError, match="expected checkpoint version 1, found 99"):
-        Run(settings, store, "cpu")
+        Run(settings, store, torch.device("cpu"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(make_settings: Make, store: Store) -> None:
