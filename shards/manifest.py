@@ -31,7 +31,7 @@ class Source(Record):
     layer: int
     n_layers: int
     input: Literal["normalized", "mlp_in"]
-    """Whether the inputs are without (normalized) or with (mlp_in) the RMSNorm's gain."""
+    """Whether the inputs are without (normalized) or with (mlp_in) the norm's gain and bias."""
     input_hook: str
     """TransformerLens name of the harvested input."""
     output_hook: str
@@ -39,7 +39,9 @@ class Source(Record):
     d_in: int
     d_out: int
     gain: list[float]
-    """[d_in] mlp_in = normalized * gain (Gemma: 1 + weight)."""
+    """[d_in] mlp_in = normalized * gain + gain_bias (Gemma's gain: 1 + weight)."""
+    gain_bias: list[float] | None = None
+    """[d_in] of a LayerNorm (GPT-2), whose normalized rows are centred too; none: an RMSNorm, which adds nothing."""
     dataset: str
     dataset_name: str | None
     dataset_revision: str | None
@@ -52,7 +54,7 @@ class Source(Record):
     bos_token_id: int | None
     separator_token_id: int | None
     dropped_token_ids: list[int]
-    """Positions that hold one of these tokens gave no row; neither did the first, if it is BOS."""
+    """Positions that hold one of these tokens gave no row; neither did the first of a context."""
     heldout_fraction: float
     rows: int
     """Train rows asked for."""
