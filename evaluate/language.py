@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from evaluate.sparse import Coder, base_output, decode, entries_above
 from pipeline import InputError, Settings

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -54,7 +55,7 @@ def convert(file: Path, directory: Path) -> None:
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,
@@ -69,6 +70,7 @@ def convert(file: Path, directory: Path) -> None:
         raise InputError(
             f"model.name: {file}: cannot be read as GGUF: {message}; give a Hugging Face directory of this model"
         ) from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"model.name: {file}: has no weights for {missing[0]} (and {len(missing) - 1} more); "

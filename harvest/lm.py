@@ -79,7 +79,9 @@ class LanguageModel:
         for name in names:
             if name not in self.bridge.hook_dict:
                 prefix = ".".join(name.split(".")[:2]) + "."
-                known = (hook.removeprefix(prefix) for hook in self.bridge.hook_dict if hook.startswith(prefix))
+                known = (
+                    hook.removeprefix(prefix) for hook in self.bridge.hook_dict if hook.startswith(prefix)
+                )
                 raise InputError(
                     f"{self.name}: no hook point {name}; a layer needs {', '.join(NEEDED)} (pre-norm blocks: Llama, "
                     f"Gemma, Qwen, Mistral, GPT-2, GPT-NeoX, ...), this one has {', '.join(sorted(known)) or 'none'}"
@@ -98,8 +100,8 @@ class LanguageModel:
             normalized, mlp_in = (caught[hooks[kind]].float() for kind in ("normalized", "mlp_in"))
         if normalized.shape != mlp_in.shape:  # OPT: all positions in one row
             raise InputError(
-                f"{self.name} layer {layer}: the MLP's input has shape {tuple(mlp_in.shape)}, expected that of its "
-                f"norm, {tuple(normalized.shape)}; this family is not supported"
+                f"{self.name} layer {layer}: expected one shape at {NEEDED[0]} and {NEEDED[1]}, found "
+                f"{tuple(normalized.shape)} and {tuple(mlp_in.shape)}; this family cannot be harvested"
             )
         norm = self.bridge.blocks[layer].ln2.original_component
         weight, bias = (_vector(getattr(norm, name, None)) for name in ("weight", "bias"))
@@ -162,7 +164,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def locate(model: Model) -> str:
     """What `from_pretrained` takes: a local directory, or a hub name that can be reached or is cached.
 
-    A .gguf file is unpacked into a directory first, which happens once. Raises `InputError` in seconds when neither is the case; transformers itself retries for half a minute.
+    A .gguf file becomes a directory first, once. Raises `InputError` in seconds when there is no such model;
+    transformers itself retries for half a minute.
     """
     if model.name in MODELS or model.name.startswith("embedded/"):
         return str(model_directory(model.name))
@@ -249,7 +252,7 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
     try:
         # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
         # numbers and says so in a warning, and because it would read pickles.
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             revision=model.revision,
             dtype=dtype,
@@ -258,6 +261,7 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
             ignore_mismatched_sizes=True,  # to be told of them
             output_loading_info=True,
         )
+        hf_model, info = loaded
         if wrong := sorted(info["mismatched_keys"]):
             name, found, expected = wrong[0]
             raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
@@ -267,7 +271,7 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
             where,
             device=str(device),
             dtype=dtype,
-            hf_model=loaded.to(device),
+            hf_model=hf_model.to(device),
             tokenizer=tokenizer,
             **({"revision": model.revision} if model.revision else {}),
         )

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from harvest import lm, ranks
@@ -112,7 +111,9 @@ def _harvest(
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack)
     first, stores = ranks.rank() == 0, list(writers.values())
-    model = lm.load(settings.model, where, tokenizer)  # what is wrong with it shows before anything is written
+    model = lm.load(
+        settings.model, where, tokenizer
+    )  # what is wrong with it shows before anything is written
     of_model = _of_model(model, special)
     sources = [_source(settings, model, layer, request | of_model) for layer in writers]
     if first:

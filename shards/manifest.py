@@ -4,16 +4,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import InputError
 
 FORMAT = "matryoshka-activations"
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
+
+
+Vector = Annotated[list[float], Field(repr=False)]
+"""One number per dimension; left out where a notebook shows a manifest."""
 
 
 class Record(BaseModel):
@@ -38,9 +42,9 @@ class Source(Record):
     """TransformerLens name of the harvested output, as it is added to the residual stream."""
     d_in: int
     d_out: int
-    gain: list[float]
+    gain: Vector
     """[d_in] mlp_in = normalized * gain + gain_bias (Gemma's gain: 1 + weight)."""
-    gain_bias: list[float] | None = None
+    gain_bias: list[float] | None = Field(default=None, repr=False)
     """[d_in] of a LayerNorm (GPT-2), whose normalized rows are centred too; none: an RMSNorm, which adds nothing."""
     dataset: str
     dataset_name: str | None
@@ -75,8 +79,8 @@ class Source(Record):
 class Moments(Record):
     """Per-dimension moments of an array before it was quantised, in float64."""
 
-    mean: list[float]
-    second_moment: list[float]
+    mean: Vector
+    second_moment: Vector
     quantisation_fvu: float
     """Squared error of storing over squared deviations from the mean."""
 

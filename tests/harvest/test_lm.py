@@ -48,7 +48,10 @@ def test_captured_tensors_equal_hugging_face(layer: int, model_directory: Path) 
 def test_logits_equal_hugging_faces(model_directory: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_directory, attn_implementation="eager").eval()
     with torch.inference_mode():
-        found, expected = load(model_directory).bridge(tokens(), return_type="logits"), reference(tokens()).logits
+        found, expected = (
+            load(model_directory).bridge(tokens(), return_type="logits"),
+            reference(tokens()).logits,
+        )
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -98,9 +101,7 @@ def test_a_norm_that_is_no_rmsnorm_is_refused(llama: Path) -> None:
 
 def test_unknown_hook_points_are_listed(llama: Path) -> None:
     with (
-        pytest.raises(
-            InputError, match=r"no hook point blocks\.1\.nothing; .* this one has .* mlp\.hook_in"
-        ),
+        pytest.raises(InputError, match=r"no hook point blocks\.1\.nothing; .* this one has .* mlp\.hook_in"),
         load(llama).capturing(["blocks.1.nothing"]),
     ):
         pass
@@ -144,8 +145,11 @@ def test_a_checkpoint_without_some_weights(llama: Path, tmp_path: Path) -> None:
     """transformers would fill them with random numbers."""
     weights = load_file(llama / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
-    with pytest.raises(InputError, match=r"cannot be loaded: no weights for model.layers.1.mlp.down_proj.weight "
-                       r"\(and 2 more\)"):
+    with pytest.raises(
+        InputError,
+        match=r"cannot be loaded: no weights for model.layers.1.mlp.down_proj.weight "
+        r"\(and 2 more\)",
+    ):
         load(copy_with(llama, tmp_path / "lacking", kept))
 
 
@@ -167,7 +171,9 @@ def test_a_checkpoint_cut_short(llama: Path, tmp_path: Path) -> None:
 def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(llama, tmp_path / "pickled")
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"has no \.safetensors file; pickled weights \(\.bin, \.pt\) are not read"):
+    with pytest.raises(
+        InputError, match=r"has no \.safetensors file; pickled weights \(\.bin, \.pt\) are not read"
+    ):
         load(copied)
 
 

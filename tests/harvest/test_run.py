@@ -283,7 +283,9 @@ def test_a_layer_that_does_not_exist(llama: Path, settings_for: Make) -> None:
     assert not Path(settings.store_path(99)).exists()
 
 
-@pytest.mark.parametrize(("family", "lacks"), [("olmo2", "ln2.hook_normalized"), ("phi", "ln2.hook_normalized")])
+@pytest.mark.parametrize(
+    ("family", "lacks"), [("olmo2", "ln2.hook_normalized"), ("phi", "ln2.hook_normalized")]
+)
 def test_a_model_without_the_hook_points(family: str, lacks: str, settings_for: Make, tmp_path: Path) -> None:
     """Norms only after the MLP (OLMo 2), or one norm for attention and MLP (Phi): the line says what there is."""
     settings = settings_for(save_model(tmp_path / family, family))
@@ -297,9 +299,9 @@ def test_a_model_without_the_hook_points(family: str, lacks: str, settings_for: 
     assert not Path(settings.store_path(1)).exists()
 
 
-def test_a_model_whose_mlp_gets_no_contexts(settings_for: Make, tmp_path: Path) -> None:
+def test_a_model_whose_blocks_lose_the_contexts(settings_for: Make, tmp_path: Path) -> None:
     opt = save_model(tmp_path / "opt", "opt", word_embed_proj_dim=32, ffn_dim=64)
-    with pytest.raises(InputError, match=r"the MLP's input has shape \(32, 32\), expected .* \(2, 16, 32\)"):
+    with pytest.raises(InputError, match=r"expected one shape at .*, found \(32, 32\) and \(2, 16, 32\)"):
         harvest(settings_for(opt))
 
 
