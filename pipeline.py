@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str = "google/gemma-2-2b"
-    """Hugging Face name, a local directory, or an embedded model (embedded/smollm2-135m)."""
+    """Hugging Face name, a local directory, a .gguf file, or an embedded model (embedded/smollm2-135m)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); none: the default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -285,8 +285,8 @@ class Settings(BaseModel):
 
     @property
     def model_slug(self) -> str:
-        """Directory name of the model: the last part of its name, lower-case."""
-        return Path(self.model.name).name.lower()
+        """Directory name of the model: the last part of its name, lower-case, without .gguf."""
+        return Path(self.model.name).name.lower().removesuffix(".gguf")
 
     def store_path(self, layer: int) -> str:
         """Directory or address of a layer's store."""

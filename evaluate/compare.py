@@ -8,7 +8,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from evaluate.sparse import Coder, base_output, decode, entries_above
 from pipeline import InputError, Settings
@@ -84,14 +84,18 @@ def _cross_entropy(
 
 @torch.inference_mode()
 def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarray:
-    """[F, n] token ids of the highest logits of unembed(final_norm(W_dec[f])), highest first.
+    """[F, n] token ids whose logits unembed(final_norm(W_dec[f])) raises most, highest first.
 
     The direct path only: the norm's scale does not change the order, its gain does, and whatever later
-    layers make of the direction is not seen.
+    layers make of the direction is not seen. The biases' own logits, which a zero direction has too, are taken off.
     """
-    bridge = model.bridge
-    blocks = W_dec.to(model.dtype).split(PROMOTE_BLOCK)
-    found = [bridge.unembed(bridge.ln_final(block[None]))[0].topk(n, dim=-1).indices for block in blocks]
+
+    def logits(directions: Tensor) -> Tensor:
+        return model.bridge.unembed(model.bridge.ln_final(directions[None]))[0]
+
+    W_dec = W_dec.to(model.dtype)
+    biases = logits(torch.zeros_like(W_dec[:1]))
+    found = [(logits(block) - biases).topk(n, dim=-1).indices for block in W_dec.split(PROMOTE_BLOCK)]
     return torch.cat(found).cpu().numpy().astype(np.int32)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors

@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 
 from evaluate.reconstruction import ratio
 from harvest.lm import LanguageModel
+from shards.layout import kept_mask
 from shards.manifest import Source
 
 LOGITS = 1 << 25
@@ -70,8 +71,9 @@ def splice(
     before = f"blocks.{source.layer}.hook_in"
     size = max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
     for start in range(0, len(contexts), size):
-        tokens = torch.from_numpy(contexts[start : start + size].astype(np.int64)).to(model.device)
-        kept = rows_of(tokens, source)
+        block = contexts[start : start + size]
+        tokens = torch.from_numpy(block.astype(np.int64)).to(model.device)
+        kept = torch.from_numpy(kept_mask(block, source.dropped_token_ids)).to(model.device)
         with model.capturing([before, source.input_hook]) as caught:
             logits = model.bridge(tokens, return_type="logits")
             residual, inputs = caught[before], caught[source.input_hook].float()
@@ -101,15 +103,6 @@ def _skipped(blocks: Sequence[Any]) -> Iterator[None]:
     finally:
         for block in blocks:
             del vars(block)["forward"]
-
-
-def rows_of(tokens: Tensor, source: Source) -> Tensor:
-    """[b, T] bool: the positions that have a row in the store."""
-    dropped = torch.tensor(source.dropped_token_ids, dtype=tokens.dtype, device=tokens.device)
-    kept = ~torch.isin(tokens, dropped)
-    if source.bos_token_id is not None:
-        kept[:, 0] &= tokens[:, 0] != source.bos_token_id
-    return kept
 
 
 def _writer(kept: Tensor, made: Tensor) -> Callable[..., Tensor]:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from harvest.lm import LanguageModel
-from harvest.text import kept_mask
 from pipeline import InputError
+from shards.layout import kept_mask
 from shards.manifest import Source
 from shards.reader import Contexts
 from shards.writer import WindowRows

@@ -6,22 +6,25 @@ Shapes: b contexts, T positions, D model width.
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from harvest import gguf
 from harvest.embedded import MODELS, model_directory
-from pipeline import InputError, Model
+from pipeline import ENVIRONMENT, InputError, Model
 from shards.device import pick_device
 
 InputKind = Literal["normalized", "mlp_in"]
 INPUT_HOOKS: dict[InputKind, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
+NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
 
 
 def hooks_of(layer: int, kind: InputKind) -> tuple[str, str]:
@@ -31,7 +34,9 @@ def hooks_of(layer: int, kind: InputKind) -> tuple[str, str]:
 
 class Gain(NamedTuple):
     values: torch.Tensor
-    """[D] float32 with mlp_in = normalized * values"""
+    """[D] float32 with mlp_in = normalized * values + bias"""
+    bias: torch.Tensor | None
+    """[D] float32; a LayerNorm has one, an RMSNorm has none."""
     error: float
     """Largest relative deviation found on real activations."""
 
@@ -51,21 +56,14 @@ class LanguageModel:
     def capturing(self, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
         """While open, every forward pass leaves the tensors at these hook points in the yielded dict.
 
-        Hooks are attached once: resolving them anew costs 60 ms a call. Raises `InputError` that lists the
-        layer's hook points when one does not exist.
+        Hooks are attached once: resolving them anew costs 60 ms a call. Raises what `check_hooks` does.
         """
         caught: dict[str, torch.Tensor] = {}
 
         def keep(name: str) -> Any:
             return lambda tensor, **_: caught.__setitem__(name, tensor)
 
-        for name in names:
-            if name not in self.bridge.hook_dict:
-                prefix = ".".join(name.split(".")[:2]) + "."
-                known = sorted(hook for hook in self.bridge.hook_dict if hook.startswith(prefix))
-                raise InputError(
-                    f"{self.name}: no hook point {name}; this model has {', '.join(known) or 'none there'}"
-                )
+        self.check_hooks(names)
         with self.bridge.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
             yield caught
 
@@ -77,24 +75,48 @@ class LanguageModel:
             else:  # stop_at_layer=n_layers does not stop: keep one position's logits instead of all
                 self.bridge(tokens.to(self.device), return_type=None, logits_to_keep=1)
 
-    def gain(self, layer: int, tokens: torch.Tensor) -> Gain:
-        """The RMSNorm's gain before the MLP of `layer`, checked on `tokens` [b, T].
+    def check_hooks(self, names: Iterable[str]) -> None:
+        """Raise `InputError` that lists the layer's hook points when one of these (blocks.L.name) is not there."""
+        for name in names:
+            if name not in self.bridge.hook_dict:
+                prefix = ".".join(name.split(".")[:2]) + "."
+                known = (
+                    hook.removeprefix(prefix) for hook in self.bridge.hook_dict if hook.startswith(prefix)
+                )
+                raise InputError(
+                    f"{self.name}: no hook point {name}; a layer needs {', '.join(NEEDED)} (pre-norm blocks: Llama, "
+                    f"Gemma, Qwen, Mistral, GPT-2, GPT-NeoX, ...), this one has {', '.join(sorted(known)) or 'none'}"
+                )
 
-        `ln2.w` is the raw Hugging Face weight; Llama's gain is w, Gemma's is 1 + w. Which one holds is read off
-        the activations, never guessed from a name. Raises `InputError` when neither does.
+    def gain(self, layer: int) -> Gain:
+        """What the norm before the MLP of `layer` does after normalising, checked on a few tokens.
+
+        The raw Hugging Face weight is w; Llama's and GPT-2's gain is w, Gemma's is 1 + w. Which one holds is read
+        off the activations, never guessed from a name. Raises `InputError` when neither does.
         """
+        tokens = torch.arange(32).reshape(2, 16) * (self.bridge.cfg.d_vocab // 32)
         hooks = {kind: f"blocks.{layer}.{hook}" for kind, hook in INPUT_HOOKS.items()}
         with self.capturing(list(hooks.values())) as caught:
             self.run_blocks(tokens, layer)
             normalized, mlp_in = (caught[hooks[kind]].float() for kind in ("normalized", "mlp_in"))
-        weight = self.bridge.blocks[layer].ln2.w.detach().float()
-        candidates = [Gain(gain, _deviation(normalized * gain, mlp_in)) for gain in (weight, 1 + weight)]
+        if normalized.shape != mlp_in.shape:  # OPT: all positions in one row
+            raise InputError(
+                f"{self.name} layer {layer}: expected one shape at {NEEDED[0]} and {NEEDED[1]}, found "
+                f"{tuple(normalized.shape)} and {tuple(mlp_in.shape)}; this family cannot be harvested"
+            )
+        norm = self.bridge.blocks[layer].ln2.original_component
+        weight, bias = (_vector(getattr(norm, name, None)) for name in ("weight", "bias"))
+        weight = torch.ones_like(normalized[0, 0]) if weight is None else weight
+        shift = 0.0 if bias is None else bias
+        candidates = [
+            Gain(gain, bias, _deviation(normalized * gain + shift, mlp_in)) for gain in (weight, 1 + weight)
+        ]
         best = min(candidates, key=lambda candidate: candidate.error)
         tolerance = 4 * torch.finfo(self.dtype).eps
-        if best.error > tolerance:
+        if not best.error <= tolerance:  # NaN too
             raise InputError(
-                f"{self.name} layer {layer}: the MLP's input is not its normalised input times a gain "
-                f"(deviation {best.error:.2g}, expected at most {tolerance:.2g}); this norm is not an RMSNorm"
+                f"{self.name} layer {layer}: the MLP's input is not its normalised input times a gain (deviation "
+                f"{best.error:.2g}, expected at most {tolerance:.2g}); this norm is neither RMSNorm nor LayerNorm"
             )
         return best
 
@@ -105,6 +127,10 @@ class LanguageModel:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else parameter.detach().float()
 
 
 def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -124,14 +150,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def locate(model: Model) -> str:
     """What `from_pretrained` takes: a local directory, or a hub name that can be reached or is cached.
 
-    Raises `InputError` in seconds when neither is the case; transformers itself retries for half a minute.
+    A .gguf file becomes a directory first, once. Raises `InputError` in seconds when there is no such model;
+    transformers itself retries for half a minute.
     """
     if model.name in MODELS or model.name.startswith("embedded/"):
         return str(model_directory(model.name))
+    if model.name.endswith(".gguf"):
+        return str(gguf.directory_of(Path(model.name)))
     if Path(model.name).is_dir():
         if not (Path(model.name) / "config.json").is_file():
             raise InputError(
                 f"model.name: {model.name} has no config.json; expected a Hugging Face model directory"
+            )
+        if not list(Path(model.name).glob("*.safetensors")):
+            raise InputError(
+                f"model.name: {model.name} has no .safetensors file; pickled weights (.bin, .pt) are not read: "
+                "load it with transformers where you trust it, and save_pretrained() it"
             )
         return model.name
     if model.name.startswith((".", "/", "~")):
@@ -190,22 +224,46 @@ def width(where: str, revision: str | None) -> int:
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
-    """The model at `where` (see `locate`) on its device, in inference form."""
+    """The model at `where` (see `locate`) on its device, in inference form.
+
+    Raises `InputError` when it cannot be loaded or lacks weights; weights are read from safetensors only.
+    """
     device = pick_device(model.device)
+    dtype = pick_dtype(model.dtype, device)
     transformers_logging.disable_progress_bar()
     if Path(where).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local model needs no pings
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
+        # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
+        # numbers and says so in a warning, and because it would read pickles.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=model.revision,
+            dtype=dtype,
+            attn_implementation="eager",  # Gemma-2 has no other; the loss is then the same for all
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to be told of them
+            output_loading_info=True,
+        )
+        hf_model, info = loaded
+        if wrong := sorted(info["mismatched_keys"]):
+            name, found, expected = wrong[0]
+            raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
         bridge = TransformerBridge.boot_transformers(
             where,
             device=str(device),
-            dtype=pick_dtype(model.dtype, device),
+            dtype=dtype,
+            hf_model=hf_model.to(device),
             tokenizer=tokenizer,
             **({"revision": model.revision} if model.revision else {}),
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+            raise
         raise InputError(f"model {model.name}: cannot be loaded: {_first_line(error)}") from error
     bridge.eval()
     return LanguageModel(bridge, model.name)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from harvest import lm, ranks
@@ -112,11 +111,14 @@ def _harvest(
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack)
     first, stores = ranks.rank() == 0, list(writers.values())
+    model = lm.load(
+        settings.model, where, tokenizer
+    )  # what is wrong with it shows before anything is written
+    of_model = _of_model(model, special)
+    sources = [_source(settings, model, layer, request | of_model) for layer in writers]
     if first:
         _text_pass(settings, stores, request, tokenizer, special)
     ranks.barrier()
-    model = lm.load(settings.model, where, tokenizer)
-    sources = _sources(settings, model, writers, request, special)
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(source, create=first)
     ranks.barrier()
@@ -175,42 +177,38 @@ def _text_pass(
 # -- model ---------------------------------------------------------------------------------------------
 
 
-def _sources(
-    settings: Settings,
-    model: lm.LanguageModel,
-    writers: dict[int, StoreWriter],
-    request: dict[str, Any],
-    special: Special,
-) -> list[Source]:
-    """One per layer; the gain is checked on the first contexts of the train split."""
-    digest = model.weights_sha256()
-    sources = []
-    for layer, writer in writers.items():
-        if layer >= model.n_layers:
-            raise InputError(
-                f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}"
-            )
-        input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
-        sample = writer.contexts("train", settings.harvest.context_length)[:2]
-        found = {
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "weights_sha256": digest,
-            "layer": layer,
-            "n_layers": model.n_layers,
-            "input_hook": input_hook,
-            "output_hook": output_hook,
-            "d_in": model.d_model,
-            "d_out": model.d_model,
-            "gain": model.gain(layer, torch.from_numpy(sample).long()).values.tolist(),
-            "bos_token_id": special.bos,
-            "separator_token_id": special.separator,
-            "dropped_token_ids": special.dropped,
-            "shard_rows": SHARD_ROWS,
-            "chunk_rows": CHUNK_ROWS,
-            "versions": _versions(),
-        }
-        sources.append(Source.model_validate({**request, **found}))
-    return sources
+def _of_model(model: lm.LanguageModel, special: Special) -> dict[str, Any]:
+    """What all layers' `Source` have in common, beside what was asked for."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_sha256": model.weights_sha256(),
+        "n_layers": model.n_layers,
+        "d_in": model.d_model,
+        "d_out": model.d_model,
+        "bos_token_id": special.bos,
+        "separator_token_id": special.separator,
+        "dropped_token_ids": special.dropped,
+        "shard_rows": SHARD_ROWS,
+        "chunk_rows": CHUNK_ROWS,
+        "versions": _versions(),
+    }
+
+
+def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dict[str, Any]) -> Source:
+    """What is harvested from `layer`; raises `InputError` when the model has no such layer or hook points."""
+    if layer >= model.n_layers:
+        raise InputError(f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}")
+    input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
+    model.check_hooks((input_hook, output_hook))
+    gain = model.gain(layer)
+    found = {
+        "layer": layer,
+        "input_hook": input_hook,
+        "output_hook": output_hook,
+        "gain": gain.values.tolist(),
+        "gain_bias": None if gain.bias is None else gain.bias.tolist(),
+    }
+    return Source.model_validate({**common, **found})
 
 
 def _versions() -> dict[str, str]:

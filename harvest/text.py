@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from harvest.embedded import text_files
 from pipeline import Data, InputError
+from shards.layout import kept_mask
 from shards.manifest import SPLITS
 
 DOCUMENTS_AT_ONCE = 256
@@ -109,13 +110,6 @@ class Packer:
             yield np.array(head + stream[start : start + body], np.int32)
             start += body
         self._carry = [] if self.separator is None else stream[start:]
-
-
-def kept_mask(contexts: np.ndarray, dropped_token_ids: Iterable[int]) -> np.ndarray:
-    """[C, T] bool: positions that give a row. The first never does: its residual norm is 150 times the others'."""
-    kept = ~np.isin(contexts, list(dropped_token_ids))
-    kept[:, 0] = False
-    return kept
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from harvest import ranks
 from harvest.activations import Kept, fill_window

@@ -42,7 +42,7 @@ def _info(where: str, paths: Paths) -> None:
     manifest = Store.open(where, paths.cache, paths.cache_bytes).manifest
     table = Table("key", "value", title=where, title_justify="left")
     for key, value in manifest.source.model_dump().items():
-        table.add_row(key, f"{len(value)} values" if key == "gain" else str(value))
+        table.add_row(key, f"{len(value)} values" if key.startswith("gain") and value else str(value))
     for name, split in manifest.splits.items():
         table.add_row(f"{name} rows / contexts", f"{split.rows:,} / {split.contexts:,}")
         for side, moments in (("inputs", split.inputs), ("outputs", split.outputs)):

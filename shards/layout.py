@@ -4,6 +4,7 @@ The one description that the writer writes and the reader expects.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,13 @@ def dumps(value: Any) -> bytes:
 def windows(rows: int) -> list[range]:
     """Kept positions of each window of a split."""
     return [range(start, min(start + SHARD_ROWS, rows)) for start in range(0, rows, SHARD_ROWS)]
+
+
+def kept_mask(contexts: np.ndarray, dropped_token_ids: Iterable[int]) -> np.ndarray:
+    """[C, T] bool: positions that give a row. The first never does: its residual norm is 150 times the others'."""
+    kept = ~np.isin(contexts, list(dropped_token_ids))
+    kept[:, 0] = False
+    return kept
 
 
 def split_number(split: str) -> int:

@@ -4,16 +4,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import InputError
 
 FORMAT = "matryoshka-activations"
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
+
+
+Vector = Annotated[list[float], Field(repr=False)]
+"""One number per dimension; left out where a notebook shows a manifest."""
 
 
 class Record(BaseModel):
@@ -31,15 +35,17 @@ class Source(Record):
     layer: int
     n_layers: int
     input: Literal["normalized", "mlp_in"]
-    """Whether the inputs are without (normalized) or with (mlp_in) the RMSNorm's gain."""
+    """Whether the inputs are without (normalized) or with (mlp_in) the norm's gain and bias."""
     input_hook: str
     """TransformerLens name of the harvested input."""
     output_hook: str
     """TransformerLens name of the harvested output, as it is added to the residual stream."""
     d_in: int
     d_out: int
-    gain: list[float]
-    """[d_in] mlp_in = normalized * gain (Gemma: 1 + weight)."""
+    gain: Vector
+    """[d_in] mlp_in = normalized * gain + gain_bias (Gemma's gain: 1 + weight)."""
+    gain_bias: list[float] | None = Field(default=None, repr=False)
+    """[d_in] of a LayerNorm (GPT-2), whose normalized rows are centred too; none: an RMSNorm, which adds nothing."""
     dataset: str
     dataset_name: str | None
     dataset_revision: str | None
@@ -52,7 +58,7 @@ class Source(Record):
     bos_token_id: int | None
     separator_token_id: int | None
     dropped_token_ids: list[int]
-    """Positions that hold one of these tokens gave no row; neither did the first, if it is BOS."""
+    """Positions that hold one of these tokens gave no row; neither did the first of a context."""
     heldout_fraction: float
     rows: int
     """Train rows asked for."""
@@ -73,8 +79,8 @@ class Source(Record):
 class Moments(Record):
     """Per-dimension moments of an array before it was quantised, in float64."""
 
-    mean: list[float]
-    second_moment: list[float]
+    mean: Vector
+    second_moment: Vector
     quantisation_fvu: float
     """Squared error of storing over squared deviations from the mean."""
 

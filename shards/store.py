@@ -97,6 +97,9 @@ class StoreSplit:
     def __len__(self) -> int:
         return self.readers["inputs"].array.shape[0]
 
+    def __repr__(self) -> str:
+        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out}, {self.storage})"
+
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""
         return self._side("input", start, stop), self._side("output", start, stop)

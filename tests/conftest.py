@@ -5,7 +5,7 @@ import hypothesis
 import pytest
 
 from pipeline import Settings, load, parser
-from tests.models import save_model, save_wide_gemma, sentences, write_jsonl
+from tests.models import FAMILIES, save_model, save_wide_gemma, sentences, write_jsonl
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("ci")
@@ -19,6 +19,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny-gemma", "gemma2")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of every family, one after the other."""
+    return save_model(tmp_path_factory.mktemp("families") / f"tiny-{request.param}", request.param)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 Shapes: n rows, D_in, D_out, F latents, G groups; prefix g is latents [0, prefix_ends[g]).
 """
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def initialise(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transcoder:
     """A trained transcoder of raw MLP inputs to raw MLP outputs.
 
@@ -148,6 +149,21 @@ class Transcoder:
     @property
     def d_out(self) -> int:
         return self.W_dec.shape[1]
+
+    def __repr__(self) -> str:
+        return (
+            f"Transcoder({self.d_in} -> {self.d_out}, {self.d_sae:,} latents in prefixes "
+            f"{'/'.join(map(str, self.prefix_ends))}, threshold {self.threshold:.3g}, on {self.W_enc.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        thresholds = self.thresholds.tolist()
+        rows = "".join(
+            f"<tr><td>{g}</td><td>{end:,}</td><td>{threshold:.3g}</td></tr>"
+            for g, (end, threshold) in enumerate(zip(self.prefix_ends, thresholds, strict=True))
+        )
+        head = "<tr><th>prefix</th><th>latents</th><th>threshold</th></tr>"
+        return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
 
     def pre_activations(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
         return torch.addmm(self.b_enc, inputs, self.W_enc.T)

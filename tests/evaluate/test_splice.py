@@ -1,4 +1,4 @@
-"""Splicing against Hugging Face's own loss and forward hooks, for plain and sandwich norms."""
+"""Splicing against Hugging Face's own loss and forward hooks, for every family of tests/models.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from evaluate.language import measure_language, promoted_tokens
 from evaluate.sparse import Coder
-from evaluate.splice import Loss, rows_of, splice, summary
+from evaluate.splice import Loss, splice, summary
 from harvest import lm
 from harvest.run import harvest
 from pipeline import Model, Settings
 from shards import Store
+from shards.layout import kept_mask
 from shards.manifest import Source
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_source
-from tests.models import save_model
+from tests.models import FAMILIES, parts_of, save_model
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights ten times the usual size, so that the MLP matters to the loss."""
     return save_model(tmp_path_factory.mktemp("loud") / request.param, request.param, initializer_range=0.2)
@@ -42,8 +43,19 @@ def hugging_face(directory: Path) -> torch.nn.Module:
 def contexts(n: int = 7, length: int = 12) -> np.ndarray:
     ids = np.random.default_rng(0).integers(3, 300, (n, length)).astype(np.int32)
     ids[:, 0] = 0
-    ids[2, 5] = 1
+    ids[2, length // 2] = 1
     return ids
+
+
+def own_contexts(directory: Path) -> np.ndarray:
+    """Contexts drawn from the model itself, on which any change of it costs cross-entropy."""
+    model, ids = hugging_face(directory), torch.from_numpy(contexts(80, length=2).astype(np.int64))
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(10):
+            p = model(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, p.multinomial(1, generator=generator)], dim=1)
+    return ids.numpy().astype(np.int32)
 
 
 def source_of(layer: int) -> Source:
@@ -57,18 +69,18 @@ def source_of(layer: int) -> Source:
 
 
 def own_mlp(directory: Path, model: lm.LanguageModel, layer: int) -> Callable[[Tensor], Tensor]:
-    """The perfect transcoder: gain, MLP and post-norm of the block, applied to normalised inputs."""
-    block = hugging_face(directory).model.layers[layer]
-    ids = torch.from_numpy(contexts().astype(np.int64))
-    gain = model.gain(layer, ids).values
-    after = getattr(block, "post_feedforward_layernorm", torch.nn.Identity())
-    return lambda inputs: after(block.mlp(inputs * gain))
+    """The perfect transcoder: gain and bias, MLP and post-norm of the block, applied to normalised inputs."""
+    _, mlp, added = parts_of(hugging_face(directory), layer)
+    after = torch.nn.Identity() if added is mlp else added
+    gain = model.gain(layer)
+    bias = 0 if gain.bias is None else gain.bias
+    return lambda inputs: after(mlp(inputs * gain.values + bias))
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_clean_loss_is_hugging_faces_and_the_mlp_itself_costs_nothing(layer: int, directory: Path) -> None:
     model = language_model(directory)
-    ids = contexts()
+    ids = own_contexts(directory)
     seen: list[int] = []
     losses = splice(
         model,
@@ -86,6 +98,7 @@ def test_clean_loss_is_hugging_faces_and_the_mlp_itself_costs_nothing(layer: int
     assert losses["clean"].divergence == pytest.approx(0.0, abs=1e-6)
     perfect = summary(losses, "mlp")
     assert perfect["cross_entropy"] == pytest.approx(expected, abs=1e-4)
+    assert perfect["recovered_zero"] == pytest.approx(1.0, abs=1e-3)
     assert perfect["kl"] == pytest.approx(0.0, abs=1e-5)
     assert summary(losses, "zero")["kl"] > 1e-4
 
@@ -102,9 +115,8 @@ def test_a_replacement_is_what_a_hugging_face_hook_would_do(directory: Path) -> 
         lambda _: None,
     )
     reference = hugging_face(directory)
-    block = reference.model.layers[layer]
-    last = getattr(block, "post_feedforward_layernorm", block.mlp)
-    kept = rows_of(labels, source_of(layer))
+    last = parts_of(reference, layer).added
+    kept = torch.from_numpy(kept_mask(ids, source_of(layer).dropped_token_ids))
 
     def write(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         output = output.clone()
@@ -138,9 +150,19 @@ def test_recovered_shares_by_hand() -> None:
     assert summary(losses, "0")["recovered_zero"] is None
 
 
-def test_positions_without_a_row_are_left_alone() -> None:
-    kept = rows_of(torch.tensor([[0, 5, 1, 7], [9, 0, 5, 2]]), source_of(0))
-    assert kept.tolist() == [[False, True, False, True], [True, False, True, False]]
+def test_positions_without_a_row_are_left_alone(directory: Path) -> None:
+    """Of a model without BOS too, whose contexts begin with a token like any other."""
+    ids = contexts()
+    ids[:, 0] = 9
+    seen: list[int] = []
+
+    def count(inputs: Tensor) -> Tensor:
+        seen.append(len(inputs))
+        return torch.zeros_like(inputs)
+
+    source = source_of(1).model_copy(update={"bos_token_id": None})
+    splice(language_model(directory), source, ids, {"zero": count}, lambda _: None)
+    assert sum(seen) == ids.size - len(ids) - 1
 
 
 @pytest.fixture
@@ -180,9 +202,13 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
 
 
 def test_promoted_tokens_are_hugging_faces_logits(directory: Path) -> None:
+    """Of the decoder row alone: what the final norm's bias and the head's add is the same for all latents."""
     W_dec = random_coder(3, 32, ends=(300,)).W_dec
     promoted = promoted_tokens(language_model(directory), W_dec, n=4)
     reference = hugging_face(directory)
+    norm = reference.transformer.ln_f if hasattr(reference, "transformer") else reference.model.norm
     with torch.inference_mode():
-        logits = reference.lm_head(reference.model.norm(W_dec))
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.bias.zero_()
+        logits = reference.lm_head(norm(W_dec))
     assert torch.equal(torch.from_numpy(promoted).long(), logits.topk(4).indices)

@@ -1,14 +1,17 @@
-"""Captured tensors against Hugging Face's own forward hooks, for both norm conventions."""
+"""Captured tensors against Hugging Face's own forward hooks, for every family of tests/models.py."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from harvest import lm
 from pipeline import InputError, Model
 from shards.device import pick_device
+from tests.models import by_hugging_face
 
 
 def load(directory: Path, dtype: str = "float32") -> lm.LanguageModel:
@@ -22,42 +25,35 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
     return made
 
 
-def by_hugging_face(
-    directory: Path, layer: int, ids: torch.Tensor, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """MLP input, MLP output, and what is added to the residual, from Hugging Face forward hooks."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
-    block = model.model.layers[layer]
-    caught: dict[str, torch.Tensor] = {}
-    sandwich = hasattr(block, "post_feedforward_layernorm")
-    added = block.post_feedforward_layernorm if sandwich else block.mlp
-    block.mlp.register_forward_pre_hook(lambda module, args: caught.__setitem__("mlp_in", args[0]))
-    added.register_forward_hook(lambda module, args, out: caught.__setitem__("added", out))
-    norm = block.pre_feedforward_layernorm if sandwich else block.post_attention_layernorm
-    norm.register_forward_pre_hook(lambda module, args: caught.__setitem__("residual", args[0]))
-    with torch.inference_mode():
-        model(ids)
-    epsilon = norm.eps if sandwich else norm.variance_epsilon
-    wide = caught["residual"].float()
-    caught["normalized"] = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    caught["gain"] = (1 + norm.weight.float() if sandwich else norm.weight.float()).detach()
-    return caught
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_captured_tensors_equal_hugging_face(family: str, layer: int, request: pytest.FixtureRequest) -> None:
-    directory = request.getfixturevalue(family)
-    model, ids = load(directory), tokens()
-    expected = by_hugging_face(directory, layer, ids, torch.float32)
+def test_captured_tensors_equal_hugging_face(layer: int, model_directory: Path) -> None:
+    model, ids = load(model_directory), tokens()
+    expected = by_hugging_face(model_directory, layer, ids)
     names = [*lm.hooks_of(layer, "normalized"), lm.hooks_of(layer, "mlp_in")[0]]
     with model.capturing(names) as caught:
         model.run_blocks(ids, layer)
-    assert torch.allclose(caught[names[0]], expected["normalized"], rtol=0, atol=1e-6)
-    assert torch.equal(caught[names[1]], expected["added"])
-    assert torch.equal(caught[names[2]], expected["mlp_in"])
-    gain = model.gain(layer, ids)
+    # A LayerNorm is computed by TransformerLens in its own order of operations.
+    near = {"rtol": 0, "atol": 2e-6 if "bias" in expected else 0}
+    assert torch.allclose(caught[names[0]], expected["normalized"], rtol=0, atol=2e-6)
+    assert torch.allclose(caught[names[1]], expected["added"], **near)
+    assert torch.allclose(caught[names[2]], expected["mlp_in"], **near)
+    gain = model.gain(layer)
     assert torch.equal(gain.values, expected["gain"])
+    assert (gain.bias is None) == ("bias" not in expected)
+    if gain.bias is not None:
+        assert torch.equal(gain.bias, expected["bias"])
+    shift = 0 if gain.bias is None else gain.bias
+    assert torch.allclose(caught[names[0]] * gain.values + shift, expected["mlp_in"], rtol=0, atol=5e-6)
+
+
+def test_logits_equal_hugging_faces(model_directory: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(model_directory, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        found, expected = (
+            load(model_directory).bridge(tokens(), return_type="logits"),
+            reference(tokens()).logits,
+        )
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_gemma_2_at_its_real_widths(wide_gemma: Path) -> None:
@@ -70,7 +66,7 @@ def test_gemma_2_at_its_real_widths(wide_gemma: Path) -> None:
     assert torch.equal(caught[names[0]].bfloat16(), expected["normalized"].bfloat16())
     assert torch.equal(caught[names[1]], expected["added"])
     assert torch.equal(caught[names[2]], expected["mlp_in"])
-    assert torch.equal(model.gain(1, ids).values, expected["gain"])
+    assert torch.equal(model.gain(1).values, expected["gain"])
     raw = model.bridge.blocks[1].ln2.w.detach().float()  # the trap: Gemma's gain is 1 + w, not w
     wrong = caught[names[0]].clone().float() * raw
     assert (wrong - caught[names[2]].float()).abs().max() > 1
@@ -101,14 +97,12 @@ def test_a_norm_that_is_no_rmsnorm_is_refused(llama: Path) -> None:
         lambda module, args, out: out + 0.1
     )
     with pytest.raises(InputError, match="is not its normalised input times a gain"):
-        model.gain(1, tokens())
+        model.gain(1)
 
 
 def test_unknown_hook_points_are_listed(llama: Path) -> None:
     with (
-        pytest.raises(
-            InputError, match=r"no hook point blocks\.1\.nothing; this model has .*blocks\.1\.mlp\.hook_in"
-        ),
+        pytest.raises(InputError, match=r"no hook point blocks\.1\.nothing; .* this one has .* mlp\.hook_in"),
         load(llama).capturing(["blocks.1.nothing"]),
     ):
         pass
@@ -140,6 +134,48 @@ def test_models_that_are_not_there(name: str, line: str) -> None:
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no config\.json; expected a Hugging Face model directory"):
         lm.locate(Model(name=str(tmp_path)))
+
+
+def copy_with(model: Path, directory: Path, weights: dict[str, torch.Tensor]) -> Path:
+    copied = shutil.copytree(model, directory)
+    save_file(weights, copied / "model.safetensors", {"format": "pt"})
+    return copied
+
+
+def test_a_checkpoint_without_some_weights(llama: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    weights = load_file(llama / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    with pytest.raises(
+        InputError,
+        match=r"cannot be loaded: no weights for model.layers.1.mlp.down_proj.weight "
+        r"\(and 2 more\)",
+    ):
+        load(copy_with(llama, tmp_path / "lacking", kept))
+
+
+def test_a_checkpoint_of_other_shapes(llama: Path, tmp_path: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(InputError, match=r"down_proj.weight: expected shape \(32, 64\), found \(3, 3\)"):
+        load(copy_with(llama, tmp_path / "wrong", weights))
+
+
+def test_a_checkpoint_cut_short(llama: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(llama, tmp_path / "short")
+    whole = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot be loaded: "):
+        load(copied)
+
+
+def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(llama, tmp_path / "pickled")
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(
+        InputError, match=r"has no \.safetensors file; pickled weights \(\.bin, \.pt\) are not read"
+    ):
+        load(copied)
 
 
 def test_a_gpu_that_is_not_there() -> None:

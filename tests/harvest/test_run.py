@@ -21,7 +21,7 @@ from pipeline import InputError, Settings
 from shards import Store
 from shards.files import read_commit
 from shards.writer import StoreWriter
-from tests.models import sentences, write_jsonl
+from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 Make = Callable[..., Settings]
@@ -45,27 +45,10 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SHARD_ROWS", 512)
 
 
-def hugging_face_rows(directory: Path, layer: int, contexts: np.ndarray) -> dict[str, np.ndarray]:
-    """[C, T, D] what the MLP of a layer takes and what it adds to the residual."""
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-    block = model.model.layers[layer]
-    caught: dict[str, torch.Tensor] = {}
-    added = getattr(block, "post_feedforward_layernorm", block.mlp)
-    block.mlp.register_forward_pre_hook(lambda module, args: caught.__setitem__("inputs", args[0]))
-    added.register_forward_hook(lambda module, args, out: caught.__setitem__("outputs", out))
-    with torch.inference_mode():
-        model(torch.from_numpy(contexts).long())
-    return {name: tensor.numpy() for name, tensor in caught.items()}
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma"])
 @pytest.mark.parametrize("layer", [1, 2])
-def test_a_store_holds_hugging_faces_tensors(
-    family: str, layer: int, settings_for: Make, request: pytest.FixtureRequest
-) -> None:
-    directory = request.getfixturevalue(family)
+def test_a_store_holds_hugging_faces_tensors(layer: int, model_directory: Path, settings_for: Make) -> None:
     options = ("--harvest.storage", "float32", "--harvest.input", "mlp_in")
-    (path,) = harvest(settings_for(directory, *options, layer=str(layer)))
+    (path,) = harvest(settings_for(model_directory, *options, layer=str(layer)))
     store = Store.open(path)
     assert len(store.train) == 2000
     assert len(store.heldout) > 50
@@ -77,20 +60,26 @@ def test_a_store_holds_hugging_faces_tensors(
         assert (tokens[:, 0] == 0).all()
         places = context.astype(np.int64) * tokens.shape[1] + position
         assert len(np.unique(places)) == len(split)
-        expected = hugging_face_rows(directory, layer, tokens)
+        expected = by_hugging_face(model_directory, layer, torch.from_numpy(tokens).long())
         inputs, outputs = split.rows(0, len(split))
-        assert np.abs(inputs.numpy() - expected["inputs"][context, position]).max() < 1e-5
-        assert np.abs(outputs.numpy() - expected["outputs"][context, position]).max() < 1e-5
+        assert torch.allclose(inputs, expected["mlp_in"][context, position], rtol=0, atol=1e-5)
+        assert torch.allclose(outputs, expected["added"][context, position], rtol=0, atol=1e-5)
 
 
-def test_normalised_input_times_the_manifests_gain_is_the_mlps_input(gemma: Path, settings_for: Make) -> None:
+def test_normalised_input_times_the_manifests_gain_is_the_mlps_input(
+    model_directory: Path, settings_for: Make
+) -> None:
+    """And plus the manifest's bias, where the norm is a LayerNorm."""
     options = ("--harvest.storage", "float32")
-    plain = Store.open(harvest(settings_for(gemma, *options))[0])
+    plain = Store.open(harvest(settings_for(model_directory, *options))[0])
     gained = Store.open(
-        harvest(settings_for(gemma, *options, "--harvest.input", "mlp_in", "--harvest", "gain"))[0]
+        harvest(settings_for(model_directory, *options, "--harvest.input", "mlp_in", "--harvest", "gain"))[0]
     )
-    gain = torch.tensor(plain.manifest.source.gain)
-    assert torch.allclose(plain.train.rows(0, 2000)[0] * gain, gained.train.rows(0, 2000)[0], atol=1e-5)
+    source = plain.manifest.source
+    assert (source.gain_bias is not None) == ("gpt2" in model_directory.name)
+    bias = torch.tensor(source.gain_bias or [0.0])
+    expected = plain.train.rows(0, 2000)[0] * torch.tensor(source.gain) + bias
+    assert torch.allclose(expected, gained.train.rows(0, 2000)[0], atol=1e-5)
 
 
 def test_the_manifest_says_what_was_harvested(gemma: Path, corpus: Path, settings_for: Make) -> None:
@@ -289,8 +278,32 @@ def test_activations_that_are_not_finite_are_refused(llama: Path, settings_for: 
 
 
 def test_a_layer_that_does_not_exist(llama: Path, settings_for: Make) -> None:
+    settings = settings_for(llama, layer="99")
     with pytest.raises(InputError, match=r"layer: 99 asked for, but .* has layers 0 to 2"):
-        harvest(settings_for(llama, layer="99"))
+        harvest(settings)
+    assert not Path(settings.store_path(99)).exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "lacks"), [("olmo2", "ln2.hook_normalized"), ("phi", "ln2.hook_normalized")]
+)
+def test_a_model_without_the_hook_points(family: str, lacks: str, settings_for: Make, tmp_path: Path) -> None:
+    """Norms only after the MLP (OLMo 2), or one norm for attention and MLP (Phi): the line says what there is."""
+    settings = settings_for(save_model(tmp_path / family, family))
+    with pytest.raises(InputError) as stopped:
+        harvest(settings)
+    line = str(stopped.value)
+    assert f"no hook point blocks.1.{lacks}; " in line
+    assert "this one has attn.hook_" in line
+    assert "mlp.hook_in, mlp.hook_out" in line
+    assert "\n" not in line
+    assert not Path(settings.store_path(1)).exists()
+
+
+def test_a_model_whose_blocks_lose_the_contexts(settings_for: Make, tmp_path: Path) -> None:
+    opt = save_model(tmp_path / "opt", "opt", word_embed_proj_dim=32, ffn_dim=64)
+    with pytest.raises(InputError, match=r"expected one shape at .*, found \(32, 32\) and \(2, 16, 32\)"):
+        harvest(settings_for(opt))
 
 
 def test_no_layer(llama: Path, settings_for: Make) -> None:

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from harvest.lm import load_tokenizer
-from harvest.text import Packer, Special, documents, is_heldout, kept_mask, pack_splits
+from harvest.text import Packer, Special, documents, is_heldout, pack_splits
 from pipeline import Data, InputError
+from shards.layout import kept_mask
 from tests.models import save_tokenizer, sentences, write_jsonl
 
 

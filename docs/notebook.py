@@ -1,0 +1,30 @@
+"""python docs/notebook.py: docs/colab.ipynb from docs/colab.md, whose ```python blocks become its cells.
+
+The guide is the only source; a test fails where the two differ.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+GUIDE = Path(__file__).parent / "colab.md"
+NOTEBOOK = GUIDE.with_suffix(".ipynb")
+
+
+def notebook_of(guide: str) -> Any:
+    """The notebook of a Markdown text: no outputs, cells numbered in order."""
+    cells = []
+    for index, part in enumerate(re.split(r"^```python\n(.*?)^```\n", guide, flags=re.DOTALL | re.MULTILINE)):
+        if text := part.strip():
+            made = (new_markdown_cell, new_code_cell)[index % 2](text)
+            made.id = f"cell-{len(cells)}"
+            cells.append(made)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "accelerator": "GPU"})
+
+
+if __name__ == "__main__":
+    nbformat.write(notebook_of(GUIDE.read_text(encoding="utf-8")), NOTEBOOK)
