@@ -46,21 +46,25 @@ def read(path: Path, store: Store) -> Coder:
             f"{path}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
             f"found {found[0]} -> {found[1]}"
         )
-    return convert(coder, convention, source.input, torch.tensor(source.gain), str(path))
+    gain, bias = torch.tensor(source.gain), source.gain_bias
+    bias = None if bias is None else torch.tensor(bias)
+    return convert(coder, convention, source.input, gain, str(path), bias)
 
 
-def convert(coder: Coder, found: Convention, wanted: Convention, gain: Tensor, name: str) -> Coder:
-    """The same function on inputs of the other convention: mlp_in = normalized * gain.
+def convert(
+    coder: Coder, found: Convention, wanted: Convention, gain: Tensor, name: str, bias: Tensor | None = None
+) -> Coder:
+    """The same function on inputs of the other convention: mlp_in = normalized * gain + bias.
 
-    W_normalized = W_mlp_in * gain per input column is exact. The inverse divides, so it is refused
-    where a gain of zero meets a column that is not.
+    W_normalized = W_mlp_in * gain per input column, and b_normalized = b_mlp_in + W_mlp_in bias, are exact. The
+    inverse divides, so it is refused where a gain of zero meets a column that is not. Only a LayerNorm has a `bias`.
     """
     if found == wanted:
         return coder
 
-    def change(W: Tensor | None) -> Tensor | None:
-        if W is None or wanted == "normalized":
-            return None if W is None else W * gain.to(W)
+    def change(W: Tensor) -> Tensor:
+        if wanted == "normalized":
+            return W * gain.to(W)
         lost = ((gain == 0) & (W != 0).any(0)).nonzero()
         if len(lost):
             raise InputError(
@@ -69,9 +73,17 @@ def convert(coder: Coder, found: Convention, wanted: Convention, gain: Tensor, n
             )
         return W / torch.where(gain == 0, 1.0, gain).to(W)
 
+    shift = torch.zeros_like(gain) if bias is None else bias
+
+    def moved(b: Tensor, W: Tensor, changed: Tensor) -> Tensor:
+        return b + W @ shift.to(W) if wanted == "normalized" else b - changed @ shift.to(W)
+
     W_enc = change(coder.W_enc)
-    assert W_enc is not None, "only W_skip may be absent"
-    return replace(coder, W_enc=W_enc, W_skip=change(coder.W_skip))
+    made = replace(coder, W_enc=W_enc, b_enc=moved(coder.b_enc, coder.W_enc, W_enc))
+    if coder.W_skip is None:
+        return made
+    W_skip = change(coder.W_skip)
+    return replace(made, W_skip=W_skip, b_dec=moved(coder.b_dec, coder.W_skip, W_skip))
 
 
 def _gemma_scope(file: Path) -> Coder:

@@ -1,6 +1,7 @@
 """Gemma Scope's format, the gain convention, and several transcoders on the same rows."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +14,12 @@ import torch
 from evaluate.compare import compare, distinct_names
 from evaluate.foreign import convert, read
 from evaluate.measure import measure
+from evaluate.sparse import base_output
 from pipeline import ROOT, InputError
 from shards import Store
 from tests.evaluate.fakes import random_coder, random_rows
-from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
+from tests.evaluate.runs import D_IN, D_OUT, arguments, make_run, settings_of, tiny_transcoder
+from tests.fixtures import make_store
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,33 @@ def test_the_comparison_agrees_with_the_evaluation(root: Path, tmp_path: Path) -
     own = read(settings_of(root).run_dir(), store)
     expected = measure(own, store.heldout, len(store.heldout), None, lambda _: None).result()["prefixes"]
     assert [line["fvu"] for line in values["lines"][:3]] == [prefix["fvu"] for prefix in expected]
+
+
+@pytest.mark.parametrize("wanted", ["normalized", "mlp_in"])
+def test_a_layer_norms_bias_is_converted_too(wanted: str) -> None:
+    coder, rows = random_coder(5, 6, (9,), skip=True), random_rows(30, 5, 6)
+    gain, bias = torch.tensor([0.5, -2.0, 3.0, 1.0, 0.1]), torch.tensor([1.0, 0.0, -0.3, 2.0, 0.7])
+    found = "mlp_in" if wanted == "normalized" else "normalized"
+    made = convert(coder, found, wanted, gain, "x", bias)
+    fed = (rows.inputs - bias) / gain if wanted == "normalized" else rows.inputs * gain + bias
+    assert torch.allclose(made.pre_activations(fed), coder.pre_activations(rows.inputs), atol=1e-4)
+    assert torch.allclose(base_output(made, fed), base_output(coder, rows.inputs), atol=1e-4)
+    assert not torch.allclose(made.b_enc, coder.b_enc)
+
+
+def test_a_store_with_a_bias_is_read_with_it(root: Path, tmp_path: Path) -> None:
+    """A run on inputs of the MLP, read for a store of a LayerNorm's normalized ones."""
+    pair = random_rows(64, D_IN, D_OUT)
+    rows, bias = (pair.inputs.numpy(), pair.outputs.numpy()), [0.5] * D_IN
+    store = make_store(tmp_path / "s.zarr", rows, rows, gain=[2.0] * D_IN, gain_bias=bias)
+    own = tiny_transcoder()
+    run = tmp_path / "run"
+    shutil.copytree(settings_of(root).run_dir(), run)
+    record = json.loads((run / "settings.json").read_text())
+    record["settings"]["harvest"]["input"] = "mlp_in"
+    (run / "settings.json").write_text(json.dumps(record))
+    found = read(run, store).pre_activations(pair.inputs)
+    assert torch.allclose(found, own.pre_activations(pair.inputs * 2 + 0.5), atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["normalized", "mlp_in"])
