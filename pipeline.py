@@ -25,6 +25,11 @@ class InputError(ValueError):
     """The user's input or environment is wrong: one line on standard error, exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -76,6 +81,11 @@ class Harvest(Section):
     """Share of the documents that training never sees."""
     seed: int = Field(default=0, ge=0)
     """Seeds the held-out split and the order of rows within a window."""
+
+    @property
+    def expected_rows(self) -> int:
+        """Train and held-out rows, as far as they are known before the text is read."""
+        return round(self.rows / (1 - self.heldout_fraction))
 
 
 def _whole(size: Any) -> Any:
@@ -181,11 +191,19 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":
-        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; lower train.min_lr")
+        if self.lr is not None:
+            self.rates(self.lr)  # else checkable only when the rule has given the peak
         if self.rows < self.batch_size:
             raise ValueError(f"rows {self.rows} are less than one batch of {self.batch_size}")
         return self
+
+    def rates(self, auto: float) -> tuple[float, float]:
+        """(peak, final) learning rate, where `auto` is the peak if lr is left to the rule."""
+        lr = auto if self.lr is None else self.lr
+        min_lr = lr / 100 if self.min_lr is None else self.min_lr
+        if min_lr > lr:
+            raise ValueError(f"min_lr {min_lr:g} is above lr {lr:g}; lower train.min_lr")
+        return lr, min_lr
 
 
 def _groups(sizes: Any) -> Any:

@@ -4,11 +4,10 @@ Floating-point operations and bytes are counted from the code, the GPUs' rates a
 taken at SHARE of their peak. docs/colab.md holds the table; a test compares the two.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import Settings, load, parser
-from shards.plan import estimate, human
+from shards.plan import bytes_per_row, human, manifest_bytes
 
 SHARE = 0.4
 """Of a GPU's peak: what plain PyTorch usually reaches in large products and streaming kernels."""
@@ -41,7 +40,7 @@ GPUS = (
 
 def harvest_seconds(settings: Settings, gpu: Gpu) -> float:
     """The slower of the model's blocks up to the layer, and of storing in the background."""
-    rows = settings.harvest.rows / (1 - settings.harvest.heldout_fraction)
+    rows = settings.harvest.expected_rows
     weights = D * (2 * D_QUERIES + 2 * D_KEYS) + 3 * D * D_MLP
     attention = 2 * settings.harvest.context_length * D_QUERIES
     operations = 2 * (settings.layer + 1) * (weights + attention)
@@ -65,9 +64,8 @@ def training_seconds(settings: Settings, gpu: Gpu) -> float:
 
 def disk(settings: Settings) -> int:
     """Bytes of the store."""
-    heldout = settings.harvest.heldout_fraction
-    rows = round(settings.harvest.rows / (1 - heldout))
-    return estimate(2 * D, settings.harvest.storage, rows, Path()).bytes
+    asked = settings.harvest
+    return int(manifest_bytes(2 * D) + asked.expected_rows * bytes_per_row(2 * D, asked.storage))
 
 
 def recipes() -> list[Settings]:

@@ -5,7 +5,6 @@ so that its peak memory is its own. D 576 and K 32, as in the demo, so that 262,
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.train_step import floor, rows, sparse
+from tests.memory import resident
 from train import memory
 from train.losses import Objective
 from train.transcoder import initialise
@@ -44,8 +44,9 @@ def one(d_sae: int, repeats: int = 3) -> dict[str, float]:
             times.append(time.perf_counter() - begun)
         found[name] = statistics.median(times[1:])
         if name == "step":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found["memory"] = peak - 4 * d_sae * 2 * D  # the bench's own second copy of the weights
+            found["memory"] = (
+                resident("VmHWM") - 4 * d_sae * 2 * D
+            )  # the bench's own second copy of the weights
     found["planned"] = memory.kept(objective, D, D) + memory.passing(objective, D, D, BATCH) + memory.PROGRAM
     return found
 

@@ -97,6 +97,7 @@ def _rows_of(caught: dict[str, torch.Tensor], name: str, batch: Positions, sourc
         )
     places = torch.from_numpy(batch.context * batch.tokens.shape[1] + batch.position).to(tensor.device)
     rows = tensor.flatten(0, 1).index_select(0, places).float().cpu()
+    # One pass over the rows says that all are finite; only where it does not, each row is looked at.
     if not torch.isfinite(rows.sum()) and not (finite := torch.isfinite(rows).all(dim=1)).all():
         row = int((~finite).nonzero()[0])
         raise InputError(

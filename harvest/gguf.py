@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pipeline import ENVIRONMENT, ROOT, InputError
+from pipeline import ENVIRONMENT, ROOT, InputError, first_line
 
 CACHE = ROOT / ".cache"
 
@@ -66,9 +66,9 @@ def convert(file: Path, directory: Path) -> None:
     except Exception as error:  # the readers of transformers and gguf raise whatever a bad byte makes them
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"model.name: {file}: cannot be read as GGUF: {message}; give a Hugging Face directory of this model"
+            f"model.name: {file}: cannot be read as GGUF: {first_line(error)}; "
+            "give a Hugging Face directory of this model"
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

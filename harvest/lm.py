@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
-from pipeline import ENVIRONMENT, InputError, Model
+from pipeline import ENVIRONMENT, InputError, Model, first_line
 from shards.device import pick_device
 
 InputKind = Literal["normalized", "mlp_in"]
@@ -185,7 +185,7 @@ def _locate_on_hub(model: Model) -> str:
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise InputError(
-            f"model {model.name}: not found on the Hugging Face hub ({_first_line(error)})"
+            f"model {model.name}: not found on the Hugging Face hub ({first_line(error)})"
         ) from error
     except Exception as error:  # whatever the HTTP library raises when there is no network
         try:
@@ -194,15 +194,11 @@ def _locate_on_hub(model: Model) -> str:
             )
         except (errors.LocalEntryNotFoundError, OSError):
             raise InputError(
-                f"model {model.name}: the Hugging Face hub was not reached ({_first_line(error)}) and the model is "
+                f"model {model.name}: the Hugging Face hub was not reached ({first_line(error)}) and the model is "
                 "not in the local cache; go online, or give --model.name <local directory>; "
                 "make demo needs no hub"
             ) from error
     return model.name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
@@ -210,7 +206,7 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {where}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model {where}: its tokenizer cannot be loaded: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
     tokenizer.backend_tokenizer.encode_special_tokens = True
@@ -264,6 +260,6 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
-        raise InputError(f"model {model.name}: cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model {model.name}: cannot be loaded: {first_line(error)}") from error
     bridge.eval()
     return LanguageModel(bridge, model.name)

@@ -111,9 +111,8 @@ def _harvest(
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack)
     first, stores = ranks.rank() == 0, list(writers.values())
-    model = lm.load(
-        settings.model, where, tokenizer
-    )  # what is wrong with it shows before anything is written
+    # Before the text pass: what is wrong with the model shows before anything is written.
+    model = lm.load(settings.model, where, tokenizer)
     of_model = _of_model(model, special)
     sources = [_source(settings, model, layer, request | of_model) for layer in writers]
     if first:
@@ -225,17 +224,18 @@ def _versions() -> dict[str, str]:
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
-    asked, plans = settings.harvest, []
-    for layer in settings.layers:
-        writer = StoreWriter(_local(settings.store_path(layer)))
-        if writer.complete:
-            tqdm.write(f"layer {layer}: {writer.root} is already harvested")
-            continue
-        width = 2 * lm.width(lm.locate(settings.model), settings.model.revision)
-        heldout = asked.rows * asked.heldout_fraction / (1 - asked.heldout_fraction)
-        plans.append(estimate(width, asked.storage, asked.rows + round(heldout), writer.root))
-        tqdm.write(f"layer {layer}: {plans[-1]}")
-    if plans and (missing := shortage(plans)):
+    roots = {layer: _local(settings.store_path(layer)) for layer in settings.layers}
+    todo = {layer: root for layer, root in roots.items() if not StoreWriter(root).complete}
+    for layer, root in roots.items():
+        if layer not in todo:
+            tqdm.write(f"layer {layer}: {root} is already harvested")
+    if not todo:
+        return
+    width, asked = 2 * lm.width(lm.locate(settings.model), settings.model.revision), settings.harvest
+    plans = [estimate(width, asked.storage, asked.expected_rows, root) for root in todo.values()]
+    for layer, plan in zip(todo, plans, strict=True):
+        tqdm.write(f"layer {layer}: {plan}")
+    if missing := shortage(plans):
         tqdm.write(f"it does NOT fit: the harvest {missing}")
 
 

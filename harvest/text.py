@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from harvest.embedded import text_files
-from pipeline import Data, InputError
+from pipeline import Data, InputError, first_line
 from shards.layout import kept_mask
 from shards.manifest import SPLITS
 
@@ -77,7 +77,7 @@ def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, objec
         raise
     except Exception as error:  # datasets raises what its readers and its HTTP library raise
         cause = error.__cause__ or error
-        message = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        message = first_line(cause)
         raise InputError(f"{where}: cannot be read: {message}") from error
 
 

@@ -48,10 +48,20 @@ class Plan:
 
 def estimate(width: int, storage: str, rows: int, where: Path) -> Plan:
     """Before anything is written; `width` is d_in + d_out, `rows` those of both splits."""
+    size, free = _size(where), _free(where)
+    return Plan(rows, bytes_per_row(width, storage), manifest_bytes(width), size, free, measured=False)
+
+
+def bytes_per_row(width: int, storage: str) -> float:
+    """Expected size of one row on disk."""
     stored = width * STORED_DTYPE[storage].itemsize * COMPRESSED[storage]
     scales = 4 * width / CHUNK_ROWS + 8 if storage == "int8" else 0
-    fixed = 4 * width * MANIFEST_BYTES_PER_DIMENSION
-    return Plan(rows, stored + scales + PROVENANCE, fixed, _size(where), _free(where), measured=False)
+    return stored + scales + PROVENANCE
+
+
+def manifest_bytes(width: int) -> int:
+    """Mean and second moment of both arrays in both splits."""
+    return 4 * width * MANIFEST_BYTES_PER_DIMENSION
 
 
 def measure(writer: StoreWriter) -> Plan:
@@ -68,7 +78,7 @@ def measure(writer: StoreWriter) -> Plan:
         writer.root / name for name in store_files(writer.root) if name not in windows and "/c/" not in name
     )
     text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
-    fixed = sum(path.stat().st_size for path in [*others, *text]) + 4 * width * MANIFEST_BYTES_PER_DIMENSION
+    fixed = sum(path.stat().st_size for path in [*others, *text]) + manifest_bytes(width)
     size, free = _size(writer.root), _free(writer.root)
     return Plan(rows, written / done, fixed, size, free, measured=True)
 

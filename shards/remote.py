@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from pipeline import InputError, Paths
+from pipeline import InputError, Paths, first_line
 from shards.files import read_commit, write_whole
 from shards.layout import COMMIT
 
@@ -115,7 +115,7 @@ def upload(root: Path, url: str) -> None:
         try:
             obstore.put(target, name, root / name)
         except Exception as error:  # obstore raises one class per provider
-            raise InputError(f"{url}/{name}: upload failed: {_brief(error)}") from error
+            raise InputError(f"{url}/{name}: upload failed: {first_line(error)[:200]}") from error
         return (root / name).stat().st_size
 
     total = sum((root / name).stat().st_size for name in names)
@@ -137,7 +137,7 @@ def _open(url: str) -> Any:
             return from_url(url, client_options={"allow_http": True})  # pyright: ignore
         return from_url(url)
     except Exception as error:  # obstore raises one class per provider
-        raise InputError(f"{url}: not an address of an object store: {_brief(error)}") from error
+        raise InputError(f"{url}: not an address of an object store: {first_line(error)[:200]}") from error
 
 
 def _get(store: Any, name: str, where: str) -> bytes:
@@ -149,8 +149,4 @@ def _get(store: Any, name: str, where: str) -> bytes:
         what = "no complete store there (files.sha256 is missing)" if name == COMMIT else "missing"
         raise InputError(f"{where}/{name}: {what}") from None
     except Exception as error:  # obstore raises one class per provider
-        raise InputError(f"{where}/{name}: cannot be read: {_brief(error)}") from error
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{where}/{name}: cannot be read: {first_line(error)[:200]}") from error

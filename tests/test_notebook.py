@@ -30,8 +30,9 @@ def test_the_guides_tables_are_the_derived_ones() -> None:
     assert table() in TEXT
     bytes_a_row, recipe = re.search(r"([\d,]+) bytes a row", TEXT), recipes()[0]
     assert bytes_a_row
-    rows = recipe.harvest.rows / (1 - recipe.harvest.heldout_fraction)
-    assert disk(recipe) / rows == pytest.approx(int(bytes_a_row[1].replace(",", "")), rel=1e-3)
+    assert disk(recipe) / recipe.harvest.expected_rows == pytest.approx(
+        int(bytes_a_row[1].replace(",", "")), rel=1e-3
+    )
 
 
 def test_the_guides_settings_exist_and_fit_together() -> None:

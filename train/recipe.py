@@ -48,10 +48,11 @@ class Recipe:
         variance = float(moments.outputs.variance.sum()) / moments.outputs.scale**2
         mean = torch.tensor(moments.inputs.mean, dtype=torch.float32, device=device)
         scaling = Scaling(mean, moments.inputs.scale, moments.outputs.scale)
-        asked = settings.train
-        lr = peak_rate(source.d_in, objective.d_sae) if asked.lr is None else asked.lr
-        min_lr = lr / 100 if asked.min_lr is None else asked.min_lr
-        return cls(objective, asked, lr, min_lr, scaling, variance)
+        try:
+            lr, min_lr = settings.train.rates(peak_rate(source.d_in, objective.d_sae))
+        except ValueError as error:  # the rule's rate depends on d_in
+            raise InputError(f"train: {error}") from error
+        return cls(objective, settings.train, lr, min_lr, scaling, variance)
 
     @property
     def steps(self) -> int:

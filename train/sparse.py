@@ -59,7 +59,8 @@ class SparseStep:
         Values are those of all peers' rows, gradients this process's part.
         """
         objective, peers = self.objective, self.peers
-        entries, cut = self._select(parameters, x)
+        pre = self._encode(parameters, x)
+        entries, cut = self._select(parameters, x, pre)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
@@ -71,8 +72,8 @@ class SparseStep:
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
-            pre = self._dead(parameters, x, dead)
-            aux, dead_gradients = _aux(parameters, pre, x, residual, dead, objective, peers)
+            dead_pre = _dead(parameters, x, pre, dead)
+            aux, dead_gradients = _aux(parameters, dead_pre, x, residual, dead, objective, peers)
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
         if parameters.W_skip is not None:
@@ -80,27 +81,30 @@ class SparseStep:
         blocks = partial(_blocks, bags.by_latent(d_acts, objective.d_sae), x, S, dead, dead_gradients)
         return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
 
-    def _select(self, parameters: Parameters, x: Tensor) -> tuple[Entries, Tensor]:
-        """The active entries, from the one dense product.
+    def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """[B, F] pre-activations, from the one dense product, in the precision asked for."""
+        W_enc, b_enc = parameters.W_enc, parameters.b_enc
+        if self.objective.precision == "bfloat16":
+            W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            b_enc, x = b_enc.bfloat16(), x.bfloat16()
+        pre = self._buffers.get("pre", (len(x), self.objective.d_sae), W_enc, W_enc.dtype)
+        return torch.addmm(b_enc, x, W_enc.T, out=pre)
+
+    def _select(self, parameters: Parameters, x: Tensor, pre: Tensor) -> tuple[Entries, Tensor]:
+        """The active entries, and the cut.
 
         In bfloat16 the product only proposes them: their values are then taken in float32, because
         bfloat16 ties (231 of 32,768 values were equal to the cut).
         """
-        objective, exact = self.objective, None
-        W_enc, b_enc, rows = parameters.W_enc, parameters.b_enc, x
-        if objective.precision == "bfloat16":
-            W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
-            b_enc, rows = b_enc.bfloat16(), x.bfloat16()
-            exact = partial(_pre_activations, parameters, x)
-        pre = self._buffers.get("pre", (len(x), objective.d_sae), W_enc, W_enc.dtype)
-        torch.addmm(b_enc, rows, W_enc.T, out=pre)
-        return SELECT[objective.selection](pre, objective.k, exact, self.peers)
+        exact = None if pre.dtype == x.dtype else partial(_pre_activations, parameters, x)
+        return SELECT[self.objective.selection](pre, self.objective.k, exact, self.peers)
 
-    def _dead(self, parameters: Parameters, x: Tensor, dead: Tensor) -> Tensor:
-        """[B, N] float32 pre-activations of the dead latents; in float32 the one dense product has them."""
-        if self.objective.precision == "bfloat16":
-            return torch.addmm(parameters.b_enc[dead], x, parameters.W_enc[dead].T)
-        return self._buffers.get("pre", (len(x), self.objective.d_sae), x)[:, dead]
+
+def _dead(parameters: Parameters, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
+    """[B, N] pre-activations of the dead latents in the precision of `x`; the one dense product may have them."""
+    if pre.dtype == x.dtype:
+        return pre[:, dead]
+    return torch.addmm(parameters.b_enc[dead], x, parameters.W_enc[dead].T)
 
 
 def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:

@@ -16,17 +16,13 @@ D, BATCH = 512, 512
 
 STEPS = f"""
 import json, torch
-from pathlib import Path
+from tests.memory import resident
 from train.losses import Objective
 from train.optimizer import Adam, apply
 from train.sparse import SparseStep
 from train.transcoder import initialise
-def peak():
-    # VmHWM is this program's alone; ru_maxrss is inherited from the process that started it
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-before = peak()
+before = resident("VmHWM")
 objective = Objective((512, 4096, 16384), (1 / 3,) * 3, 32, "batch_topk", 0, 0.0)
 adam = Adam(initialise({D}, 16384, torch.zeros({D}), skip=False, seed=0))
 step, none = SparseStep(objective), torch.arange(0)
@@ -34,7 +30,7 @@ with torch.no_grad():
     for _ in range(3):
         values, gradients = step(adam.parameters, torch.randn({BATCH}, {D}), torch.randn({BATCH}, {D}), none)
         apply(adam, gradients, 1e-3)
-print(json.dumps(peak() - before))
+print(json.dumps(resident("VmHWM") - before))
 """
 
 

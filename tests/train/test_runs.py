@@ -193,6 +193,13 @@ def test_init_from_starts_at_the_other_runs_weights(
         )
 
 
+def test_a_final_rate_above_the_rules_peak_is_refused(make_settings: Make, store: Store) -> None:
+    settings = make_settings(train__lr="auto", train__min_lr=1.0)
+    with pytest.raises(InputError, match=r"train: min_lr 1 is above lr 0\.2939\d*; lower train\.min_lr"):
+        train(settings, store)
+    assert not settings.run_dir().exists()
+
+
 def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: Store) -> None:
     settings = make_settings(train__rows=64 * 20)
     train(settings, store)
