@@ -67,7 +67,7 @@ def disk(settings: Settings) -> int:
     """Bytes of the store."""
     heldout = settings.harvest.heldout_fraction
     rows = round(settings.harvest.rows / (1 - heldout))
-    return estimate(2 * D, settings.harvest.storage, rows, Path()).bytes
+    return estimate(2 * D, settings.harvest.storage, rows, Path("nowhere")).bytes
 
 
 def recipes() -> list[Settings]:
