@@ -153,14 +153,13 @@ class Transcoder:
     def __repr__(self) -> str:
         return (
             f"Transcoder({self.d_in} -> {self.d_out}, {self.d_sae:,} latents in prefixes "
-            f"{'/'.join(map(str, self.prefix_ends))}, threshold {self.threshold:.3g}, on {self.W_enc.device})"
+            f"{'/'.join(map(str, self.prefix_ends))}, threshold {_span(self.thresholds[-1])}, on {self.W_enc.device})"
         )
 
     def _repr_html_(self) -> str:
-        thresholds = self.thresholds.tolist()
         rows = "".join(
-            f"<tr><td>{g}</td><td>{end:,}</td><td>{threshold:.3g}</td></tr>"
-            for g, (end, threshold) in enumerate(zip(self.prefix_ends, thresholds, strict=True))
+            f"<tr><td>{g}</td><td>{end:,}</td><td>{_span(threshold)}</td></tr>"
+            for g, (end, threshold) in enumerate(zip(self.prefix_ends, self.thresholds, strict=True))
         )
         head = "<tr><th>prefix</th><th>latents</th><th>threshold</th></tr>"
         return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
@@ -218,6 +217,12 @@ class Transcoder:
         }
         thresholds = checked.pop("thresholds")
         return cls(Parameters(**checked), thresholds, ends, metadata)
+
+
+def _span(thresholds: Tensor) -> str:
+    """One number, or the smallest and largest of several."""
+    low, high = float(thresholds.min()), float(thresholds.max())
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
