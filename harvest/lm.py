@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,15 +19,14 @@ from harvest import gguf
 from harvest.embedded import MODELS, model_directory
 from pipeline import ENVIRONMENT, InputError, Model, first_line
 from shards.device import pick_device
+from shards.manifest import INPUT_HOOKS, Convention
 
-InputKind = Literal["normalized", "mlp_in"]
-INPUT_HOOKS: dict[InputKind, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
 
 
-def hooks_of(layer: int, kind: InputKind) -> tuple[str, str]:
+def hooks_of(layer: int, kind: Convention) -> tuple[str, str]:
     """TransformerLens names of a layer's (input, output) tensors."""
     return f"blocks.{layer}.{INPUT_HOOKS[kind]}", f"blocks.{layer}.{OUTPUT_HOOK}"
 

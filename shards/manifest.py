@@ -14,6 +14,10 @@ from pipeline import InputError
 FORMAT = "matryoshka-activations"
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
+Convention = Literal["normalized", "mlp_in"]
+"""Whether an MLP's input is without (normalized) or with (mlp_in) its norm's gain and bias."""
+INPUT_HOOKS: dict[Convention, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
+"""TransformerLens names of the MLP's input, within its block."""
 
 
 Vector = Annotated[list[float], Field(repr=False)]
@@ -34,8 +38,7 @@ class Source(Record):
     """Of the model's weights and forward pass."""
     layer: int
     n_layers: int
-    input: Literal["normalized", "mlp_in"]
-    """Whether the inputs are without (normalized) or with (mlp_in) the norm's gain and bias."""
+    input: Convention
     input_hook: str
     """TransformerLens name of the harvested input."""
     output_hook: str

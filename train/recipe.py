@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 
 from pipeline import InputError, Settings
 from pipeline import Train as TrainSettings
 from shards import Store
+from train.convention import convert
 from train.losses import Objective
 from train.schedule import learning_rate, peak_rate
 from train.transcoder import Parameters, Scaling, Transcoder, initialise
@@ -77,7 +77,7 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
         mean = torch.tensor(outputs.mean, dtype=torch.float64) / outputs.scale
         fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
-    other = Transcoder.load(Path(settings.train.init_from), device)
+    other = Transcoder.load(settings.train.init_from, device)
     expected = {
         "d_in": source.d_in,
         "d_out": source.d_out,
@@ -89,4 +89,5 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
     wrong = [f"{key}: expected {wanted}, found {have}" for (key, wanted), have in pairs if wanted != have]
     if wrong:
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(wrong)}")
-    return other.parameters.unfolded(recipe.scaling)
+    fed = convert(other, source.input, source.model_dump(), f"train.init_from: {settings.train.init_from}")
+    return fed.parameters.unfolded(recipe.scaling)

@@ -32,6 +32,10 @@ def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str) -> Non
     file = run_dir / "settings.json"
     if file.exists():
         refuse_another(run_dir, settings, fingerprint)
+    elif (run_dir / weights.FILE_NAME).exists():
+        raise InputError(
+            f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
+        )
     record = {"settings": settings.model_dump(mode="json"), "harvest_fingerprint": fingerprint, "d_in": d_in}
     write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
 

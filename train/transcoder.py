@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train import weights
+from pipeline import InputError
+from train import formats, weights
 
 ENCODER_SCALE = 0.1
 """Of the first weights. 0.1 beat 1 and Kaiming-uniform: FVU after 800 steps 0.424, 0.453, 0.456."""
@@ -122,8 +123,9 @@ class Transcoder:
     """
 
     parameters: Parameters
-    thresholds: Float[Tensor, " G"]
-    """Of every prefix; the last is this transcoder's own."""
+    thresholds: Float[Tensor, " G *F"]
+    """[G], of every prefix; the last is this transcoder's own. [G, F] where each latent has its own, as in
+    other tools' transcoders."""
     prefix_ends: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     """Settings, harvest fingerprint, versions and training record of the run that made it."""
@@ -135,8 +137,9 @@ class Transcoder:
     W_skip = property(lambda self: self.parameters.W_skip)
 
     @property
-    def threshold(self) -> float:
-        return float(self.thresholds[-1])
+    def threshold(self) -> float | Float[Tensor, " F"]:
+        own = self.thresholds[-1]
+        return own if own.ndim else float(own)
 
     @property
     def d_in(self) -> int:
@@ -187,33 +190,39 @@ class Transcoder:
         g = range(len(self.prefix_ends))[g]
         end, whole = self.prefix_ends[g], self.parameters
         narrow = replace(whole, W_enc=whole.W_enc[:end], b_enc=whole.b_enc[:end], W_dec=whole.W_dec[:end])
-        return Transcoder(narrow, self.thresholds[: g + 1], self.prefix_ends[: g + 1], self.metadata)
+        thresholds = self.thresholds[: g + 1]
+        own = thresholds if thresholds.ndim == 1 else thresholds[:, :end]
+        return Transcoder(narrow, own, self.prefix_ends[: g + 1], self.metadata)
 
     def to(self, device: str | torch.device) -> "Transcoder":
         moved = self.parameters.map(lambda tensor: tensor.to(device))
         return replace(self, parameters=moved, thresholds=self.thresholds.to(device))
 
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by name, metadata), as every file of `train.formats` is written from."""
+        tensors = {**self.parameters.named(), "thresholds": self.thresholds}
+        return tensors, {**self.metadata, "prefix_ends": self.prefix_ends}
+
     def save(self, path: str | Path) -> None:
         """Write to a .safetensors file, or into a run directory."""
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / weights.FILE_NAME
-        tensors = {**self.parameters.named(), "thresholds": self.thresholds}
-        weights.write(file, tensors, {**self.metadata, "prefix_ends": self.prefix_ends})
+        weights.write(file, *self.saved())
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transcoder":
-        """Read a run directory or a .safetensors file.
+        """Read a run directory or .safetensors file of ours, Gemma Scope's params.npz or its directory, or
+        SAELens' directory; each also at hf://owner/name[@revision]/path.
 
         Raises `InputError` that names the file, the tensor, what was expected and what was found.
         """
-        path = Path(path)
-        tensors, metadata = weights.read(path, device)
+        path = formats.fetched(path)
+        tensors, metadata = formats.read(path)
         ends = tuple(metadata.pop("prefix_ends", ()))
-        for key in ("format", "format_version"):
-            del metadata[key]
         shapes = _shapes(path, tensors, ends)
         checked = {
-            name: weights.check_shape(path, name, tensors.get(name), shape) for name, shape in shapes.items()
+            name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
+            for name, shape in shapes.items()
         }
         thresholds = checked.pop("thresholds")
         return cls(Parameters(**checked), thresholds, ends, metadata)
@@ -237,9 +246,11 @@ def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) ->
         "b_dec": (d_out,),
         "thresholds": (len(ends),),
     }
+    if "thresholds" in tensors and tensors["thresholds"].ndim == 2:
+        shapes["thresholds"] = (len(ends), d_sae)
     if "W_skip" in tensors:
         shapes["W_skip"] = (d_out, d_in)
     unknown = set(tensors) - set(shapes)
     if unknown:
-        raise weights.InputError(f"{path}: unknown tensor {min(unknown)}; expected {', '.join(shapes)}")
+        raise InputError(f"{path}: unknown tensor {min(unknown)}; expected {', '.join(shapes)}")
     return shapes

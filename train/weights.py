@@ -33,12 +33,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     publish(aside, path)
 
 
-def read(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) of a file or of the run directory that holds it.
 
     Raises `InputError` when the file is missing, damaged, foreign or of another version.
     """
-    with _opened(path, device) as (file, metadata):
+    with _opened(path) as (file, metadata):
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
@@ -49,7 +49,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[Any, dict[str, Any]]]:
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
@@ -58,7 +58,7 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[An
             f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}"
         )
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
             _check_format(path, metadata)
             yield file, metadata
@@ -66,13 +66,18 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[tuple[An
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _check_format(path: Path, metadata: Mapping[str, Any]) -> None:
-    found = metadata.get("format"), metadata.get("format_version")
+def _check_format(path: Path, metadata: dict[str, Any]) -> None:
+    found = metadata.pop("format", None), metadata.pop("format_version", None)
     if found != (FORMAT, FORMAT_VERSION):
         raise InputError(
             f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}; "
             "use the version of this project that wrote it"
         )
+
+
+def threshold_of_each(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[F] the whole dictionary's threshold of every latent, however the file's `thresholds` are kept."""
+    return tensors["thresholds"][-1].expand(len(tensors["W_enc"])).contiguous()
 
 
 def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> Tensor:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline import ROOT, InputError, Settings
 from shards import Store
-from tests.train.runs import command, tensors, tiny_settings
+from tests.fixtures import make_store
+from tests.train.runs import D_IN, command, sparse_rows, tensors, tiny_settings
 from train import Transcoder, checkpoint, record
 from train.loop import Run, train, train_together
 
@@ -198,6 +200,29 @@ def test_a_final_rate_above_the_rules_peak_is_refused(make_settings: Make, store
     with pytest.raises(InputError, match=r"train: min_lr 1 is above lr 0\.2939\d*; lower train\.min_lr"):
         train(settings, store)
     assert not settings.run_dir().exists()
+
+
+def test_init_from_a_run_of_the_other_convention_is_converted(
+    make_settings: Make, finished: Path, tmp_path: Path
+) -> None:
+    """A run on normalized inputs starts one on inputs with the gain as the same function of its own inputs."""
+    gain = [0.5, -2.0] * (D_IN // 2)
+    rows = sparse_rows(1100, 2)
+    with_gain = make_store(
+        tmp_path / "gain" / "tiny" / "layer_0.zarr",
+        (rows[0] * np.float32(gain), rows[1]),
+        sparse_rows(10, 3),
+        gain=gain,
+        input="mlp_in",
+    )
+    settings = make_settings(run="warm", train__init_from=str(finished))
+    run = Run(settings, with_gain, torch.device("cpu"))
+    assert run.log is not None
+    run.log.close()
+    found, own = run.state.parameters.folded(run.recipe.scaling), Transcoder.load(finished)
+    expected = own.W_enc / torch.tensor(gain)
+    torch.testing.assert_close(found.W_enc, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.b_enc, own.b_enc, rtol=1e-4, atol=1e-4)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: Store) -> None:

@@ -1,0 +1,97 @@
+"""python -m train.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats.
+
+What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
+rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pipeline
+from pipeline import InputError, Settings
+from shards.files import publish
+from train import weights
+from train.convention import convert
+from train.formats import circuit_tracer, gemma_scope, saelens
+from train.transcoder import Transcoder
+
+WRITERS = {"saelens": saelens.write, "gemma_scope": gemma_scope.write}
+FORMATS = (*WRITERS, "circuit_tracer")
+
+
+def export(run_dir: Path, to: str, prefix: int | None = None) -> Path:
+    """Write the run, or one prefix of it, to <run>/export/<to>[_prefix_g]; returns the directory to load."""
+    transcoder = exported(run_dir, prefix)
+    with appearing(run_dir / "export" / (to + _suffix(prefix))) as (aside, final):
+        made = WRITERS[to](aside, *transcoder.saved())
+    return final / made.relative_to(aside)
+
+
+def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
+    """Write the runs of one name to <model>/export/circuit_tracer/<run>[_prefix_g], a folder for circuit-tracer.
+
+    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`.
+    """
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
+    runs = [folder / settings.run for folder in folders]
+    layers = [exported(run, prefix).saved() for run in runs if (run / weights.FILE_NAME).is_file()]
+    if not layers:
+        raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
+    name = settings.run + _suffix(prefix)
+    with appearing(model / "export" / "circuit_tracer" / name) as (aside, final):
+        circuit_tracer.write(aside, layers, f"{settings.model_slug}/{name}", partial)
+    return final
+
+
+def _suffix(prefix: int | None) -> str:
+    return "" if prefix is None else f"_prefix_{prefix}"
+
+
+def exported(run_dir: Path, prefix: int | None) -> Transcoder:
+    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain."""
+    transcoder = Transcoder.load(run_dir)
+    n = len(transcoder.prefix_ends)
+    if prefix is not None and not 0 <= prefix < n:
+        raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
+    assert float(transcoder.thresholds.min()) >= 0, "calibration gives none below zero"
+    whole = convert(transcoder, "normalized", transcoder.metadata.get("source", {}), str(run_dir))
+    return whole if prefix is None else whole.prefix(prefix)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """(an empty directory, `folder`): it takes the folder's place when the block ends without an error."""
+    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
+    for left_over in (aside, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside, folder
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.replace(old)
+    publish(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main() -> None:
+    made = pipeline.parser("train.export", "Write a run, or one prefix of it, in another tool's format.")
+    made.add_argument("--format", choices=FORMATS, required=True, help="whose format")
+    made.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
+    made.add_argument(
+        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
+    )
+    settings, given = pipeline.load(made)
+    if given.format == "circuit_tracer":
+        print(export_set(settings, given.prefix, given.partial))
+    else:
+        print(export(settings.run_dir(), given.format, given.prefix))
+
+
+if __name__ == "__main__":
+    pipeline.run_stage(main)
