@@ -265,7 +265,7 @@ class Evaluate(Section):
 
 class Paths(Section):
     activations: str = "activations"
-    """Where stores live: a directory, or an s3://, gs:// or https:// address to read them from."""
+    """Where stores live: a directory, or an s3://, gs://, https:// or hf:// address to read them from."""
     checkpoints: Path = Path("checkpoints")
     """Where runs live."""
     cache: Path = ROOT / ".cache" / "stores"

@@ -1,7 +1,7 @@
-"""Stores at s3://, gs:// and https:// addresses, read through a local cache directory; and uploading one.
+"""Stores at s3://, gs://, https:// and hf:// addresses, read through a local cache directory; and uploading one.
 
-Credentials and endpoints come from the environment, by the names obstore documents (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...).
+hf:// is shards/hub.py's. Credentials and endpoints of the others come from the environment, by the names obstore
+documents (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...).
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from pipeline import InputError, Paths, first_line
+from shards import hub
 from shards.files import read_commit, write_whole
 from shards.layout import COMMIT
 
-SCHEMES = ("s3://", "gs://", "https://", "http://")
+SCHEMES = ("s3://", "gs://", "https://", "http://", hub.SCHEME)
 CACHE = Paths().cache
 CACHE_BYTES = Paths().cache_bytes
 
@@ -93,6 +94,8 @@ def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
     """
     if not is_url(where):
         return LocalFiles(Path(where))
+    if hub.is_hub(where):
+        return hub.HubFiles(str(where))
     files = RemoteFiles(str(where), cache, cache_bytes)
     commit = _get(files._store, COMMIT, files.where)
     cached = files.root / COMMIT
@@ -107,6 +110,9 @@ def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
 def upload(root: Path, url: str) -> None:
     """Copy the complete store at `root` to `url`; `files.sha256` last, so that it is never half there."""
     names = sorted(read_commit(root))
+    if hub.is_hub(url):
+        hub.upload(root, url, f"Activation store {root.name}", [*names, COMMIT])
+        return
     target = _open(url)
 
     def put(name: str) -> int:
