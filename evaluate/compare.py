@@ -14,15 +14,17 @@ from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge
 from evaluate.console import number_of, plain, table_of
 from evaluate.files import write_json
-from evaluate.foreign import read
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
 from evaluate.report import PAGE, number
 from evaluate.run import prepare
-from evaluate.sparse import Coder, blocks
+from evaluate.sparse import blocks
+from evaluate.subject import read
 from pipeline import InputError, Settings, load, parser, run_stage
 from shards.device import pick_device
 from shards.files import sha256, write_whole
+from train import Transcoder
+from train.formats import fetched, weights_file
 
 COLUMNS = {
     "fvu": "FVU",
@@ -36,7 +38,7 @@ COLUMNS = {
 
 
 def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """Measures the run that `settings` name and the `others` (directories) on the same rows.
+    """Measures the run that `settings` name and the `others` (see `Transcoder.load`) on the same rows.
 
     Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
     folder. Differences are to the run's full dictionary.
@@ -44,7 +46,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
     if not others:
         raise InputError('compare: expected other transcoders; give WITH="<dir> <dir>" (--with <dir> <dir>)')
     job = prepare(settings, ce_tokens=0)
-    paths = [job.run_dir, *map(Path, others)]
+    paths = [job.run_dir, *map(fetched, others)]
     names = distinct_names(paths)
     device = pick_device(settings.model.device)
     coders = {name: read(path, job.store).to(device) for name, path in zip(names, paths, strict=True)}
@@ -58,7 +60,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
     kept = ("model", "layer", "input_hook", "output_hook", "split", "store_fingerprint", "code_sha256")
     provenance = {key: job.provenance[key] for key in kept}
     provenance["weights_sha256"] = {
-        name: _weights_sha256(path) for name, path in zip(names, paths, strict=True)
+        name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)
     }
     values = {"rows": job.n_rows, "lines": lines, "linear_map_fvu": linear, "provenance": provenance}
     folder = job.run_dir / "comparison"
@@ -78,7 +80,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 @torch.inference_mode()
 def _measure(
-    coders: dict[str, Coder], split: Any, n_rows: int, train: Any
+    coders: dict[str, Transcoder], split: Any, n_rows: int, train: Any
 ) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
@@ -105,11 +107,6 @@ def _measure(
 def _difference(line: dict[str, Any], reference: dict[str, Any]) -> dict[str, float | None]:
     pairs = {key: (line[key], reference[key]) for key in COLUMNS}
     return {key: None if None in pair else pair[0] - pair[1] for key, pair in pairs.items()}
-
-
-def _weights_sha256(path: Path) -> str:
-    files = [path, path / "transcoder.safetensors", path / "params.npz"]
-    return sha256(next(file for file in files if file.is_file()))
 
 
 def _write(folder: Path, values: dict[str, Any]) -> None:
@@ -139,7 +136,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="other runs' directories, or Gemma Scope's (params.npz)",
+        help="other transcoders: runs, Gemma Scope's params.npz, SAELens' directories, hf:// addresses",
     )
     settings, given = load(made)
     show(*compare(settings, given.others), Console())

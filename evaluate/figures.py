@@ -60,7 +60,8 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
         "Error against sparsity",
         lambda: plots.fvu_against_l0(sparsity_series(metrics), linear),
     )
-    yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
+    if log:  # none: an imported transcoder
+        yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
     if prefixes[0]["cross_entropy"]:
         yield Plot(
             "cross_entropy",

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from evaluate.sparse import Coder, base_output, decode, entries_above
+from evaluate.sparse import base_output, decode, entries_above
 from pipeline import InputError, Settings
 from shards import Store
 from shards.manifest import Source
+from train import Transcoder
 
 N_PROMOTED = 6
 PROMOTE_BLOCK = 256
@@ -34,7 +35,12 @@ class Language:
 
 
 def measure_language(
-    settings: Settings, store: Store, split: Any, coder: Coder, n_tokens: int, prefixes: list[dict[str, Any]]
+    settings: Settings,
+    store: Store,
+    split: Any,
+    coder: Transcoder,
+    n_tokens: int,
+    prefixes: list[dict[str, Any]],
 ) -> Language:
     """Fills "cross_entropy" of every prefix, and finds what every latent promotes.
 
@@ -58,7 +64,7 @@ def _cross_entropy(
     store: Store,
     name: str,
     split: Any,
-    coder: Coder,
+    coder: Transcoder,
     n_tokens: int,
     prefixes: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarra
 class PrefixOf:
     """Prefix g of a coder as a function of raw inputs."""
 
-    def __init__(self, coder: Coder, g: int) -> None:
+    def __init__(self, coder: Transcoder, g: int) -> None:
         self.coder, self.g = coder, g
 
     def __call__(self, inputs: Tensor) -> Tensor:

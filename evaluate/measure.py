@@ -12,7 +12,8 @@ from torch import Tensor
 
 from evaluate.latents import Firing
 from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
-from evaluate.sparse import Coder, Entries, Split, base_output, blocks, decode, prefix_entries
+from evaluate.sparse import Entries, Split, base_output, blocks, decode, prefix_entries
+from train import Transcoder
 from train.topk import select_batch, select_rows
 
 Select = Callable[[Tensor], Entries]
@@ -63,7 +64,7 @@ class Measurement:
     `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
     """
 
-    def __init__(self, coder: Coder, select: Select | None) -> None:
+    def __init__(self, coder: Transcoder, select: Select | None) -> None:
         self.coder, self.select = coder, select
         width = coder.W_dec.shape[1]
         self.deviation = Deviation(width)
@@ -115,7 +116,7 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    coder: Coder, split: Split, n_rows: int, select: Select | None, tick: Callable[[int], object]
+    coder: Transcoder, split: Split, n_rows: int, select: Select | None, tick: Callable[[int], object]
 ) -> Measurement:
     """Pass over the first `n_rows` rows of `split`; `tick` is called with the rows of each block."""
     measurement = Measurement(coder, select)

@@ -15,8 +15,9 @@ from evaluate.coactivation import Coactivation
 from evaluate.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.error_map import ErrorMap
 from evaluate.measure import Measurement, Select
-from evaluate.sparse import Coder, Entries, TextSplit, blocks, entries_above
+from evaluate.sparse import Entries, TextSplit, blocks, entries_above
 from shards.manifest import Moments
+from train import Transcoder
 
 Tick = Callable[[int], object]
 
@@ -45,7 +46,7 @@ class First:
 
 @torch.inference_mode()
 def first_pass(
-    coder: Coder,
+    coder: Transcoder,
     split: TextSplit,
     n_rows: int,
     select: Select | None,
@@ -90,7 +91,7 @@ def first_pass(
 
 
 @torch.inference_mode()
-def second_pass(coder: Coder, split: TextSplit, n_rows: int, first: First, tick: Tick) -> Samples:
+def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, tick: Tick) -> Samples:
     """The samples of every living latent with its activations on the tokens around them."""
     n_contexts, positions = split.contexts.shape
     samples = choose(first.top, first.even, positions)

@@ -12,19 +12,20 @@ from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
 from evaluate.files import code_sha256, read_json, read_lines, write_json
-from evaluate.foreign import read
 from evaluate.language import measure_language
 from evaluate.measure import Select, training_selection
 from evaluate.page_data import page_data
 from evaluate.passes import first_pass, second_pass
 from evaluate.redundancy import decoder_similarity
 from evaluate.report import write_report
-from evaluate.sparse import Coder
+from evaluate.subject import read
 from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
 from shards.device import pick_device
 from shards.files import sha256
+from train import Transcoder
+from train.weights import read_metadata
 
 CROSS_ENTROPY_TOKENS = 8192
 
@@ -58,9 +59,10 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     done = finished(job.folder)
     if done is not None and done["provenance"] == job.provenance:
         return done, False
-    coder, trained = load_coder(job), _run_record(job.run_dir)["settings"]["transcoder"]
-    metrics, made = _measure(job, coder, training_selection(trained["selection"], trained["k"]))
-    metrics["baselines"] |= _one_group(job, trained)
+    coder, trained = load_coder(job), _trained(job.run_dir)
+    select = training_selection(trained["selection"], trained["k"]) if trained else None
+    metrics, made = _measure(job, coder, select)
+    metrics["baselines"] |= _one_group(job, trained) if trained else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
     _write(job, metrics, replace(made, promoted=language.promoted))
@@ -90,14 +92,15 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "rows": n_rows,
         "cross_entropy_tokens": ce_tokens,
         "store_fingerprint": store.manifest.fingerprint,
-        "trained_on_this_store": _run_record(run_dir)["harvest_fingerprint"] == store.manifest.fingerprint,
+        "trained_on_this_store": read_metadata(run_dir).get("harvest_fingerprint")
+        == store.manifest.fingerprint,
         "weights_sha256": sha256(weights),
         "code_sha256": code_sha256(),
     }
     return Job(settings, store, run_dir, n_rows, provenance)
 
 
-def load_coder(job: Job) -> Coder:
+def load_coder(job: Job) -> Transcoder:
     """The run's transcoder, fed as the store's inputs are, on the device of model.device."""
     return read(job.run_dir, job.store).to(pick_device(job.settings.model.device))
 
@@ -111,11 +114,13 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return metrics if "provenance" in metrics else None
 
 
-def _run_record(run_dir: Path) -> dict[str, Any]:
-    return read_json(run_dir / "settings.json", "train this run again (make train)")
+def _trained(run_dir: Path) -> dict[str, Any] | None:
+    """The transcoder settings that the run was trained with; none when it was imported."""
+    settings = read_metadata(run_dir).get("settings")
+    return settings and settings["transcoder"]
 
 
-def _measure(job: Job, coder: Coder, select: Select) -> tuple[dict[str, Any], Catalogue]:
+def _measure(job: Job, coder: Transcoder, select: Select | None) -> tuple[dict[str, Any], Catalogue]:
     """Both passes, and what is computed from the weights alone."""
     split = job.split
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
@@ -144,12 +149,12 @@ def _one_group(job: Job, own: dict[str, Any]) -> dict[str, Any]:
         metrics = finished(folder)
         if metrics is None or len(metrics["prefixes"]) != 1 or len(own["group_sizes"]) == 1:
             continue
-        other = _run_record(folder.parent)["settings"]["transcoder"]
+        other = _trained(folder.parent)
         same = all(
             metrics["provenance"][key] == job.provenance[key]
             for key in ("store_fingerprint", "split", "rows")
         )
-        if same and all(other[key] == own[key] for key in ("d_sae", "k", "selection", "skip")):
+        if same and other and all(other[key] == own[key] for key in ("d_sae", "k", "selection", "skip")):
             kept = ("fvu", "mse", "mae", "cosine", "relative_bias", "l0", "dead_fraction")
             return {
                 "one_group": {key: metrics["prefixes"][0][key] for key in kept} | {"run": folder.parent.name}

@@ -4,7 +4,7 @@ Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths, E activ
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,50 +16,6 @@ from train import Transcoder
 
 BLOCK_ROWS = 1024
 """Rows per step of a pass: the store's chunk, so that no chunk is decoded twice."""
-
-
-@dataclass(eq=False)
-class Coder:
-    """The tensors of a transcoder, ours or another's: raw activations in, raw activations out.
-
-    acts = pre * (pre > threshold), pre = inputs W_enc^T + b_enc
-    output = acts W_dec + b_dec (+ inputs W_skip^T)
-    """
-
-    W_enc: Tensor
-    """[F, D_in]"""
-    b_enc: Tensor
-    """[F]"""
-    W_dec: Tensor
-    """[F, D_out]"""
-    b_dec: Tensor
-    """[D_out]"""
-    prefix_ends: tuple[int, ...]
-    thresholds: Tensor
-    """[G], or [G, F] where every latent has its own."""
-    W_skip: Tensor | None = None
-    """[D_out, D_in]"""
-
-    @classmethod
-    def of(cls, transcoder: Transcoder) -> "Coder":
-        own = transcoder.parameters
-        return cls(
-            own.W_enc,
-            own.b_enc,
-            own.W_dec,
-            own.b_dec,
-            transcoder.prefix_ends,
-            transcoder.thresholds,
-            own.W_skip,
-        )
-
-    def to(self, device: torch.device) -> "Coder":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
-
-    def pre_activations(self, inputs: Tensor) -> Tensor:
-        """[B, F] of raw `inputs` [B, D_in]."""
-        return torch.addmm(self.b_enc, inputs, self.W_enc.T)
 
 
 class Split(Protocol):
@@ -106,7 +62,7 @@ def entries_above(pre: Tensor, threshold: Tensor | float) -> Entries:
     return Entries(rows, latents, pre[rows, latents], len(pre))
 
 
-def prefix_entries(pre: Tensor, coder: Coder) -> list[Entries]:
+def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
     """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g.
 
     The dense [B, F] array is searched once, with the lowest threshold of each latent.
@@ -120,7 +76,7 @@ def prefix_entries(pre: Tensor, coder: Coder) -> list[Entries]:
     return made
 
 
-def base_output(coder: Coder, inputs: Tensor) -> Tensor:
+def base_output(coder: Transcoder, inputs: Tensor) -> Tensor:
     """[B, D_out] what the coder says with no latent active: b_dec (+ W_skip x)."""
     if coder.W_skip is None:
         return coder.b_dec.expand(len(inputs), -1)

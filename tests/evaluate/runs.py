@@ -1,6 +1,7 @@
 """A store and a run directory on disk, as harvest and train leave them, made in the process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from shards import Store
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
 from train import Transcoder
-from train.transcoder import Parameters
 
 D_IN, D_OUT, ENDS, K = 6, 5, (4, 10, 24), 4
 
@@ -31,9 +31,7 @@ def settings_of(root: Path, *more: str) -> Settings:
 
 
 def tiny_transcoder(seed: int = 0) -> Transcoder:
-    coder = random_coder(D_IN, D_OUT, ENDS, seed=seed)
-    parameters = Parameters(coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)
-    return Transcoder(parameters, coder.thresholds, ENDS, {})
+    return random_coder(D_IN, D_OUT, ENDS, seed=seed)
 
 
 def make_run(root: Path, transcoder: Transcoder | None = None, vocabulary: list[str] | None = None) -> Store:
@@ -50,10 +48,11 @@ def make_run(root: Path, transcoder: Transcoder | None = None, vocabulary: list[
     store = make_store(settings.store_path(0), train=rows(2000), heldout=rows(1500), vocabulary=vocabulary)
     run_dir = settings.run_dir()
     run_dir.mkdir(parents=True)
-    (transcoder or tiny_transcoder()).save(run_dir)
     saved = settings.model_dump(mode="json")
     saved["transcoder"] |= {"k": K, "group_sizes": np.diff((0, *ENDS)).tolist(), "d_sae": ENDS[-1]}
     record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint}
+    source = store.manifest.source.model_dump(mode="json")
+    replace(transcoder or tiny_transcoder(), metadata=record | {"source": source}).save(run_dir)
     (run_dir / "settings.json").write_text(json.dumps(record))
     lines = [log_line(step) for step in range(50, 301, 50)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from evaluate import page_data
 from evaluate.catalogue import Catalogue, group_summaries, splitting
 from evaluate.contexts import REACH, Samples
-from evaluate.foreign import read
 from evaluate.measure import measure
 from evaluate.page_data import Strings, Windows
 from evaluate.run import evaluate
+from evaluate.subject import read
 from evaluate.tokens import TokenText
 from shards import Store
 from tests.evaluate.runs import ENDS, make_run, settings_of

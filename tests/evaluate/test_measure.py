@@ -1,16 +1,18 @@
 """The streaming pass against a dense, whole-array computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from evaluate import sparse
 from evaluate.measure import measure, training_selection
-from evaluate.sparse import Coder
 from tests.evaluate.fakes import Rows, random_coder, random_rows
+from train import Transcoder
 
 
-def dense(coder: Coder, rows: Rows, g: int) -> tuple[np.ndarray, np.ndarray]:
+def dense(coder: Transcoder, rows: Rows, g: int) -> tuple[np.ndarray, np.ndarray]:
     """(acts [N, P_g], y_hat [N, D_out]) of prefix g in float64."""
     end, threshold = coder.prefix_ends[g], coder.thresholds[g]
     pre = rows.inputs.double() @ coder.W_enc.double().T + coder.b_enc.double()
@@ -72,8 +74,8 @@ def test_per_row_selection_keeps_k_in_every_row() -> None:
 
 def test_a_transcoder_that_never_fires_says_its_bias() -> None:
     coder, rows = random_coder(5, 6, ends=(4, 9)), random_rows(20, 5, 6)
-    coder.thresholds = torch.full((2,), 1e6)
-    coder.b_dec = rows.outputs.mean(0)
+    own = replace(coder.parameters, b_dec=rows.outputs.mean(0))
+    coder = replace(coder, parameters=own, thresholds=torch.full((2,), 1e6))
     result = measure(
         coder, rows, n_rows=20, select=training_selection("batch_topk", 2), tick=lambda _: None
     ).result()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from tests.evaluate.fakes import random_coder, random_rows
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
 from train import Transcoder
-from train.transcoder import Parameters
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
@@ -66,11 +66,12 @@ def test_again_does_nothing_and_a_change_measures_again(root: Path) -> None:
     metrics, fresh = evaluate(settings_of(root, "--evaluate.rows", "700"))
     assert fresh
     assert metrics["rows"] == 700
+    own = Transcoder.load(settings_of(root).run_dir())
     tiny_transcoder(seed=5).save(settings_of(root).run_dir())
     assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
     (folder / "fvu.png").unlink()
     assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
-    tiny_transcoder().save(settings_of(root).run_dir())
+    own.save(settings_of(root).run_dir())
     assert evaluate(settings_of(root))[1]
 
 
@@ -82,12 +83,10 @@ def test_the_train_split_on_request(root: Path) -> None:
 
 def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
     settings, plain = settings_of(root), settings_of(root, "--run", "plain")
-    record = json.loads((settings.run_dir() / "settings.json").read_text())
-    record["settings"]["transcoder"]["group_sizes"] = [ENDS[-1]]
-    own = tiny_transcoder()
-    plain.run_dir().mkdir()
-    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], {}).save(plain.run_dir())
-    (plain.run_dir() / "settings.json").write_text(json.dumps(record))
+    own = Transcoder.load(settings.run_dir())
+    metadata = json.loads(json.dumps(own.metadata))
+    metadata["settings"]["transcoder"]["group_sizes"] = [ENDS[-1]]
+    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], metadata).save(plain.run_dir())
     metrics, _ = evaluate(plain)
     assert "one_group" not in metrics["baselines"]
     shutil.rmtree(settings.run_dir() / "evaluation")
@@ -99,9 +98,8 @@ def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
 
 @pytest.mark.parametrize("n_latents", [1, 3])
 def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Path) -> None:
-    coder = random_coder(D_IN, D_OUT, (n_latents,))
-    parameters = Parameters(coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)
-    make_run(tmp_path, Transcoder(parameters, torch.tensor([1e6]), (n_latents,), {}))
+    silent = replace(random_coder(D_IN, D_OUT, (n_latents,)), thresholds=torch.tensor([1e6]))
+    make_run(tmp_path, silent)
     metrics, _ = evaluate(settings_of(tmp_path))
     assert metrics["prefixes"][0]["dead_fraction"] == 1.0
     assert metrics["prefixes"][0]["l0"] == 0.0
@@ -117,11 +115,23 @@ def test_the_page_is_part_of_the_code(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_harvest_says_so(root: Path) -> None:
-    file = settings_of(root).run_dir() / "settings.json"
-    record = file.read_text()
-    file.write_text(json.dumps(json.loads(record) | {"harvest_fingerprint": "another"}))
+    run_dir = settings_of(root).run_dir()
+    own = Transcoder.load(run_dir)
+    replace(own, metadata=own.metadata | {"harvest_fingerprint": "another"}).save(run_dir)
     assert "trained on another harvest" in command(root).stdout
-    file.write_text(record)
+    own.save(run_dir)
+
+
+def test_a_run_without_a_training_record_is_evaluated_by_its_thresholds_alone(root: Path) -> None:
+    imported = settings_of(root, "--run", "imported")
+    gated = random_coder(D_IN, D_OUT, ENDS[-1:], per_latent=True)
+    gated.save(imported.run_dir())
+    metrics, _ = evaluate(imported)
+    (prefix,) = metrics["prefixes"]
+    assert prefix["training_selection"] is None
+    assert prefix["threshold"] == pytest.approx(float(gated.thresholds.mean()))
+    assert not metrics["provenance"]["trained_on_this_store"]
+    assert "loss.png" not in metrics["files"]
 
 
 def test_the_page_names_what_was_measured(root: Path) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evaluate.language import measure_language, promoted_tokens
-from evaluate.sparse import Coder
 from evaluate.splice import Loss, splice, summary
 from harvest import lm
 from harvest.run import harvest
@@ -190,7 +189,7 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
     harvested: tuple[Settings, Store], gemma: Path, tmp_path: Path
 ) -> None:
     settings, store = harvested
-    coder: Coder = random_coder(32, 32, ends=(4,))
+    coder = random_coder(32, 32, ends=(4,))
     for name, reason in ((str(gemma), "expected weights"), (str(tmp_path / "absent"), "no such directory")):
         model = settings.model.model_copy(update={"name": name})
         other = settings.model_copy(update={"model": model})

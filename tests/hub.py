@@ -1,0 +1,197 @@
+"""A Hugging Face hub on loopback: what huggingface_hub asks when it publishes and downloads, files in memory.
+
+Written from huggingface_hub's own requests; it shows that our calls are right, not that the real hub agrees.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_onlyForThisTest"
+
+
+class Hub(ThreadingHTTPServer):
+    """`repos`: ("models/owner/name", or "datasets/...") -> path -> bytes; `commits` of each repository."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.commits: dict[str, list[str]] = defaultdict(list)
+        self.blobs: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
+        self.unknown: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def sha(self, repo: str) -> str:
+        return hashlib.sha1(f"{repo} {len(self.commits[repo])}".encode()).hexdigest()
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    hub = Hub()
+    thread = Thread(target=hub.serve_forever)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+            self._with_repo(f"{found[1]}/{found[2]}", self._info)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/.*)?", path):
+            self._with_repo(f"{found[1]}/{found[2]}", self._tree)
+        elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
+            self._with_repo(f"{found[1] or 'models/'}{found[2]}", self._file, found[3])
+        else:
+            self._unknown()
+
+    def do_POST(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self._body()
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self._json({"error": "Invalid username or password."}, 401)
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked.get('type') or 'model'}s/{asked['organization']}/{asked['name']}"
+            status = 409 if repo in self.server.repos else 200
+            self.server.repos.setdefault(repo, {})
+            self._json({"url": f"{self.server.url}/{repo.removeprefix('models/')}"}, status)
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/[^/]+", path):
+            self._with_repo(f"{found[1]}/{found[2]}", self._preupload, body)
+        elif found := re.fullmatch(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            self._batch(body)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/[^/]+", path):
+            self._with_repo(f"{found[1]}/{found[2]}", self._commit, body)
+        else:
+            self._unknown()
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        self.server.blobs[hashlib.sha256(body).hexdigest()] = body
+        self._send(200, b"")
+
+    def _with_repo(self, repo: str, answer, *arguments: object) -> None:
+        self.server.tokens.add(self.headers["Authorization"])
+        if repo in self.server.repos:
+            answer(repo, *arguments)
+        else:
+            self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def _info(self, repo: str) -> None:
+        name = repo.split("/", 1)[1]
+        self._json(
+            {"id": name, "modelId": name, "sha": self.server.sha(repo), "private": False, "siblings": []}
+        )
+
+    def _tree(self, repo: str) -> None:
+        files = self.server.repos[repo]
+        self._json(
+            [
+                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for path, data in files.items()
+            ]
+        )
+
+    def _file(self, repo: str, path: str) -> None:
+        if path not in self.server.repos[repo]:
+            self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            return
+        data = self.server.repos[repo][path]
+        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        self._send(200, data, {"ETag": etag, "X-Repo-Commit": self.server.sha(repo)})
+
+    def _preupload(self, repo: str, body: bytes) -> None:
+        """Files above 4 kB go by LFS, as large ones do on the real hub."""
+        files = [
+            {
+                "path": file["path"],
+                "shouldIgnore": False,
+                "uploadMode": "lfs" if file["size"] > 4096 else "regular",
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._json({"files": files})
+
+    def _batch(self, body: bytes) -> None:
+        objects = [
+            {
+                "oid": each["oid"],
+                "size": each["size"],
+                "actions": {"upload": {"href": f"{self.server.url}/blobs/{each['oid']}"}},
+            }
+            for each in json.loads(body)["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
+
+    def _commit(self, repo: str, body: bytes) -> None:
+        files = self.server.repos[repo]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.server.commits[repo].append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self.server.blobs[value["oid"]]
+        sha = self.server.sha(repo)
+        self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{repo}/commit/{sha}"})
+
+    def _body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _unknown(self) -> None:
+        self.server.unknown.append(f"{self.command} {self.path}")
+        self._json({"error": "not part of this hub"}, 404)
+
+    def _json(
+        self,
+        value: object,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        kind: str = "application/json",
+    ) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": kind} | (headers or {}))
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
