@@ -3,6 +3,7 @@
 
 PYTHON ?= python3.11
 VENV   ?= .venv
+PEERS  ?= .venv-peers
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
@@ -15,8 +16,8 @@ OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call o
 export TOKENIZERS_PARALLELISM = true
 export WANDB_SILENT = true
 
-.PHONY: demo test test-all install install-dev install-embedded harvest plan verify upload train sweep samples \
-        evaluate compare bench bench-storage lint format clean
+.PHONY: demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
+        train sweep samples evaluate compare export import push bench bench-storage lint format clean
 
 demo: install install-embedded
 	@$(PY) -m harvest --profile demo $(ARGS)
@@ -24,11 +25,15 @@ demo: install install-embedded
 	@$(PY) -m evaluate --profile demo $(ARGS)
 
 test: install-dev install-embedded lint
-	@$(PY) -m pytest -q -m "not slow" $(ARGS)
+	@$(PY) -m pytest -q -m "not slow and not peers" $(ARGS)
 
-# What is slow: 50 kills of a harvest, several processes, the browser. `test` first.
-test-all: install-dev install-embedded
+# What is slow: 50 kills of a harvest, several processes, the browser; and the peers. `test` first.
+test-all: install-dev install-embedded test-peers
 	@$(PY) -m pytest -q -m slow $(ARGS)
+
+# Our exports loaded by the tools they are for, in an environment of their own ($(PEERS)).
+test-peers: install-dev install-embedded install-peers
+	@PEERS=$(PEERS) $(PY) -m pytest -q -m peers $(ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
 # (-m -- because torchrun would take --run for an option of its own.)
@@ -61,6 +66,18 @@ evaluate: install
 compare: install
 	@$(PY) -m evaluate.compare $(if $(WITH),--with $(WITH)) $(OPTIONS)
 
+# FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
+export: install
+	@$(PY) -m train.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
+
+# FROM=directory, file or hf:// address of another tool's transcoder
+import: install
+	@$(PY) -m train.imports $(call option,FROM,--from) $(OPTIONS)
+
+# REPO=owner/name or owner/name/path; the token is HF_TOKEN
+push: install
+	@$(PY) -m evaluate.push $(call option,REPO,--repo) $(OPTIONS)
+
 # Ratios against references, side by side in one process; JSON in bench/results/. Needs the demo's store.
 DEMO_STORES = activations/smollm2-135m
 bench: install install-embedded
@@ -83,7 +100,7 @@ format: install-dev
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # Installation: torch first (a bare torch pulls gigabytes of CUDA), then the rest at the versions the tests
 # passed with. An environment that has a torch keeps it (Colab: VENV=/usr/local). No-ops when up to date.
@@ -91,6 +108,7 @@ clean:
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 install-embedded: $(VENV)/.installed-embedded
+install-peers: $(PEERS)/.installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -109,4 +127,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-embedded: embedded.txt $(VENV)/.installed
 	@$(PIP) install --no-deps --require-hashes -r embedded.txt
+	@touch $@
+
+$(PEERS)/.installed: peers.txt
+	@echo "installing the tools that the exports are for into $(PEERS)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install 'pip>=25.1'
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install "$$(grep '^torch==' peers.txt)"
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install -r peers.txt
 	@touch $@

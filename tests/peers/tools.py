@@ -1,0 +1,176 @@
+"""Run by the peers' Python, without this project: load an export with the tool itself and write down what it computes.
+
+python tools.py saelens FOLDER ROWS OUT          SAE.load_from_disk
+python tools.py gemma_scope PARAMS ROWS OUT      circuit-tracer's loader of Gemma Scope's transcoders
+python tools.py circuit_tracer FOLDER ROWS OUT   circuit-tracer's own loader; ROWS holds inputs_0, inputs_1, ...
+python tools.py replace FOLDER MODEL TOKENS OUT  circuit-tracer's replacement model with all MLPs replaced
+python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridge with the transcoder in place
+python tools.py make FOLDER KIND ROWS OUT        SAELens saves a transcoder of its own in FOLDER
+
+ROWS: inputs [n, D_in]. OUT: pre [n, F], acts [n, F], outputs [n, D_out] as the tool computes them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def computed(pre, acts, outputs) -> dict[str, torch.Tensor]:
+    return {"pre": pre.contiguous(), "acts": acts.contiguous(), "outputs": outputs.contiguous()}
+
+
+def saelens(folder: str, rows: str, out: str) -> None:
+    from sae_lens import SAE
+
+    sae, x = SAE.load_from_disk(folder), load_file(rows)["inputs"]
+    with torch.inference_mode():
+        save_file(computed(x @ sae.W_enc + sae.b_enc, sae.encode(x), sae(x)), out)
+
+
+def gemma_scope(params: str, rows: str, out: str) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_transcoder
+
+    transcoder, x = load_gemma_scope_transcoder(params, layer=0), load_file(rows)["inputs"]
+    pre = transcoder.encode(x, apply_activation_function=False)
+    save_file(computed(pre, transcoder.encode(x), transcoder(x)), out)
+
+
+def transcoder_set(folder: str):
+    """A local folder is to circuit-tracer a set that was downloaded before: its parent is the cache."""
+    from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
+
+    path = Path(folder)
+    found, config = load_transcoder_from_hub(path.name, cache_dir=str(path.parent), lazy_decoder=False)
+    return found, config
+
+
+def circuit_tracer(folder: str, rows: str, out: str) -> None:
+    found, config = transcoder_set(folder)
+    made, inputs = {}, load_file(rows)
+    for layer, transcoder in enumerate(found):
+        x = inputs[f"inputs_{layer}"]
+        pre = transcoder.encode(x, apply_activation_function=False)
+        values = computed(pre, transcoder.encode(x), transcoder(x))
+        made |= {f"{name}_{layer}": tensor for name, tensor in values.items()}
+    save_file(made, out, metadata={"config": json.dumps(config)})
+
+
+def hooked_transformer(model: str):
+    """(configuration, weights) of a Hugging Face directory that transformer-lens has no official name for."""
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained import weight_conversions
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    theirs, gemma = loaded.config, loaded.config.model_type.startswith("gemma")
+    values = {
+        "d_model": theirs.hidden_size,
+        "n_layers": theirs.num_hidden_layers,
+        "n_heads": theirs.num_attention_heads,
+        "n_key_value_heads": theirs.num_key_value_heads,
+        "d_head": theirs.head_dim,
+        "rotary_dim": theirs.head_dim,
+        "d_mlp": theirs.intermediate_size,
+        "d_vocab": theirs.vocab_size,
+        "n_ctx": theirs.max_position_embeddings,
+        "eps": theirs.rms_norm_eps,
+        "rotary_base": theirs.rope_theta,
+        "act_fn": "gelu_pytorch_tanh" if gemma else "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": False,
+        "final_rms": True,
+        "gated_mlp": True,
+        "original_architecture": theirs.architectures[0],
+        "model_name": Path(model).name,
+        "device": "cpu",
+    }
+    if gemma:
+        values |= {
+            "use_normalization_before_and_after": True,
+            "attn_scores_soft_cap": theirs.attn_logit_softcapping,
+            "output_logits_soft_cap": theirs.final_logit_softcapping,
+            "attn_scale": theirs.query_pre_attn_scalar**0.5,
+        }
+    config = HookedTransformerConfig(**values)
+    convert = weight_conversions.convert_gemma_weights if gemma else weight_conversions.convert_llama_weights
+    return config, convert(loaded, config), loaded
+
+
+def replace(folder: str, model: str, tokens: str, out: str) -> None:
+    from circuit_tracer import ReplacementModel
+    from transformer_lens import HookedTransformer
+
+    found, _ = transcoder_set(folder)
+    config, weights, reference = hooked_transformer(model)
+    ids = load_file(tokens)["tokens"]
+    plain = HookedTransformer(config)
+    plain.load_state_dict(weights, strict=False)
+    hooks = [name for name in plain.hook_dict if name.endswith(("ln2.hook_normalized", "hook_mlp_out"))]
+    with torch.inference_mode():
+        logits, cache = plain.run_with_cache(ids, names_filter=hooks)
+        made = {name: tensor.contiguous() for name, tensor in cache.items()}
+        made["logits"], made["reference"] = logits, reference(ids).logits
+    replaced = ReplacementModel.from_config(config, found)
+    replaced.load_state_dict(renamed(weights), strict=False)
+    for row, tokens_of_row in enumerate(ids):
+        _, activations = replaced.get_activations(tokens_of_row)
+        made[f"acts_{row}"] = activations.detach().to_dense().contiguous()
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, out)
+
+
+def renamed(weights: dict) -> dict:
+    """The replacement model wraps every MLP and the unembedding once."""
+    inserts = {".mlp.": ".mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
+    for old, new in inserts.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def splice(folder: str, model: str, tokens: str, out: str) -> None:
+    from sae_lens import SAE
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+    from torch.nn.functional import cross_entropy
+
+    sae, ids = SAE.load_from_disk(folder), load_file(tokens)["tokens"]
+    bridge = SAETransformerBridge.boot_transformers(model, device="cpu", dtype=torch.float32)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+
+    with torch.inference_mode():
+        clean = loss(bridge(ids, return_type="logits"))
+        spliced = loss(bridge.run_with_saes(ids, saes=[sae], return_type="logits"))
+    save_file({"clean": clean, "spliced": spliced}, out)
+
+
+def make(folder: str, kind: str, rows: str, out: str) -> None:
+    from sae_lens import SAE
+    from sae_lens.saes.sae import SAEMetadata
+
+    x = load_file(rows)["inputs"]
+    config = {
+        "architecture": kind,
+        "d_in": x.shape[1],
+        "d_sae": 24,
+        "d_out": 5,
+        "apply_b_dec_to_input": False,
+    }
+    sae = SAE.from_dict(config)
+    hooks = {"hook_name": "blocks.0.ln2.hook_normalized", "hook_name_out": "blocks.0.hook_mlp_out"}
+    sae.cfg.metadata = SAEMetadata(model_name="tests/tiny", **hooks)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            parameter.normal_()
+            if name == "threshold":
+                parameter.abs_()
+        sae.save_model(folder)
+        save_file(computed(x @ sae.W_enc + sae.b_enc, sae.encode(x), sae(x)), out)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
