@@ -14,6 +14,7 @@ from evaluate.splice import splice
 from harvest import lm
 from pipeline import Settings
 from shards import Store
+from shards.layout import kept_mask
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model
 from tests.peers.conftest import (
@@ -109,15 +110,15 @@ def random_transcoder(layer: int) -> Transcoder:
 
 
 def test_the_spliced_cross_entropy_is_ours(runs: Runs, model: Path, peer: Peer, tmp_path: Path) -> None:
-    """SAELens' bridge replaces every position, so ours does here too: no token is exempt."""
     settings = runs["demo_1"]
     ids, own = tokens(settings, 4), exported(settings.run_dir(), None)
-    old = as_transformers_4_reads_it(model, tmp_path / "old")
-    theirs = peer("splice", export(settings.run_dir(), "saelens"), old, {"tokens": ids})
     source = Store.of(settings).manifest.source
-    everywhere = source.model_copy(update={"dropped_token_ids": [], "bos_token_id": None})
+    excluded = ~torch.from_numpy(kept_mask(ids.numpy(), source.dropped_token_ids))
+    assert excluded[:, 0].all()
+    old = as_transformers_4_reads_it(model, tmp_path / "old")
+    theirs = peer("splice", export(settings.run_dir(), "saelens"), old, {"tokens": ids, "excluded": excluded})
     whole = PrefixOf(own, len(own.prefix_ends) - 1)
-    losses = splice(language_model(model), everywhere, ids.numpy(), {"spliced": whole}, lambda _: None)
+    losses = splice(language_model(model), source, ids.numpy(), {"spliced": whole}, lambda _: None)
     for name in ("clean", "spliced"):
         found = losses[name].cross_entropy / losses[name].positions
         assert found == pytest.approx(float(theirs[name]), abs=1e-4)

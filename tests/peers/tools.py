@@ -4,7 +4,8 @@ python tools.py saelens FOLDER ROWS OUT          SAE.load_from_disk
 python tools.py gemma_scope PARAMS ROWS OUT      circuit-tracer's loader of Gemma Scope's transcoders
 python tools.py circuit_tracer FOLDER ROWS OUT   circuit-tracer's own loader; ROWS holds inputs_0, inputs_1, ...
 python tools.py replace FOLDER MODEL TOKENS OUT  circuit-tracer's replacement model with all MLPs replaced
-python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridge with the transcoder in place
+python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridge with the transcoder in place;
+                                                 TOKENS: tokens and excluded [b, T], where the MLP keeps its output
 python tools.py make FOLDER KIND ROWS OUT        SAELens saves a transcoder of its own in FOLDER
 
 ROWS: inputs [n, D_in]. OUT: pre [n, F], acts [n, F], outputs [n, D_out] as the tool computes them.
@@ -135,7 +136,8 @@ def splice(folder: str, model: str, tokens: str, out: str) -> None:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
     from torch.nn.functional import cross_entropy
 
-    sae, ids = SAE.load_from_disk(folder), load_file(tokens)["tokens"]
+    sae, given = SAE.load_from_disk(folder), load_file(tokens)
+    ids = given["tokens"]
     bridge = SAETransformerBridge.boot_transformers(model, device="cpu", dtype=torch.float32)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -143,7 +145,10 @@ def splice(folder: str, model: str, tokens: str, out: str) -> None:
 
     with torch.inference_mode():
         clean = loss(bridge(ids, return_type="logits"))
-        spliced = loss(bridge.run_with_saes(ids, saes=[sae], return_type="logits"))
+        bridge.add_sae(sae)
+        for wrapper in bridge._acts_to_saes.values():  # what HookedSAETransformer does for excluded tokens
+            wrapper.set_token_mask(given["excluded"])
+        spliced = loss(bridge(ids, return_type="logits"))
     save_file({"clean": clean, "spliced": spliced}, out)
 
 
