@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import ENVIRONMENT, InputError
+from pipeline import ENVIRONMENT, InputError, first_line
 from shards.layout import COMMIT
 
 SCHEME = "hf://"
@@ -121,12 +121,8 @@ def _explained(url: str) -> Iterator[None]:
             f"{url}: no such repository, or no access to it; set HF_TOKEN if it is private"
         ) from error
     except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
-        raise InputError(f"{url}: not in the repository ({_first_line(error)})") from error
+        raise InputError(f"{url}: not in the repository ({first_line(error)[:200]})") from error
     except Exception as error:  # whatever the HTTP library raises when there is no network
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
-        raise InputError(f"{url}: the Hugging Face hub did not do it ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{url}: the Hugging Face hub did not do it ({first_line(error)[:200]})") from error

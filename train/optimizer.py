@@ -66,6 +66,7 @@ def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None =
             gradient = getattr(block, name)
             adam.update(name, gradient if scale == 1.0 else gradient.mul_(scale), lr, block.rows)
         renormalise(rows)
+        del block, gradient  # their memory is the next block's
     for name, gradient in gradients.shared.items():
         adam.update(name, gradient if scale == 1.0 else gradient * scale, lr)
 

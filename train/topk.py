@@ -17,8 +17,7 @@ from train.peers import ALONE, Peers
 SAMPLE = 1 << 16
 """Values looked at to guess the cut; 19 M pre-activations have their (K*B)-th largest among the
 candidates above a guess made of 65,536 of them, and a full torch.topk costs 1.0 s."""
-
-
+LANES = 8
 WIDTH_FACTORS = 2 * 3 * 5 * 7
 
 
@@ -61,14 +60,16 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Peers = ALONE) -> Int
 
 
 def _above(values: Tensor, cut: float) -> Tensor:
-    """Ascending positions of the values above `cut`: nonzero() over eight flags at a time, 2x as fast."""
-    n = len(values)
-    flags = torch.empty(-(-n // 8) * 8, dtype=torch.bool, device=values.device)
-    flags[n:] = False
-    torch.gt(values, cut, out=flags[:n])
-    eights = flags.view(torch.int64).nonzero().squeeze(1)
-    which, within = flags.view(-1, 8)[eights].nonzero(as_tuple=True)
-    return eights[which] * 8 + within
+    """Ascending positions of the values above `cut`: compares the largest of LANES far apart, then those columns.
+
+    19 M values, 0.6 % of them above: 28 ms against 33 of values > cut at eight flags a time, and on two threads 16
+    against 28, because nonzero() runs on one.
+    """
+    width = len(values) // LANES
+    lanes, rest = values[: LANES * width].view(LANES, width), values[LANES * width :]
+    columns = (lanes.amax(0) > cut).nonzero().squeeze(1) if width else lanes.new_zeros(0, dtype=torch.int64)
+    lane, column = (lanes[:, columns] > cut).nonzero(as_tuple=True)
+    return torch.cat([lane * width + columns[column], (rest > cut).nonzero().squeeze(1) + LANES * width])
 
 
 def _stride(n: int) -> int:
