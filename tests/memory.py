@@ -16,6 +16,27 @@ before = resident("RssAnon")  # mapped files are no part of it: they can be drop
 print(max(resident("RssAnon") for _ in store.train.loader(1024)) - before)
 """
 
+EVALUATE = """
+import sys, threading
+import pipeline
+from evaluate.run import evaluate
+from tests.memory import resident
+
+settings, _ = pipeline.load(pipeline.parser("evaluate", ""), sys.argv[1:])
+peak, done = [0], threading.Event()
+
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], resident("RssAnon"))
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+evaluate(settings, ce_tokens=0)
+done.set()
+watcher.join()
+print(peak[0])
+"""
+
 
 def resident(field: str) -> int:
     """Bytes of a field of /proc/self/status: RssAnon now, or VmHWM, the peak.
@@ -28,6 +49,17 @@ def resident(field: str) -> int:
 
 def of_loader(store: str | Path) -> float:
     """MiB that an epoch's loader takes at most, batches of 1,024 rows."""
-    command = [sys.executable, "-c", LOAD, str(store)]
+    return _measured(LOAD, str(store))
+
+
+def of_evaluation(*arguments: str) -> float:
+    """MiB that a process takes at most, mapped files apart, while it evaluates what the arguments say, without
+    cross-entropy.
+    """
+    return _measured(EVALUATE, *arguments)
+
+
+def _measured(script: str, *arguments: str) -> float:
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout) / 2**20
+    return int(done.stdout.split()[-1]) / 2**20

@@ -34,7 +34,12 @@ def tiny_transcoder(seed: int = 0) -> Transcoder:
     return random_coder(D_IN, D_OUT, ENDS, seed=seed)
 
 
-def make_run(root: Path, transcoder: Transcoder | None = None, vocabulary: list[str] | None = None) -> Store:
+def make_run(
+    root: Path,
+    transcoder: Transcoder | None = None,
+    vocabulary: list[str] | None = None,
+    heldout: int = 1500,
+) -> Store:
     """Store, weights, settings and log of a run named tiny; outputs are a noisy linear map of the inputs."""
     settings = settings_of(root)
     rng = np.random.default_rng(0)
@@ -45,7 +50,7 @@ def make_run(root: Path, transcoder: Transcoder | None = None, vocabulary: list[
         noise = 0.1 * rng.standard_normal((n, D_OUT)).astype(np.float32)
         return inputs, inputs @ mixing + noise + 1
 
-    store = make_store(settings.store_path(0), train=rows(2000), heldout=rows(1500), vocabulary=vocabulary)
+    store = make_store(settings.store_path(0), train=rows(2000), heldout=rows(heldout), vocabulary=vocabulary)
     run_dir = settings.run_dir()
     run_dir.mkdir(parents=True)
     saved = settings.model_dump(mode="json")
