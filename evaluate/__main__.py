@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
+from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.console import number_of, plain, table_of
-from evaluate.run import CROSS_ENTROPY_TOKENS, evaluate
 from evaluate.verdicts import verdicts
 from pipeline import Settings, load, parser, run_stage
 
@@ -22,6 +22,8 @@ def main() -> None:
         help="tokens on which the language model runs with its MLP replaced; 0: not at all [%(default)s]",
     )
     settings, given = load(made)
+    from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
+
     metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
     show(settings, metrics, fresh, Console())
 

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
@@ -26,8 +27,6 @@ from shards.device import pick_device
 from shards.files import sha256
 from train import Transcoder
 from train.weights import read_metadata
-
-CROSS_ENTROPY_TOKENS = 8192
 
 
 @dataclass(frozen=True)

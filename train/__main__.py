@@ -1,12 +1,16 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
 import pipeline
-from train import record
-from train.weights import read_metadata
 
 
 def main() -> None:
     settings, _ = pipeline.load(pipeline.parser("train", "Train a nested transcoder on an activation store."))
+    from rich.console import Console  # after the settings are checked: torch takes seconds to import
+
+    from train import record
+    from train.finish import summary
+    from train.weights import read_metadata
+
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
     done = record.finished(run_dir, settings)
     if done:
@@ -16,10 +20,6 @@ def main() -> None:
         from train.loop import train
 
         train(settings, Store.of(settings))
-
-    from rich.console import Console
-
-    from train.finish import summary
 
     Console().print(summary(read_metadata(run_dir)))
     print(f"store {store_path}\nrun   {run_dir}")

@@ -12,6 +12,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """
     make_run(tmp_path, heldout=300_000)
     few, many = (
-        memory.of_evaluation(*arguments(tmp_path, "--evaluate.rows", str(rows))) for rows in (160_000, 300_000)
+        memory.of_evaluation(*arguments(tmp_path, "--evaluate.rows", str(rows)))
+        for rows in (160_000, 300_000)
     )
     assert many < few + 2, (few, many)
