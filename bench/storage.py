@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from shards import Store
-from shards.codecs import STORED_DTYPE, Compressor
+from shards.codecs import Compressor
+from shards.encode import encode_rows, reduce_moments
 from shards.layout import CHUNK_ROWS, Array
 from shards.reader import MappedArray
 from shards.remote import LocalFiles
-from shards.writer import encode_rows, reduce_moments
+from shards.storage import STORAGES
 
 COMPRESSORS = (
     "none",
@@ -41,7 +42,7 @@ def arrays_of(side: str, storage: str, compressor: str, rows: int, width: int) -
     plain = Compressor("zstd-3")
     chunks = -(-rows // CHUNK_ROWS)
     return {
-        f"{side}s": Array(f"{side}s", (rows, width), STORED_DTYPE[storage], (CHUNK_ROWS, width), chosen),
+        f"{side}s": Array(f"{side}s", (rows, width), STORAGES[storage].dtype, (CHUNK_ROWS, width), chosen),
         f"{side}_scales": Array(f"{side}_scales", (chunks, width), np.dtype("<f4"), (1, width), plain),
         f"{side}_row_scales": Array(f"{side}_row_scales", (rows,), np.dtype("<f4"), (CHUNK_ROWS,), plain),
     }
@@ -55,7 +56,7 @@ def measure(values: np.ndarray, side: str, storage: str, compressor: str, scratc
     sums: dict[str, Any] = {}
     for _ in range(REPEATS):
         begun = time.perf_counter()
-        files, sums = encode_rows(values, storage, arrays, side)
+        files, sums = encode_rows(values, STORAGES[storage], arrays, side)
         writes.append(len(values) / (time.perf_counter() - begun))
     for name, data in files.items():
         path = scratch / arrays[name].file(0)
@@ -94,7 +95,7 @@ def main() -> None:
     )
     rows = []
     for side, values in (("input", inputs), ("output", outputs)):
-        for storage in STORED_DTYPE:
+        for storage in STORAGES:
             for compressor in COMPRESSORS:
                 row = measure(values, side, storage, compressor, given.scratch)
                 rows.append(row)

@@ -21,15 +21,9 @@ from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
 from shards.remote import is_url
+from shards.storage import STORAGES
 from shards.store import Store
 from shards.writer import ContextWriter, StoreWriter, Text
-
-AUTO_COMPRESSOR = {
-    "int8": ("zstd-3", "zstd-3"),
-    "bfloat16": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
-    "float32": ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle"),
-}
-"""(inputs, outputs), from the table in docs/storage.md."""
 
 
 def harvest(settings: Settings, force: bool = False) -> list[Path]:
@@ -62,7 +56,7 @@ def _local(path: str) -> Path:
 def requested(settings: Settings) -> dict[str, Any]:
     """What was asked for, by the keys of `Source`; two harvests of one layer differ where this differs."""
     data, asked = settings.data, settings.harvest
-    inputs, outputs = AUTO_COMPRESSOR[asked.storage]
+    inputs, outputs = STORAGES[asked.storage].compressors
     if asked.compressor != "auto":
         inputs = outputs = Compressor(asked.compressor).name
     files = local_files(data)

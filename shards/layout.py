@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from shards.codecs import STORED_DTYPE, Compressor
+from shards.codecs import Compressor
 from shards.manifest import SPLITS, Source
+from shards.storage import STORAGES
 
 CHUNK_ROWS = 1024
 CHUNK_CONTEXTS = 16
@@ -77,7 +78,7 @@ PLAIN = Compressor("zstd-3")
 
 def split_arrays(source: Source, split: str, rows: int, contexts: int) -> dict[str, Array]:
     """Every array of a split, by name."""
-    stored = STORED_DTYPE[source.storage]
+    storage = STORAGES[source.storage]
     widths = {"input": source.d_in, "output": source.d_out}
     compressors = {"input": source.input_compressor, "output": source.output_compressor}
     chunks = -(-rows // CHUNK_ROWS)
@@ -87,8 +88,8 @@ def split_arrays(source: Source, split: str, rows: int, contexts: int) -> dict[s
 
     arrays = {"contexts": contexts_array(split, contexts, source.context_length)}
     for side, width in widths.items():
-        arrays[f"{side}s"] = by_row(f"{side}s", stored, Compressor(compressors[side]), width)
-        if source.storage == "int8":
+        arrays[f"{side}s"] = by_row(f"{side}s", storage.dtype, Compressor(compressors[side]), width)
+        if storage.scaled:
             name = f"{side}_scales"
             arrays[name] = Array(f"{split}/{name}", (chunks, width), np.dtype("<f4"), (1, width), PLAIN)
             arrays[f"{side}_row_scales"] = by_row(f"{side}_row_scales", "<f4", PLAIN)

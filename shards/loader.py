@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from pipeline import InputError
-from shards.codecs import from_bfloat16
 from shards.device import cores
 from shards.layout import CHUNK_ROWS
 from shards.order import chunk_groups
@@ -201,25 +200,22 @@ class _Group:
             else []
         )
         if device.type == "cpu":
-            return torch.from_numpy(_to_float32(stored, scales).reshape(-1, stored.shape[-1]))
+            return torch.from_numpy(self._on_cpu(stored, scales).reshape(-1, stored.shape[-1]))
         values = _pinned(stored, device)
-        values = values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
-        values = values.to(torch.float32)
+        bits = self._split.storage.torch_bits
+        values = (values.view(getattr(torch, bits)) if bits else values).to(torch.float32)
         for scale in scales:
             values *= _pinned(scale, device)
         return values.reshape(-1, values.shape[-1])
 
-
-def _to_float32(stored: np.ndarray, scales: list[np.ndarray]) -> np.ndarray:
-    """[M, R, D] in numpy: in a thread of our own it takes one core and no more, where torch would take them all
-    and spin (two cores: 430 k rows/s with torch, see docs/log.md).
-    """
-    if stored.dtype == np.uint16:
-        return from_bfloat16(stored)
-    values = stored.astype(np.float32)
-    for scale in scales:
-        values *= scale
-    return values
+    def _on_cpu(self, stored: np.ndarray, scales: list[np.ndarray]) -> np.ndarray:
+        """[M, R, D] in numpy: in a thread of our own it takes one core and no more, where torch would take them all
+        and spin (two cores: 430 k rows/s with torch, see docs/log.md).
+        """
+        values = self._split.storage.widen(stored)
+        for scale in scales:
+            values *= scale
+        return values
 
 
 def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:

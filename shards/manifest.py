@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline import InputError
+from shards.storage import STORAGES
 
 FORMAT = "matryoshka-activations"
 FORMAT_VERSION = 1
@@ -26,6 +27,12 @@ Vector = Annotated[list[float], Field(repr=False)]
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _known_storage(name: str) -> str:
+    if name not in STORAGES:
+        raise ValueError(f"expected one of {', '.join(STORAGES)}")
+    return name
 
 
 class Source(Record):
@@ -66,7 +73,7 @@ class Source(Record):
     rows: int
     """Train rows asked for."""
     seed: int
-    storage: Literal["int8", "bfloat16", "float32"]
+    storage: Annotated[str, AfterValidator(_known_storage)]
     input_compressor: str
     output_compressor: str
     shard_rows: int

@@ -5,13 +5,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.codecs import STORED_DTYPE
 from shards.files import store_files
 from shards.layout import CHUNK_ROWS
+from shards.storage import STORAGES
 from shards.writer import StoreWriter
 
-COMPRESSED = {"int8": 0.91, "bfloat16": 0.75, "float32": 0.89}
-"""Bytes on disk per stored byte on real activations, SmolLM2-135M layer 12 (docs/storage.md)."""
 PROVENANCE = 3.5
 """Bytes a row for row_context, row_position and the row's own token, compressed."""
 MANIFEST_BYTES_PER_DIMENSION = 22
@@ -54,8 +52,9 @@ def estimate(width: int, storage: str, rows: int, where: Path) -> Plan:
 
 def bytes_per_row(width: int, storage: str) -> float:
     """Expected size of one row on disk."""
-    stored = width * STORED_DTYPE[storage].itemsize * COMPRESSED[storage]
-    scales = 4 * width / CHUNK_ROWS + 8 if storage == "int8" else 0
+    kept = STORAGES[storage]
+    stored = width * kept.dtype.itemsize * kept.compressed
+    scales = 4 * width / CHUNK_ROWS + 8 if kept.scaled else 0
     return stored + scales + PROVENANCE
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from pipeline import InputError, Settings
-from shards.codecs import from_bfloat16
 from shards.files import read_commit, sha256
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, open_array, read_lines
 from shards.remote import CACHE, CACHE_BYTES, Files, files_of
+from shards.storage import STORAGES
 
 
 class Store:
@@ -87,7 +87,7 @@ class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
     def __init__(self, files: Files, arrays: dict[str, Array], manifest: Manifest) -> None:
-        self.storage = manifest.source.storage
+        self.storage = STORAGES[manifest.source.storage]
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
             name: open_array(files, array) for name, array in arrays.items()
@@ -98,7 +98,7 @@ class StoreSplit:
         return self.readers["inputs"].array.shape[0]
 
     def __repr__(self) -> str:
-        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out}, {self.storage})"
+        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out})"
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""
@@ -124,11 +124,9 @@ class StoreSplit:
 
     def _side(self, side: str, start: int, stop: int) -> torch.Tensor:
         stored = self._read(f"{side}s", start, stop)
-        if self.storage == "float32":
-            return torch.from_numpy(stored)
-        if self.storage == "bfloat16":
-            return torch.from_numpy(from_bfloat16(stored))
-        values = stored.astype(np.float32)
+        values = self.storage.widen(stored)
+        if not self.storage.scaled:
+            return torch.from_numpy(values)
         for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
             first, last = max(chunk * CHUNK_ROWS, start) - start, min((chunk + 1) * CHUNK_ROWS, stop) - start
             values[first:last] *= self.scales(side, chunk)
@@ -136,7 +134,7 @@ class StoreSplit:
         return torch.from_numpy(values)
 
     def scales(self, side: str, chunk: int) -> np.ndarray:
-        """[d] float32 column scales of one chunk of an int8 store."""
+        """[d] float32 column scales of one chunk of a store that has them."""
         return self.readers[f"{side}_scales"].chunk(chunk)[0]
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:

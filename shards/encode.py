@@ -1,0 +1,88 @@
+"""A window's values -> the bytes of its files (zarr v3 sharding codec), and their sums.
+
+Shapes: n rows of a window, d columns.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from shards.codecs import crc32c
+from shards.layout import CHUNK_ROWS, FILE_CHUNKS, Array
+from shards.manifest import Moments
+from shards.storage import Storage
+
+
+def encode_rows(
+    rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A window's [n, d] float32 rows as files by array name, and their sums.
+
+    Sums are float64, chunk by chunk in order: n, sum, sum of squares, squared error of storing.
+    """
+    stored = np.empty(rows.shape, storage.dtype)
+    scales = np.empty((math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
+    row_scales = np.empty(len(rows), np.float32)
+    total, squares, error = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), 0.0
+    for number, start in enumerate(range(0, len(rows), CHUNK_ROWS)):
+        here = slice(start, start + CHUNK_ROWS)
+        chunk = rows[here]
+        encoded = storage.encode(chunk)
+        stored[here] = encoded.stored
+        if storage.scaled:
+            scales[number], row_scales[here] = encoded.scales, encoded.row_scales
+        back = storage.decode(encoded)
+        wide = chunk.astype(np.float64)
+        total += wide.sum(axis=0)
+        squares += np.einsum("nd,nd->d", wide, wide)
+        lost = back - chunk
+        error += float(np.einsum("nd,nd->n", lost, lost).sum(dtype=np.float64))
+    files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
+    if storage.scaled:
+        files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], scales)
+        files[f"{side}_row_scales"] = encode_shard(arrays[f"{side}_row_scales"], row_scales)
+    sums = {"n": len(rows), "sum": total.tolist(), "squares": squares.tolist(), "error": error}
+    return files, sums
+
+
+def encode_chunk(array: Array, values: np.ndarray) -> bytes:
+    """`values`, padded with zeros to a full chunk, compressed, with its checksum."""
+    full = np.ascontiguousarray(values, dtype=array.dtype)
+    if full.shape != array.chunk:
+        padded = np.zeros(array.chunk, array.dtype)
+        padded[: len(full)] = full
+        full = padded
+    codec = array.compressor.codec()
+    data = bytes(codec.encode(full)) if codec else full.tobytes()
+    return data + crc32c(data)
+
+
+def encode_shard(array: Array, values: np.ndarray) -> bytes:
+    """A file's lines: inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
+    index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for number, start in enumerate(range(0, len(values), array.chunk[0])):
+        parts.append(encode_chunk(array, values[start : start + array.chunk[0]]))
+        index[number] = offset, len(parts[-1])
+        offset += len(parts[-1])
+    table = index.tobytes()
+    return b"".join([*parts, table, crc32c(table)])
+
+
+def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
+    """Sums of windows, added in window order -> moments; None when there are no rows."""
+    rows = sum(sums["n"] for sums in windows_)
+    if rows == 0:
+        return None
+    total = sum((np.array(sums["sum"]) for sums in windows_), start=np.zeros(1))
+    squares = sum((np.array(sums["squares"]) for sums in windows_), start=np.zeros(1))
+    error = sum(sums["error"] for sums in windows_)
+    mean = total / rows
+    deviations = float(np.maximum(squares - rows * mean**2, 0).sum())
+    return Moments(
+        mean=mean.tolist(),
+        second_moment=(squares / rows).tolist(),
+        quantisation_fvu=error / deviations if deviations > 0 else 0.0,
+    )

@@ -1,0 +1,80 @@
+"""What storing keeps of a value, format by format."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pipeline import Harvest
+from shards.storage import STORAGES, from_bfloat16, quantise, to_bfloat16
+
+INT8 = STORAGES["int8"]
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+MATRICES = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE)
+
+
+@given(MATRICES)
+def test_bfloat16_equals_torch(values: np.ndarray) -> None:
+    expected = torch.from_numpy(values).bfloat16().float()
+    largest = torch.finfo(torch.bfloat16).max
+    expected = expected.clamp(-largest, largest)  # ours saturates, torch's overflows to infinity
+    assert torch.equal(torch.from_numpy(from_bfloat16(to_bfloat16(values))), expected)
+
+
+def test_bfloat16_keeps_negatives_and_ties_go_to_even() -> None:
+    values = np.array([-1.5, -0.0, 1.00390625, 1.01171875, -3.0e38], np.float32)
+    assert from_bfloat16(to_bfloat16(values)).tolist()[:4] == [-1.5, -0.0, 1.0, 1.015625]
+
+
+@given(MATRICES)
+def test_int8_error_is_at_most_half_a_step(values: np.ndarray) -> None:
+    quantised = quantise(values)
+    with np.errstate(over="ignore"):
+        error = np.abs(INT8.decode(quantised).astype(np.float64) - values)
+        assert quantised.scales is not None
+        assert quantised.row_scales is not None
+        step = quantised.scales.astype(np.float64) * quantised.row_scales.astype(np.float64)[:, None]
+    # float32 products and denormals round on top of the half step
+    slack = 1e-5 * np.abs(values).astype(np.float64) + 1e-5 * step + 1e-37
+    assert (error <= step / 2 + slack).all()
+
+
+def test_int8_by_hand() -> None:
+    values = np.array([[3.0, -4.0], [0.0, 0.0], [-30.0, 40.0]], np.float32)
+    quantised = quantise(values)
+    rms = np.sqrt(12.5)
+    assert quantised.scales is not None
+    assert quantised.row_scales == pytest.approx([rms, 1.0, 10 * rms])
+    assert quantised.scales == pytest.approx([3 / rms / 127, 4 / rms / 127])
+    assert quantised.stored.tolist() == [[127, -127], [0, 0], [-127, 127]]
+    assert INT8.decode(quantised) == pytest.approx(values, rel=1e-6)
+
+
+def test_a_column_of_zeros_stays_zero() -> None:
+    quantised = quantise(np.array([[1.0, 0.0], [2.0, 0.0]], np.float32))
+    assert quantised.scales is not None
+    assert quantised.scales[1] == 0
+    assert INT8.decode(quantised)[:, 1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", STORAGES)
+@given(values=MATRICES)
+def test_every_format_keeps_shape_dtype_and_most_of_the_value(name: str, values: np.ndarray) -> None:
+    storage = STORAGES[name]
+    encoded = storage.encode(values)
+    assert (encoded.stored.shape, encoded.stored.dtype) == (values.shape, storage.dtype)
+    assert (encoded.scales is not None) == (encoded.row_scales is not None) == storage.scaled
+    with np.errstate(over="ignore"):
+        back = storage.decode(encoded)
+    assert (back.shape, back.dtype) == (values.shape, np.float32)
+    largest = np.abs(values).max()
+    assert (np.abs(back.astype(np.float64) - values) <= largest / 100 + 1e-37).all()
+    assert back is not encoded.stored  # a caller may change it
+
+
+def test_the_settings_list_the_same_formats() -> None:
+    assert get_args(Harvest.model_fields["storage"].annotation) == tuple(STORAGES)
