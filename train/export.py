@@ -14,10 +14,10 @@ from pipeline import InputError, Settings
 from shards.files import publish
 from train import weights
 from train.convention import convert
-from train.formats import circuit_tracer, gemma_scope, saelens
+from train.formats import WRITERS, circuit_tracer
 from train.transcoder import Transcoder
 
-WRITERS = {"saelens": saelens.write, "gemma_scope": gemma_scope.write}
+
 FORMATS = (*WRITERS, "circuit_tracer")
 
 

@@ -5,7 +5,7 @@ b_dec [D_out], thresholds [G] or [G, F], W_skip [D_out, D_in] or absent) and met
 under `source` what the store's manifest says of model, layer, hooks and gain, as far as it is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ READERS: dict[str, Callable[[Path], Saved]] = {
     gemma_scope.FILE_NAME: gemma_scope.read,
     saelens.FILE_NAME: saelens.read,
 }
+WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Path]] = {
+    "saelens": saelens.write,
+    "gemma_scope": gemma_scope.write,
+}
+"""By FORMAT; each writes below a directory and returns the one to load. A set of layers: circuit_tracer.py."""
 BESIDE = ("settings.json", saelens.CONFIG_NAME)
 """What a transcoder's directory holds besides the weights."""
 

@@ -1,0 +1,65 @@
+"""The house rules that a reader relies on: files and functions of a size to read, and a tree that lists them all."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline import ROOT
+
+FILE_LINES, FUNCTION_LINES = 400, 60
+LONGER = {
+    "pipeline.py": "every setting in one file, with the command line that is generated from them",
+    "evaluate/figures.py:all_plots": "the list of all plots, one entry after the other",
+}
+"""What is longer, and why."""
+FILES = sorted(
+    path.relative_to(ROOT)
+    for package in (".", "harvest", "shards", "train", "train/formats", "evaluate", "bench", "tests", "tests/*")
+    for path in ROOT.glob(f"{package}/*.py")
+)
+
+
+def lengths(file: Path) -> dict[str, int]:
+    """Lines of the file and of each of its functions, by name."""
+    text = (ROOT / file).read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    made = {f"{file}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    return {str(file): len(text.splitlines())} | made
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_and_functions_are_of_a_size_to_read(file: Path) -> None:
+    for name, lines in lengths(file).items():
+        limit = FUNCTION_LINES if ":" in name else FILE_LINES
+        assert lines <= limit or name in LONGER, f"{name} has {lines} lines, more than {limit}"
+
+
+def test_every_exception_is_one() -> None:
+    found = {name: lines for file in FILES for name, lines in lengths(file).items()}
+    for name in LONGER:
+        assert found[name] > (FUNCTION_LINES if ":" in name else FILE_LINES), f"{name} is no exception any more"
+
+
+def test_the_tree_lists_every_module() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[-2]
+    for package in ("harvest", "shards", "train", "evaluate"):
+        block = re.search(rf"^{package}/.*\n((?:  .*\n)+)", tree, re.MULTILINE)
+        assert block
+        listed = re.findall(r"^  (\w+\.py)", block[1], re.MULTILINE)
+        there = {path.name for path in (ROOT / package).glob("*.py") if not path.name.startswith("__")}
+        assert set(listed) == there
+        assert len(listed) == len(there), f"{package}: a module is listed twice"
+
+
+def test_every_document_is_reached_from_the_readme_or_the_log() -> None:
+    """A page that nothing links to is a page that nobody reads."""
+    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    texts = {name: (ROOT / name).read_text() for name in tracked or ["README.md"]}
+    for name in texts:
+        if name == "README.md" or name.startswith("evaluate/page"):
+            continue
+        linked = any(Path(name).name in text for other, text in texts.items() if other != name)
+        assert linked, f"{name}: nothing links to it"
