@@ -17,7 +17,17 @@ LONGER = {
 """What is longer, and why."""
 FILES = sorted(
     path.relative_to(ROOT)
-    for package in (".", "harvest", "shards", "train", "train/formats", "evaluate", "bench", "tests", "tests/*")
+    for package in (
+        ".",
+        "harvest",
+        "shards",
+        "train",
+        "train/formats",
+        "evaluate",
+        "bench",
+        "tests",
+        "tests/*",
+    )
     for path in ROOT.glob(f"{package}/*.py")
 )
 
@@ -40,7 +50,9 @@ def test_files_and_functions_are_of_a_size_to_read(file: Path) -> None:
 def test_every_exception_is_one() -> None:
     found = {name: lines for file in FILES for name, lines in lengths(file).items()}
     for name in LONGER:
-        assert found[name] > (FUNCTION_LINES if ":" in name else FILE_LINES), f"{name} is no exception any more"
+        assert found[name] > (FUNCTION_LINES if ":" in name else FILE_LINES), (
+            f"{name} is no exception any more"
+        )
 
 
 def test_the_tree_lists_every_module() -> None:
@@ -56,7 +68,9 @@ def test_the_tree_lists_every_module() -> None:
 
 def test_every_document_is_reached_from_the_readme_or_the_log() -> None:
     """A page that nothing links to is a page that nobody reads."""
-    tracked = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     texts = {name: (ROOT / name).read_text() for name in tracked or ["README.md"]}
     for name in texts:
         if name == "README.md" or name.startswith("evaluate/page"):

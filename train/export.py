@@ -17,7 +17,6 @@ from train.convention import convert
 from train.formats import WRITERS, circuit_tracer
 from train.transcoder import Transcoder
 
-
 FORMATS = (*WRITERS, "circuit_tracer")
 
 
