@@ -36,8 +36,7 @@ test-peers: install-dev install-embedded install-peers
 	@PEERS=$(PEERS) $(PY) -m pytest -q -m peers $(ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-# (-m -- because torchrun would take --run for an option of its own.)
-RANKS = $(if $(NPROC),$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --,$(PY) -m)
+RANKS = $(PY) -m $(if $(NPROC),launch $(call quote,$(NPROC)))
 
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)

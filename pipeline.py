@@ -6,6 +6,7 @@ A leaf: imports no stage.
 """
 
 import argparse
+import difflib
 import errno
 import re
 import signal
@@ -347,31 +348,50 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
 
 
 def load(
-    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path = PIPELINE_TOML
+    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
 ) -> tuple[Settings, argparse.Namespace]:
-    """Settings from defaults < `toml` < profile < recipe of (model, layer) < `argv`.
+    """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
 
     Also returns the parsed command line, for the options that are a stage's own.
     Raises `InputError` with one line that names the key, the value and what is allowed.
     """
-    given = made.parse_args(argv)
+    given, unknown = made.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help lists every option")
+    toml = toml or PIPELINE_TOML
     asked = _sections_of(given)
     file = _read_toml(toml)
-    profiles, recipes = file.pop("profile", {}), file.pop("recipe", {})
+    profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
+    recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
     profile = profiles.get(given.profile, {}) if given.profile else {}
     if given.profile and given.profile not in profiles:
         known = ", ".join(profiles) or "none"
         raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
     merged = _merge(file, profile)
     layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
-    model = _merge(merged, asked).get("model", {}).get("name", Model().name)
-    if len(layers) == 1:
-        merged = _merge(merged, recipes.get(model, {}).get(str(layers[0]), {}))
+    if len(layers) == 1 and isinstance(model := _merge(merged, asked).get("model", {}), dict):
+        recipe = recipes.get(model.get("name", Model().name), {})
+        merged = _merge(merged, recipe.get(str(layers[0]), {}))
     top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
-    base = _validated(_merge(merged, top), toml.name)
-    settings = _validated(_merge(_merge(merged, top), asked), "command line")
+    base = validated(_merge(merged, top), toml.name)
+    settings = validated(_merge(_merge(merged, top), asked), "command line")
     run = _name("run", given.run) or _run_name(base, settings)
     return settings.model_copy(update={"run": run}), given
+
+
+def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
+    """What to say of an argument that no option takes, with the option that may have been meant."""
+    if not argument.startswith("-"):
+        return f"{argument!r} is no option; settings are given as --section.key value"
+    option = argument.partition("=")[0]
+    return f"unknown option {option}{_nearest(option, list(made._option_string_actions))}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
+    word = name.lstrip("-")
+    near = [each for each in known if each.endswith(f".{word}")] or difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -396,6 +416,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid TOML: {error}") from error
 
 
+def _tables(file: dict[str, Any], key: str, example: str, source: str) -> dict[str, Any]:
+    """Take the tables [key.NAME.SECTION] out of a read file; a recipe's name has a layer below it."""
+    tables = file.pop(key, {})
+    levels = [tables]
+    for _ in range(example.count(".")):
+        if wrong := [level for level in levels if not isinstance(level, dict)]:
+            raise InputError(f"{source}: {key}: expected tables like {example}, found {wrong[0]!r}")
+        levels = [each for level in levels for each in level.values()]
+    return tables
+
+
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """`low` overlaid with `high`, section by section."""
     both = dict(low)
@@ -407,6 +438,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 def _layers(text: Any) -> tuple[int, ...]:
     parts = text.replace(",", " ").split() if isinstance(text, str) else text
+    parts = parts if isinstance(parts, list | tuple) else [parts]
     if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
         raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
     return tuple(sorted({int(part) for part in parts}))
@@ -441,26 +473,37 @@ def _short(value: Any) -> str:
     )
 
 
-def _validated(values: dict[str, Any], source: str) -> Settings:
+def validated(values: Any, source: str) -> Settings:
+    """Settings from plain values; raises `InputError` that names `source`, the first wrong key and what is allowed."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            raise InputError(f"{source}: unknown setting {key}; {_known(first['loc'])}") from error
-        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-        raise InputError(f"{source}: {key}: {message}{found}") from error
+        raise InputError(f"{source}: {first_mistake(error)}") from error
 
 
-def _known(where: tuple[int | str, ...]) -> str:
-    section = SECTIONS.get(str(where[0]))
-    known = section.model_fields if section and len(where) > 1 else SECTIONS
-    return "known are " + ", ".join(known)
+def first_mistake(error: ValidationError) -> str:
+    """The first wrong key, what is allowed and what was found, in one line."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        known = SECTIONS[where[0]].model_fields if len(where) > 1 and where[0] in SECTIONS else SECTIONS
+        every = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+        return (
+            f"unknown setting {key}{_nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
+        )
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = re.sub("^expected (?=greater|less)", "expected a number ", message)
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{key}: {message}{found}".removeprefix(": ")
 
 
-ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+ENVIRONMENT = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 """Errors of the disk that the user can mend: not defects of the program."""
 
 

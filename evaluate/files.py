@@ -23,13 +23,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file. A cut last line is left out."""
+    """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     made = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for number, line in enumerate(lines, 1):
         try:
             made.append(json.loads(line))
-        except ValueError:
-            break
+        except ValueError as error:
+            if line.endswith("\n"):
+                raise InputError(f"{path}: line {number} is damaged ({error}); remove that line") from error
     return made
 
 

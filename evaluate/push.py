@@ -26,6 +26,7 @@ def push(run_dir: Path, address: str) -> None:
 
     Raises `InputError` when the run is not trained here, not evaluated as it is now, or the hub refuses.
     """
+    hub.parse(address)
     transcoder = Transcoder.load(run_dir)
     if "training" not in transcoder.metadata:
         raise InputError(f"{run_dir}: was not trained here; push what it was imported from")

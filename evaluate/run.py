@@ -59,12 +59,13 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     if done is not None and done["provenance"] == job.provenance:
         return done, False
     coder, trained = load_coder(job), _trained(job.run_dir)
+    log = read_lines(job.run_dir / "metrics.jsonl")
     select = training_selection(trained["selection"], trained["k"]) if trained else None
     metrics, made = _measure(job, coder, select)
     metrics["baselines"] |= _one_group(job, trained) if trained else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
-    _write(job, metrics, replace(made, promoted=language.promoted))
+    _write(job, metrics, replace(made, promoted=language.promoted), log)
     return metrics, True
 
 
@@ -73,7 +74,9 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     run_dir = settings.run_dir()
     weights = run_dir / "transcoder.safetensors"
     if not weights.exists():
-        raise InputError(f"{weights}: not found; train this run first (make train)")
+        others = sorted(path.parent.name for path in run_dir.parent.glob(f"*/{weights.name}"))
+        found = f", or evaluate one of those there are: RUN={' '.join(others)}" if others else ""
+        raise InputError(f"{weights}: not found; train this run first (make train){found}")
     store = Store.of(settings)
     split = getattr(store, settings.evaluate.split)
     n_rows = min(settings.evaluate.rows or len(split), len(split))
@@ -161,7 +164,7 @@ def _one_group(job: Job, own: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
+def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> None:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
     folder, text = job.folder, TokenText(job.store.tokenizer_path)
     folder.mkdir(exist_ok=True)
@@ -169,7 +172,7 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue) -> None:
         old.unlink(missing_ok=True)
     for line in metrics["errors"]["by_token"]:
         line["token"] = text.label(line["class"])
-    drawn = draw(metrics, made, read_lines(job.run_dir / "metrics.jsonl"), folder)
+    drawn = draw(metrics, made, log, folder)
     data = page_data(made, job.split.contexts, text)
     data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
     write_report(folder / "report.html", metrics, data, drawn)

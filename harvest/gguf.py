@@ -21,6 +21,12 @@ def directory_of(file: Path) -> Path:
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
     except OSError:
         raise InputError(f"model.name: no such file {file}") from None
+    with file.open("rb") as opened:
+        if (begins := opened.read(4)) != b"GGUF":
+            raise InputError(
+                f"model.name: {file}: cannot be read as GGUF: expected GGUF at its beginning, found {begins!r}; "
+                "give a Hugging Face directory of this model"
+            )
     digest = hashlib.sha256(f"{file.resolve()} {size} {changed}".encode()).hexdigest()
     return cached(CACHE / "gguf" / f"{file.stem}-{digest[:16]}", lambda directory: convert(file, directory))
 

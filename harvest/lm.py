@@ -96,7 +96,13 @@ class LanguageModel:
         tokens = torch.arange(32).reshape(2, 16) * (self.bridge.cfg.d_vocab // 32)
         hooks = {kind: f"blocks.{layer}.{hook}" for kind, hook in INPUT_HOOKS.items()}
         with self.capturing(list(hooks.values())) as caught:
-            self.run_blocks(tokens, layer)
+            try:
+                self.run_blocks(tokens, layer)
+            except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+                raise InputError(
+                    f"{self.name} layer {layer}: TransformerLens cannot run this model: {first_line(error)}; "
+                    "its config.json does not fit its weights, or this family cannot be harvested"
+                ) from error
             normalized, mlp_in = (caught[hooks[kind]].float() for kind in ("normalized", "mlp_in"))
         if normalized.shape != mlp_in.shape:  # OPT: all positions in one row
             raise InputError(
@@ -205,7 +211,10 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {where}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        why = first_line(error)
+        if Path(where).is_dir() and not (Path(where) / "tokenizer.json").is_file():
+            why = "there is no tokenizer.json beside the weights; copy it there"
+        raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
     tokenizer.backend_tokenizer.encode_special_tokens = True
@@ -214,7 +223,10 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
 
 def width(where: str, revision: str | None) -> int:
     """Model width D, from its configuration alone."""
-    config = AutoConfig.from_pretrained(where, revision=revision)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {where}: its config.json cannot be read: {first_line(error)}") from error
     return config.get_text_config().hidden_size
 
 

@@ -5,6 +5,7 @@ Shapes: C contexts, T tokens of a context.
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ def local_files(data: Data) -> list[Path]:
         return list(text_files(data.dataset))
     paths = [Path(name) for name in data.files]
     for path in paths:
+        if path.is_dir():
+            raise InputError(f"data.files: {path} is a directory; name the files in it, separated by commas")
         if not path.is_file():
             raise InputError(f"data.files: no such file {path}")
         if path.suffix not in READERS:
@@ -61,6 +64,7 @@ def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, objec
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said below
     try:
         if file:
             opened = datasets.load_dataset(
@@ -77,8 +81,25 @@ def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, objec
         raise
     except Exception as error:  # datasets raises what its readers and its HTTP library raise
         cause = error.__cause__ or error
-        message = first_line(cause)
-        raise InputError(f"{where}: cannot be read: {message}") from error
+        message = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        raise InputError(f"{where}: cannot be read: {(file and _bad_line(file)) or message}") from error
+
+
+def _bad_line(file: Path) -> str | None:
+    """Number of the first line that is no UTF-8, or no JSON object where it should be, and why; none of a .parquet."""
+    if READERS[file.suffix] == "parquet":
+        return None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                if file.suffix == ".jsonl" and line.strip() and not isinstance(json.loads(text), dict):
+                    return f"line {number}: expected a JSON object, found {text.strip()!r:.60}"
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno}: {error.msg}"
+            except UnicodeDecodeError as error:
+                return f"line {number}: {error}"
+    return None
 
 
 def is_heldout(text: str, fraction: float, seed: int) -> bool:
@@ -163,7 +184,8 @@ def pack_splits(
                 emit(split, context, count)
                 if kept["train"] >= rows:
                     return {**kept, "train": rows}
+    joined = "" if special.separator is not None else ", or join short documents (data.pack concat)"
     raise InputError(
         f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
-        "lower harvest.rows or give more text"
+        f"lower harvest.rows or give more text{joined}"
     )

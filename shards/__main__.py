@@ -28,9 +28,12 @@ def main() -> None:
         for where in wheres:
             _upload(where, given.to)
     else:
-        whole = [_verify(where, settings.paths, given.repair) for where in wheres]
-        if not all(whole):
-            raise InputError("damaged; --repair (make verify ARGS=--repair) un-commits the damaged windows")
+        damaged = [where for where in wheres if not _verify(where, settings.paths, given.repair)]
+        if damaged:
+            raise InputError(
+                f"{', '.join(damaged)}: damaged as listed; "
+                "--repair (make verify ARGS=--repair) un-commits the damaged windows"
+            )
 
 
 def _info(where: str, paths: Paths) -> None:

@@ -1,6 +1,7 @@
 """What the process may compute with: one answer for every stage."""
 
 import os
+import re
 
 import torch
 
@@ -13,12 +14,12 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"model.device: expected auto, cpu or cuda, found {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device: {name} asked for, but PyTorch finds no GPU; use --model.device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"model.device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    device, there = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        gpus = f"{there} GPU(s)" if there else "no GPU"
+        raise InputError(f"model.device: {name} asked for, but PyTorch finds {gpus}; use --model.device cpu")
     return device
 
 

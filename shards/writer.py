@@ -99,7 +99,12 @@ class StoreWriter:
     def _read_work(self, name: str) -> Any:
         """A JSON file of the unfinished harvest, or None."""
         path = self.work / name
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); remove {self.root} and harvest again") from error
 
     def clear(self) -> None:
         """Remove what an interrupted text pass left (never a complete store)."""

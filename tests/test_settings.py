@@ -78,17 +78,17 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
     [
         (
             ["--train.lrr", "1"],
-            "command line: unrecognized arguments: --train.lrr 1; --help lists every option",
+            "command line: unknown option --train.lrr; did you mean --train.lr?; --help lists every option",
         ),
         (
             ["--train.lr", "fast"],
-            "command line: train.lr: Input should be a valid number, unable to parse string as a number, found 'fast'",
+            "command line: train.lr: expected a valid number, unable to parse string as a number, found 'fast'",
         ),
-        (["--train.lr", "-1"], "command line: train.lr: Input should be greater than 0, found '-1'"),
-        (["--train.lr", "nan"], "command line: train.lr: Input should be a finite number, found 'nan'"),
+        (["--train.lr", "-1"], "command line: train.lr: expected a number greater than 0, found '-1'"),
+        (["--train.lr", "nan"], "command line: train.lr: expected a finite number, found 'nan'"),
         (
             ["--harvest.storage", "int4"],
-            "command line: harvest.storage: Input should be 'int8', 'bfloat16' or 'float32', found 'int4'",
+            "command line: harvest.storage: expected 'int8', 'bfloat16' or 'float32', found 'int4'",
         ),
         (
             ["--transcoder.d_sae", "100"],
@@ -127,9 +127,12 @@ def test_mistakes_stop_with_one_line(argv: list[str], line: str) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("[train]\nlrr = 1\n", "pipeline.toml: unknown setting train.lrr; known are rows, batch_size, lr,"),
-        ("[trian]\nlr = 1\n", "pipeline.toml: unknown setting trian; known are model, data,"),
-        ("[train]\nlr = 'x'\n", "pipeline.toml: train.lr: Input should be a valid number"),
+        ("[train]\nlrr = 1\n", "pipeline.toml: unknown setting train.lrr; did you mean train.lr?"),
+        ("[train]\nxyz = 1\n", "pipeline.toml: unknown setting train.xyz; known are rows, batch_size, lr,"),
+        ("[trian]\nlr = 1\n", "pipeline.toml: unknown setting trian; did you mean train?"),
+        ("[xyz]\nlr = 1\n", "pipeline.toml: unknown setting xyz; known are model, data,"),
+        ("lr = 1\n", "pipeline.toml: unknown setting lr; did you mean train.lr or sweep.lr?"),
+        ("[train]\nlr = 'x'\n", "pipeline.toml: train.lr: expected a valid number"),
         ("[train\n", "not valid TOML"),
     ],
 )
@@ -177,6 +180,6 @@ def test_exit_code_2_and_no_traceback() -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: command line: unrecognized arguments: --train.lrr 1; --help lists every option\n"
+        == "error: command line: unknown option --train.lrr; did you mean --train.lr?; --help lists every option\n"
     )
     assert done.stdout == ""

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline import InputError
+from pipeline import InputError, first_line
 from shards.files import flush, publish, write_whole
 from train.state import State
 
@@ -63,8 +63,11 @@ def restore(run_dir: Path, state: State) -> bool:
                 f"{folder}: expected checkpoint version {VERSION}, found {version}; {_remedy(run_dir)}"
             )
         state.restore(load_file(folder / "tensors.safetensors"), scalars)
-    except (OSError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder}: not a readable checkpoint: {error}; {_remedy(run_dir)}") from error
+    except InputError:
+        raise
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        what = f"not a readable checkpoint: {first_line(error)}"
+        raise InputError(f"{folder}: {what}; {_remedy(run_dir)}") from error
     return True
 
 
@@ -77,6 +80,12 @@ def cut_metrics(run_dir: Path, step: int) -> None:
     file = run_dir / "metrics.jsonl"
     if not file.exists():
         return
-    kept = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in kept if json.loads(line)["step"] <= step]
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{file}: line {number} is damaged ({error}); remove that line") from error
     write_whole(file, "".join(kept).encode())

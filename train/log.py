@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar, Weights & Biases."""
 
+import importlib.util
 import json
 import os
 import secrets
@@ -10,7 +11,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pipeline import Settings
+from pipeline import InputError, Settings, Wandb
+
+
+def check(wandb: Wandb) -> None:
+    """Raise `InputError` when W&B is asked for and its package is not installed."""
+    if wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"wandb.mode: {wandb.mode} asked for, but the package wandb is not installed; "
+            "run make install, or give --wandb.mode disabled"
+        )
 
 
 class Log:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline import InputError, Settings
 from shards import Batch, Store
 from shards.device import pick_device
-from train import checkpoint, memory, record
+from train import checkpoint, log, memory, record
 from train.dense import DenseStep
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.gradients import Gradients
@@ -25,7 +25,7 @@ from train.log import Log
 from train.losses import Objective, StepValues
 from train.measure import PROBE_ROWS, measure, training_cut
 from train.optimizer import apply
-from train.peers import ALONE, Peers, joined
+from train.peers import ALONE, Peers, joined, world
 from train.recipe import Recipe, initial
 from train.sparse import Buffers, SparseStep
 from train.state import State
@@ -97,16 +97,15 @@ class Run:
         self.dir = settings.run_dir()
         source = store.manifest.source
         self.recipe = Recipe.of(settings, store, device)
-        if peers.leads:
-            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
-        peers.wait()
+        record.refuse_another(self.dir, settings, store.manifest.fingerprint)
         self.step = step_for(self.recipe.objective, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
         groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
         self.state = State.start(parameters, groups, sampled)
         checkpoint.restore(self.dir, self.state)
-        if peers.leads:
+        if peers.leads:  # nothing is written before all that was given is known to be usable
             checkpoint.cut_metrics(self.dir, self.state.step)
+            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
         config = settings.model_dump(mode="json") | {"harvest_fingerprint": store.manifest.fingerprint}
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
@@ -212,6 +211,7 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     device = pick_device(wanted[0].model.device)
     _check_store(wanted[0], store)
     _check_memory(wanted, store, device)
+    log.check(wanted[0].wandb)
     with joined(device) as peers:
         runs: list[Run] = []
         try:
@@ -227,13 +227,17 @@ def train_together(wanted: list[Settings], store: Store) -> None:
 
 
 def _check_store(settings: Settings, store: Store) -> None:
-    """Refuse a store of another model or layer; a model given as a directory has no name to compare."""
+    """Refuse a store of another model or layer, or one that cannot give such batches to all processes.
+
+    A model given as a directory has no name to compare.
+    """
     asked, source = (settings.model.name, settings.layer), store.manifest.source
     if source.layer != asked[1] or (source.model != asked[0] and not Path(asked[0]).is_dir()):
         raise InputError(
             f"{store.path}: expected activations of {asked[0]} layer {asked[1]}, found {source.model} layer "
             f"{source.layer}; harvest it (make harvest), or give --model.name and --layer of this store"
         )
+    store.train.loader(settings.train.batch_size, world=world())
 
 
 def _check_memory(wanted: list[Settings], store: Store, device: torch.device) -> None:

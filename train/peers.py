@@ -65,15 +65,19 @@ class Peers:
 ALONE = Peers()
 
 
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Peers]:
     """The processes that torchrun started (gloo on CPU, nccl on CUDA), or this one alone."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if world() == 1:
         yield ALONE
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Peers(dist.get_rank(), world)
+        yield Peers(dist.get_rank(), world())
     finally:
         dist.destroy_process_group()

@@ -77,7 +77,10 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
         mean = torch.tensor(outputs.mean, dtype=torch.float64) / outputs.scale
         fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
-    other = Transcoder.load(settings.train.init_from, device)
+    try:
+        other = Transcoder.load(settings.train.init_from, device)
+    except InputError as error:
+        raise InputError(f"train.init_from: {error}") from error
     expected = {
         "d_in": source.d_in,
         "d_out": source.d_out,

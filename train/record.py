@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import ROOT, InputError, Settings
+from pipeline import ROOT, InputError, Settings, validated
 from shards.files import write_whole
 from train import weights
 
+FILE_NAME = "settings.json"
 FREE = {"train.checkpoint_every"}
 """Settings that may change under the same name: they decide nothing about weights and metrics."""
 
@@ -25,25 +26,30 @@ def identity(settings: Settings, d_in: int) -> dict[str, Any]:
 
 
 def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str) -> None:
-    """Make the run directory this run's own; refuse when it holds another one.
-
-    More `train.rows` than before continue the same run.
-    """
-    file = run_dir / "settings.json"
-    if file.exists():
-        refuse_another(run_dir, settings, fingerprint)
-    elif (run_dir / weights.FILE_NAME).exists():
-        raise InputError(
-            f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
-        )
+    """Make the run directory, which `refuse_another` has let pass, this run's own."""
     record = {"settings": settings.model_dump(mode="json"), "harvest_fingerprint": fingerprint, "d_in": d_in}
-    write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(run_dir / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -> None:
-    """Raise `InputError` when the directory's run has other settings or another harvest."""
-    record = json.loads((run_dir / "settings.json").read_text())
-    old = identity(Settings.model_validate(record["settings"]), record["d_in"])
+    """Raise `InputError` when the directory's run has other settings or another harvest, or is not of this project.
+
+    More `train.rows` than before continue the same run.
+    """
+    file = run_dir / FILE_NAME
+    if not file.exists():
+        if (run_dir / weights.FILE_NAME).exists():
+            raise InputError(
+                f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
+            )
+        return
+    try:
+        record = json.loads(file.read_text())
+        old = identity(validated(record["settings"], "written by another version"), record["d_in"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file}: cannot be read: {error}; give another name (RUN=name), or remove {run_dir}"
+        ) from error
     new = identity(settings, record["d_in"])
     if new["train.rows"] >= old["train.rows"]:
         old["train.rows"] = new["train.rows"]
@@ -59,11 +65,11 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
 
 def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
     """Metadata of the finished weights when they are just what is asked for."""
-    if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / "settings.json").exists():
+    if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
     refuse_another(run_dir, settings, None)
     metadata = weights.read_metadata(run_dir)
-    done = Settings.model_validate(metadata["settings"])
+    done = validated(metadata["settings"], str(run_dir / weights.FILE_NAME))
     return metadata if done.train.rows == settings.train.rows else None
 
 

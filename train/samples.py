@@ -92,7 +92,13 @@ def read(run_dir: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         raise InputError(f"{file}: no samples; train with train.sample_every above 0")
     with file.open() as lines:
-        yield from map(json.loads, lines)
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(
+                    f"{file}: line {number} is damaged ({error}); train the run again"
+                ) from error
 
 
 def render(latents: Iterable[dict[str, Any]]) -> str:
@@ -131,8 +137,8 @@ def main() -> None:
     run_dir = settings.run_dir()
     total = sum(1 for _ in read(run_dir))
     wanted = set(given.latents or range(0, total, max(1, total // RENDERED)))
-    if max(wanted) >= total:
-        raise InputError(f"latents: {max(wanted)}: expected numbers below {total}")
+    if beyond := [latent for latent in wanted if not 0 <= latent < total]:
+        raise InputError(f"latents: {beyond[0]}: expected numbers from 0, below {total}")
     chosen = [line for line in read(run_dir) if line["latent"] in wanted]
     file = run_dir / "activation_samples" / "samples.html"
     file.write_text(render(chosen))

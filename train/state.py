@@ -82,8 +82,14 @@ class State:
         return {name: getattr(self, name) for name in names}
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Copy a checkpoint's values into this state, in place."""
+        """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape:
+                shape = "none" if found is None else list(found.shape)
+                raise ValueError(f"tensor {name}: expected shape {list(tensor.shape)}, found {shape}")
+            tensor.copy_(found)
+        if lacking := self.scalars().keys() - scalars.keys():
+            raise ValueError(f"no value of {min(lacking)}")
         for name, value in scalars.items():
             setattr(self, name, value)

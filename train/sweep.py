@@ -54,9 +54,9 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
             values["transcoder"] |= {"d_sae": wider, "group_sizes": _in_proportion(groups, wider)}
         made = Settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"sweep: {chosen}: {error.errors()[0]['msg']}") from error
+        raise InputError(f"sweep: {pipeline.first_mistake(error)}") from error
     except ValueError as error:
-        raise InputError(f"sweep: {chosen}: {error}") from error
+        raise InputError(f"sweep: {error}") from error
     name = "-".join([settings.run, *pipeline.changes(plain, made)])[:100]
     return made.model_copy(update={"run": name})
 

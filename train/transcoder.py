@@ -224,6 +224,9 @@ class Transcoder:
             name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
             for name, shape in shapes.items()
         }
+        for name, tensor in checked.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: tensor {name}: expected finite numbers, found NaN or infinity")
         thresholds = checked.pop("thresholds")
         return cls(Parameters(**checked), thresholds, ends, metadata)
 
@@ -236,6 +239,11 @@ def _span(thresholds: Tensor) -> str:
 
 def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes that a file's tensors must have, from its prefix ends, W_enc's and b_dec's widths."""
+    for name in ("W_enc", "b_dec"):
+        if name not in tensors:
+            raise InputError(
+                f"{path}: tensor {name}: expected one, found {', '.join(sorted(tensors)) or 'none'}"
+            )
     d_sae = ends[-1] if ends else 0
     widths = {name: tensor.shape[-1] for name, tensor in tensors.items() if tensor.ndim}
     d_in, d_out = widths.get("W_enc", 0), widths.get("b_dec", 0)

@@ -184,5 +184,5 @@ def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(InputError, match="cuda asked for, but PyTorch finds no GPU"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
-    with pytest.raises(InputError, match="expected auto, cpu or cuda, found 'gpu'"):
+    with pytest.raises(InputError, match="expected auto, cpu, cuda or cuda:N, found 'gpu'"):
         pick_device("gpu")

@@ -90,7 +90,7 @@ def test_the_command_prints_and_renders(
     assert "64 of 64 latents in" in printed
     assert (sampled / "activation_samples" / "samples.html").is_file()
     monkeypatch.setattr("sys.argv", ["train.samples", *options, "--latents", "64"])
-    with pytest.raises(InputError, match="64: expected numbers below 64"):
+    with pytest.raises(InputError, match="64: expected numbers from 0, below 64"):
         samples.main()
 
 

@@ -24,6 +24,8 @@ FILE_NAME = "params.npz"
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) of a params.npz; raises `InputError` naming the array that is wrong."""
+    if not zipfile.is_zipfile(path):  # np.load would take it for a pickle and say how to load that
+        raise InputError(f"{path}: not a readable .npz of plain arrays: no zip archive")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files}

@@ -1,0 +1,298 @@
+"""The mistakes of docs/mistakes.md: a directory in which everything is right, and how each mistake is made in it.
+
+Everything happens in the current directory: `pipeline.toml`, `text.jsonl`, a model, a finished harvest of its layer 1
+and an unfinished one of layer 2, a trained and evaluated run `a`.
+"""
+
+import fcntl
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import pipeline
+from pipeline import run_stage
+from shards.files import commit_text, sha256, store_files
+from tests.evaluate.fakes import random_coder
+from tests.models import save_model, sentences, write_jsonl
+from train import weights
+
+MODEL = Path("models/tiny-llama")
+STORE = Path("activations/tiny-llama/layer_1.zarr")
+UNFINISHED = Path("activations/tiny-llama/layer_2.zarr")
+RUN = Path("checkpoints/transcoder/tiny-llama/layer_1/a")
+SETTINGS = """
+[model]
+name = "models/tiny-llama"
+device = "cpu"
+
+[data]
+files = ["text.jsonl"]
+pack = "concat"
+
+[harvest]
+rows = 2000
+context_length = 32
+heldout_fraction = 0.1
+
+[transcoder]
+d_sae = 64
+group_sizes = [8, 16, 40]
+k = 4
+
+[train]
+rows = 2048
+batch_size = 64
+lr = 3e-3
+warmup_steps = 8
+sample_every = 4
+
+[wandb]
+mode = "disabled"
+
+[profile.quick.train]
+rows = 512
+"""
+
+
+def call(module: str, *arguments: str) -> int:
+    """`python -m module arguments` in this process; its exit code."""
+    main = importlib.import_module(f"{module}.__main__" if "." not in module else module).main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setattr(pipeline, "PIPELINE_TOML", Path("pipeline.toml"))
+        with pytest.raises(SystemExit) as stopped:
+            run_stage(main)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def make_right() -> None:
+    """Fill the current directory."""
+    from harvest.run import StoreWriter
+
+    Path("pipeline.toml").write_text(SETTINGS)
+    write_jsonl(Path("text.jsonl"), sentences(200))
+    save_model(MODEL, "llama")
+    assert call("harvest", "--layer", "1") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoreWriter, "write_window", _stopped)
+        assert call("harvest", "--layer", "2") == 130
+    assert call("train", "--layer", "1", "--run", "a") == 0
+    assert call("evaluate", "--layer", "1", "--run", "a", "--cross-entropy-tokens", "0") == 0
+
+
+def _stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+# -- how mistakes are made -----------------------------------------------------------------------------
+
+
+def edit(old: str, new: str, file: str | Path = "pipeline.toml") -> None:
+    text = Path(file).read_text()
+    assert old in text
+    Path(file).write_text(text.replace(old, new, 1))
+
+
+def write(file: str | Path, data: str | bytes) -> None:
+    Path(file).write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def documents(*lines: str | bytes) -> None:
+    write(
+        "text.jsonl", b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines)
+    )
+
+
+def cut(file: str | Path) -> None:
+    """Leave the first half."""
+    write(file, Path(file).read_bytes()[: Path(file).stat().st_size // 2])
+
+
+def remove(path: str | Path) -> None:
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def in_place_of(path: str | Path, *, directory: bool = False) -> None:
+    """An empty file, or a directory, where the other was."""
+    remove(path)
+    Path(path).mkdir() if directory else write(path, "")
+
+
+def header_of(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
+
+
+def change(file: Path, *without: str, **tensors: torch.Tensor) -> None:
+    """Other tensors in a .safetensors file, and none whose name begins like one of `without`."""
+    kept = {
+        name: tensor for name, tensor in load_file(file).items() if not name.startswith(without or ("-",))
+    }
+    save_file(kept | tensors, file, header_of(file))
+
+
+def in_header(file: Path, **values: str) -> None:
+    save_file(load_file(file), file, header_of(file) | values)
+
+
+def in_json(file: Path, **values: Any) -> None:
+    write(file, json.dumps(json.loads(file.read_text()) | values))
+
+
+def other_model(family: str, **changes: Any) -> None:
+    remove(MODEL)
+    save_model(MODEL, family, **changes)
+
+
+def recommitted() -> None:
+    """The store's list of digests, made anew: what was changed passes for what was harvested."""
+    write(STORE / "files.sha256", commit_text({name: sha256(STORE / name) for name in store_files(STORE)}))
+
+
+def later_format() -> None:
+    edit('"format_version": 1', '"format_version": 2', STORE / "zarr.json")
+    recommitted()
+
+
+def harvested_again() -> None:
+    remove(STORE)
+    assert call("harvest", "--layer", "1", "--harvest.seed", "1") == 0
+
+
+def locked(root: Path) -> Any:
+    """Another process' hold on a store, as long as the file that is returned is open."""
+    file = (root / ".harvest" / "lock").open("w")
+    file.write("4711\n")
+    file.flush()
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def latest_state() -> Path:
+    return RUN / "state" / (RUN / "state" / "latest").read_text().strip()
+
+
+def nan_in(name: str, file: Path) -> None:
+    change(file, **{name: torch.full_like(load_file(file)[name], float("nan"))})
+
+
+W = RUN / weights.FILE_NAME
+SAMPLES = RUN / "activation_samples" / "samples.jsonl"
+TINY = MODEL / "model.safetensors"
+
+MISTAKES: dict[str, Callable[[], object]] = {
+    # settings
+    "a bracket is missing": lambda: edit("[train]", "[train"),
+    "a key is there twice": lambda: edit("k = 4", "k = 4\nk = 8"),
+    "a section is misspelt": lambda: edit("[train]", "[trian]"),
+    "a key is misspelt": lambda: edit("lr = 3e-3", "lrr = 3e-3"),
+    "a key stands outside its section": lambda: write("pipeline.toml", "lr = 3e-3" + SETTINGS),
+    "a section is given as a value": lambda: write("pipeline.toml", 'wandb = "offline"'),
+    "a profile is given as a value": lambda: write("pipeline.toml", 'profile = "quick"'),
+    "a recipe without its layer": lambda: write("pipeline.toml", '[recipe."models/tiny-llama"]\ntrain = 1'),
+    "text where a number belongs": lambda: edit("lr = 3e-3", 'lr = "fast"'),
+    "a negative number": lambda: edit("rows = 2000", "rows = -2000"),
+    "no number at all": lambda: edit("lr = 3e-3", "lr = nan"),
+    "a fraction where a whole number belongs": lambda: edit("k = 4", "k = 4.5"),
+    "groups that do not add up": lambda: edit("[8, 16, 40]", "[8, 16, 64]"),
+    "more active latents than there are": lambda: edit("k = 4", "k = 96"),
+    "a size that is none": lambda: edit("d_sae = 64", 'd_sae = "2y"'),
+    "fewer rows than a batch": lambda: edit("rows = 2048", "rows = 20"),
+    "a word that is not one of those known": lambda: edit('"disabled"', '"on"'),
+    "there is no pipeline.toml": lambda: remove("pipeline.toml"),
+    "pipeline.toml is a directory": lambda: in_place_of("pipeline.toml", directory=True),
+    "pipeline.toml is not UTF-8": lambda: write("pipeline.toml", b"# caf\xe9\n"),
+    # models
+    "no config.json": lambda: remove(MODEL / "config.json"),
+    "config.json is damaged": lambda: write(MODEL / "config.json", "{"),
+    "config.json is damaged (a plan)": lambda: write(MODEL / "config.json", "{"),
+    "pickled weights only": lambda: TINY.rename(MODEL / "pytorch_model.bin"),
+    "the model's weights are cut short": lambda: cut(TINY),
+    "some of the weights are missing": lambda: change(TINY, "model.layers.0.mlp"),
+    "weights of another width than config.json says": lambda: in_json(
+        MODEL / "config.json", intermediate_size=32
+    ),
+    "no tokenizer": lambda: [remove(file) for file in MODEL.glob("token*")],
+    "the tokenizer is damaged": lambda: write(MODEL / "tokenizer.json", "{"),
+    "a family whose blocks have no norm before the MLP (Phi)": lambda: other_model("phi"),
+    "a model that TransformerLens cannot run (GPT-NeoX with two key heads)": lambda: other_model("gpt_neox"),
+    "no causal model (T5)": lambda: in_json(MODEL / "config.json", model_type="t5"),
+    "weights that hold NaN (the unfinished store stays)": lambda: nan_in(
+        "model.layers.0.mlp.down_proj.weight", TINY
+    ),
+    "another model under the same name": lambda: other_model("llama", intermediate_size=48),
+    "no GGUF file": lambda: write("models/tiny.gguf", "a web page"),
+    # text
+    "a directory": lambda: Path("texts").mkdir(),
+    "a file of another kind": lambda: write("text.csv", "text"),
+    "a broken line": lambda: documents('{"text": "one"}', '{"text": "two}', '{"text": "three"}'),
+    "a column of numbers": lambda: documents('{"text": 1}', '{"text": 2}'),
+    "a text that is null": lambda: documents('{"text": "one"}', '{"text": null}'),
+    "lines that are no objects": lambda: documents('"one"', '"two"'),
+    "an empty file": lambda: documents(),
+    "empty documents only": lambda: documents(*['{"text": ""}'] * 9),
+    "documents of one token only": lambda: documents(*['{"text": "a"}'] * 9),
+    "bytes that are not UTF-8": lambda: documents('{"text": "one"}', b'{"text": "caf\xe9"}'),
+    "a .txt that is not UTF-8": lambda: write("text.txt", b"one\ncaf\xe9\n"),
+    "a .parquet that is none": lambda: write("text.parquet", "PAR1"),
+    # stores
+    "the harvest's plan is damaged": lambda: write(UNFINISHED / ".harvest/plan.json", "{"),
+    "the harvest's source is damaged": lambda: write(UNFINISHED / ".harvest/source.json", "{"),
+    "another process is writing the store": lambda: locked(UNFINISHED),
+    "a file where the store should be": lambda: in_place_of(STORE),
+    "a store of a later version": later_format,
+    "the manifest was edited": lambda: edit('"layer": 1', '"layer": 0', STORE / "zarr.json"),
+    "the manifest was edited; to be repaired": lambda: edit('"layer": 1', '"layer": 0', STORE / "zarr.json"),
+    "files.sha256 was edited": lambda: edit("tokenizer", "tokeniser", STORE / "files.sha256"),
+    "a shard is cut short (the new run stays)": lambda: cut(STORE / "train/inputs/c/0/0"),
+    "a shard is cut short": lambda: cut(STORE / "train/inputs/c/0/0"),
+    "a shard is missing": lambda: remove(STORE / "heldout/outputs/c/0/0"),
+    "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
+    "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
+    "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
+    # runs
+    "the run is not trained to its end": lambda: remove(W),
+    "the run's weights are cut short": lambda: cut(W),
+    "a tensor is missing": lambda: change(W, "b_dec"),
+    "a tensor of another width": lambda: change(W, W_dec=torch.zeros(64, 31)),
+    "a threshold is NaN": lambda: nan_in("thresholds", W),
+    "a weight is infinite": lambda: change(W, b_dec=torch.full((32,), float("inf"))),
+    "a run of a later version": lambda: in_header(W, format_version="2"),
+    "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64)).save(RUN),
+    "the store was harvested again": harvested_again,
+    "settings.json is damaged": lambda: write(RUN / "settings.json", "{"),
+    "settings.json of another version": lambda: edit('"order_seed"', '"order_sead"', RUN / "settings.json"),
+    "the checkpoint is cut short": lambda: cut(latest_state() / "tensors.safetensors"),
+    "the checkpoint's state.json is damaged": lambda: write(latest_state() / "state.json", "{"),
+    "the checkpoint lacks a tensor": lambda: change(latest_state() / "tensors.safetensors", "last_fired"),
+    "a checkpoint of another width": lambda: change(
+        latest_state() / "tensors.safetensors", last_fired=torch.zeros(3, dtype=torch.int64)
+    ),
+    "a checkpoint of another version": lambda: in_json(latest_state() / "state.json", version=9),
+    "the log has a broken line": lambda: edit('{"step"', '{"step', RUN / "metrics.jsonl"),
+    "the log has a broken line; to be evaluated": lambda: edit('{"step"', '{"step', RUN / "metrics.jsonl"),
+    "metrics.json is damaged": lambda: write(RUN / "evaluation/metrics.json", "{"),
+    "the samples are damaged": lambda: write(SAMPLES, "{"),
+    "no samples were collected": lambda: remove(SAMPLES),
+    "no .npz": lambda: write("params.npz", "a web page"),
+    "an .npz of pickles": lambda: np.savez("params.npz", W_enc=np.array([{}], object)),
+    "the run is not evaluated": lambda: remove(RUN / "evaluation"),
+    "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
+}
+"""What is wrong, in the page's words -> what makes it so. Mistakes of the command line need nothing made."""
+
+ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
+    "a batch that three processes cannot share": lambda patch: patch.setenv("WORLD_SIZE", "3"),
+}
