@@ -14,6 +14,10 @@ from pipeline import InputError, run_stage
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        raise InputError(
+            "launch: expected processes and a stage, for example: python -m launch 4 train --layer 17"
+        )
     processes, stage, *arguments = sys.argv[1:]
     if not (processes.isdecimal() and int(processes)):
         raise InputError(f"NPROC: expected a number of processes from 1, found {processes!r}")

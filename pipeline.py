@@ -389,8 +389,14 @@ def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
-    word = name.lstrip("-")
-    near = [each for each in known if each.endswith(f".{word}")] or difflib.get_close_matches(name, known, 1)
+    section, dot, word = name.rpartition(".")
+    near = [each for each in known if each.endswith(f".{word.lstrip('-')}")]
+    beside = [each for each in known if dot and each.startswith(section + dot)]
+    if not near and beside:  # by the last word alone: all names of a section are alike
+        words = [each.rpartition(".")[2] for each in beside]
+        near = [section + dot + each for each in difflib.get_close_matches(word, words, 1)]
+    elif not near:
+        near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -503,6 +509,7 @@ def first_mistake(error: ValidationError) -> str:
 ENVIRONMENT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
 }
 """Errors of the disk that the user can mend: not defects of the program."""
 

@@ -64,9 +64,9 @@ def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, objec
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said below
     try:
         if file:
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said below
             opened = datasets.load_dataset(
                 READERS[file.suffix], data_files=str(file), split="train", streaming=True
             )

@@ -293,6 +293,8 @@ MISTAKES: dict[str, Callable[[], object]] = {
 """What is wrong, in the page's words -> what makes it so. Mistakes of the command line need nothing made."""
 
 ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "no GPU where one is asked for": lambda patch: patch.setattr(torch.cuda, "device_count", lambda: 0),
     "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
     "a batch that three processes cannot share": lambda patch: patch.setenv("WORLD_SIZE", "3"),
 }
+"""The same of what is around the command; undone after it."""

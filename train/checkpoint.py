@@ -65,7 +65,7 @@ def restore(run_dir: Path, state: State) -> bool:
         state.restore(load_file(folder / "tensors.safetensors"), scalars)
     except InputError:
         raise
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         what = f"not a readable checkpoint: {first_line(error)}"
         raise InputError(f"{folder}: {what}; {_remedy(run_dir)}") from error
     return True
