@@ -363,6 +363,8 @@ def load(
     file = _read_toml(toml)
     profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
     recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
+    if stray := sorted(file.keys() & {"run", "harvest_name"}):
+        raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
     profile = profiles.get(given.profile, {}) if given.profile else {}
     if given.profile and given.profile not in profiles:
         known = ", ".join(profiles) or "none"

@@ -31,7 +31,7 @@ def push(run_dir: Path, address: str) -> None:
     if "training" not in transcoder.metadata:
         raise InputError(f"{run_dir}: was not trained here; push what it was imported from")
     metrics = finished(run_dir / "evaluation")
-    if metrics is None or metrics["provenance"]["weights_sha256"] != sha256(run_dir / weights.FILE_NAME):
+    if metrics is None or metrics["provenance"].get("weights_sha256") != sha256(run_dir / weights.FILE_NAME):
         raise InputError(
             f"{run_dir}: the card needs the evaluation of these weights; evaluate it (make evaluate)"
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -48,6 +47,10 @@ class LanguageModel:
         self.name = name
         self.n_layers: int = bridge.cfg.n_layers
         self.d_model: int = bridge.cfg.d_model
+        self.tokens: int = bridge.original_model.get_input_embeddings().num_embeddings
+        config = bridge.original_model.config.get_text_config()
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        """Tokens of the longest context; none where the model names no limit (ALiBi)."""
         self.device = torch.device(bridge.cfg.device)
         self.dtype: torch.dtype = next(bridge.original_model.parameters()).dtype
 
@@ -210,7 +213,7 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
     """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a bad file makes it
         why = first_line(error)
         if Path(where).is_dir() and not (Path(where) / "tokenizer.json").is_file():
             why = "there is no tokenizer.json beside the weights; copy it there"
@@ -225,7 +228,7 @@ def width(where: str, revision: str | None) -> int:
     """Model width D, from its configuration alone."""
     try:
         config = AutoConfig.from_pretrained(where, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a bad file makes it
         raise InputError(f"model {where}: its config.json cannot be read: {first_line(error)}") from error
     return config.get_text_config().hidden_size
 
@@ -268,7 +271,7 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
             tokenizer=tokenizer,
             **({"revision": model.revision} if model.revision else {}),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers and the bridge raise whatever a bad file makes them
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
         raise InputError(f"model {model.name}: cannot be loaded: {first_line(error)}") from error

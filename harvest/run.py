@@ -108,6 +108,7 @@ def _harvest(
     # Before the text pass: what is wrong with the model shows before anything is written.
     model = lm.load(settings.model, where, tokenizer)
     of_model = _of_model(model, special)
+    _check_fit(settings, model, tokenizer)
     sources = [_source(settings, model, layer, request | of_model) for layer in writers]
     if first:
         _text_pass(settings, stores, request, tokenizer, special)
@@ -185,6 +186,20 @@ def _of_model(model: lm.LanguageModel, special: Special) -> dict[str, Any]:
         "chunk_rows": CHUNK_ROWS,
         "versions": _versions(),
     }
+
+
+def _check_fit(settings: Settings, model: lm.LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `InputError` when the model has no such positions, or no embedding of the tokenizer's own tokens."""
+    length, ids = settings.harvest.context_length, tokenizer.backend_tokenizer.get_vocab_size(False)
+    if model.positions is not None and length > model.positions:
+        raise InputError(
+            f"harvest.context_length: {length} asked for, but {model.name} has {model.positions} positions; lower it"
+        )
+    if ids > model.tokens:  # added tokens apart: a padding token without an embedding is common, and never fed
+        raise InputError(
+            f"model {model.name}: its tokenizer has {ids} tokens, but its embedding {model.tokens}; "
+            "the tokenizer is another model's"
+        )
 
 
 def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dict[str, Any]) -> Source:

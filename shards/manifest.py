@@ -147,9 +147,10 @@ def read_manifest(root: Path) -> Manifest:
     path = root / "zarr.json"
     try:
         attributes = json.loads(path.read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = dict(attributes.get("manifest", {}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    return Manifest.from_json(attributes.get("manifest", {}), str(path))
+    return Manifest.from_json(manifest, str(path))
 
 
 def digest(value: Any) -> str:

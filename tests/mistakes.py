@@ -155,6 +155,12 @@ def other_model(family: str, **changes: Any) -> None:
     save_model(MODEL, family, **changes)
 
 
+def larger_tokenizer() -> None:
+    model = json.loads((MODEL / "tokenizer.json").read_text())["model"]
+    more = {f"word{number}": number for number in range(len(model["vocab"]), 5000)}
+    in_json(MODEL / "tokenizer.json", model=model | {"vocab": model["vocab"] | more})
+
+
 def recommitted() -> None:
     """The store's list of digests, made anew: what was changed passes for what was harvested."""
     write(STORE / "files.sha256", commit_text({name: sha256(STORE / name) for name in store_files(STORE)}))
@@ -201,6 +207,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a section is given as a value": lambda: write("pipeline.toml", 'wandb = "offline"'),
     "a profile is given as a value": lambda: write("pipeline.toml", 'profile = "quick"'),
     "a recipe without its layer": lambda: write("pipeline.toml", '[recipe."models/tiny-llama"]\ntrain = 1'),
+    "a run named in the file": lambda: write("pipeline.toml", 'run = "a"' + SETTINGS),
     "text where a number belongs": lambda: edit("lr = 3e-3", 'lr = "fast"'),
     "a negative number": lambda: edit("rows = 2000", "rows = -2000"),
     "no number at all": lambda: edit("lr = 3e-3", "lr = nan"),
@@ -227,6 +234,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "the tokenizer is damaged": lambda: write(MODEL / "tokenizer.json", "{"),
     "a family whose blocks have no norm before the MLP (Phi)": lambda: other_model("phi"),
     "a model that TransformerLens cannot run (GPT-NeoX with two key heads)": lambda: other_model("gpt_neox"),
+    "the tokenizer of a larger model": larger_tokenizer,
     "no causal model (T5)": lambda: in_json(MODEL / "config.json", model_type="t5"),
     "weights that hold NaN (the unfinished store stays)": lambda: nan_in(
         "model.layers.0.mlp.down_proj.weight", TINY
@@ -264,6 +272,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     # runs
     "the run is not trained to its end": lambda: remove(W),
     "the run's weights are cut short": lambda: cut(W),
+    "prefixes that do not rise": lambda: in_header(W, prefix_ends="[24, 8, 64]"),
     "a tensor is missing": lambda: change(W, "b_dec"),
     "a tensor of another width": lambda: change(W, W_dec=torch.zeros(64, 31)),
     "a threshold is NaN": lambda: nan_in("thresholds", W),

@@ -218,7 +218,10 @@ class Transcoder:
         """
         path = formats.fetched(path)
         tensors, metadata = formats.read(path)
-        ends = tuple(metadata.pop("prefix_ends", ()))
+        ends = metadata.pop("prefix_ends", None)
+        if not isinstance(ends, list | tuple) or not ends or list(ends) != sorted({end for end in ends if isinstance(end, int)}):
+            raise InputError(f"{path}: prefix_ends: expected rising numbers of latents, found {ends!r}")
+        ends = tuple(ends)
         shapes = _shapes(path, tensors, ends)
         checked = {
             name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
