@@ -195,7 +195,9 @@ def _check_fit(settings: Settings, model: lm.LanguageModel, tokenizer: PreTraine
         raise InputError(
             f"harvest.context_length: {length} asked for, but {model.name} has {model.positions} positions; lower it"
         )
-    if ids > model.tokens:  # added tokens apart: a padding token without an embedding is common, and never fed
+    if (
+        ids > model.tokens
+    ):  # added tokens apart: a padding token without an embedding is common, and never fed
         raise InputError(
             f"model {model.name}: its tokenizer has {ids} tokens, but its embedding {model.tokens}; "
             "the tokenizer is another model's"

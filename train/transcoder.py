@@ -219,7 +219,7 @@ class Transcoder:
         path = formats.fetched(path)
         tensors, metadata = formats.read(path)
         ends = metadata.pop("prefix_ends", None)
-        if not isinstance(ends, list | tuple) or not ends or list(ends) != sorted({end for end in ends if isinstance(end, int)}):
+        if not _rising(ends):
             raise InputError(f"{path}: prefix_ends: expected rising numbers of latents, found {ends!r}")
         ends = tuple(ends)
         shapes = _shapes(path, tensors, ends)
@@ -238,6 +238,12 @@ def _span(thresholds: Tensor) -> str:
     """One number, or the smallest and largest of several."""
     low, high = float(thresholds.min()), float(thresholds.max())
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _rising(ends: Any) -> bool:
+    """Whether these are numbers of latents, each prefix wider than the one before."""
+    whole = isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)
+    return whole and bool(ends) and list(ends) == sorted(set(ends)) and ends[0] > 0
 
 
 def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
