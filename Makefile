@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 PEERS  ?= .venv-peers
+AUDIT  ?= .venv-audit
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
@@ -17,7 +18,8 @@ export TOKENIZERS_PARALLELISM = true
 export WANDB_SILENT = true
 
 .PHONY: demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep samples evaluate compare export import push bench bench-storage lint format clean
+        train sweep samples evaluate compare export import push bench bench-storage audit lint \
+        format clean
 
 demo: install install-embedded
 	@$(PY) -m harvest --profile demo $(ARGS)
@@ -88,6 +90,12 @@ bench-storage: install install-embedded
 	@$(PY) -m harvest --profile demo --harvest f32 --harvest.rows 32768 --harvest.storage float32
 	@$(PY) -m bench.storage $(DEMO_STORES)/layer_12_f32.zarr
 
+# Known vulnerabilities of the pinned versions. --strict: a package nothing is known of fails, and is not passed over.
+audit: $(AUDIT)/.installed
+	@$(AUDIT)/bin/python -m pip_audit --strict -r constraints.txt --no-deps --disable-pip --progress-spinner off \
+		2> $(AUDIT)/said || { cat $(AUDIT)/said >&2; grep -q '^Found' $(AUDIT)/said || \
+		echo "audit: NOT done: pypi.org did not give its advisories to this machine; run it where it does" >&2; exit 1; }
+
 lint: install-dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -134,4 +142,9 @@ $(PEERS)/.installed: peers.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install 'pip>=25.1'
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install "$$(grep '^torch==' peers.txt)"
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install -r peers.txt
+	@touch $@
+
+$(AUDIT)/.installed:
+	@test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --disable-pip-version-check -q install 'pip-audit>=2.10'
 	@touch $@

@@ -274,6 +274,14 @@ class Paths(Section):
     cache_bytes: int = Field(default=20_000_000_000, gt=0)
     """Size of that cache; an epoch of a larger store downloads it again."""
 
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "Paths":
+        if re.match(r"\w+://[^/]*@", self.activations):
+            raise ValueError(
+                "an address is written beside every artifact; give user and password another way"
+            )
+        return self
+
 
 class Settings(BaseModel):
     """Everything a stage needs to know; written beside every artifact."""
@@ -305,7 +313,12 @@ class Settings(BaseModel):
     @property
     def model_slug(self) -> str:
         """Directory name of the model: the last part of its name, lower-case, without .gguf."""
-        return Path(self.model.name).name.lower().removesuffix(".gguf")
+        slug = Path(self.model.name).name.lower().removesuffix(".gguf")
+        if slug in ("", "..") or re.search(r"[\\\x00-\x1f\x7f]", slug):
+            raise InputError(
+                f"model.name: {self.model.name!r} does not end in a name for a directory; give its full path"
+            )
+        return slug
 
     def store_path(self, layer: int) -> str:
         """Directory or address of a layer's store."""

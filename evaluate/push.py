@@ -48,6 +48,15 @@ def push(run_dir: Path, address: str) -> None:
         )
 
 
+def plain(value: Any) -> Any:
+    """`value` with all its strings as words: a manifest's names become neither HTML nor Markdown nor a header."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return re.sub(r"[^\w ./:,@+=-]", "_", value) if isinstance(value, str) else value
+
+
 def card(transcoder: Transcoder, metrics: dict[str, Any], address: str) -> str:
     """The model card, Markdown with the hub's header."""
     environment = Environment(
@@ -62,8 +71,8 @@ def card(transcoder: Transcoder, metrics: dict[str, Any], address: str) -> str:
     model = transcoder.metadata["source"]["model"]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("embedded/")
     return environment.get_template("card.md").render(
-        **transcoder.metadata,
-        metrics=metrics,
+        **plain(transcoder.metadata),
+        metrics=plain(metrics),
         address=address,
         base_model=model if on_hub else None,
         d_in=transcoder.d_in,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from pipeline import InputError
@@ -44,6 +45,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def inside(root: Path, name: str) -> Path:
+    """`root` / `name`, which comes from a file that somebody else may have written.
+
+    Raises `InputError` where the name, or a symbolic link on its way, leads out of `root`.
+    """
+    if re.search(r"[\\\x00-\x1f\x7f]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise InputError(f"{root}: {name!r} is not the name of a file in it; do not use what came with it")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"{path}: a link that leads out of {root}, to {path.resolve()}; copy it with links followed (cp -rL)"
+        )
+    return path
+
+
 def store_files(root: Path) -> list[str]:
     """Every file of a store but the commit and the unfinished harvest's, in byte order of the path."""
     paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
@@ -74,5 +90,12 @@ def read_commit(root: Path) -> dict[str, str]:
         raise InputError(
             f"{path}: damaged: its last line does not digest the lines above; make verify tells more"
         )
-    pairs = (line.split("  ", 1) for line in body.decode().splitlines())
-    return {name: hexdigest for hexdigest, name in pairs}
+    pairs = [
+        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in body.decode(errors="replace").split("\n")
+    ]
+    if not all(pairs):
+        raise InputError(f"{path}: damaged: expected lines of <sha256>  <path>")
+    digests = {pair[2]: pair[1] for pair in pairs if pair}
+    for name in digests:
+        inside(root, name)
+    return digests

@@ -32,7 +32,7 @@ def is_hub(where: str | Path) -> bool:
 def parse(url: str) -> Address:
     name = r"[A-Za-z0-9][A-Za-z0-9._-]*"
     matched = re.fullmatch(rf"hf://(datasets/)?({name}/{name})(?:@([^/]+))?((?:/[^/]+)*)/?", url)
-    if not matched or ".." in url.split("/"):
+    if not matched or ".." in re.split("[/@]", url) or re.search(r"[\\\x00-\x1f\x7f]", url):
         raise InputError(f"{url}: expected hf://owner/name[@revision]/path or hf://datasets/owner/name/path")
     kind, repo, revision, path = matched.groups()
     return Address("dataset" if kind else "model", repo, revision, path.strip("/"))

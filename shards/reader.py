@@ -22,6 +22,8 @@ from shards.remote import Files, LocalFiles
 
 CRC = 4
 INDEX_BYTES = 16 * FILE_CHUNKS + CRC
+CORE_CODECS = {"bytes", "zstd", "blosc", "gzip", "crc32c", "transpose", "sharding_indexed"}
+"""What zarr-python may run on a store's bytes: any package can register another codec, one that unpickles too."""
 OPEN_FILES = 40
 """Maps kept per array: a loader's group of 32 chunks may lie in 32 files."""
 
@@ -63,8 +65,23 @@ def open_array(files: Files, array: Array) -> ChunkReader:
         raise InputError(
             f"{files.where}/{array.path}: layout unknown to the fast reader; copy the store here"
         )
+    if unknown := _codec_names(found.get("codecs")) - CORE_CODECS:
+        raise InputError(
+            f"{path}: codec {unknown.pop()}: expected those of zarr's core: {', '.join(sorted(CORE_CODECS))}"
+        )
     warnings.warn(f"{path}: layout unknown to the fast reader, read through zarr-python", stacklevel=2)
     return ZarrArray(files.root, array)
+
+
+def _codec_names(codecs: Any) -> set[str]:
+    """Every codec of a zarr.json's list, those inside a shard too; an entry that is none by its repr."""
+    names = set()
+    for codec in codecs if isinstance(codecs, list) else [codecs]:
+        names.add(str(codec.get("name")) if isinstance(codec, dict) else repr(codec))
+        within = codec.get("configuration", {}) if isinstance(codec, dict) else {}
+        for key in ("codecs", "index_codecs"):
+            names |= _codec_names(within[key]) if key in within else set()
+    return names
 
 
 class MappedArray:
@@ -152,7 +169,7 @@ class ZarrArray:
         import zarr
 
         self.array = array
-        opened = zarr.open_array(root / array.path, mode="r")
+        opened = zarr.open_array(root / array.path, mode="r", zarr_format=3)
         assert isinstance(opened, zarr.Array)
         self._zarr = opened
 

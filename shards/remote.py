@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pipeline import InputError, Paths, first_line
 from shards import hub
-from shards.files import read_commit, write_whole
+from shards.files import inside, read_commit, write_whole
 from shards.layout import COMMIT
 
 SCHEMES = ("s3://", "gs://", "https://", "http://", hub.SCHEME)
@@ -44,7 +44,7 @@ class LocalFiles:
         self.root, self.where = root, str(root)
 
     def local(self, name: str) -> Path:
-        return self.root / name
+        return inside(self.root, name)
 
 
 class RemoteFiles:
@@ -64,7 +64,7 @@ class RemoteFiles:
     def local(self, name: str) -> Path:
         with self._lock:
             busy = self._busy.setdefault(name, threading.Lock())
-        path = self.root / name
+        path = inside(self.root, name)
         with busy:
             if path.is_file():
                 os.utime(path)

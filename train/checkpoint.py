@@ -6,6 +6,7 @@ So a process killed at any instant leaves a whole checkpoint behind, the last on
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import InputError, first_line
-from shards.files import flush, publish, write_whole
+from shards.files import flush, inside, publish, write_whole
 from train.state import State
 
 VERSION = 1
@@ -42,9 +43,17 @@ def save(run_dir: Path, state: State) -> None:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Directory of the newest whole checkpoint; none when the run has none yet."""
+    """Directory of the newest whole checkpoint; none when the run has none yet.
+
+    Raises `InputError` when the pointer is damaged or leads out of the run.
+    """
     pointer = run_dir / "state" / "latest"
-    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"step_\d+", name):
+        raise InputError(f"{pointer}: expected step_N, found {name!r:.80}; {_remedy(run_dir)}")
+    return inside(pointer.parent, name)
 
 
 def restore(run_dir: Path, state: State) -> bool:

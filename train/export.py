@@ -55,8 +55,11 @@ def exported(run_dir: Path, prefix: int | None) -> Transcoder:
     n = len(transcoder.prefix_ends)
     if prefix is not None and not 0 <= prefix < n:
         raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
+    source = transcoder.metadata.get("source", {})
+    if type(source.get("layer")) is not int:  # it becomes part of a path
+        raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
     assert float(transcoder.thresholds.min()) >= 0, "calibration gives none below zero"
-    whole = convert(transcoder, "normalized", transcoder.metadata.get("source", {}), str(run_dir))
+    whole = convert(transcoder, "normalized", source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
 
 

@@ -91,5 +91,5 @@ class State:
             tensor.copy_(found)
         if lacking := self.scalars().keys() - scalars.keys():
             raise ValueError(f"no value of {min(lacking)}")
-        for name, value in scalars.items():
-            setattr(self, name, value)
+        for name in self.scalars():
+            setattr(self, name, scalars[name])

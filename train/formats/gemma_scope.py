@@ -20,6 +20,7 @@ from shards.files import write_whole
 from train import weights
 
 FILE_NAME = "params.npz"
+ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -28,7 +29,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path}: not a readable .npz of plain arrays: no zip archive")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files}
+            arrays = {
+                name: torch.from_numpy(stored[name].astype(np.float32))
+                for name in stored.files
+                if name in ARRAYS
+            }
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable .npz of plain arrays: {error}") from error
     W_enc, b_dec = arrays.get("W_enc", torch.empty(0, 0)), arrays.get("b_dec", torch.empty(0))

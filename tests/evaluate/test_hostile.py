@@ -1,0 +1,104 @@
+"""Names that somebody else chose are text in every page, words in the model card; a page loads nothing."""
+
+import re
+
+import pytest
+from jinja2 import Environment
+
+import evaluate.run
+from evaluate import compare, push
+from pipeline import ROOT
+from tests.evaluate.fakes import random_coder
+from tests.evaluate.runs import make_run, settings_of
+from train import Transcoder, samples
+
+HOSTILE = (
+    "</title><script>alert(1)</script><img src=https://e.x/a onerror=alert(1)>\n`|[x](javascript:alert(1))"
+)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every page that is written, of a run, model, data set and rival with hostile names, and the model card."""
+    root, patch = tmp_path_factory.mktemp("pages"), pytest.MonkeyPatch()
+    make_run(root)
+    settings = settings_of(root)
+    folder, own = settings.run_dir(), Transcoder.load(settings.run_dir())
+    prepare = evaluate.run.prepare
+
+    def hostile(*given: object, **more: object) -> object:
+        job = prepare(*given, **more)  # type: ignore[arg-type]
+        job.provenance.update(run=HOSTILE, model=HOSTILE, dataset=HOSTILE, input_hook=HOSTILE)
+        return job
+
+    rival = root / "<script>alert(1)<" / "script><b onload=alert(1)>"
+    random_coder(6, 5, (8,)).save(rival)
+    with patch.context() as changed:
+        changed.setattr("evaluate.run.prepare", hostile)
+        changed.setattr("evaluate.compare.prepare", hostile)
+        metrics, _ = evaluate.run.evaluate(settings, ce_tokens=0)
+        compare.compare(settings, [str(rival)])
+    own.metadata.update(training={"rows": 1, "steps": 1}, git_commit=None)
+    own.metadata["source"] |= {"model": HOSTILE, "revision": HOSTILE, "output_hook": HOSTILE}
+    card = push.card(own, metrics, "hf://me/name")
+    sample = {
+        "value": 1.0,
+        "context": 0,
+        "position": 1,
+        "before": HOSTILE,
+        "token": HOSTILE,
+        "after": HOSTILE,
+    }
+    rendered = samples.render([{"latent": 0, "group": 0, "samples": [sample]}])
+    read = {
+        name: (folder / name).read_text() for name in ("evaluation/report.html", "comparison/compare.html")
+    }
+    return read | {"samples": rendered, "card": card}
+
+
+PAGES = ("evaluation/report.html", "comparison/compare.html", "samples")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_names_are_text_in_a_page(pages: dict[str, str], name: str) -> None:
+    page = pages[name]
+    assert "alert(1)" in page
+    without_data = re.sub(r'(?s)<script id="data".*?</script>', "", page)
+    assert not re.search(r"<(script|img|b) ?[^>]*alert|<img src=https|<script>alert", without_data)
+    assert page.count("<title>") == 1
+    assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_asks_for_nothing_and_runs_its_own_script_only(pages: dict[str, str], name: str) -> None:
+    page = pages[name]
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', page)
+    assert policy.startswith("default-src 'none';")
+    assert "unsafe-eval" not in policy
+    assert not re.search(r"script-src[^;]*(unsafe-inline|https?:|\*)", policy)
+    assert page.index("Content-Security-Policy") < page.index("<script" if "<script" in page else "</style>")
+    without_data = re.sub(r'(?s)<script id="data".*?</script>', "", page).replace("http://www.w3.org/", "")
+    loaded = re.findall(
+        r"(?:src|href|action|data)\s*=\s*[\"']?(?!#|data:)([^\"'\s>]+)",
+        without_data.replace("&lt;img src=https://e.x/a", ""),
+    )
+    assert [url for url in loaded if ":" in url or url.startswith("//")] == []
+    assert not re.search(r"@import|url\((?!#|data:|\"#)", without_data)
+
+
+def test_names_are_words_in_the_model_card(pages: dict[str, str]) -> None:
+    card = pages["card"]
+    header, text = card.removeprefix("---\n").split("---\n", 1)
+    assert "base_model" not in header
+    assert "script" in text
+    assert not re.search(r"<script|<img|\]\(", text)
+    assert all(line.count("|") == 3 for line in text.splitlines() if line.startswith("| model |"))
+
+
+def test_every_page_is_made_with_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is Markdown, and has words only."""
+    made = [
+        path for path in (ROOT / "evaluate").glob("*.py") if Environment.__name__ + "(" in path.read_text()
+    ]
+    escaping = {path.name: "autoescape=True" in path.read_text() for path in made}
+    assert escaping == {"compare.py": True, "report.py": True, "push.py": False}
