@@ -18,8 +18,8 @@ export TOKENIZERS_PARALLELISM = true
 export WANDB_SILENT = true
 
 .PHONY: demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep samples evaluate compare export import push bench bench-storage audit lint \
-        format clean
+        train sweep samples evaluate compare export import push bench bench-storage soak audit \
+        lint format clean
 
 demo: install install-embedded
 	@$(PY) -m harvest --profile demo $(ARGS)
@@ -89,6 +89,10 @@ bench: install install-embedded
 bench-storage: install install-embedded
 	@$(PY) -m harvest --profile demo --harvest f32 --harvest.rows 32768 --harvest.storage float32
 	@$(PY) -m bench.storage $(DEMO_STORES)/layer_12_f32.zarr
+
+# Train, evaluate and resume, killed at random instants, for MINUTES; fails where a byte differs or memory grows.
+soak: install-dev
+	@$(PY) -m bench.soak --minutes $(or $(MINUTES),60) $(ARGS)
 
 # Known vulnerabilities of the pinned versions. --strict: a package nothing is known of fails, and is not passed over.
 audit: $(AUDIT)/.installed

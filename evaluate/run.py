@@ -24,7 +24,7 @@ from evaluate.tokens import TokenText
 from pipeline import InputError, Settings
 from shards import Store
 from shards.device import pick_device
-from shards.files import sha256
+from shards.files import locked, remove_asides, sha256
 from train import Transcoder
 from train.weights import read_metadata
 
@@ -65,7 +65,9 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     metrics["baselines"] |= _one_group(job, trained) if trained else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
-    _write(job, metrics, replace(made, promoted=language.promoted), log)
+    with locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it"):
+        remove_asides(job.folder)
+        _write(job, metrics, replace(made, promoted=language.promoted), log)
     return metrics, True
 
 

@@ -1,8 +1,14 @@
-"""Files that appear whole or not at all, and the digests that prove it."""
+"""Files that appear whole or not at all, the digests that prove it, and the lock of who writes them."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import InputError
@@ -38,6 +44,45 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_asides(*folders: Path) -> None:
+    """Remove what killed processes left half-written in these folders; the caller holds their lock."""
+    for folder in folders:
+        for path in folder.glob("*.tmp"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is gone afterwards. The kernel frees a dead holder's lock.
+
+    Raises `InputError` with `refusal` and the holder's process number when it is held. A file system without
+    locks is told on standard error and trusted.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(f"{refusal} (process {holder}); wait for it or stop it") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                    raise
+                print(f"{path}: cannot be locked here; start no second process on it", file=sys.stderr)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # the last holder has removed it after we had opened it
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def sha256(path: Path) -> str:

@@ -8,10 +8,8 @@ Shapes: n rows of a window, d columns.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import numpy as np
 
 from pipeline import InputError
 from shards.encode import encode_rows, encode_shard, reduce_moments
-from shards.files import commit_text, read_commit, sha256, store_files, write_whole
+from shards.files import commit_text, locked, read_commit, remove_asides, sha256, store_files, write_whole
 from shards.layout import (
     COMMIT,
     FILE_CHUNKS,
@@ -66,20 +64,7 @@ class StoreWriter:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store; a second harvest is refused. The kernel frees a dead holder's lock."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        path = self.work / "lock"
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InputError(
-                    f"{self.root}: another harvest is writing it (process {holder}); wait for it or stop it"
-                ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+        with locked(self.work / "lock", f"{self.root}: another harvest is writing it"):
             try:
                 yield
             finally:
@@ -222,6 +207,7 @@ class StoreWriter:
     def finish(self) -> Manifest:
         """Reduce the records into the manifest and commit."""
         assert not self.missing()
+        remove_asides(self.root, *(path for path in self.root.rglob("*") if path.is_dir()))
         if (self.work / COMMIT).is_file():
             return self._recommit()
         text = self.text

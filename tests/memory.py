@@ -38,12 +38,12 @@ print(peak[0])
 """
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status: RssAnon now, or VmHWM, the peak.
+def resident(field: str, process: int | str = "self") -> int:
+    """Bytes of a field of /proc/<process>/status: RssAnon now, or VmHWM, the peak.
 
     VmHWM is this program's alone; ru_maxrss is inherited from the process that started it.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline import InputError, Settings
 from shards import Batch, Store
 from shards.device import pick_device
+from shards.files import locked, remove_asides
 from train import checkpoint, log, memory, record
 from train.dense import DenseStep
 from train.finish import finish, heldout_rows, raw_transcoder
@@ -154,7 +155,7 @@ class Run:
         variation = rows * recipe.variance
         fvu = [error / variation if variation else None for error in values.squared_errors.tolist()]
         now = time.perf_counter()
-        speed = (state.rows - self._logged_rows) / (now - self._clock)
+        speed = (state.rows - self._logged_rows) / max(now - self._clock, 1e-9)
         waited, self._waited, self._clock, self._logged_rows = self._waited, 0.0, now, state.rows
         return {
             "step": state.step,
@@ -212,7 +213,10 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     _check_store(wanted[0], store)
     _check_memory(wanted, store, device)
     log.check(wanted[0].wandb)
-    with joined(device) as peers:
+    with joined(device) as peers, ExitStack() as locks:
+        for folder in [settings.run_dir() for settings in wanted] if peers.leads else ():
+            locks.enter_context(locked(folder / ".lock", f"{folder}: another training is writing it"))
+            remove_asides(folder, folder / "state")
         runs: list[Run] = []
         try:
             buffers = Buffers()
