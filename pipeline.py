@@ -8,6 +8,7 @@ A leaf: imports no stage.
 import argparse
 import difflib
 import errno
+import faulthandler
 import re
 import signal
 import sys
@@ -522,7 +523,7 @@ def first_mistake(error: ValidationError) -> str:
 
 
 ENVIRONMENT = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
 }
@@ -531,8 +532,11 @@ ENVIRONMENT = {
 
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
-    # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
     try:
         stage()
     except InputError as error:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from evaluate import CROSS_ENTROPY_TOKENS
@@ -26,7 +25,7 @@ from shards import Store
 from shards.device import pick_device
 from shards.files import locked, remove_asides, sha256
 from train import Transcoder
-from train.weights import read_metadata
+from train.weights import read_metadata, save_tensors
 
 
 @dataclass(frozen=True)
@@ -178,6 +177,6 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[st
     data = page_data(made, job.split.contexts, text)
     data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
     write_report(folder / "report.html", metrics, data, drawn)
-    save_file(tensors(made), folder / "latents.safetensors")
+    save_tensors(folder / "latents.safetensors", tensors(made))
     metrics["files"] = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
     write_json(folder / "metrics.json", metrics)

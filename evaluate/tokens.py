@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from pipeline import InputError
+from shards.store import read_tokenizer
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -27,12 +25,7 @@ class TokenText:
     """The text of tokens. What a piece means is read off the tokenizer's decoder, not off its name."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the binding raises bare Exception
-            raise InputError(
-                f"{path}: not a readable tokenizer ({error}); harvest this store again"
-            ) from error
+        self._tokenizer = read_tokenizer(path)
         spec = json.loads(self._tokenizer.to_str())
         self._added = {token["id"]: token["content"] for token in spec.get("added_tokens") or ()}
         self._to_bytes = _piece_decoder(_decoder_types(spec.get("decoder")))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline import InputError
 from shards.layout import COMMIT, WORK
@@ -17,10 +18,19 @@ from shards.layout import COMMIT, WORK
 
 def write_whole(path: Path, data: bytes) -> str:
     """Write aside, flush to disk, rename. Returns the sha256 of `data`; a kill leaves the old file or none."""
+    with whole(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends without an error, and is gone after one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_bytes(data)
+        with aside.open("wb") as file:
+            yield file
         publish(aside, path)
     except OSError as error:
         aside.unlink(missing_ok=True)
@@ -28,7 +38,6 @@ def write_whole(path: Path, data: bytes) -> str:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    return hashlib.sha256(data).hexdigest()
 
 
 def publish(aside: Path, path: Path) -> None:

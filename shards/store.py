@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from pipeline import InputError, Settings
 from shards.files import read_commit, sha256
@@ -72,6 +73,14 @@ class Store:
 
     def _repr_html_(self) -> str:
         return f"<code>{html.escape(repr(self))}</code>"
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A store's tokenizer.json; raises `InputError` when it is gone or damaged."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises bare Exception
+        raise InputError(f"{path}: not a readable tokenizer ({error}); harvest this store again") from error
 
 
 def _check_digest(path: Path, expected: str) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline import InputError, first_line
 from shards.files import flush, inside, publish, write_whole
 from train.state import State
+from train.weights import save_tensors
 
 VERSION = 1
 
@@ -28,14 +29,15 @@ def save(run_dir: Path, state: State) -> None:
         return  # already there: Ctrl-C right after a regular checkpoint
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().cpu() for name, tensor in state.tensors().items()},
-        aside / "tensors.safetensors",
-    )
-    (aside / "state.json").write_text(json.dumps({"version": VERSION, **state.scalars()}, indent=1))
-    for file in aside.iterdir():
-        flush(file)
-    publish(aside, final)
+    try:
+        save_tensors(aside / "tensors.safetensors", state.tensors())
+        text = json.dumps({"version": VERSION, **state.scalars()}, indent=1)
+        write_whole(aside / "state.json", text.encode())
+        flush(aside / "tensors.safetensors")
+        publish(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     write_whole(folder / "latest", f"{final.name}\n".encode())
     for old in folder.iterdir():
         if old.is_dir() and old != final:

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ class Log:
         self._bar.update(rows)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):
+                self._file.close()  # it would try to write the rest again, and fail again
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f} FVU {_text(values['fvu'])} L0 {values['l0_norm']:.1f} "
             f"dead {values['dead_features_percentage']:.1f}%",

@@ -216,7 +216,7 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     with joined(device) as peers, ExitStack() as locks:
         for folder in [settings.run_dir() for settings in wanted] if peers.leads else ():
             locks.enter_context(locked(folder / ".lock", f"{folder}: another training is writing it"))
-            remove_asides(folder, folder / "state")
+            remove_asides(folder, folder / "state", folder / "activation_samples")
         runs: list[Run] = []
         try:
             buffers = Buffers()

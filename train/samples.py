@@ -17,7 +17,8 @@ import numpy as np
 import pipeline
 from pipeline import InputError
 from shards import Store
-from shards.files import publish
+from shards.files import whole
+from shards.store import read_tokenizer
 from train.latents import Samples
 
 AROUND = 16
@@ -39,9 +40,7 @@ def write(
     texts = _texts(store, contexts[rows >= 0], positions[rows >= 0])
     group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
     file = run_dir / "activation_samples" / "samples.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    aside = file.with_name(file.name + ".tmp")
-    with aside.open("w") as out:
+    with whole(file) as out:
         for latent in range(len(values)):
             found = [
                 {
@@ -53,8 +52,8 @@ def write(
                 }
                 for i in np.flatnonzero(rows[latent] >= 0)
             ]
-            out.write(json.dumps({"latent": latent, "group": int(group[latent]), "samples": found}) + "\n")
-    publish(aside, file)
+            line = {"latent": latent, "group": int(group[latent]), "samples": found}
+            out.write(json.dumps(line).encode() + b"\n")
 
 
 def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,9 +69,7 @@ def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Sample]:
     """Text before, of and after each token, decoded in blocks."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_path))
+    tokenizer = read_tokenizer(store.tokenizer_path)
     for start in range(0, len(contexts), block):
         where = positions[start : start + block]
         tokens = store.train.contexts[contexts[start : start + block]]

@@ -1,6 +1,8 @@
 """The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header."""
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +26,28 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    aside.touch()  # save_file alone would make it readable for its owner only
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        aside,
-        metadata={key: json.dumps(value, sort_keys=True) for key, value in header.items()},
-    )
-    publish(aside, path)
+    try:
+        save_tensors(
+            aside, tensors, {key: json.dumps(value, sort_keys=True) for key, value in header.items()}
+        )
+        publish(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in its place. Raises `OSError` naming it where the disk refuses: safetensors'
+    own class of errors does not tell a full disk from a defect.
+    """
+    path.touch()  # save_file alone would make it readable for its owner only
+    try:
+        save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

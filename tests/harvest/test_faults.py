@@ -14,6 +14,7 @@ from pipeline import Settings
 from shards.files import read_commit
 from shards.remote import LocalFiles
 from shards.verify import verify
+from tests.disk import small_disk
 from tests.harvest.test_run import ROOT, Make, command_of
 from tests.models import sentences, write_jsonl
 
@@ -99,7 +100,10 @@ def test_a_rank_that_dies_and_another_number_of_ranks(long_harvest: tuple[Settin
     assert read_commit(path) == read_commit(whole)
 
 
-def test_ctrl_c_says_how_to_continue(llama: Path, long_text: Path, settings_for: Make) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_how_to_continue(
+    llama: Path, long_text: Path, settings_for: Make, number: signal.Signals
+) -> None:
     settings = settings_for(llama, "--data.files", str(long_text), rows=80_000)
     path = Path(settings.store_path(1))
     process = subprocess.Popen(
@@ -112,7 +116,7 @@ def test_ctrl_c_says_how_to_continue(llama: Path, long_text: Path, settings_for:
     deadline = time.monotonic() + 60
     while not (path / ".harvest/source.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("interrupted: ")
@@ -120,16 +124,11 @@ def test_ctrl_c_says_how_to_continue(llama: Path, long_text: Path, settings_for:
     assert "Traceback" not in errors
 
 
-def test_a_full_disk(llama: Path, long_text: Path, settings_for: Make, tmp_path: Path) -> None:
+def test_a_full_and_a_read_only_disk(
+    llama: Path, long_text: Path, settings_for: Make, tmp_path: Path
+) -> None:
     """A real one: a 4 MB tmpfs. The line names the file; with room the same command goes on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    try:
+    with small_disk(tmp_path / "disk", "4m") as (disk, remount):
         settings = settings_for(
             llama, "--data.files", str(long_text), "--paths.activations", str(disk), rows=80_000
         )
@@ -140,8 +139,10 @@ def test_a_full_disk(llama: Path, long_text: Path, settings_for: Make, tmp_path:
         assert "No space left on device" in last
         assert last.endswith("mend that, and the same command continues")
         assert "Traceback" not in done.stderr
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        remount("ro")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "Read-only file system; mend that" in done.stderr) == (2, True)
+        remount("rw,size=64m")
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         assert verify(LocalFiles(Path(settings.store_path(1)))) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        assert not list(disk.rglob("*.tmp"))

@@ -13,6 +13,7 @@ from pipeline import Settings  # noqa: E402
 from shards import Store  # noqa: E402
 from tests.fixtures import make_store  # noqa: E402
 from tests.train.runs import sparse_rows, tiny_settings  # noqa: E402
+from train.loop import train  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,11 @@ def store(store_root: Path) -> Store:
 def make_settings(store_root: Path, tmp_path: Path) -> Callable[..., Settings]:
     """`tiny_settings` with this test's own checkpoints."""
     return partial(tiny_settings, store_root, tmp_path / "checkpoints")
+
+
+@pytest.fixture(scope="session")
+def finished(store: Store, store_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of the uninterrupted run of `tiny_settings`."""
+    settings = tiny_settings(store_root, tmp_path_factory.mktemp("finished"))
+    train(settings, store)
+    return settings.run_dir()

@@ -15,7 +15,7 @@ import torch
 from pipeline import ROOT, InputError, Settings
 from shards import Store
 from tests.fixtures import make_store
-from tests.train.runs import D_IN, command, sparse_rows, tensors, tiny_settings
+from tests.train.runs import D_IN, command, sparse_rows, tensors
 from train import Transcoder, checkpoint, record
 from train.loop import Run, train, train_together
 
@@ -35,14 +35,6 @@ def assert_same_run(a: Path, b: Path) -> None:
     first, second = tensors(a), tensors(b)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert untimed(a) == untimed(b)
-
-
-@pytest.fixture(scope="session")
-def finished(store: Store, store_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of the uninterrupted run of `tiny_settings`."""
-    settings = tiny_settings(store_root, tmp_path_factory.mktemp("finished"))
-    train(settings, store)
-    return settings.run_dir()
 
 
 def test_a_run_learns_and_its_prefixes_are_ordered(finished: Path) -> None:
