@@ -9,12 +9,14 @@ import argparse
 import difflib
 import errno
 import faulthandler
+import os
 import re
 import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -530,11 +532,23 @@ ENVIRONMENT = {
 """Errors of the disk that the user can mend: not defects of the program."""
 
 
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End the stage; at once where it is importing: PyTorch swallows an exception while it imports numpy, and would
+    go on with half of it (a training ended so, at its last step).
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print("interrupted: the same command continues", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
     # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
     try:

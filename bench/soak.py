@@ -50,9 +50,6 @@ WARM = 2
 SIGNALS = {signal.SIGKILL: {-9}, signal.SIGTERM: {130, -15}, signal.SIGINT: {130, -2}}
 """Exit codes after each: negative ones before the stage has begun, when Python's own handlers are at work."""
 
-STARTING = {1}
-"""Before the first output: PyTorch, importing numpy, swallows a Ctrl-C and leaves a broken one (seen once in 40)."""
-
 
 @dataclass
 class Cycle:
@@ -101,19 +98,17 @@ def prepared(root: Path, steps: int) -> Soak:
 
 def run(soak: Soak, stage: str, kill: tuple[signal.Signals, float] | None = None) -> tuple[int, float, float]:
     """Start a stage; send the signal after so many seconds. Returns exit code, seconds, peak MB."""
-    begun, peak, allowed = time.monotonic(), 0.0, {0} | (SIGNALS[kill[0]] if kill else set())
+    begun, peak = time.monotonic(), 0.0
     with (soak.root / "said").open("w") as said:
         process = subprocess.Popen(soak.commands[stage], cwd=ROOT, stdout=said, stderr=said)
         while process.poll() is None:
             peak = max(peak, _peak(process.pid))
             if kill is not None and time.monotonic() - begun > kill[1]:
-                if (soak.root / "said").stat().st_size == 0:
-                    allowed |= STARTING
                 process.send_signal(kill[0])
                 process.wait(timeout=120)
                 break
             time.sleep(0.02)
-    code = process.wait()
+    code, allowed = process.wait(), {0} | (SIGNALS[kill[0]] if kill else set())
     if code not in allowed:
         raise AssertionError(
             f"{stage}: exit code {code}, expected {allowed}: {(soak.root / 'said').read_text()}"

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +39,15 @@ def test_nothing_asks_what_time_it_is() -> None:
                     owner = node.func.value
                     clock = isinstance(owner, ast.Name) and owner.id in ("time", "datetime", "date")
                     assert not (clock and node.func.attr in CLOCKS), f"{file}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> None:
+    """As PyTorch's of numpy does: the stage must not go on with half a module."""
+    swallows = f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\nexcept BaseException:\n    pass\n"
+    (tmp_path / "swallows.py").write_text(swallows)
+    code = f"import pipeline, sys\nsys.path.append({str(tmp_path)!r})\n"
+    code += "def stage():\n    import swallows\n    print('went on')\npipeline.run_stage(stage)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = (done.returncode, done.stdout, done.stderr)
+    assert said == (130, "", "interrupted: the same command continues\n")
