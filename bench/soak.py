@@ -46,7 +46,7 @@ STEPS = 1000
 SLOPE = 1.0
 """MB a cycle above which memory counts as growing."""
 WARM = 2
-"""Cycles that are left out of the slope where there are more: caches fill."""
+"""First cycles, left out of the slope: caches fill."""
 SIGNALS = {signal.SIGKILL: {-9}, signal.SIGTERM: {130, -15}, signal.SIGINT: {130, -2}}
 """Exit codes after each: negative ones before the stage has begun, when Python's own handlers are at work."""
 
@@ -199,7 +199,7 @@ def soak(root: Path, seed: int, minutes: float, cycles: int | None = None, steps
 
 def verdict(done: list[Cycle]) -> tuple[Table, list[str]]:
     """The figures as a table, and what is wrong."""
-    counted = done[WARM:] if len(done) > WARM + 2 else done
+    counted = done[WARM:]
     slopes = {
         "this process": slope([each.own for each in counted]),
         "trainings' peak": slope([each.peak for each in counted]),
