@@ -1,7 +1,8 @@
 """python -m bench.train_loop STORE --layer 17 ...: the whole training loop on a store against the bare step.
 
 The loop reads, dequantises, logs every 50 steps, collects samples and draws the bar; the bare step trains on
-one batch again and again. Both take the settings of the command line, in turns of 20 steps in one process.
+one batch again and again. Both take the settings of the command line, in turns of 20 steps in one process, without
+the auxiliary loss: one batch again and again has other dead latents than fresh ones.
 """
 
 import statistics
@@ -24,7 +25,8 @@ def main() -> None:
     store = Store.open(settings.store_path(settings.layer))
     with tempfile.TemporaryDirectory() as scratch:
         paths = settings.paths.model_copy(update={"checkpoints": Path(scratch)})
-        run = Run(settings.model_copy(update={"paths": paths}), store, torch.device("cpu"))
+        training = settings.train.model_copy(update={"aux_coefficient": 0.0})
+        run = Run(settings.model_copy(update={"paths": paths, "train": training}), store, torch.device("cpu"))
         loader = store.train.loader(settings.train.batch_size, epochs=None)
         batches = loader.batches()
         batch = next(batches)

@@ -24,7 +24,7 @@ from train.transcoder import initialise
 SIZES = (4096, 16_384, 65_536, 262_144)
 D, K, BATCH = 576, 32, 1024
 RESULTS = Path(__file__).parent / "results" / "train_size.json"
-PLOT = Path(__file__).parent.parent / "docs" / "training_size.png"
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "training_size.png"
 
 
 def one(d_sae: int, repeats: int = 3) -> dict[str, float]:
