@@ -96,7 +96,7 @@ class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
     def __init__(self, files: Files, arrays: dict[str, Array], manifest: Manifest) -> None:
-        self.storage = STORAGES[manifest.source.storage]
+        self.storage, self._stored_as = STORAGES[manifest.source.storage], manifest.source.storage
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
             name: open_array(files, array) for name, array in arrays.items()
@@ -107,7 +107,7 @@ class StoreSplit:
         return self.readers["inputs"].array.shape[0]
 
     def __repr__(self) -> str:
-        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out})"
+        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out}, {self._stored_as})"
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""

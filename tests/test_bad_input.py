@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "mistakes.md"
 STAYS = {"the unfinished store stays": "activations/", "the new run stays": "checkpoints/"}
 """What a row may say of what is left behind, and where that is."""
 ROW = re.compile(r"\| (?P<wrong>[^|`]+) \| `(?P<command>[^|`]+)` \| `+ ?(?P<line>[^|]+?) ?`+ \|")
-PROGRESS = re.compile(r"\d+%\||: 0(\.00)?\S* ?\[|make: \*\*\*")
+PROGRESS = re.compile(r"\d+%\||: 0(\.00)?\S* ?\[|make(\[\d+\])?: \*\*\*")
 
 
 class Row(NamedTuple):
@@ -56,7 +56,8 @@ def said(errors: str) -> list[str]:
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make arguments` here, on this Python."""
     command = ["make", "-f", str(ROOT / "Makefile"), "-o", "install", f"VENV={sys.prefix}", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of `make test`
+    environment = own | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
