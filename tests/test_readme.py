@@ -1,0 +1,78 @@
+"""The README as a stranger reads it: its commands are commands, its Python runs; "Use it elsewhere" is tests/peers'."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pipeline
+from pipeline import ROOT
+from tests.evaluate.fakes import random_coder
+from tests.fixtures import make_store
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in BLOCKS
+    for line in block.splitlines()
+    if not language and line.startswith("make ")
+]
+TABLE = re.findall(r"^\| `(make [a-z]+)[^`]*` \|", README, re.MULTILINE)
+OWN = {"--plan"}
+"""Options that are a stage's own."""
+
+
+def lines_of(command: str) -> list[list[str]]:
+    """The programs that a make command would start, as words."""
+    skipped = [
+        word for name in ("install", "install-dev", "install-embedded", "lint") for word in ("-o", name)
+    ]
+    asked = ["make", "--dry-run", *skipped, *shlex.split(command.replace("$(seq -s ' ' 0 29)", "0 1"))[1:]]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if " -m " in line]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 12
+    assert len(TABLE) >= 8
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *TABLE])
+def test_a_command_starts_a_stage_with_settings_that_exist(command: str) -> None:
+    for words in lines_of(command):
+        module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        path = ROOT / module.replace(".", "/")
+        assert module == "pytest" or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+        if module in ("harvest", "train", "evaluate"):
+            given = [word for word in arguments if word not in OWN]
+            settings, _ = pipeline.load(pipeline.parser(module, ""), given)
+            asked = re.search(r'LAYER="?([\d ]+)', command)
+            assert settings.layers == (tuple(map(int, asked[1].split())) if asked else settings.layers)
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a store and a run at the paths that the README names."""
+    (code,) = (block for language, block in BLOCKS if language == "python" and "Store.open(" in block)
+    rng = np.random.default_rng(0)
+    rows = (
+        rng.standard_normal((2000, 6)).astype(np.float32),
+        rng.standard_normal((2000, 5)).astype(np.float32),
+    )
+    monkeypatch.chdir(tmp_path)
+    store = re.search(r'Store\.open\("(.+?)"\)', code)
+    run = re.search(r'Transcoder\.load\("(.+?)"\)', code)
+    assert store
+    assert run
+    made = make_store(store[1], rows, rows)
+    coder = random_coder(6, 5, (4, 10))
+    coder.save(run[1])
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    inputs = made.train.loader(batch_size=1024, seed=0)
+    first, outputs = next(iter(inputs))
+    expected = (coder.prefix(0)(first) - outputs).pow(2).mean()
+    assert float(names["error"]) == pytest.approx(float(expected))  # pyright: ignore[reportArgumentType]
