@@ -288,7 +288,7 @@ function show(name, focus = false) {
 const current = () => tabs.find((tab) => tab.getAttribute("aria-selected") === "true").getAttribute("aria-controls");
 function remember() {
   const place = current() === "latents" && chosen >= 0 ? "latents/" + chosen : current();
-  history.replaceState(null, "", "#" + place + (prefix === G - 1 ? "" : "/prefix-" + prefix));
+  history.replaceState(null, "", `#${place}/prefix-${prefix}`); // no element's id: the browser would scroll to it when the page has loaded
 }
 function setPrefix(g) {
   prefix = g;

@@ -220,6 +220,17 @@ def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
     made.close()
 
 
+@pytest.mark.parametrize("place", ["", "#overview/prefix-0"])
+def test_the_page_opens_at_its_top(browser: Any, report: Path, place: str) -> None:
+    """A place that is an element's id would be scrolled to once the page has loaded."""
+    made = Opened(browser, report, height=300, place=place)
+    made.page.wait_for_load_state("load")
+    made.frame()
+    assert made.page.evaluate("scrollY") == 0
+    assert made.page.is_visible("h1")
+    made.close()
+
+
 def test_phone_width(browser: Any, report: Path) -> None:
     made = Opened(browser, report, width=360, height=740)
     page = made.page
