@@ -56,7 +56,8 @@ def said(errors: str) -> list[str]:
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make arguments` here, on this Python."""
     command = ["make", "-f", str(ROOT / "Makefile"), "-o", "install", f"VENV={sys.prefix}", *arguments]
-    own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of `make test`
+    # `make test ARGS=...` hands its own words down
+    own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "ARGS"}
     environment = own | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
