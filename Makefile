@@ -17,8 +17,21 @@ OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call o
 export TOKENIZERS_PARALLELISM = true
 export WANDB_SILENT = true
 
-.PHONY: demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep samples evaluate compare export import push bench bench-storage soak audit \
+# Without a target, or as `make help`: what there is. The lines of README's table, not the installation's.
+help:
+	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
+	@echo 'make test                        install the development extras, lint, types, tests'
+	@echo 'make plan|harvest LAYER=17       how much it takes; the activation store of a layer'
+	@echo 'make verify LAYER=17             reads and checks every byte of the store'
+	@echo 'make train LAYER=17 RUN=name     trains; sweep: every combination of [sweep]'
+	@echo 'make evaluate LAYER=17 RUN=name  metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
+	@echo 'make export|import|push|upload   other tools, the hub, object stores'
+	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
+	@echo 'PROFILE=demo, HARVEST=name, NPROC=n and ARGS="--section.key value" go with all of them: see README.md'
+
+.PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
+        train sweep samples evaluate compare read export import push bench bench-storage soak audit \
         lint format clean
 
 demo: install install-embedded
@@ -66,6 +79,10 @@ evaluate: install
 
 compare: install
 	@$(PY) -m evaluate.compare $(if $(WITH),--with $(WITH)) $(OPTIONS)
+
+# TEXT="a sentence"
+read: install
+	@$(PY) -m evaluate.sentences $(call option,TEXT,--text) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install

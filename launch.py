@@ -10,7 +10,8 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from pipeline import InputError, run_stage
+from pipeline import InputError
+from stage import run_stage
 
 
 def main() -> None:

@@ -1,28 +1,18 @@
-"""Settings of the pipeline, and where its artifacts live on disk.
+"""The settings of every stage, frozen and validated, and where the artifacts live. A leaf: imports nothing of ours.
 
-`pipeline.toml` is the single source; `load` merges it with a profile, the recipe of
-(model, layer) and the command line, and returns frozen, validated `Settings`.
-A leaf: imports no stage.
+`pipeline.toml` overrides the defaults here; stage.py merges it with profile, recipe and command line.
 """
 
-import argparse
 import difflib
 import errno
-import faulthandler
-import os
 import re
-import signal
-import sys
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 ROOT = Path(__file__).resolve().parent
-PIPELINE_TOML = ROOT / "pipeline.toml"
 
 
 class InputError(ValueError):
@@ -32,6 +22,14 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+ENVIRONMENT = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
+}
+"""Errors of the disk that the user can mend: not defects of the program."""
 
 
 class Section(BaseModel):
@@ -52,7 +50,7 @@ class Model(Section):
 class Data(Section):
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """Hugging Face dataset, or an embedded one (embedded/english); unused when data.files is given."""
-    name: str | None = None
+    name: str | None = "sample-10BT"
     """Configuration (subset) of the dataset."""
     split: str = "train"
     """Split of the dataset."""
@@ -63,7 +61,7 @@ class Data(Section):
     files: tuple[str, ...] = ()
     """Local .jsonl, .json, .parquet or .txt files, read in this order instead of data.dataset."""
     pack: Literal["document", "concat"] = "document"
-    """One document per context, remainders dropped; or documents joined by the separator token."""
+    """document: contexts of one document, shorter ones and remainders left out; concat: documents joined."""
 
 
 class Harvest(Section):
@@ -126,7 +124,7 @@ class Transcoder(Section):
         if sum(groups) != d_sae:
             raise ValueError(
                 f"d_sae must be the sum of group_sizes: d_sae is {self.d_sae}, "
-                f"group_sizes {', '.join(map(str, self.group_sizes))} do not sum to it"
+                f"group_sizes {', '.join(map(str, self.group_sizes))} do not sum to it; give both"
             )
         if self.k > d_sae:
             raise ValueError(f"k is {self.k}, but there are only {d_sae} latents; lower transcoder.k")
@@ -190,7 +188,7 @@ class Train(Section):
     """Steps between logged metrics."""
     heldout_every: int = Field(default=500, gt=0)
     """Steps between measurements of the held-out FVU."""
-    sample_every: int = Field(default=0, ge=0)
+    sample_every: int = Field(default=100, ge=0)
     """Steps between collections of activation samples; 0: none."""
 
     @model_validator(mode="after")
@@ -339,147 +337,6 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; --help lists every option")
-
-
-def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
-    """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
-
-    Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
-    """
-    made = _Parser(prog=f"python -m {prog}", description=purpose, allow_abbrev=False)
-    made.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
-    made.add_argument("--profile", help="profile of pipeline.toml, for example demo")
-    made.add_argument("--run", help="name of the training run")
-    made.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
-    for name, section in SECTIONS.items():
-        group = made.add_argument_group(name)
-        for key, field in section.model_fields.items():
-            metavar = key.upper() + (",..." if str(field.annotation).startswith("tuple") else "")
-            help_text = f"{field.description} [{field.default}]".replace("%", "%%")
-            group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
-    return made
-
-
-def load(
-    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
-) -> tuple[Settings, argparse.Namespace]:
-    """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
-
-    Also returns the parsed command line, for the options that are a stage's own.
-    Raises `InputError` with one line that names the key, the value and what is allowed.
-    """
-    given, unknown = made.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help lists every option")
-    toml = toml or PIPELINE_TOML
-    asked = _sections_of(given)
-    file = _read_toml(toml)
-    profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
-    recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
-    if stray := sorted(file.keys() & {"run", "harvest_name"}):
-        raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
-    profile = profiles.get(given.profile, {}) if given.profile else {}
-    if given.profile and given.profile not in profiles:
-        known = ", ".join(profiles) or "none"
-        raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
-    merged = _merge(file, profile)
-    layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
-    if len(layers) == 1 and isinstance(model := _merge(merged, asked).get("model", {}), dict):
-        recipe = recipes.get(model.get("name", Model().name), {})
-        merged = _merge(merged, recipe.get(str(layers[0]), {}))
-    top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
-    base = validated(_merge(merged, top), toml.name)
-    settings = validated(_merge(_merge(merged, top), asked), "command line")
-    run = _name("run", given.run) or _run_name(base, settings)
-    return settings.model_copy(update={"run": run}), given
-
-
-def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
-    """What to say of an argument that no option takes, with the option that may have been meant."""
-    if not argument.startswith("-"):
-        return f"{argument!r} is no option; settings are given as --section.key value"
-    option = argument.partition("=")[0]
-    return f"unknown option {option}{_nearest(option, list(made._option_string_actions))}"
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
-    section, dot, word = name.rpartition(".")
-    near = [each for each in known if each.endswith(f".{word.lstrip('-')}")]
-    beside = [each for each in known if dot and each.startswith(section + dot)]
-    if not near and beside:  # by the last word alone: all names of a section are alike
-        words = [each.rpartition(".")[2] for each in beside]
-        near = [section + dot + each for each in difflib.get_close_matches(word, words, 1)]
-    elif not near:
-        near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The --section.key options that were given, nested; comma-separated lists are split."""
-    asked: dict[str, dict[str, Any]] = {}
-    for option, text in vars(given).items():
-        section, _, key = option.partition(".")
-        if text is None or not key:
-            continue
-        is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
-        value = [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
-        asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
-    return asked
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from error
-
-
-def _tables(file: dict[str, Any], key: str, example: str, source: str) -> dict[str, Any]:
-    """Take the tables [key.NAME.SECTION] out of a read file; a recipe's name has a layer below it."""
-    tables = file.pop(key, {})
-    levels = [tables]
-    for _ in range(example.count(".")):
-        if wrong := [level for level in levels if not isinstance(level, dict)]:
-            raise InputError(f"{source}: {key}: expected tables like {example}, found {wrong[0]!r}")
-        levels = [each for level in levels for each in level.values()]
-    return tables
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """`low` overlaid with `high`, section by section."""
-    both = dict(low)
-    for key, value in high.items():
-        old = both.get(key)
-        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return both
-
-
-def _layers(text: Any) -> tuple[int, ...]:
-    parts = text.replace(",", " ").split() if isinstance(text, str) else text
-    parts = parts if isinstance(parts, list | tuple) else [parts]
-    if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
-        raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
-    return tuple(sorted({int(part) for part in parts}))
-
-
-def _name(what: str, text: str | None) -> str | None:
-    """A run's or harvest's name: becomes a directory, so it must not leave its parent."""
-    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", text):
-        raise InputError(f"{what}: {text!r} is not a name; use letters, digits and . _ + = - (at most 100)")
-    return text or None
-
-
-def _run_name(base: Settings, settings: Settings) -> str:
-    """Profile (or "default"), then every training setting that the command line changed."""
-    return "-".join([settings.profile or "default", *changes(base, settings)])[:100]
-
-
 def changes(base: Settings, settings: Settings) -> list[str]:
     """Key and value, as parts of a name, of every training setting that differs from `base`."""
     return [
@@ -514,7 +371,7 @@ def first_mistake(error: ValidationError) -> str:
         known = SECTIONS[where[0]].model_fields if len(where) > 1 and where[0] in SECTIONS else SECTIONS
         every = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
         return (
-            f"unknown setting {key}{_nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
+            f"unknown setting {key}{nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
         )
     if first["type"] in ("model_type", "dict_type"):
         return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
@@ -524,46 +381,14 @@ def first_mistake(error: ValidationError) -> str:
     return f"{key}: {message}{found}".removeprefix(": ")
 
 
-ENVIRONMENT = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
-}
-"""Errors of the disk that the user can mend: not defects of the program."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """End the stage; at once where it is importing: PyTorch swallows an exception while it imports numpy, and would
-    go on with half of it (a training ended so, at its last step).
-    """
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            print("interrupted: the same command continues", file=sys.stderr, flush=True)
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def run_stage(stage: Callable[[], None]) -> NoReturn:
-    """Run a stage's main function and leave with the exit code of the interface."""
-    # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    if not faulthandler.is_enabled():
-        faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
-    try:
-        stage()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in ENVIRONMENT:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; mend that, and the same command continues", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt as interrupt:
-        hint = str(interrupt) or "the same command continues"
-        print(f"interrupted: {hint}", file=sys.stderr)
-        raise SystemExit(130) from None
-    raise SystemExit(0)
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
+    section, dot, word = name.rpartition(".")
+    near = [each for each in known if each.endswith(f".{word.lstrip('-')}")]
+    beside = [each for each in known if dot and each.startswith(section + dot)]
+    if not near and beside:  # by the last word alone: all names of a section are alike
+        words = [each.rpartition(".")[2] for each in beside]
+        near = [section + dot + each for each in difflib.get_close_matches(word, words, 1)]
+    elif not near:
+        near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -25,6 +25,7 @@ from harvest.activations import Kept
 from shards import Store
 from shards.layout import SHARD_ROWS
 from shards.reader import Contexts
+from stage import load, parser
 from tests.models import save_wide_gemma, sentences, write_jsonl
 
 RESULTS = Path("bench/results/harvest.json")
@@ -32,7 +33,7 @@ TURNS, WINDOWS = 3, 2
 
 
 def settings(*argv: str) -> pipeline.Settings:
-    return pipeline.load(pipeline.parser("harvest", ""), argv)[0]
+    return load(parser("harvest", ""), argv)[0]
 
 
 def speed(scratch: Path) -> dict[str, float]:

@@ -29,11 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate.run import evaluate
-from pipeline import ROOT, Settings, load, parser
+from pipeline import ROOT, Settings
 from shards import Store
 from shards.files import sha256
 from shards.remote import LocalFiles
 from shards.verify import verify
+from stage import load, parser
 from tests.fixtures import make_store
 from tests.memory import resident
 from tests.train.runs import command, sparse_rows, tiny_settings

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-import pipeline
 from shards import Store
+from stage import load, parser
 from train.loop import Run, train_step
 
 TURN, TURNS = 20, 3
 
 
 def main() -> None:
-    made = pipeline.parser("bench.train_loop", "The whole training loop against the bare step.")
-    settings, _ = pipeline.load(made)
+    made = parser("bench.train_loop", "The whole training loop against the bare step.")
+    settings, _ = load(made)
     store = Store.open(settings.store_path(settings.layer))
     with tempfile.TemporaryDirectory() as scratch:
         paths = settings.paths.model_copy(update={"checkpoints": Path(scratch)})

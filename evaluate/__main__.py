@@ -5,9 +5,10 @@ from typing import Any
 from rich.console import Console
 
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.console import number_of, plain, table_of
+from evaluate.console import number_of, plain, rows_of, table_of
 from evaluate.verdicts import verdicts
-from pipeline import Settings, load, parser, run_stage
+from pipeline import Settings
+from stage import load, parser, run_stage
 
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 
@@ -31,7 +32,7 @@ def main() -> None:
 def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
     table = table_of(
-        f"{metrics['rows']:,} {metrics['provenance']['split']} rows",
+        rows_of(metrics["rows"], metrics["provenance"]["split"]),
         ("prefix", "latents", "FVU", "L0", "threshold", "dead %"),
     )
     for g, prefix in enumerate(metrics["prefixes"]):
@@ -50,7 +51,9 @@ def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Cons
         console.print(line, highlight=False, soft_wrap=True)
     if metrics["cross_entropy"]["skipped"] is not None:
         plain(console, f"cross-entropy was not measured: {metrics['cross_entropy']['skipped']}")
-    if not metrics["provenance"]["trained_on_this_store"]:
+    if metrics["provenance"]["trained_on_this_store"] is None:
+        plain(console, "note: what this run was trained on is not known")
+    elif not metrics["provenance"]["trained_on_this_store"]:
         plain(console, "note: this run was trained on another harvest than it was evaluated on")
     if not fresh:
         plain(console, "nothing has changed since the last evaluation: nothing was measured again")

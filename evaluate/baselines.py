@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evaluate.reconstruction import Reconstruction
-from evaluate.sparse import Split, blocks
+from evaluate.rows import Split, blocks
 
 FIT_ROWS = 65_536
 PENALTIES = (1e-6, 1e-4, 1e-2, 1e-1)
@@ -91,10 +91,12 @@ class Baselines:
         self.errors = {"mean": Reconstruction(width), "linear": Reconstruction(width)}
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]."""
         self.errors["mean"].add(outputs, self.linear.mean_out.expand_as(outputs))
         self.errors["linear"].add(outputs, self.linear(inputs))
 
     def result(self, deviation: float) -> dict[str, Any]:
+        """`deviation`: sum ||y - mean(y)||^2 over the same rows."""
         fitted = {"fit_rows": self.linear.rows}
         made = {name: {**error.result(deviation), **fitted} for name, error in self.errors.items()}
         made["linear"]["penalty"] = self.linear.penalty

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluate.sparse import Entries
+from train.entries import Entries
 
 SAMPLE_ROWS = 65_536
 MIN_FIRINGS = 16
@@ -42,10 +42,11 @@ class Coactivation:
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, entries: Entries) -> None:
+        """The active entries of a pass's next block."""
         self._owed += self.share * entries.n_rows
         take = min(entries.n_rows, round(self._owed))
         self._owed -= take
-        kept = entries.keep(entries.rows < take)
+        kept = entries.only(entries.rows < take)
         rows = (kept.rows + self.rows).cpu().numpy().astype(np.int32)
         self._pairs.append((rows, kept.latents.cpu().numpy().astype(np.int32)))
         self.rows += take

@@ -8,21 +8,22 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
-from tqdm.auto import tqdm
 
 from evaluate import figures, plots
 from evaluate.baselines import Baselines, fit_ridge
-from evaluate.console import number_of, plain, table_of
+from evaluate.console import number_of, plain, rows_of, table_of
 from evaluate.files import write_json
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
 from evaluate.report import PAGE, number
+from evaluate.rows import blocks
 from evaluate.run import prepare
-from evaluate.sparse import blocks
 from evaluate.subject import read
-from pipeline import InputError, Settings, load, parser, run_stage
+from pipeline import InputError, Settings
 from shards.device import pick_device
 from shards.files import sha256, write_whole
+from shards.progress import progress
+from stage import load, parser, run_stage
 from train import Transcoder
 from train.formats import fetched, weights_file
 
@@ -85,7 +86,7 @@ def _measure(
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
     baselines = Baselines(fit_ridge(train))
-    with tqdm(total=n_rows, desc="compare", unit=" rows", unit_scale=True, dynamic_ncols=True) as bar:
+    with progress("compare", n_rows, "rows") as bar:
         for start, stop in blocks(n_rows):
             inputs, outputs = split.rows(start, stop)
             baselines.add(inputs, outputs)
@@ -145,7 +146,7 @@ def main() -> None:
 def show(values: dict[str, Any], folder: Path, console: Console) -> None:
     """One line per transcoder and prefix, differences to the run's full dictionary in brackets."""
     columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %")
-    table = table_of(f"the same {values['rows']:,} {values['provenance']['split']} rows", columns)
+    table = table_of(f"the same {rows_of(values['rows'], values['provenance']['split'])}", columns)
     for line in values["lines"]:
         change = line["difference"]["fvu"]
         table.add_row(

@@ -5,13 +5,20 @@ from rich.table import Table
 
 
 def table_of(title: str, columns: tuple[str, ...]) -> Table:
+    """An empty table with its title and columns."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == "transcoder" else "right")
     return table
 
 
+def rows_of(rows: int, split: str) -> str:
+    """How many rows of which split, in words."""
+    return f"{rows:,} {'held-out' if split == 'heldout' else split} rows"
+
+
 def number_of(value: float | None) -> str:
+    """Three digits, or a dash for none."""
     return "-" if value is None else f"{value:.3f}"
 
 

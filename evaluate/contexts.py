@@ -184,6 +184,7 @@ class TokenWeights:
 
 
 def token_weights(even: Best) -> TokenWeights:
+    """How the firings and the activation of each latent are shared among tokens."""
     order = np.lexsort((even.tokens, even.latents))
     latents, tokens = even.latents[order], even.tokens[order]
     new = np.ones(len(order), bool)

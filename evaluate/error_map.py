@@ -1,4 +1,4 @@
-"""Where the reconstruction error is: by token, position in the context, size of the output, dimension.
+"""Where the reconstruction error is: by token, position in the context, distance from the mean output, dimension.
 
 Shapes: B rows of a block, G prefixes, V token ids, T positions, D output width. For every class of rows
 the share of the total squared error, and the FVU within it: error over squared deviations from the

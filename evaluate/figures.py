@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -15,23 +15,31 @@ from evaluate.catalogue import Catalogue
 from evaluate.verdicts import FVU_GOOD, FVU_MODERATE
 from shards.files import write_whole
 
+Part = Literal["overview", "nesting", "error"]
+"""The parts of the page that show plots."""
+
 
 @dataclass(frozen=True)
 class Plot:
+    """One plot of the page, not yet drawn."""
+
     name: str
     """File name without suffix."""
-    part: str
+    part: Part
     """Part of the page it stands in."""
     caption: str
     draw: Callable[[], Figure]
 
     @property
     def file(self) -> str:
+        """The PNG's name."""
         return f"{self.name}.png"
 
 
 @dataclass(frozen=True)
 class Drawn:
+    """A plot as it stands in the page."""
+
     plot: Plot
     svg: str
     wide: bool
@@ -94,7 +102,9 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
         "Are early groups more general? (dot: median, bar: quartiles, line: 5 to 95 %)",
         lambda: plots.specificity(measures),
     )
-    yield Plot("error_size", "error", "Error by size of the output", lambda: plots.error_by_size(errors))
+    yield Plot(
+        "error_size", "error", "Error by distance from the mean output", lambda: plots.error_by_size(errors)
+    )
     yield Plot(
         "error_position", "error", "Error by position in the context", lambda: plots.error_by_position(errors)
     )
@@ -120,6 +130,7 @@ def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, floa
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG, whole."""
     made = io.BytesIO()
     figure.savefig(made, dpi=150, format="png", facecolor="white", metadata={"Software": None})
     write_whole(path, made.getvalue())

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from evaluate.sparse import base_output, decode, entries_above
-from pipeline import InputError, Settings
+from pipeline import InputError, Model, Settings
 from shards import Store
 from shards.manifest import Source
+from shards.progress import progress
 from train import Transcoder
 
 N_PROMOTED = 6
@@ -50,7 +49,7 @@ def measure_language(
     if n_tokens == 0:
         return Language({"skipped": "it was not asked for"}, nothing)
     try:
-        model = _language_model(settings, store.manifest.source)
+        model = language_model(settings.model, store.manifest.source)
     except InputError as error:
         return Language({"skipped": str(error)}, nothing)
     coder = coder.to(model.device)
@@ -76,11 +75,11 @@ def _cross_entropy(
     replacements = {
         "zero": lambda inputs: torch.zeros(len(inputs), len(mean), device=inputs.device),
         "mean": lambda inputs: mean.expand(len(inputs), -1),
-        **{str(g): PrefixOf(coder, g) for g in range(len(prefixes))},
+        **{str(g): coder.prefix(g) for g in range(len(prefixes))},
     }
     n_contexts = min(len(split.contexts), max(1, n_tokens // source.context_length))
     contexts = split.contexts[np.arange(n_contexts)]
-    with tqdm(total=n_contexts, desc="cross-entropy", unit=" contexts", dynamic_ncols=True) as bar:
+    with progress("cross-entropy", n_contexts, "contexts") as bar:
         losses = splice(model, source, contexts, replacements, bar.update)
     for g, prefix in enumerate(prefixes):
         prefix["cross_entropy"] = summary(losses, str(g))
@@ -105,28 +104,16 @@ def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarra
     return torch.cat(found).cpu().numpy().astype(np.int32)
 
 
-class PrefixOf:
-    """Prefix g of a coder as a function of raw inputs."""
-
-    def __init__(self, coder: Transcoder, g: int) -> None:
-        self.coder, self.g = coder, g
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        coder, end = self.coder, self.coder.prefix_ends[self.g]
-        entries = entries_above(coder.pre_activations(inputs), coder.thresholds[self.g])
-        return decode(entries.keep(entries.latents < end), coder.W_dec, base_output(coder, inputs))
-
-
-def _language_model(settings: Settings, source: Source) -> Any:
-    """The store's own language model; `InputError` when it cannot be had, or is another one."""
+def language_model(asked: Model, source: Source) -> Any:
+    """The language model of a store; raises `InputError` when it cannot be had, or is another one."""
     from harvest import lm
 
-    where = lm.locate(settings.model)
-    model = lm.load(settings.model, where, lm.load_tokenizer(where, settings.model.revision))
+    where = lm.locate(asked)
+    model = lm.load(asked, where, lm.load_tokenizer(where, asked.revision))
     found = model.weights_sha256()
     if found != source.weights_sha256:
         raise InputError(
-            f"model {settings.model.name}: expected weights {source.weights_sha256[:12]}... as harvested, "
+            f"model {asked.name}: expected weights {source.weights_sha256[:12]}... as harvested, "
             f"found {found[:12]}..."
         )
     return model

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.sparse import Entries
+from train.entries import Entries
 
 DENSITY_BINS = np.linspace(-6, 0, 49)
 """Edges of the histogram of log10(density): eight bins a decade; the lowest bin takes what is rarer."""
@@ -26,6 +26,7 @@ class Firing:
         self.largest = torch.zeros(n_latents)
 
     def add(self, entries: Entries) -> None:
+        """A block's active entries."""
         latents, values = entries.latents.cpu(), entries.values.float().cpu()
         self.rows += entries.n_rows
         self.firings += torch.bincount(latents, minlength=len(self.firings))
@@ -49,6 +50,7 @@ class Firing:
         return float((self.firings == 0).double().mean())
 
     def result(self) -> dict[str, Any]:
+        """Plain JSON values; densities are of living latents."""
         alive = self.firings > 0
         density = self.density[alive]
         logs = np.log10(density.numpy()).clip(DENSITY_BINS[0])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evaluate.latents import Firing
 from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
-from evaluate.sparse import Entries, Split, base_output, blocks, decode, prefix_entries
+from evaluate.rows import Split, blocks
 from train import Transcoder
+from train.entries import Entries, decode, entries_above
 from train.topk import select_batch, select_rows
 
 Select = Callable[[Tensor], Entries]
@@ -23,7 +24,7 @@ Select = Callable[[Tensor], Entries]
 def training_selection(kind: str, k: int) -> Select:
     """The selection that `transcoder.selection` names: k a row on average over the batch, or k in each row."""
     choose = select_rows if kind == "topk" else select_batch
-    return lambda pre: Entries(*choose(pre, k)[0], n_rows=len(pre))
+    return lambda pre: choose(pre, k)[0]
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Prefix:
     training_sparsity: Sparsity
 
     def result(self, deviation: float) -> dict[str, Any]:
+        """Plain JSON values; `deviation`: sum ||y - mean(y)||^2 over the same rows."""
         made: dict[str, Any] = {"end": self.end, **self.error.result(deviation), **self.sparsity.result()}
         made["threshold"] = self.threshold
         made["dead_fraction"] = self.firing.dead_fraction
@@ -84,10 +86,10 @@ class Measurement:
     def add(self, inputs: Tensor, outputs: Tensor) -> tuple[list[Entries], Tensor]:
         """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out].
 
-        Returns each prefix's entries, and the squared error of each row [G, B] float64.
+        Returns each prefix's entries, and the squared error of each row [G, B] float64, on the CPU.
         """
         pre = self.coder.pre_activations(inputs)
-        base = base_output(self.coder, inputs)
+        base = self.coder.base_output(inputs)
         self.deviation.add(outputs)
         found = prefix_entries(pre, self.coder)
         errors = []
@@ -101,17 +103,32 @@ class Measurement:
 
     def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
         for prefix in self.prefixes:
-            entries = kept.keep(kept.latents < prefix.end)
+            entries = kept.only(kept.latents < prefix.end)
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
             prefix.training_sparsity.add(entries)
 
     def result(self) -> dict[str, Any]:
+        """Rows, prefixes and latents as plain JSON values."""
         deviation = self.deviation.total
         return {
             "rows": self.deviation.rows,
             "prefixes": [prefix.result(deviation) for prefix in self.prefixes],
             "latents": self.prefixes[-1].firing.result(),
         }
+
+
+def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
+    """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g.
+
+    The dense [B, F] array is searched once, with the lowest threshold of each latent.
+    """
+    thresholds = coder.thresholds
+    loose = entries_above(pre, thresholds.amin(0))
+    made = []
+    for end, threshold in zip(coder.prefix_ends, thresholds, strict=True):
+        own = threshold if threshold.ndim == 0 else threshold[loose.latents]
+        made.append(loose.only((loose.latents < end) & (loose.values > own)))
+    return made
 
 
 @torch.inference_mode()

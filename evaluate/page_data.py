@@ -27,11 +27,11 @@ def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]
     strings = Strings(text)
     samples = made.samples
     shown = np.arange(len(samples.latents))
-    windows = Windows.around(samples, shown, contexts.shape[1])
-    while windows.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
+    stretches = Stretches.around(samples, shown, contexts.shape[1])
+    while stretches.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
         shown = shown[_first_half(samples.latents[shown])]
-        windows = Windows.around(samples, shown, contexts.shape[1])
-    pool = windows.strings(contexts, strings)
+        stretches = Stretches.around(samples, shown, contexts.shape[1])
+    pool = stretches.strings(contexts, strings)
     labels = strings.labels(made.tokens)
     columns = {
         "group": made.group.astype(np.uint8),
@@ -52,7 +52,7 @@ def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]
         "twinScores": made.twins.scores,
         "parents": made.parents.latents,
         "parentScores": made.parents.scores,
-        **_sample_columns(made, shown, windows),
+        **_sample_columns(made, shown, stretches),
         "pool": pool,
     }
     return {
@@ -90,6 +90,7 @@ class Strings:
         self._number: dict[str, int] = {}
 
     def number(self, string: str) -> int:
+        """The number of `string`, a new one when it was not seen before."""
         found = self._number.get(string)
         if found is None:
             found = self._number[string] = len(self.made)
@@ -104,7 +105,7 @@ class Strings:
 
 
 @dataclass(frozen=True)
-class Windows:
+class Stretches:
     """The stretches of text around samples, overlapping ones merged, laid end to end in a pool."""
 
     starts: np.ndarray
@@ -112,18 +113,19 @@ class Windows:
     lengths: np.ndarray
     """[W]"""
     sample_at: np.ndarray
-    """[S] where in the pool each sample's window begins."""
+    """[S] where in the pool each sample's stretch begins."""
     sample_lengths: np.ndarray
     sample_focus: np.ndarray
-    """[S] the sample's own token within its window."""
+    """[S] the sample's own token within its stretch."""
     context_length: int
 
     @property
     def length(self) -> int:
+        """Tokens of the pool."""
         return int(self.lengths.sum())
 
     @classmethod
-    def around(cls, samples: Samples, shown: np.ndarray, context_length: int) -> "Windows":
+    def around(cls, samples: Samples, shown: np.ndarray, context_length: int) -> "Stretches":
         places = samples.places[shown]
         context = places // context_length
         start = np.maximum(places - REACH, context * context_length)
@@ -163,20 +165,20 @@ def _first_half(latents: np.ndarray) -> np.ndarray:
     return nth % 2 == 0
 
 
-def _sample_columns(made: Catalogue, shown: np.ndarray, windows: Windows) -> dict[str, np.ndarray]:
-    """Samples, and the shades around them as (offset in the window, level of 255 of the latent's largest)."""
+def _sample_columns(made: Catalogue, shown: np.ndarray, stretches: Stretches) -> dict[str, np.ndarray]:
+    """Samples, and the shades around them as (offset in the stretch, level of 255 of the latent's largest)."""
     samples = made.samples
     latents = samples.latents[shown]
     shades = samples.shades[shown]
     sample, column = np.nonzero(shades)
     level = np.rint(255 * shades[sample, column].astype(np.float32) / made.largest[latents[sample]])
-    first = REACH - windows.sample_focus[sample]
+    first = REACH - stretches.sample_focus[sample]
     quantile = np.nan_to_num(samples.quantiles[shown] * 254, nan=255).astype(np.uint8)
     return {
         "sampleBounds": np.searchsorted(latents, np.arange(len(made.group) + 1)).astype(np.uint32),
-        "sampleAt": windows.sample_at.astype(np.uint32),
-        "sampleLength": windows.sample_lengths.astype(np.uint8),
-        "sampleFocus": windows.sample_focus.astype(np.uint8),
+        "sampleAt": stretches.sample_at.astype(np.uint32),
+        "sampleLength": stretches.sample_lengths.astype(np.uint8),
+        "sampleFocus": stretches.sample_focus.astype(np.uint8),
         "sampleValue": samples.values[shown],
         "sampleQuantile": quantile,
         "shadeBounds": np.searchsorted(sample, np.arange(len(shown) + 1)).astype(np.uint32),

@@ -15,9 +15,10 @@ from evaluate.coactivation import Coactivation
 from evaluate.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.error_map import ErrorMap
 from evaluate.measure import Measurement, Select
-from evaluate.sparse import Entries, TextSplit, blocks, entries_above
+from evaluate.rows import TextSplit, blocks
 from shards.manifest import Moments
 from train import Transcoder
+from train.entries import Entries, entries_above
 
 Tick = Callable[[int], object]
 
@@ -59,18 +60,18 @@ def first_pass(
     n_latents, device = len(coder.W_dec), coder.W_dec.device
     positions = split.contexts.shape[1]
     first = First(
-        Measurement(coder, select),
-        Baselines(linear),
-        ErrorMap(
+        measurement=Measurement(coder, select),
+        baselines=Baselines(linear),
+        error_map=ErrorMap(
             np.asarray(moments.mean),
             float(moments.variance.sum()),
             len(coder.prefix_ends),
             vocabulary,
             positions,
         ),
-        Coactivation(n_latents, n_rows),
-        Best(n_latents, N_TOP),
-        Best(n_latents, N_EVEN),
+        coactivation=Coactivation(n_latents, n_rows),
+        top=Best(n_latents, N_TOP),
+        even=Best(n_latents, N_EVEN),
     )
     for start, stop in blocks(n_rows):
         inputs, outputs = split.rows(start, stop)

@@ -70,8 +70,8 @@ def loss_curve(log: Sequence[Line]) -> Figure:
     left.set(xlabel="training rows (million tokens)", ylabel="training loss (normalised units)")
     names = sorted({key for line in log for key in line if key.startswith("heldout_fvu/prefix_")})
     for g, name in enumerate(names):
-        points = [(line["rows"] / 1e6, line[name]) for line in log if line.get(name) is not None]
-        x, y = zip(*points, strict=True)
+        measured = [line for line in log if line.get(name) is not None]
+        x, y = [line["rows"] / 1e6 for line in measured], [line[name] for line in measured]
         right.plot(x, y, **_look(g), label=f"prefix {name.rsplit('_', 1)[1]}")
     right.set(xlabel="training rows (million tokens)", ylabel="held-out FVU")
     if names:
@@ -257,7 +257,7 @@ def error_by_position(errors: Line) -> Figure:
 
 
 def error_by_size(errors: Line) -> Figure:
-    """FVU of every prefix by the size of the output, and which sizes hold the error."""
+    """FVU of every prefix by the output's distance from the mean, and which distances hold the error."""
     lines, edges = errors["by_size"], np.asarray(errors["size_edges"])
     centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
     made, (left, right) = figure(2, width=WIDE)

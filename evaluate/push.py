@@ -15,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluate.report import PAGE, number, percent
 from evaluate.run import finished
-from pipeline import InputError, load, parser, run_stage
+from pipeline import InputError
 from shards import hub
 from shards.files import sha256
+from stage import load, parser, run_stage
 from train import Transcoder, weights
 
 

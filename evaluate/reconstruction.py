@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.sparse import Entries
+from train.entries import Entries
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
+    """None where there is nothing to compare with."""
     return numerator / denominator if denominator > 0 else None
 
 
@@ -97,12 +98,14 @@ class Sparsity:
         self.summed = 0.0
 
     def add(self, entries: Entries) -> None:
+        """A block's active entries."""
         counts = np.bincount(entries.l0().cpu().numpy(), minlength=len(self.counts))
         counts[: len(self.counts)] += self.counts
         self.counts = counts
         self.summed += float(entries.values.double().sum())
 
     def result(self) -> dict[str, Any]:
+        """Plain JSON values, latents per row; l1 in units of the activations."""
         rows = int(self.counts.sum())
         levels = np.arange(len(self.counts))
         mean = float(self.counts @ levels) / rows

@@ -12,7 +12,7 @@ from evaluate.coactivation import MIN_FIRINGS
 from evaluate.contexts import N_EVEN
 from evaluate.figures import Drawn
 from evaluate.page_data import script_json
-from evaluate.sparse import BLOCK_ROWS
+from evaluate.rows import BLOCK_ROWS
 from evaluate.verdicts import verdicts
 from shards.files import write_whole
 
@@ -35,6 +35,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share as a percentage."""
     return "–" if value is None else number(100 * value)
 
 
@@ -74,6 +75,7 @@ def write_report(path: Path, metrics: dict[str, Any], data: dict[str, Any], draw
 
 
 def cross_entropy_note(measured: dict[str, Any]) -> str:
+    """One sentence on what was measured, or why nothing was."""
     if measured["skipped"] is not None:
         return f"Cross-entropy was not measured: {measured['skipped']}."
     return (

@@ -1,11 +1,9 @@
 """The evaluation of one run, in a straight line: store and weights in, metrics.json, plots and page out."""
 
+import json
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.baselines import fit_ridge
@@ -20,12 +18,18 @@ from evaluate.redundancy import decoder_similarity
 from evaluate.report import write_report
 from evaluate.subject import read
 from evaluate.tokens import TokenText
-from pipeline import InputError, Settings
+from pipeline import InputError, Settings, validated
 from shards import Store
 from shards.device import pick_device
 from shards.files import locked, remove_asides, sha256
+from shards.progress import progress
 from train import Transcoder
+from train.record import identity
 from train.weights import read_metadata, save_tensors
+
+SAME_ROWS = ("train.rows", "train.batch_size", "train.order_seed")
+COMPARED = (*SAME_ROWS, *(f"transcoder.{key}" for key in ("d_sae", "k", "selection", "skip")))
+"""What a run without nesting has in common with the one that it is a baseline for."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,26 @@ class Job:
     store: Store
     run_dir: Path
     n_rows: int
+    one_group: dict[str, Any] | None
+    """The baseline that a sibling run is, where there is one."""
     provenance: dict[str, Any]
 
     @property
     def folder(self) -> Path:
+        """Where the evaluation is written."""
         return self.run_dir / "evaluation"
 
     @property
     def split(self) -> Any:
+        """The rows that are evaluated."""
         return getattr(self.store, self.settings.evaluate.split)
 
 
 def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[dict[str, Any], bool]:
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
-    Nothing is done again when weights, store, settings and this package are those of the last time.
+    Nothing is done again when weights, store, settings, the sibling without nesting and this package are those of the
+    last time.
     `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
     """
     job = prepare(settings, ce_tokens)
@@ -61,7 +70,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     log = read_lines(job.run_dir / "metrics.jsonl")
     select = training_selection(trained["selection"], trained["k"]) if trained else None
     metrics, made = _measure(job, coder, select)
-    metrics["baselines"] |= _one_group(job, trained) if trained else {}
+    metrics["baselines"] |= {"one_group": job.one_group} if job.one_group else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
     with locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it"):
@@ -82,8 +91,12 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     split = getattr(store, settings.evaluate.split)
     n_rows = min(settings.evaluate.rows or len(split), len(split))
     if not n_rows:
-        raise InputError(f"{store.path}: expected rows in split {settings.evaluate.split}, found none")
-    source = store.manifest.source
+        raise InputError(
+            f"{store.path}: expected rows in split {settings.evaluate.split}, found none; harvest with a larger "
+            "harvest.heldout_fraction, or measure the rows it was trained on (--evaluate.split train)"
+        )
+    trained_on = read_metadata(run_dir).get("harvest_fingerprint")
+    source, one_group = store.manifest.source, _one_group(settings, store, n_rows)
     provenance = {
         "run": settings.run,
         "model": source.model,
@@ -95,12 +108,12 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "rows": n_rows,
         "cross_entropy_tokens": ce_tokens,
         "store_fingerprint": store.manifest.fingerprint,
-        "trained_on_this_store": read_metadata(run_dir).get("harvest_fingerprint")
-        == store.manifest.fingerprint,
+        "trained_on_this_store": trained_on and trained_on == store.manifest.fingerprint,
         "weights_sha256": sha256(weights),
+        "one_group_sha256": one_group and one_group["weights_sha256"],
         "code_sha256": code_sha256(),
     }
-    return Job(settings, store, run_dir, n_rows, provenance)
+    return Job(settings, store, run_dir, n_rows, one_group, provenance)
 
 
 def load_coder(job: Job) -> Transcoder:
@@ -129,11 +142,10 @@ def _measure(job: Job, coder: Transcoder, select: Select | None) -> tuple[dict[s
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
     vocabulary = TokenText(job.store.tokenizer_path).size
-    progress = partial(tqdm, total=job.n_rows, unit=" rows", unit_scale=True, dynamic_ncols=True)
     linear = fit_ridge(job.store.train)
-    with progress(desc="statistics") as bar:
+    with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, linear, moments, vocabulary, bar.update)
-    with progress(desc="contexts") as bar:
+    with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
     made = catalogue(first, samples, neighbours, coder.prefix_ends)
@@ -146,23 +158,38 @@ def _measure(job: Job, coder: Transcoder, select: Select | None) -> tuple[dict[s
     return metrics, made
 
 
-def _one_group(job: Job, own: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation of a sibling run that differs in having one group only: what nesting costs."""
-    for folder in sorted(job.run_dir.parent.glob("*/evaluation")):
-        metrics = finished(folder)
-        if metrics is None or len(metrics["prefixes"]) != 1 or len(own["group_sizes"]) == 1:
+def _one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | None:
+    """The evaluation of a sibling run that differs in having one group only: what nesting costs.
+
+    It has the same size and selection, was trained on the same rows, and was evaluated on the same.
+    """
+    run_dir = settings.run_dir()
+    own = _compared(run_dir, store)
+    if own is None or len(own["transcoder.group_sizes"]) == 1:
+        return None
+    for folder in sorted(run_dir.parent.glob("*/evaluation")):
+        metrics, other = finished(folder), _compared(folder.parent, store)
+        if metrics is None or other is None or len(other["transcoder.group_sizes"]) != 1:
             continue
-        other = _trained(folder.parent)
-        same = all(
-            metrics["provenance"][key] == job.provenance[key]
-            for key in ("store_fingerprint", "split", "rows")
-        )
-        if same and other and all(other[key] == own[key] for key in ("d_sae", "k", "selection", "skip")):
+        measured = (store.manifest.fingerprint, settings.evaluate.split, rows)
+        same = tuple(metrics["provenance"][key] for key in ("store_fingerprint", "split", "rows")) == measured
+        if same and all(own[key] == other[key] for key in COMPARED):
             kept = ("fvu", "mse", "mae", "cosine", "relative_bias", "l0", "dead_fraction")
-            return {
-                "one_group": {key: metrics["prefixes"][0][key] for key in kept} | {"run": folder.parent.name}
+            found = {key: metrics["prefixes"][0][key] for key in kept}
+            return found | {
+                "run": folder.parent.name,
+                "weights_sha256": metrics["provenance"]["weights_sha256"],
             }
-    return {}
+    return None
+
+
+def _compared(run_dir: Path, store: Store) -> dict[str, Any] | None:
+    """The settings that a run was trained with, sizes as numbers; none when it was not trained by this version."""
+    try:
+        settings = read_metadata(run_dir).get("settings")
+        return settings and identity(validated(settings, str(run_dir)), store.manifest.source.d_in)
+    except InputError:  # a sibling is looked at, not asked for
+        return None
 
 
 def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> None:
@@ -177,6 +204,6 @@ def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[st
     data = page_data(made, job.split.contexts, text)
     data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
     write_report(folder / "report.html", metrics, data, drawn)
-    save_tensors(folder / "latents.safetensors", tensors(made))
+    save_tensors(folder / "latents.safetensors", tensors(made), {"provenance": json.dumps(job.provenance)})
     metrics["files"] = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
     write_json(folder / "metrics.json", metrics)

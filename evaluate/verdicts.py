@@ -10,6 +10,8 @@ REDUNDANCY_GOOD = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
+    """One number and how it stands."""
+
     name: str
     value: str
     level: Literal["good", "moderate", "poor", "unknown", "info"]
@@ -23,14 +25,19 @@ def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
     made = [
         _fvu(prefix["fvu"]),
         _dead(prefix["dead_fraction"], metrics["rows"]),
-        _redundancy(redundancy["share"]),
+        _redundancy(redundancy["share"], metrics["redundancy"]["limit"]),
     ]
     sparsity = f"active latents per row, median {prefix['l0_median']:g}"
     made.append(Verdict("L0", f"{prefix['l0']:.1f}", "info", sparsity))
     if prefix["cross_entropy"]:
         recovered = prefix["cross_entropy"]["recovered_zero"]
         value = "undefined" if recovered is None else f"{100 * recovered:.1f} %"
-        made.append(Verdict("Cross-entropy recovered", value, "info", "against zeroing the MLP's output"))
+        limit = (
+            "zeroing the MLP's output costs nothing"
+            if recovered is None
+            else "against zeroing the MLP's output"
+        )
+        made.append(Verdict("Cross-entropy recovered", value, "info", limit))
     return made
 
 
@@ -40,8 +47,8 @@ def _dead(fraction: float, rows: int) -> Verdict:
     return Verdict("Dead latents", f"{100 * fraction:.1f} %", level, limit)
 
 
-def _redundancy(share: float | None) -> Verdict:
-    limit = f"below {REDUNDANCY_GOOD:g} (share of latent pairs with |cosine| above 0.9)"
+def _redundancy(share: float | None, cosine: float) -> Verdict:
+    limit = f"below {REDUNDANCY_GOOD:g} (share of latent pairs with |cosine| above {cosine:g})"
     if share is None:
         return Verdict("Redundancy", "undefined: one latent", "unknown", limit)
     return Verdict("Redundancy", f"{share:.2g}", "good" if share < REDUNDANCY_GOOD else "poor", limit)

@@ -1,6 +1,6 @@
 """python -m harvest: run the language model once and write activation stores."""
 
-from pipeline import load, parser, run_stage
+from stage import load, parser, run_stage
 
 
 def main() -> None:

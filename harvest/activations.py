@@ -28,6 +28,7 @@ class Kept:
 
     @classmethod
     def count(cls, contexts: Contexts, dropped_token_ids: list[int]) -> "Kept":
+        """Read all of a split's contexts once, 512 at a time."""
         before = np.zeros(len(contexts) + 1, np.int64)
         for start in range(0, len(contexts), 512):
             block = contexts[start : start + 512]

@@ -1,9 +1,7 @@
 """Quantised .gguf files as plain Hugging Face directories, converted once into `.cache/`."""
 
 import hashlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pipeline import ENVIRONMENT, ROOT, InputError, first_line
+from shards.files import locked, whole_folder
 
 CACHE = ROOT / ".cache"
 
@@ -32,18 +31,12 @@ def directory_of(file: Path) -> Path:
 
 
 def cached(directory: Path, make: Callable[[Path], None]) -> Path:
-    """`directory`, made once; it appears whole, also when several processes make it at a time."""
+    """`directory`, which `make` fills once, whole; of several processes one does, and the others wait for it."""
     if not directory.is_dir():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=directory.parent))
-        try:
-            make(aside)
-            aside.replace(directory)
-        except OSError:
-            if not directory.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with locked(directory.with_name(f".{directory.name}.lock"), refusal=None):
+            if not directory.is_dir():
+                with whole_folder(directory) as aside:
+                    make(aside)
     return directory
 
 

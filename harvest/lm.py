@@ -31,6 +31,8 @@ def hooks_of(layer: int, kind: Convention) -> tuple[str, str]:
 
 
 class Gain(NamedTuple):
+    """What the norm before an MLP multiplies and adds after normalising."""
+
     values: torch.Tensor
     """[D] float32 with mlp_in = normalized * values + bias"""
     bias: torch.Tensor | None
@@ -187,6 +189,8 @@ def _locate_on_hub(model: Model) -> str:
 
     try:
         huggingface_hub.HfApi().model_info(model.name, revision=model.revision, timeout=10)
+        # A gated model tells everyone about itself; its first file shows whether there is access.
+        huggingface_hub.hf_hub_download(model.name, "config.json", revision=model.revision)
     except errors.GatedRepoError as error:
         raise InputError(
             f"model {model.name}: access is gated; accept its licence on the hub and set HF_TOKEN"
@@ -194,6 +198,10 @@ def _locate_on_hub(model: Model) -> str:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise InputError(
             f"model {model.name}: not found on the Hugging Face hub ({first_line(error)})"
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise InputError(
+            f"model {model.name}: has no config.json on the hub; expected a Hugging Face model"
         ) from error
     except Exception as error:  # whatever the HTTP library raises when there is no network
         try:

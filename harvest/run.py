@@ -20,6 +20,7 @@ from shards.files import sha256, write_whole
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
+from shards.progress import progress
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store
@@ -143,7 +144,7 @@ def _text_pass(
     first.clear()
     asked = settings.harvest
     contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
-    with tqdm(total=asked.rows, unit="tok", unit_scale=True, desc="text", dynamic_ncols=True) as bar:
+    with progress("text", asked.rows, "tokens") as bar:
 
         def emit(split: str, context: np.ndarray, kept: int) -> None:
             contexts[split].append(context)
@@ -152,13 +153,18 @@ def _text_pass(
 
         heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
         texts = documents(settings.data)
-        rows = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
+        packed = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
+    if packed.unused:
+        tqdm.write(
+            f"{packed.unused:,} of {packed.documents:,} documents are shorter than a context and were left out; "
+            "data.pack concat joins them"
+        )
     digests = {split: writer.finish() for split, writer in contexts.items()}
     counts = {split: writer.contexts for split, writer in contexts.items()}
     tokenizer_digest = write_whole(
         first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
     )
-    text = Text(rows, counts, digests, tokenizer_digest)
+    text = Text(packed.rows, counts, digests, tokenizer_digest)
     for other in others:
         other.clear()
         for split in SPLITS:
@@ -271,3 +277,9 @@ def _summary(layer: int, root: Path, manifest: Manifest) -> None:
         f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",
         file=sys.stdout,
     )
+    if heldout.rows == 0:
+        tqdm.write(
+            f"layer {layer}: NO held-out rows: no document that gave a context fell into harvest.heldout_fraction "
+            f"{manifest.source.heldout_fraction:g}; nothing can be evaluated. Raise it, or harvest more rows",
+            file=sys.stderr,
+        )

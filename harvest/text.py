@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -82,6 +83,8 @@ def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, objec
     except Exception as error:  # datasets raises what its readers and its HTTP library raise
         cause = error.__cause__ or error
         message = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        if "BuilderConfig" in message:
+            message += f" (data.name is {data.name!r}; give --data.name)"
         raise InputError(f"{where}: cannot be read: {(file and _bad_line(file)) or message}") from error
 
 
@@ -123,6 +126,7 @@ class Packer:
     _carry: list[int] = field(default_factory=list)
 
     def add(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """The contexts, [T] int32 each, that a document's tokens complete."""
         body = self.length - (self.bos is not None)
         stream = tokens if self.separator is None else [*self._carry, *tokens, self.separator]
         start = 0
@@ -143,6 +147,7 @@ class Special:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, pack: str) -> "Special":
+        """A tokenizer's own; raises `InputError` when `pack` is concat and no token can separate documents."""
         bos = _id(tokenizer, tokenizer.bos_token)
         separator = None
         if pack == "concat":
@@ -158,6 +163,17 @@ def _id(tokenizer: PreTrainedTokenizerFast, token: object) -> int | None:
     return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
 
 
+class Packed(NamedTuple):
+    """What the text pass made of the text."""
+
+    rows: dict[str, int]
+    """Split -> kept positions."""
+    documents: int
+    """Documents read."""
+    unused: int
+    """Of these, shorter than a context and dropped (data.pack document)."""
+
+
 def pack_splits(
     texts: Iterable[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -166,24 +182,26 @@ def pack_splits(
     rows: int,
     heldout: Callable[[str], bool],
     emit: Callable[[str, np.ndarray, int], None],
-) -> dict[str, int]:
+) -> Packed:
     """Tokenise and pack until the train split has `rows` kept positions; `emit(split, context, kept)` each context.
 
-    Returns kept positions per split, train's cut to `rows`. Raises `InputError` when the text ends before.
+    Train's rows are cut to `rows`. Raises `InputError` when the text ends before.
     """
     packers = {split: Packer(length, special.bos, special.separator) for split in SPLITS}
-    kept = dict.fromkeys(SPLITS, 0)
+    kept, documents, unused = dict.fromkeys(SPLITS, 0), 0, 0
     stream = iter(texts)
     while block := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(block, add_special_tokens=False)
         for text, encoding in zip(block, encodings, strict=True):
-            split = SPLITS[heldout(text)]
-            for context in packers[split].add(encoding.ids):
+            split, documents = SPLITS[heldout(text)], documents + 1
+            contexts = list(packers[split].add(encoding.ids))
+            for context in contexts:
                 count = int(kept_mask(context[None], special.dropped).sum())
                 kept[split] += count
                 emit(split, context, count)
                 if kept["train"] >= rows:
-                    return {**kept, "train": rows}
+                    return Packed({**kept, "train": rows}, documents, unused)
+            unused += special.separator is None and not contexts
     joined = "" if special.separator is not None else ", or join short documents (data.pack concat)"
     raise InputError(
         f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tqdm.auto import tqdm
-
 from harvest import ranks
 from harvest.activations import Kept, fill_window
 from harvest.lm import LanguageModel
 from pipeline import Harvest
 from shards.layout import windows
 from shards.manifest import SPLITS
+from shards.progress import progress
 from shards.writer import StoreWriter, WindowRows, stored_order
 
 Window = tuple[str, int, range]
@@ -40,9 +39,7 @@ def run_windows(
     with (
         ThreadPoolExecutor(max_workers=min(len(writers), 4), initializer=_after_the_model) as pool,
         model.capturing(sorted(hooks)) as caught,
-        tqdm(
-            total=sum(len(kept) for *_, kept in work), unit="tok", desc="harvest", dynamic_ncols=True
-        ) as bar,
+        progress("harvest", sum(len(kept) for *_, kept in work), "tokens") as bar,
     ):
         kept = _Counted(writers[0])
         writing: list[Future[None]] = []

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from pipeline import InputError, Paths, load, parser, run_stage
+from pipeline import InputError, Paths
+from stage import load, parser, run_stage
 
 
 def main() -> None:

@@ -40,6 +40,30 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `folder` when the block ends without an error, and is gone after one.
+
+    Of one process at a time: the caller holds the lock, or does not share the folder. A kill leaves the old folder,
+    the new one, or, between two renames, none.
+    """
+    aside, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    for left_over in (aside, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.replace(old)
+    publish(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def publish(aside: Path, path: Path) -> None:
     """Flush the finished file or directory `aside` to disk and rename it to `path`."""
     flush(aside)
@@ -48,6 +72,7 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
+    """Have the file or directory on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,17 +88,17 @@ def remove_asides(*folders: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, refusal: str) -> Iterator[None]:
+def locked(path: Path, refusal: str | None) -> Iterator[None]:
     """Hold the lock file `path`, which is gone afterwards. The kernel frees a dead holder's lock.
 
-    Raises `InputError` with `refusal` and the holder's process number when it is held. A file system without
-    locks is told on standard error and trusted.
+    When it is held, raises `InputError` with `refusal` and the holder's process number; without a refusal, waits.
+    A file system without locks is told on standard error and trusted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
@@ -82,7 +107,7 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
                 if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                     raise
                 print(f"{path}: cannot be locked here; start no second process on it", file=sys.stderr)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if not _still_named(path, file.fileno()):
                 continue  # the last holder has removed it after we had opened it
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
@@ -94,7 +119,16 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
             return
 
 
+def _still_named(path: Path, descriptor: int) -> bool:
+    """Whether `path` is the file that was opened; it may go at any instant."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,7 +166,11 @@ def read_commit(root: Path) -> dict[str, str]:
     """{path: sha256} of a complete store; raises `InputError` when it is unfinished or its list damaged."""
     path = root / COMMIT
     if not root.is_dir():
-        raise InputError(f"{root}: no such store; make harvest writes it")
+        others = sorted(
+            str(path.relative_to(root.parent.parent)) for path in root.parent.parent.glob("*/*.zarr")
+        )
+        there = f"; there are {', '.join(others[:9])}: see --model.name, LAYER, HARVEST" if others else ""
+        raise InputError(f"{root}: no such store; make harvest writes it{there}")
     if not path.is_file():
         raise InputError(
             f"{root}: unfinished harvest ({COMMIT} is missing); the same make harvest continues it"

@@ -16,6 +16,8 @@ SCHEME = "hf://"
 
 
 class Address(NamedTuple):
+    """The parts of an hf:// address."""
+
     repo_type: str
     """model or dataset"""
     repo: str
@@ -26,10 +28,12 @@ class Address(NamedTuple):
 
 
 def is_hub(where: str | Path) -> bool:
+    """Whether `where` is an hf:// address."""
     return str(where).startswith(SCHEME)
 
 
 def parse(url: str) -> Address:
+    """The parts of `url`; raises `InputError` when it is no hf:// address, or its path could lead anywhere else."""
     name = r"[A-Za-z0-9][A-Za-z0-9._-]*"
     matched = re.fullmatch(rf"hf://(datasets/)?({name}/{name})(?:@([^/]+))?((?:/[^/]+)*)/?", url)
     if not matched or ".." in re.split("[/@]", url) or re.search(r"[\\\x00-\x1f\x7f]", url):

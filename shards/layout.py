@@ -99,11 +99,13 @@ def split_arrays(source: Source, split: str, rows: int, contexts: int) -> dict[s
 
 
 def contexts_array(split: str, contexts: int, context_length: int) -> Array:
+    """[C, T] int32, a split's token ids."""
     chunk = (CHUNK_CONTEXTS, context_length)
     return Array(f"{split}/contexts", (contexts, context_length), np.dtype("<i4"), chunk, PLAIN)
 
 
 def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A group's zarr.json (zarr core specification 3.1)."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
 
 
@@ -125,4 +127,5 @@ def kept_mask(contexts: np.ndarray, dropped_token_ids: Iterable[int]) -> np.ndar
 
 
 def split_number(split: str) -> int:
+    """The split's part of the key that orders its rows."""
     return SPLITS.index(split)

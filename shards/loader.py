@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,8 @@ from pipeline import InputError
 from shards.device import cores
 from shards.layout import CHUNK_ROWS
 from shards.order import chunk_groups
-
-if TYPE_CHECKING:
-    from shards.store import StoreSplit
+from shards.reader import ChunkReader
+from shards.storage import Storage
 
 GROUP_CHUNKS = 32
 """32 chunks give a batch 95 % of the distinct contexts of independent draws, 16 give 90 % (simulated, 400k rows)."""
@@ -33,8 +32,26 @@ AHEAD = 2
 SIDES = ("input", "output")
 
 
+class StoredRows(Protocol):
+    """What a loader needs of a `shards.StoreSplit`."""
+
+    d_in: int
+    d_out: int
+    storage: Storage
+    readers: dict[str, ChunkReader]
+    """By array."""
+
+    def __len__(self) -> int: ...
+
+    def scales(self, side: str, chunk: int) -> np.ndarray:
+        """[d] float32 column scales of one chunk of a store that has them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
+    """One training batch, and where it comes from."""
+
     inputs: torch.Tensor
     """[B, D_in] float32"""
     outputs: torch.Tensor
@@ -57,7 +74,7 @@ class Loader:
 
     def __init__(
         self,
-        split: "StoreSplit",
+        split: StoredRows,
         batch_size: int,
         seed: int,
         epoch: int,
@@ -82,10 +99,12 @@ class Loader:
 
     @property
     def batches_per_group(self) -> int:
+        """Batches that are cut from one group of chunks."""
         return CHUNK_ROWS // self.rows_per_chunk
 
     @property
     def batches_per_epoch(self) -> int:
+        """Batches of one pass; the rows of the last, unfilled group are left out."""
         return self.chunks // self.group * self.batches_per_group
 
     def __len__(self) -> int:
@@ -228,7 +247,13 @@ def _group_size(chunks: int, batch_size: int, world: int) -> int:
     for size in range(min(GROUP_CHUNKS, chunks), 0, -1):
         if batch_size % size == 0 and size % world == 0 and batch_size // size <= CHUNK_ROWS:
             return size
+    most = min(GROUP_CHUNKS, chunks) // world * world
+    if not most:
+        raise InputError(
+            f"{world} processes cannot share {min(GROUP_CHUNKS, chunks)} chunks of {CHUNK_ROWS} rows; start fewer"
+        )
+    fitting = max(1, min(batch_size // most, CHUNK_ROWS)) * most
     raise InputError(
-        f"train.batch_size {batch_size} with {world} process(es) cannot be cut from groups of at most "
-        f"{min(GROUP_CHUNKS, chunks)} chunks of {CHUNK_ROWS} rows; use a multiple of 32 and a power of two of processes"
+        f"train.batch_size {batch_size}: a batch takes equally many rows, at most {CHUNK_ROWS:,}, of each of up to "
+        f"{most} chunks, which {world} process(es) share; use {fitting}"
     )

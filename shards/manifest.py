@@ -26,6 +26,8 @@ Vector = Annotated[list[float], Field(repr=False)]
 
 
 class Record(BaseModel):
+    """A frozen part of a manifest; unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -83,6 +85,7 @@ class Source(Record):
 
     @property
     def fingerprint(self) -> str:
+        """sha256 of all of it: two harvests with one fingerprint ask for the same rows."""
         return digest(self.model_dump())
 
 
@@ -106,6 +109,8 @@ class Moments(Record):
 
 
 class Split(Record):
+    """What one split holds; moments are over its rows."""
+
     rows: int
     contexts: int
     contexts_sha256: str
@@ -115,6 +120,8 @@ class Split(Record):
 
 
 class Manifest(Record):
+    """The record of a complete store, kept in the attributes of its zarr.json."""
+
     format: Literal["matryoshka-activations"] = FORMAT
     format_version: int = FORMAT_VERSION
     source: Source
@@ -123,10 +130,12 @@ class Manifest(Record):
     splits: dict[str, Split]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `from_json` takes them."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "Manifest":
+        """Read a record found at `where`; raises `InputError` naming another version, or the key that is wrong."""
         version = values.get("format_version")
         if values.get("format") != FORMAT or version != FORMAT_VERSION:
             raise InputError(

@@ -18,6 +18,8 @@ MANIFEST_BYTES_PER_DIMENSION = 22
 
 @dataclass(frozen=True)
 class Plan:
+    """What one store takes on disk, in bytes."""
+
     rows: int
     bytes_per_row: float
     fixed_bytes: int
@@ -30,10 +32,12 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """Of the whole store when it is complete."""
         return int(self.fixed_bytes + self.rows * self.bytes_per_row)
 
     @property
     def to_come(self) -> int:
+        """What is still to be written."""
         return max(0, self.bytes - self.written_bytes)
 
     def __str__(self) -> str:

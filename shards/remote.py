@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm.auto import tqdm
-
 from pipeline import InputError, Paths, first_line
 from shards import hub
 from shards.files import inside, read_commit, write_whole
 from shards.layout import COMMIT
+from shards.progress import progress
 
 SCHEMES = ("s3://", "gs://", "https://", "http://", hub.SCHEME)
 CACHE = Paths().cache
@@ -24,6 +23,7 @@ CACHE_BYTES = Paths().cache_bytes
 
 
 def is_url(where: str | Path) -> bool:
+    """Whether `where` is an address, of a kind that stores are read from."""
     return str(where).startswith(SCHEMES)
 
 
@@ -40,6 +40,8 @@ class Files(Protocol):
 
 
 class LocalFiles:
+    """The files of a store in a local directory."""
+
     def __init__(self, root: Path) -> None:
         self.root, self.where = root, str(root)
 
@@ -127,7 +129,7 @@ def upload(root: Path, url: str) -> None:
     total = sum((root / name).stat().st_size for name in names)
     with (
         ThreadPoolExecutor(8) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, desc="upload", dynamic_ncols=True) as bar,
+        progress("upload", total, "B") as bar,
     ):
         for size in pool.map(put, names):
             bar.update(size)

@@ -62,6 +62,7 @@ class Store:
 
     @property
     def tokenizer_path(self) -> Path:
+        """The store's own tokenizer.json, local once it was asked for."""
         return self.path / "tokenizer.json"
 
     def __repr__(self) -> str:

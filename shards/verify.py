@@ -5,13 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from pipeline import InputError
 from shards.device import cores
 from shards.files import read_commit, sha256, store_files
 from shards.layout import FILE_CHUNKS, Array, split_arrays
 from shards.manifest import SPLITS, read_manifest
+from shards.progress import progress
 from shards.reader import DamagedChunkError, MappedArray
 from shards.remote import Files, LocalFiles
 from shards.writer import StoreWriter
@@ -45,7 +44,7 @@ def verify(files: Files) -> list[Damage]:
     damages: list[Damage] = []
     with (
         ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=len(digests), unit="file", desc="verify", dynamic_ncols=True) as bar,
+        progress("verify", len(digests), "files") as bar,
     ):
         checks = pool.map(lambda name: _is_whole(files, name, digests[name]), digests)
         for name, whole in zip(digests, checks, strict=True):

@@ -59,6 +59,7 @@ class StoreWriter:
 
     @property
     def complete(self) -> bool:
+        """Whether the store is committed."""
         return (self.root / COMMIT).is_file()
 
     @contextlib.contextmanager
@@ -105,6 +106,7 @@ class StoreWriter:
 
     @property
     def text(self) -> Text:
+        """What the text pass left; only after it."""
         return Text(**self._read_work("plan.json")["text"])
 
     def contexts(self, split: str, context_length: int) -> Contexts:
@@ -201,7 +203,7 @@ class StoreWriter:
             raise InputError(
                 f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
                 f"{moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
-                "use --harvest.storage bfloat16 or raise it"
+                "give another harvest.storage, or raise the limit"
             )
 
     def finish(self) -> Manifest:
@@ -272,6 +274,7 @@ class WindowRows:
 
     @classmethod
     def empty(cls, rows: int, source: Source) -> "WindowRows":
+        """Uninitialised columns for `rows` rows."""
         return cls(
             np.empty((rows, source.d_in), np.float32),
             np.empty((rows, source.d_out), np.float32),
@@ -295,6 +298,7 @@ class ContextWriter:
         self.contexts = 0
 
     def append(self, context: np.ndarray) -> None:
+        """Take in one context, [T] token ids."""
         self._pending.append(context)
         self.contexts += 1
         if len(self._pending) == FILE_CHUNKS * self._array.chunk[0]:

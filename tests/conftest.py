@@ -1,10 +1,15 @@
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-from pipeline import Settings, load, parser
+from pipeline import ROOT, Settings
+from stage import load, parser
+from tests.hub import TOKEN, Hub, Run, running
 from tests.models import FAMILIES, save_model, save_wide_gemma, sentences, write_jsonl
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
@@ -65,3 +70,28 @@ def settings_for(tmp_path: Path, corpus: Path) -> Callable[..., Settings]:
         return load(parser("harvest", ""), argv)[0]
 
     return make
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running() as server:
+        yield server
+        assert server.unknown == []
+
+
+@pytest.fixture
+def at_hub(hub: Hub, tmp_path: Path) -> Run:
+    """A Python process whose hub is the server; HF_ENDPOINT is read when huggingface_hub is imported."""
+    surroundings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    surroundings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    surroundings |= {"HF_HUB_DISABLE_XET": "1"}  # the real hub's storage protocol, which no fake speaks
+
+    def call(*command: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | surroundings
+        env |= {"HF_TOKEN": token} if token else {}
+        line = [sys.executable, *command]
+        return subprocess.run(
+            line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return call

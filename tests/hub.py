@@ -7,14 +7,17 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_onlyForThisTest"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+"""A command of ours, started where the hub is this one."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -27,6 +30,8 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, list[str]] = defaultdict(list)
         self.blobs: dict[str, bytes] = {}
+        self.gated: set[str] = set()
+        """Repositories whose files are for those who have accepted their terms: here, nobody."""
         self.tokens: set[str | None] = set()
         self.unknown: list[str] = []
 
@@ -65,10 +70,13 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             self._with_repo(f"{found[1]}/{found[2]}", self._info)
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/.*)?", path):
-            self._with_repo(f"{found[1]}/{found[2]}", self._tree)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
+            deep = "recursive=True" in self.path or "recursive=true" in self.path
+            self._with_repo(f"{found[1]}/{found[2]}", self._tree, found[3] or "", deep)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
             self._with_repo(f"{found[1] or 'models/'}{found[2]}", self._file, found[3])
+        elif path == "/api/agent-harnesses":
+            self._json([])
         else:
             self._unknown()
 
@@ -111,21 +119,27 @@ class Handler(BaseHTTPRequestHandler):
             {"id": name, "modelId": name, "sha": self.server.sha(repo), "private": False, "siblings": []}
         )
 
-    def _tree(self, repo: str) -> None:
-        files = self.server.repos[repo]
-        self._json(
-            [
-                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for path, data in files.items()
-            ]
-        )
+    def _tree(self, repo: str, folder: str, deep: bool) -> None:
+        found, start = [], f"{folder}/" if folder else ""
+        for path, data in self.server.repos[repo].items():
+            name, _, below = path.removeprefix(start).partition("/")
+            if not path.startswith(start):
+                continue
+            if deep or not below:
+                found.append({"type": "file", "path": path, "size": len(data), "oid": _oid(data)})
+            if below and (line := {"type": "directory", "path": start + name, "oid": "0" * 40}) not in found:
+                found.append(line)
+        self._json(found)
 
     def _file(self, repo: str, path: str) -> None:
+        if repo in self.server.gated:
+            self._json({"error": "Access is restricted"}, 403, {"X-Error-Code": "GatedRepo"})
+            return
         if path not in self.server.repos[repo]:
             self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         data = self.server.repos[repo][path]
-        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        etag = f'"{_oid(data)}"'
         self._send(200, data, {"ETag": etag, "X-Repo-Commit": self.server.sha(repo)})
 
     def _preupload(self, repo: str, body: bytes) -> None:
@@ -195,3 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _oid(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()

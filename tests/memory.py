@@ -18,11 +18,11 @@ print(max(resident("RssAnon") for _ in store.train.loader(1024)) - before)
 
 EVALUATE = """
 import sys, threading
-import pipeline
+from stage import load, parser
 from evaluate.run import evaluate
 from tests.memory import resident
 
-settings, _ = pipeline.load(pipeline.parser("evaluate", ""), sys.argv[1:])
+settings, _ = load(parser("evaluate", ""), sys.argv[1:])
 peak, done = [0], threading.Event()
 
 def watch():

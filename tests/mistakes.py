@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import pipeline
-from pipeline import run_stage
+import stage
 from shards.files import commit_text, sha256, store_files
+from stage import run_stage
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
 from train import weights
@@ -69,7 +69,7 @@ def call(module: str, *arguments: str) -> int:
     main = importlib.import_module(f"{module}.__main__" if "." not in module else module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
-        patch.setattr(pipeline, "PIPELINE_TOML", Path("pipeline.toml"))
+        patch.setattr(stage, "PIPELINE_TOML", Path("pipeline.toml"))
         with pytest.raises(SystemExit) as stopped:
             run_stage(main)
     assert isinstance(stopped.value.code, int)
@@ -273,6 +273,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "the run is not trained to its end": lambda: remove(W),
     "the run's weights are cut short": lambda: cut(W),
     "prefixes that do not rise": lambda: in_header(W, prefix_ends="[24, 8, 64]"),
+    "a header whose source is a word": lambda: in_header(W, source='"gemma"'),
     "a tensor is missing": lambda: change(W, "b_dec"),
     "a tensor of another width": lambda: change(W, W_dec=torch.zeros(64, 31)),
     "a threshold is NaN": lambda: nan_in("thresholds", W),
@@ -293,6 +294,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "the log has a broken line; to be evaluated": lambda: edit('{"step"', '{"step', RUN / "metrics.jsonl"),
     "metrics.json is damaged": lambda: write(RUN / "evaluation/metrics.json", "{"),
     "the samples are damaged": lambda: write(SAMPLES, "{"),
+    "a line of the samples lacks its group": lambda: write(SAMPLES, '{"latent": 0, "samples": []}\n'),
     "no samples were collected": lambda: remove(SAMPLES),
     "no .npz": lambda: write("params.npz", "a web page"),
     "an .npz of pickles": lambda: np.savez("params.npz", W_enc=np.array([{}], object)),

@@ -31,7 +31,7 @@ def test_a_named_test_exists(file: str, name: str) -> None:
 
 def test_nothing_asks_what_time_it_is() -> None:
     """time.perf_counter measures spans and cannot go back; file dates only order a cache and mark conversions."""
-    for package in ("pipeline.py", "harvest", "shards", "train", "evaluate"):
+    for package in ("pipeline.py", "stage.py", "harvest", "shards", "train", "evaluate"):
         path = ROOT / package
         for file in [path] if path.is_file() else path.rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
@@ -46,8 +46,8 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     """As PyTorch's of numpy does: the stage must not go on with half a module."""
     swallows = f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\nexcept BaseException:\n    pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
-    code = f"import pipeline, sys\nsys.path.append({str(tmp_path)!r})\n"
-    code += "def stage():\n    import swallows\n    print('went on')\npipeline.run_stage(stage)\n"
+    code = f"import stage, sys\nsys.path.append({str(tmp_path)!r})\n"
+    code += "def main():\n    import swallows\n    print('went on')\nstage.run_stage(main)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
     assert said == (130, "", "interrupted: the same command continues\n")

@@ -11,7 +11,6 @@ from pipeline import ROOT
 
 FILE_LINES, FUNCTION_LINES = 400, 60
 LONGER = {
-    "pipeline.py": "every setting in one file, with the command line that is generated from them",
     "evaluate/figures.py:all_plots": "the list of all plots, one entry after the other",
 }
 """What is longer, and why."""

@@ -1,4 +1,4 @@
-"""What design/interface.md promises in Python, line by line, and how its objects show themselves in a notebook."""
+"""What notebooks and scripts may rely on, line by line, and how our objects show themselves in a notebook."""
 
 import subprocess
 import sys

@@ -12,7 +12,8 @@ from nbformat.v4 import new_code_cell
 
 from bench.expected import disk, recipes, table
 from docs.notebook import GUIDE, NOTEBOOK, notebook_of
-from pipeline import ROOT, SECTIONS, load, parser
+from pipeline import ROOT, SECTIONS
+from stage import load, parser
 
 TEXT = GUIDE.read_text(encoding="utf-8")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline
-from pipeline import ROOT
+from pipeline import ROOT, SECTIONS
+from stage import load, parser
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
 
@@ -50,9 +50,17 @@ def test_a_command_starts_a_stage_with_settings_that_exist(command: str) -> None
         assert module in INSTALLED or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
         if module in ("harvest", "train", "evaluate"):
             given = [word for word in arguments if word not in OWN]
-            settings, _ = pipeline.load(pipeline.parser(module, ""), given)
+            settings, _ = load(parser(module, ""), given)
             asked = re.search(r'LAYER="?([\d ]+)', command)
             assert settings.layers == (tuple(map(int, asked[1].split())) if asked else settings.layers)
+
+
+def test_the_settings_that_newcomers_are_pointed_to_exist() -> None:
+    lines = (ROOT / "docs" / "coming_from.md").read_text().splitlines()
+    ours = [line.split(" | ")[1] for line in lines if line.startswith("| ") and " | " in line]
+    named = [pair for cell in ours for pair in re.findall(r"`(\w+)\.(\w+)`", cell)]
+    assert len(named) >= 20
+    assert [pair for pair in named if pair[1] not in SECTIONS[pair[0]].model_fields] == []
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

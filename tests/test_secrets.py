@@ -8,7 +8,8 @@ import pytest
 import evaluate.__main__
 import harvest.__main__
 import train.__main__
-from pipeline import InputError, load, parser
+from pipeline import InputError
+from stage import load, parser
 from train import export, samples
 
 SECRETS = {"HF_TOKEN": "hf_" + "q7Zp" * 9, "WANDB_API_KEY": "5ec4e7" * 7}

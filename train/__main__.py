@@ -1,10 +1,10 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
-import pipeline
+from stage import load, parser, run_stage
 
 
 def main() -> None:
-    settings, _ = pipeline.load(pipeline.parser("train", "Train a nested transcoder on an activation store."))
+    settings, _ = load(parser("train", "Train a nested transcoder on an activation store."))
     from rich.console import Console  # after the settings are checked: torch takes seconds to import
 
     from train import record
@@ -26,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pipeline.run_stage(main)
+    run_stage(main)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline import InputError, first_line
-from shards.files import flush, inside, publish, write_whole
+from shards.files import inside, whole_folder, write_whole
 from train.state import State
 from train.weights import save_tensors
 
@@ -23,21 +23,15 @@ VERSION = 1
 
 
 def save(run_dir: Path, state: State) -> None:
+    """Make the state's checkpoint the newest and only one; nothing to do where that step has one already."""
     folder = run_dir / "state"
-    aside, final = folder / f".step_{state.step}.tmp", folder / f"step_{state.step}"
+    final = folder / f"step_{state.step}"
     if final.exists():
-        return  # already there: Ctrl-C right after a regular checkpoint
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+        return  # Ctrl-C right after a regular checkpoint
+    with whole_folder(final) as aside:
         save_tensors(aside / "tensors.safetensors", state.tensors())
         text = json.dumps({"version": VERSION, **state.scalars()}, indent=1)
         write_whole(aside / "state.json", text.encode())
-        flush(aside / "tensors.safetensors")
-        publish(aside, final)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     write_whole(folder / "latest", f"{final.name}\n".encode())
     for old in folder.iterdir():
         if old.is_dir() and old != final:

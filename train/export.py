@@ -4,14 +4,11 @@ What they all read: float32 weights on raw activations without the norm's gain, 
 rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pipeline
 from pipeline import InputError, Settings
-from shards.files import publish
+from shards.files import whole_folder
+from stage import load, parser, run_stage
 from train import weights
 from train.convention import convert
 from train.formats import WRITERS, circuit_tracer
@@ -23,9 +20,10 @@ FORMATS = (*WRITERS, "circuit_tracer")
 def export(run_dir: Path, to: str, prefix: int | None = None) -> Path:
     """Write the run, or one prefix of it, to <run>/export/<to>[_prefix_g]; returns the directory to load."""
     transcoder = exported(run_dir, prefix)
-    with appearing(run_dir / "export" / (to + _suffix(prefix))) as (aside, final):
+    folder = run_dir / "export" / (to + _suffix(prefix))
+    with whole_folder(folder) as aside:
         made = WRITERS[to](aside, *transcoder.saved())
-    return final / made.relative_to(aside)
+    return folder / made.relative_to(aside)
 
 
 def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
@@ -40,9 +38,10 @@ def export_set(settings: Settings, prefix: int | None = None, partial: bool = Fa
     if not layers:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
     name = settings.run + _suffix(prefix)
-    with appearing(model / "export" / "circuit_tracer" / name) as (aside, final):
+    folder = model / "export" / "circuit_tracer" / name
+    with whole_folder(folder) as aside:
         circuit_tracer.write(aside, layers, f"{settings.model_slug}/{name}", partial)
-    return final
+    return folder
 
 
 def _suffix(prefix: int | None) -> str:
@@ -63,32 +62,14 @@ def exported(run_dir: Path, prefix: int | None) -> Transcoder:
     return whole if prefix is None else whole.prefix(prefix)
 
 
-@contextmanager
-def appearing(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """(an empty directory, `folder`): it takes the folder's place when the block ends without an error."""
-    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
-    for left_over in (aside, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside, folder
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.replace(old)
-    publish(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def main() -> None:
-    made = pipeline.parser("train.export", "Write a run, or one prefix of it, in another tool's format.")
+    made = parser("train.export", "Write a run, or one prefix of it, in another tool's format.")
     made.add_argument("--format", choices=FORMATS, required=True, help="whose format")
     made.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
     made.add_argument(
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
-    settings, given = pipeline.load(made)
+    settings, given = load(made)
     if given.format == "circuit_tracer":
         print(export_set(settings, given.prefix, given.partial))
     else:
@@ -96,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pipeline.run_stage(main)
+    run_stage(main)

@@ -72,13 +72,16 @@ def summary(metadata: dict[str, Any]) -> Any:
     from rich.table import Table
 
     found, ends = metadata["heldout"], metadata["prefix_ends"]
-    dead = 100 * found["dead"] / ends[-1]
-    title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
+    title = "the store has no held-out rows: nothing was measured"
+    if found["rows"]:
+        dead = 100 * found["dead"] / ends[-1]
+        title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     table = Table("prefix", "latents", "FVU", "L0", "L0 in training", "threshold", title=title)
     numbers = zip(
         ends, found["fvu"], found["l0"], metadata["training"]["l0"], metadata["thresholds"], strict=True
     )
     for g, (end, fvu, l0, training_l0, threshold) in enumerate(numbers):
         shown = "-" if fvu is None else f"{fvu:.4f}"
-        table.add_row(str(g), f"{end:,}", shown, f"{l0:.2f}", f"{training_l0:.2f}", f"{threshold:.4g}")
+        active = f"{l0:.2f}" if found["rows"] else "-"
+        table.add_row(str(g), f"{end:,}", shown, active, f"{training_l0:.2f}", f"{threshold:.4g}")
     return table

@@ -26,10 +26,13 @@ class Block(NamedTuple):
 
     @property
     def rows(self) -> slice:
+        """The latents as a slice of the parameters."""
         return slice(self.start, self.start + len(self.b_enc))
 
 
 class Gradients(NamedTuple):
+    """Of one training step."""
+
     shared: dict[str, Tensor]
     """b_dec, and W_skip where there is one."""
     blocks: Callable[[], Iterator[Block]]

@@ -6,9 +6,9 @@ The run has weights only, in our format; evaluate and compare measure it by its 
 
 from pathlib import Path
 
-import pipeline
 from pipeline import InputError
 from shards.files import sha256
+from stage import load, parser, run_stage
 from train import weights
 from train.formats import fetched, weights_file
 from train.transcoder import Transcoder
@@ -26,15 +26,15 @@ def bring(origin: str, run_dir: Path) -> Transcoder:
 
 
 def main() -> None:
-    made = pipeline.parser("train.imports", "Bring another tool's transcoder in as a run.")
+    made = parser("train.imports", "Bring another tool's transcoder in as a run.")
     made.add_argument(
         "--from", dest="origin", required=True, metavar="PATH", help="file, directory or hf:// address"
     )
-    settings, given = pipeline.load(made)
+    settings, given = load(made)
     run_dir = settings.run_dir()
     found = bring(given.origin, run_dir)
     print(f"{run_dir / weights.FILE_NAME}: {found.d_in} -> {found.d_sae:,} latents -> {found.d_out}")
 
 
 if __name__ == "__main__":
-    pipeline.run_stage(main)
+    run_stage(main)

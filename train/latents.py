@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from train.topk import Entries
+from train.entries import Entries
 
 PER_LATENT = 10
 

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pipeline import InputError, Settings, Wandb
+from shards.progress import progress
 
 
 def check(wandb: Wandb) -> None:
@@ -32,23 +33,17 @@ class Log:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "metrics.jsonl").open("a")
-        self._bar: tqdm[Any] = tqdm(
-            total=total,
-            initial=rows,
-            unit="row",
-            unit_scale=True,
-            desc=settings.run,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-        )
+        self._bar = progress(settings.run, total, "rows", done=rows)
         self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
         self._online = settings.wandb.mode == "online"
         self._wandb = _start_wandb(run_dir, self._name, settings, config)
 
     def step(self, rows: int) -> None:
+        """Move the bar on by the rows of a step."""
         self._bar.update(rows)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
+        """Log the values of a step; raises `OSError` naming metrics.jsonl when it cannot be written."""
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
@@ -77,6 +72,7 @@ class Log:
             self._to_wandb(upload)
 
     def close(self) -> None:
+        """End the bar, the file and the W&B run."""
         self._bar.close()
         self._file.close()
         self._to_wandb(lambda run: run.finish())

@@ -20,6 +20,7 @@ from shards.device import pick_device
 from shards.files import locked, remove_asides
 from train import checkpoint, log, memory, record
 from train.dense import DenseStep
+from train.entries import Entries
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.gradients import Gradients
 from train.log import Log
@@ -30,7 +31,6 @@ from train.peers import ALONE, Peers, joined, world
 from train.recipe import Recipe, initial
 from train.sparse import Buffers, SparseStep
 from train.state import State
-from train.topk import Entries
 from train.transcoder import Parameters, Transcoder
 from train.weights import FILE_NAME
 
@@ -114,6 +114,7 @@ class Run:
 
     @property
     def done(self) -> bool:
+        """Whether every step is made."""
         return self.state.step >= self.recipe.steps
 
     def feed(self, batch: Batch, batches_per_epoch: int, waited: float) -> None:
@@ -195,7 +196,7 @@ def _everyones(entries: Entries, batch: Batch, peers: Peers) -> tuple[Entries, T
     numbers = torch.from_numpy(batch.rows).to(entries.rows.device)
     rows = entries.rows + peers.rank * len(numbers)
     parts = (rows, entries.latents, entries.values)
-    return Entries(*map(peers.gathered, parts)), peers.gathered(numbers)
+    return Entries(*map(peers.gathered, parts), n_rows=len(numbers) * peers.world), peers.gathered(numbers)
 
 
 def train(settings: Settings, store: Store) -> Transcoder:

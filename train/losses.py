@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from train.entries import Entries
 from train.peers import ALONE, Peers
-from train.topk import Entries
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Objective:
 
     @property
     def d_sae(self) -> int:
+        """F, the last prefix end."""
         return self.prefix_ends[-1]
 
 
@@ -49,6 +50,7 @@ class StepValues(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
+        """What the gradients are of."""
         return self.l2_loss + self.aux_loss
 
 

@@ -1,6 +1,6 @@
 """Thresholds from train rows, and what a transcoder does on held-out rows.
 
-Shapes: n rows, F latents, G prefixes, E active entries.
+Shapes: n rows, F latents, G prefixes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from train.entries import decode, entries_above
 from train.topk import kth_largest, select_batch
 from train.transcoder import Transcoder
 
@@ -44,14 +44,14 @@ def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor],
     total, square, n = torch.zeros(transcoder.d_out, dtype=torch.float64), 0.0, 0
     fired = torch.zeros(transcoder.d_sae, dtype=torch.bool)
     for inputs, outputs in pairs:
-        pre = transcoder.pre_activations(inputs)
+        pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
         for g, cut in enumerate(thresholds(pre).tolist()):
-            positions, values, latents = _active(pre, transcoder.prefix_ends[g], cut)
-            y_g = _decode(transcoder, inputs, positions, values, latents)
+            entries = entries_above(pre[:, : transcoder.prefix_ends[g]], cut)
+            y_g = decode(entries, transcoder.W_dec, base)
             errors[g] += (y_g - outputs).double().square().sum().cpu()
-            active[g] += len(values)
+            active[g] += len(entries.values)
             if g == groups - 1:
-                fired[latents.cpu()] = True
+                fired[entries.latents.cpu()] = True
         exact = outputs.double()
         total += exact.sum(0).cpu()
         square += exact.square().sum().item()
@@ -59,21 +59,6 @@ def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor],
     variation = square - total.square().sum().item() / max(n, 1)
     fvu = [error / variation if variation > 0 else None for error in errors.tolist()]
     return Measured(fvu, (active / max(n, 1)).tolist(), int((~fired).sum()), n)
-
-
-def _active(pre: Tensor, end: int, cut: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, value, latent) of each of the first `end` latents' values above `cut`, by row."""
-    rows, latents = (pre[:, :end] > cut).nonzero(as_tuple=True)
-    return rows, pre[rows, latents], latents
-
-
-def _decode(transcoder: Transcoder, inputs: Tensor, rows: Tensor, values: Tensor, latents: Tensor) -> Tensor:
-    offsets = torch.searchsorted(rows, torch.arange(len(inputs) + 1, device=rows.device))
-    y = embedding_bag(
-        latents, transcoder.W_dec, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
-    y += transcoder.b_dec
-    return y if transcoder.W_skip is None else y.addmm_(inputs, transcoder.W_skip.T)
 
 
 def training_cut(k: int, groups: int) -> Callable[[Tensor], Tensor]:

@@ -37,6 +37,7 @@ class Adam:
         self.steps = torch.zeros((), device=parameters.W_enc.device)
 
     def update(self, name: str, gradient: Tensor, lr: float, rows: slice = slice(None)) -> None:
+        """Adam's step for the given rows of parameter `name`, whose gradient this is; `lr` before `rates`."""
         torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
             [self.parameters.named()[name][rows]],
             [gradient],

@@ -15,6 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peers:
+    """Process `rank` of `world`."""
+
     rank: int = 0
     world: int = 1
 
@@ -52,6 +54,7 @@ class Peers:
         return parts
 
     def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether any process says so."""
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor(float(flag), device=device)))

@@ -29,6 +29,7 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Settings, store: Store, device: torch.device | str = "cpu") -> "Recipe":
+        """Raises `InputError` where settings and store do not fit: no train rows, sizes that d_in does not allow."""
         source, moments = store.manifest.source, store.manifest.splits["train"]
         if moments.inputs is None or moments.outputs is None:
             raise InputError(f"{store.path}: has no train rows; harvest more")
@@ -56,6 +57,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.train.rows // self.train.batch_size
 
     @property
@@ -64,6 +66,7 @@ class Recipe:
         return self.steps - max(1, self.steps // 10)
 
     def learning_rate(self, step: int) -> float:
+        """Of `step`, from 0; the warm-up takes at most half of the run."""
         warmup = min(self.train.warmup_steps, self.steps // 2)
         return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=warmup)
 

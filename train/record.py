@@ -75,6 +75,7 @@ def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
 
 @cache
 def versions() -> dict[str, str]:
+    """Versions of the packages that decide a run, by name."""
     return {name: version(name) for name in ("torch", "safetensors", "numpy")}
 
 

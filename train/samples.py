@@ -1,8 +1,6 @@
 """python -m train.samples --layer 17 --run name [--latents 5 17]: the activation samples of a run.
 
-The file, written when training ends: activation_samples/samples.jsonl, one line per latent:
-{"latent", "group", "samples": [{"value", "row", "context", "position", "before", "token", "after"}]}
-with values of raw activations as they were when the row was seen, strongest first.
+The file, written when training ends: activation_samples/samples.jsonl, one `Line` per latent.
 """
 
 import html
@@ -10,15 +8,17 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-import pipeline
-from pipeline import InputError
+from pipeline import InputError, first_mistake
 from shards import Store
 from shards.files import whole
+from shards.layout import SHARD_ROWS
 from shards.store import read_tokenizer
+from stage import load, parser, run_stage
 from train.latents import Samples
 
 AROUND = 16
@@ -27,8 +27,35 @@ SHOWN = 20
 """Latents printed when none is asked for."""
 RENDERED = 500
 """Latents in the page, evenly over the dictionary: the report of evaluate/ has all of them."""
-WINDOW = 32_768
-Sample = dict[str, Any]
+
+
+class Text(TypedDict):
+    """A token, and what stands up to `AROUND` tokens before and after it."""
+
+    before: str
+    token: str
+    after: str
+
+
+class Sample(Text):
+    """A row on which a latent was strong."""
+
+    value: float
+    """The raw activation, as it was when the row was seen."""
+    row: int
+    """Number in the store's train split."""
+    context: int
+    position: int
+
+
+class Line(TypedDict):
+    latent: int
+    group: int
+    samples: list[Sample]
+    """Strongest first."""
+
+
+LINE = TypeAdapter(Line)
 
 
 def write(
@@ -59,15 +86,15 @@ def write(
 def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(context, position) of each row number; windows of the store that hold none are not read."""
     contexts, positions = np.full(rows.shape, -1, np.int64), np.full(rows.shape, -1, np.int64)
-    for window in np.unique(rows[rows >= 0] // WINDOW):
-        start = int(window) * WINDOW
-        context, position = store.train.provenance(start, min(start + WINDOW, len(store.train)))
-        here = (rows >= start) & (rows < start + WINDOW)
+    for window in np.unique(rows[rows >= 0] // SHARD_ROWS):
+        start = int(window) * SHARD_ROWS
+        context, position = store.train.provenance(start, min(start + SHARD_ROWS, len(store.train)))
+        here = (rows >= start) & (rows < start + SHARD_ROWS)
         contexts[here], positions[here] = context[rows[here] - start], position[rows[here] - start]
     return contexts, positions
 
 
-def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Sample]:
+def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Text]:
     """Text before, of and after each token, decoded in blocks."""
     tokenizer = read_tokenizer(store.tokenizer_path)
     for start in range(0, len(contexts), block):
@@ -80,25 +107,26 @@ def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int
         ]
         decoded = tokenizer.decode_batch(parts, skip_special_tokens=False)
         for i in range(len(where)):
-            yield dict(zip(("before", "token", "after"), decoded[3 * i : 3 * i + 3], strict=True))
+            before, token, after = decoded[3 * i : 3 * i + 3]
+            yield Text(before=before, token=token, after=after)
 
 
-def read(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of samples.jsonl."""
+def read(run_dir: Path) -> Iterator[Line]:
+    """The lines of samples.jsonl; raises `InputError` when it is not there, naming a line that is no such line."""
     file = run_dir / "activation_samples" / "samples.jsonl"
     if not file.is_file():
         raise InputError(f"{file}: no samples; train with train.sample_every above 0")
     with file.open() as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                yield LINE.validate_json(line)
+            except ValidationError as error:
                 raise InputError(
-                    f"{file}: line {number} is damaged ({error}); train the run again"
+                    f"{file}: line {number} is damaged ({first_mistake(error)}); train the run again"
                 ) from error
 
 
-def render(latents: Iterable[dict[str, Any]]) -> str:
+def render(latents: Iterable[Line]) -> str:
     """One self-contained page; text of the web is escaped, and no script may run."""
     parts = [PAGE]
     for latent in latents:
@@ -128,9 +156,9 @@ b { font-variant-numeric: tabular-nums }
 
 
 def main() -> None:
-    made = pipeline.parser("train.samples", "Print and render the activation samples of a run.")
+    made = parser("train.samples", "Print and render the activation samples of a run.")
     made.add_argument("--latents", type=int, nargs="+", help="which to show; otherwise a selection")
-    settings, given = pipeline.load(made)
+    settings, given = load(made)
     run_dir = settings.run_dir()
     total = sum(1 for _ in read(run_dir))
     wanted = set(given.latents or range(0, total, max(1, total // RENDERED)))
@@ -149,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pipeline.run_stage(main)
+    run_stage(main)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from train.entries import Entries
 from train.gradients import Block, Gradients
 from train.losses import Objective, StepValues, nested_loss
 from train.peers import ALONE, Peers
-from train.topk import SELECT, Entries
+from train.topk import SELECT
 from train.transcoder import Parameters
 
 ROWS = 128
@@ -67,8 +68,8 @@ class SparseStep:
         S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
         n_values = y.numel() * peers.world
         scale = [2 * weight / n_values for weight in objective.prefix_weights]
-        squared_errors = _decode(parameters, x, y, bags, scale, S, residual)
-        l2 = nested_loss(peers.total(squared_errors), objective.prefix_weights, n_values)
+        squared_errors = peers.total(_decode(parameters, x, y, bags, scale, S, residual))
+        l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
@@ -131,6 +132,7 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, entries: Entries, prefix_ends: tuple[int, ...], n_rows: int) -> "Bags":
+        """Entries of `n_rows` rows, with the bag of each."""
         groups = len(prefix_ends)
         ends = torch.tensor(prefix_ends, device=entries.rows.device)
         bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
@@ -139,6 +141,7 @@ class Bags(NamedTuple):
         return cls(entries.latents.int(), entries.values, bag.int(), offsets, groups)
 
     def by_latent(self, d_sae: int) -> "LatentEntries":
+        """The same entries in the order of latents."""
         latents, order = self.latents.sort(stable=True)
         first = torch.arange(d_sae + 1, device=latents.device, dtype=torch.int32)
         offsets = torch.searchsorted(latents, first, out_int32=True)

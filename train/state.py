@@ -19,6 +19,8 @@ THRESHOLD_AVERAGE = 0.01
 
 @dataclass
 class State:
+    """Everything that changes while a run trains."""
+
     parameters: Parameters
     """In normalised space, changed in place."""
     adam: Adam
@@ -45,6 +47,7 @@ class State:
 
     @classmethod
     def start(cls, parameters: Parameters, n_prefixes: int, sampled: bool = False) -> "State":
+        """Before the first step."""
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
         kept = torch.zeros(n_prefixes, dtype=torch.float64, device=device)
@@ -70,6 +73,7 @@ class State:
         return (self.last_fired < self.rows - after_rows).nonzero().squeeze(1)
 
     def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are saved; the tensors themselves, not copies."""
         named = {f"parameters.{name}": tensor for name, tensor in self.parameters.named().items()}
         named |= {f"adam.mean.{name}": tensor for name, tensor in self.adam.mean.items()}
         named |= {f"adam.square.{name}": tensor for name, tensor in self.adam.square.items()}
@@ -78,6 +82,7 @@ class State:
         return named | {"adam.steps": self.adam.steps, "last_fired": self.last_fired, "kept": self.kept}
 
     def scalars(self) -> dict[str, Any]:
+        """By name, as they are saved."""
         names = ("kept_rows", "step", "rows", "epoch", "batch", "threshold")
         return {name: getattr(self, name) for name in names}
 

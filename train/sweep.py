@@ -17,6 +17,7 @@ import pipeline
 from pipeline import InputError, Settings
 from shards import Store
 from shards.files import write_whole
+from stage import load, parser, run_stage
 from train import record
 from train.weights import read_metadata
 
@@ -101,7 +102,7 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    settings, _ = pipeline.load(pipeline.parser("train.sweep", "Train every combination of [sweep]."))
+    settings, _ = load(parser("train.sweep", "Train every combination of [sweep]."))
     store = Store.of(settings)
     runs = combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one) is None]
@@ -116,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    pipeline.run_stage(main)
+    run_stage(main)

@@ -6,12 +6,12 @@ Shapes: B rows, F latents, E selected entries.
 import math
 from collections.abc import Callable
 from itertools import count
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from train.entries import Entries
 from train.peers import ALONE, Peers
 
 SAMPLE = 1 << 16
@@ -19,15 +19,6 @@ SAMPLE = 1 << 16
 candidates above a guess made of 65,536 of them, and a full torch.topk costs 1.0 s."""
 LANES = 8
 WIDTH_FACTORS = 2 * 3 * 5 * 7
-
-
-class Entries(NamedTuple):
-    """The active (row, latent) pairs, sorted by row, then latent."""
-
-    rows: Int[Tensor, " E"]
-    latents: Int[Tensor, " E"]
-    values: Float[Tensor, " E"]
-    """Activations, all positive."""
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
@@ -96,7 +87,7 @@ def select_batch(
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     everyones = peers.gathered(values)
     cut = kth_largest(everyones, n).clamp_min(0) if len(everyones) >= n else values.new_zeros(())
-    return _entries(positions, values, (values >= cut) & (values > 0), pre.shape[1]), cut
+    return _entries(positions, values, (values >= cut) & (values > 0), pre), cut
 
 
 def select_rows(
@@ -110,7 +101,7 @@ def select_rows(
     cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
     positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
-    entries = _entries(positions, values, values > 0, pre.shape[1])
+    entries = _entries(positions, values, values > 0, pre)
     everyones = peers.gathered(entries.values)
     return entries, everyones.min() if len(everyones) else values.new_zeros(())
 
@@ -118,8 +109,10 @@ def select_rows(
 SELECT = {"batch_topk": select_batch, "topk": select_rows}
 
 
-def _entries(positions: Tensor, values: Tensor, kept: Tensor, width: int) -> Entries:
+def _entries(positions: Tensor, values: Tensor, kept: Tensor, pre: Tensor) -> Entries:
+    """Entries of `pre` at those of the flattened positions that are kept, with their values."""
     kept = kept.nonzero().squeeze(1)
     positions = positions[kept]
+    n_rows, width = pre.shape
     rows = positions.div(width, rounding_mode="floor")
-    return Entries(rows, positions - rows * width, values[kept])
+    return Entries(rows, positions - rows * width, values[kept], n_rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline import InputError
 from train import formats, weights
+from train.entries import decode, entries_above
 
 ENCODER_SCALE = 0.1
 """Of the first weights. 0.1 beat 1 and Kaiming-uniform: FVU after 800 steps 0.424, 0.453, 0.456."""
@@ -32,9 +33,11 @@ class Scaling:
     scale_out: float
 
     def inputs(self, raw: Float[Tensor, "B D_in"]) -> Float[Tensor, "B D_in"]:
+        """x of raw inputs."""
         return (raw - self.mean_in).div_(self.scale_in)
 
     def outputs(self, raw: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
+        """y of raw outputs."""
         return raw / self.scale_out
 
 
@@ -50,9 +53,11 @@ class Parameters:
     W_skip: Float[Tensor, "D_out D_in"] | None = None
 
     def named(self) -> dict[str, Tensor]:
+        """By name, without what is not there."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def map(self, change: Any) -> "Parameters":
+        """The same with `change` made to every tensor."""
         return Parameters(**{name: change(tensor) for name, tensor in self.named().items()})
 
     def folded(self, by: Scaling) -> "Parameters":
@@ -118,7 +123,7 @@ def initialise(
 class Transcoder:
     """A trained transcoder of raw MLP inputs to raw MLP outputs.
 
-    acts = pre * (pre > threshold),  pre = inputs W_enc^T + b_enc
+    acts = relu(pre) * (pre > threshold),  pre = inputs W_enc^T + b_enc
     output = acts W_dec + b_dec (+ inputs W_skip^T)
     """
 
@@ -138,6 +143,7 @@ class Transcoder:
 
     @property
     def threshold(self) -> float | Float[Tensor, " F"]:
+        """Its own: one number, or [F] where each latent has its own."""
         own = self.thresholds[-1]
         return own if own.ndim else float(own)
 
@@ -168,12 +174,19 @@ class Transcoder:
         return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
 
     def pre_activations(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
+        """inputs W_enc^T + b_enc."""
         return torch.addmm(self.b_enc, inputs, self.W_enc.T)
 
     def encode(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
-        """Activations; zero where the pre-activation is not above the threshold."""
+        """Activations; zero where the pre-activation is not above the threshold, or not positive."""
         pre = self.pre_activations(inputs)
-        return pre.mul_(pre > self.threshold)
+        return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
+
+    def base_output(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+        """The output with no latent active: b_dec (+ inputs W_skip^T)."""
+        if self.W_skip is None:
+            return self.b_dec.expand(len(inputs), -1)
+        return torch.addmm(self.b_dec, inputs, self.W_skip.T)
 
     def decode(self, acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D_out"]:
         """The latents' part of the output and the bias; a skip connection is added by calling."""
@@ -181,13 +194,21 @@ class Transcoder:
 
     def __call__(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
         """The reconstructed outputs of raw inputs, the skip connection included."""
-        blocks = [self.decode(self.encode(rows)) for rows in inputs.split(ROWS_PER_BLOCK)]
-        outputs = torch.cat(blocks) if blocks else inputs.new_zeros(0, self.d_out)
-        return outputs if self.W_skip is None else outputs.addmm_(inputs, self.W_skip.T)
+        return torch.cat([self._outputs(rows) for rows in inputs.split(ROWS_PER_BLOCK)])
+
+    def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+        entries = entries_above(self.pre_activations(inputs), self.thresholds[-1])
+        return decode(entries, self.W_dec, self.base_output(inputs))
 
     def prefix(self, g: int) -> "Transcoder":
-        """Prefix `g` as a complete, narrower transcoder with its own threshold."""
-        g = range(len(self.prefix_ends))[g]
+        """Prefix `g` as a complete, narrower transcoder with its own threshold; -1 is the last.
+
+        Raises `InputError` when there is no such prefix.
+        """
+        n = len(self.prefix_ends)
+        if not -n <= g < n:
+            raise InputError(f"prefix: expected 0 to {n - 1}, found {g}")
+        g %= n
         end, whole = self.prefix_ends[g], self.parameters
         narrow = replace(whole, W_enc=whole.W_enc[:end], b_enc=whole.b_enc[:end], W_dec=whole.W_dec[:end])
         thresholds = self.thresholds[: g + 1]
@@ -195,6 +216,7 @@ class Transcoder:
         return Transcoder(narrow, own, self.prefix_ends[: g + 1], self.metadata)
 
     def to(self, device: str | torch.device) -> "Transcoder":
+        """The same on another device."""
         moved = self.parameters.map(lambda tensor: tensor.to(device))
         return replace(self, parameters=moved, thresholds=self.thresholds.to(device))
 

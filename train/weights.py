@@ -19,6 +19,8 @@ from shards.files import publish
 FILE_NAME = "transcoder.safetensors"
 FORMAT = "matryoshka-transcoder"
 FORMAT_VERSION = 1
+RECORDS = {"settings", "source", "versions", "heldout", "training"}
+"""Objects of a header, where it has them."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -78,6 +80,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
             _check_format(path, metadata)
+            for key in RECORDS & metadata.keys():
+                if not isinstance(metadata[key], dict):
+                    raise InputError(f"{path}: {key}: expected a JSON object, found {metadata[key]!r:.80}")
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error

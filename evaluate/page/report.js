@@ -165,7 +165,7 @@ function drawDetail(f) {
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), kin(f)); return; }
   const pair = make("div", "pair"), left = make("div"), right = make("div"), width = c.promoted.width;
-  left.append(make("h3", "", "Tokens it fires on"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  left.append(make("h3", "", "Tokens that hold its activation"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
   if (width) {
     const line = make("p", "promotes");
     for (let i = 0; i < width; i++) line.append(make("bdi", "token", visible(strings[c.promoted[f * width + i]])), " ");
@@ -240,7 +240,7 @@ function kin(f) {
   };
   const part = (name) => Array.from(c[name].subarray(f * c[name].width, (f + 1) * c[name].width));
   list("Parents: coarser latents that fire with it", part("parents"), part("parentScores"), "P(parent | this) − P(parent)");
-  const kids = (children[f] || []).slice().sort((a, b) => c.energy[b] - c.energy[a]).slice(0, 8);
+  const kids = (children[f] || []).slice().sort((a, b) => c.parentScores[b * c.parents.width] - c.parentScores[a * c.parents.width]).slice(0, 8);
   list(`Children: finer latents${(children[f] || []).length > 8 ? `, 8 of ${children[f].length}` : ""}`, kids, kids.map((k) => c.parentScores[k * c.parents.width]), "P(this | child) − P(this)");
   list("Twins: firings overlap most", part("twins"), part("twinScores"), "Jaccard overlap of firings");
   if (c.near.width) list("Nearest decoder rows", part("near").slice(0, 4), part("nearCosine"), "cosine of decoder rows");

@@ -11,7 +11,7 @@ from evaluate import page_data
 from evaluate.catalogue import Catalogue, group_summaries, splitting
 from evaluate.contexts import REACH, Samples
 from evaluate.measure import measure
-from evaluate.page_data import Strings, Windows
+from evaluate.page_data import Stretches, Strings
 from evaluate.run import evaluate
 from evaluate.subject import read
 from evaluate.tokens import TokenText
@@ -116,18 +116,21 @@ def test_every_sample_finds_its_own_text(root: Path, reading: int, monkeypatch: 
         assert at[at < len(window)].tolist() == np.flatnonzero(inside).tolist()
 
 
-def test_merged_windows_cover_each_place_once() -> None:
+def test_merged_stretches_cover_each_place_once() -> None:
     places = np.array([3, 10, 49, 50, 51, 99])
     samples = Samples(np.zeros(6, np.int32), places, np.ones(6), np.ones(6), np.zeros((6, 33), np.float16))
-    windows = Windows.around(samples, np.arange(6), context_length=50)
+    stretches = Stretches.around(samples, np.arange(6), context_length=50)
     covered = [
-        range(start, start + length) for start, length in zip(windows.starts, windows.lengths, strict=True)
+        range(start, start + length)
+        for start, length in zip(stretches.starts, stretches.lengths, strict=True)
     ]
     flat = [place for stretch in covered for place in stretch]
     assert flat == sorted(set(flat))
     assert set(places.tolist()) <= set(flat)
     assert all(stretch[0] // 50 == stretch[-1] // 50 for stretch in covered)
-    flat_at = [flat[at + focus] for at, focus in zip(windows.sample_at, windows.sample_focus, strict=True)]
+    flat_at = [
+        flat[at + focus] for at, focus in zip(stretches.sample_at, stretches.sample_focus, strict=True)
+    ]
     assert flat_at == places.tolist()
 
 

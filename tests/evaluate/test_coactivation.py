@@ -4,7 +4,7 @@ import torch
 
 from evaluate import coactivation
 from evaluate.coactivation import Coactivation
-from evaluate.sparse import entries_above
+from train.entries import entries_above
 
 
 def fire(seed: int, rows: int, latents: int) -> torch.Tensor:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from evaluate.run import evaluate, finished
-from pipeline import InputError, run_stage
+from pipeline import InputError
 from shards.files import locked
+from stage import run_stage
 from tests.disk import small_disk
 from tests.evaluate.runs import make_run, settings_of
 

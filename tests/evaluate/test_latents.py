@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from evaluate.latents import DENSITY_BINS, Firing
-from evaluate.sparse import entries_above
+from train.entries import entries_above
 
 ACTS = torch.tensor(
     [

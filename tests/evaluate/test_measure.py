@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import sparse
+from evaluate import rows as rows_of
 from evaluate.measure import measure, training_selection
 from tests.evaluate.fakes import Rows, random_coder, random_rows
 from train import Transcoder
@@ -26,7 +26,7 @@ def dense(coder: Transcoder, rows: Rows, g: int) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("per_latent", [False, True])
 def test_equals_the_dense_computation(skip: bool, per_latent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(rows_of, "BLOCK_ROWS", 7)
     coder = random_coder(5, 6, ends=(3, 8, 20), skip=skip, per_latent=per_latent)
     rows = random_rows(31, 5, 6)
     seen: list[int] = []

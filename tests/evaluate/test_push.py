@@ -1,10 +1,7 @@
 """Runs and stores on a hub that is a server on loopback: published, loaded again, refused."""
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +9,10 @@ import pytest
 import torch
 
 from evaluate.run import evaluate
-from pipeline import ROOT
 from shards import hub as address
 from tests.evaluate.runs import arguments, make_run, settings_of
-from tests.hub import TOKEN, Hub, running
+from tests.hub import TOKEN, Hub, Run
 from train import Transcoder
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +28,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running() as server:
-        yield server
-        assert server.unknown == []
-
-
-@pytest.fixture
-def run(hub: Hub, tmp_path: Path) -> Run:
-    """A Python process whose hub is the server; HF_ENDPOINT is read when huggingface_hub is imported."""
-    surroundings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-    surroundings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    surroundings |= {"HF_HUB_DISABLE_XET": "1"}  # the real hub's storage protocol, which no fake speaks
-
-    def call(*command: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | surroundings
-        env |= {"HF_TOKEN": token} if token else {}
-        line = [sys.executable, *command]
-        return subprocess.run(
-            line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    return call
-
-
 LOAD = """
 import sys
 from train import Transcoder
@@ -68,9 +37,9 @@ found.save(sys.argv[2])
 
 
 def test_a_run_is_published_with_its_card_and_loaded_again(
-    root: Path, hub: Hub, run: Run, tmp_path: Path
+    root: Path, hub: Hub, at_hub: Run, tmp_path: Path
 ) -> None:
-    done = run("-m", "evaluate.push", "--repo", "me/transcoders/layer_0", *arguments(root))
+    done = at_hub("-m", "evaluate.push", "--repo", "me/transcoders/layer_0", *arguments(root))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "hf://me/transcoders/layer_0"
     files = hub.repos["models/me/transcoders"]
@@ -78,7 +47,7 @@ def test_a_run_is_published_with_its_card_and_loaded_again(
         f"layer_0/{name}" for name in ("README.md", "settings.json", "transcoder.safetensors")
     ]
     assert hub.commits["models/me/transcoders"] == ["Transcoder tiny, layer 0"]
-    done = run("-c", LOAD, "hf://me/transcoders/layer_0", str(tmp_path / "again"))
+    done = at_hub("-c", LOAD, "hf://me/transcoders/layer_0", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
     own, again = Transcoder.load(settings_of(root).run_dir()), Transcoder.load(tmp_path / "again")
     for name, tensor in own.parameters.named().items():
@@ -87,15 +56,15 @@ def test_a_run_is_published_with_its_card_and_loaded_again(
     assert again.metadata["source"] == own.metadata["source"]
 
 
-def test_the_card_says_what_was_measured_and_how_to_load_it(root: Path, hub: Hub, run: Run) -> None:
-    assert run("-m", "evaluate.push", "--repo", "me/one", *arguments(root)).returncode == 0
+def test_the_card_says_what_was_measured_and_how_to_load_it(root: Path, hub: Hub, at_hub: Run) -> None:
+    assert at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root)).returncode == 0
     card = hub.repos["models/me/one"]["README.md"].decode()
     metrics = json.loads((settings_of(root).run_dir() / "evaluation" / "metrics.json").read_text())
     header, text = card.removeprefix("---\n").split("---\n", 1)
     assert "base_model: tests/tiny" in header
     assert 'Transcoder.load("hf://me/one")' in text
     assert f"| 2 | 24 | {metrics['prefixes'][2]['fvu']:.3g} |" in text
-    assert "1,500 heldout rows" in text
+    assert "1,500 held-out rows" in text
     assert "without the norm's gain" in " ".join(text.split())
     assert "{{" not in card
     assert "{%" not in card
@@ -103,11 +72,11 @@ def test_the_card_says_what_was_measured_and_how_to_load_it(root: Path, hub: Hub
 
 
 def test_neither_the_token_nor_a_local_path_is_written_anywhere(
-    root: Path, hub: Hub, run: Run, tmp_path: Path
+    root: Path, hub: Hub, at_hub: Run, tmp_path: Path
 ) -> None:
-    done = run("-m", "evaluate.push", "--repo", "me/one", *arguments(root))
+    done = at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root))
     assert done.returncode == 0, done.stderr
-    assert run("-c", LOAD, "hf://me/one", str(tmp_path / "again")).returncode == 0
+    assert at_hub("-c", LOAD, "hf://me/one", str(tmp_path / "again")).returncode == 0
     assert f"Bearer {TOKEN}" in hub.tokens
     published = [data for files in hub.repos.values() for data in files.values()]
     local = [path.read_bytes() for folder in (root, tmp_path) for path in folder.rglob("*") if path.is_file()]
@@ -123,44 +92,44 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_what_the_hub_refuses_is_one_line(root: Path, hub: Hub, run: Run) -> None:
-    line = one_line(run("-m", "evaluate.push", "--repo", "me/one", *arguments(root), token=None))
+def test_what_the_hub_refuses_is_one_line(root: Path, hub: Hub, at_hub: Run) -> None:
+    line = one_line(at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root), token=None))
     assert "hf://me/one" in line
     assert hub.repos == {}
     load = ("-m", "train.imports", *arguments(root, "--run", "other"), "--from")
-    assert "no such repository, or no access" in one_line(run(*load, "hf://me/absent"))
+    assert "no such repository, or no access" in one_line(at_hub(*load, "hf://me/absent"))
     hub.repos["models/me/one"] = {"notes.txt": b"nothing"}
     assert "nothing there; expected a file, or a directory with" in one_line(
-        run(*load, "hf://me/one/layer_0")
+        at_hub(*load, "hf://me/one/layer_0")
     )
-    assert "nothing there" in one_line(run(*load, "hf://me/one"))
-    assert "expected hf://owner/name" in one_line(run(*load, "hf://me"))
+    assert "nothing there" in one_line(at_hub(*load, "hf://me/one"))
+    assert "expected hf://owner/name" in one_line(at_hub(*load, "hf://me"))
     assert "expected hf://owner/name" in one_line(
-        run("-m", "evaluate.push", "--repo", "me/one/../x", *arguments(root))
+        at_hub("-m", "evaluate.push", "--repo", "me/one/../x", *arguments(root))
     )
 
 
-def test_a_hub_that_is_not_there_is_one_line(root: Path, run: Run, hub: Hub) -> None:
+def test_a_hub_that_is_not_there_is_one_line(root: Path, at_hub: Run, hub: Hub) -> None:
     hub.shutdown()
     hub.server_close()
-    line = one_line(run("-m", "evaluate.push", "--repo", "me/one", *arguments(root)))
+    line = one_line(at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root)))
     assert "the Hugging Face hub did not do it" in line
 
 
-def test_only_what_was_trained_and_evaluated_is_published(root: Path, hub: Hub, run: Run) -> None:
+def test_only_what_was_trained_and_evaluated_is_published(root: Path, hub: Hub, at_hub: Run) -> None:
     settings = settings_of(root, "--run", "bare")
     own = Transcoder.load(settings_of(root).run_dir())
     replace(own, metadata={"source": own.metadata["source"]}).save(settings.run_dir())
     command = ("-m", "evaluate.push", "--repo", "me/one", *arguments(root), "--run", "bare")
-    assert "was not trained here" in one_line(run(*command))
+    assert "was not trained here" in one_line(at_hub(*command))
     own.save(settings.run_dir())
-    assert "evaluate it (make evaluate)" in one_line(run(*command))
+    assert "evaluate it (make evaluate)" in one_line(at_hub(*command))
     assert hub.repos == {}
 
 
-def test_a_store_goes_to_the_hub_and_is_read_from_there(root: Path, hub: Hub, run: Run) -> None:
+def test_a_store_goes_to_the_hub_and_is_read_from_there(root: Path, hub: Hub, at_hub: Run) -> None:
     to = "hf://datasets/me/activations"
-    done = run("-m", "shards", "upload", "--to", to, *arguments(root))
+    done = at_hub("-m", "shards", "upload", "--to", to, *arguments(root))
     assert done.returncode == 0, done.stderr
     names = hub.repos["datasets/me/activations"]
     assert "tiny/layer_0.zarr/files.sha256" in names
@@ -168,12 +137,12 @@ def test_a_store_goes_to_the_hub_and_is_read_from_there(root: Path, hub: Hub, ru
     assert len(hub.commits["datasets/me/activations"]) == 1
     remote = arguments(root)
     remote[remote.index("--paths.activations") + 1] = to
-    done = run("-m", "shards", "verify", *remote)
+    done = at_hub("-m", "shards", "verify", *remote)
     assert done.returncode == 0, done.stderr
     assert "every byte is as it was committed" in done.stdout
     del names["tiny/layer_0.zarr/files.sha256"]
     hub.commits["datasets/me/activations"].append("one file removed")
-    assert "files.sha256: not in the repository" in one_line(run("-m", "shards", "verify", *remote))
+    assert "files.sha256: not in the repository" in one_line(at_hub("-m", "shards", "verify", *remote))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
-from evaluate.sparse import Entries
+from train.entries import Entries
 
 
 def entries_of(counts: list[int], value: float = 1.0) -> Entries:
@@ -88,8 +88,8 @@ def test_one_row_has_no_fvu() -> None:
     deviation, error = Deviation(2), Reconstruction(2)
     deviation.add(torch.ones(1, 2))
     error.add(torch.ones(1, 2), torch.zeros(1, 2))
-    result = error.result(deviation.total)
-    assert result == {"fvu": None, "mse": 1.0, "mae": 1.0, "cosine": 0.0, "relative_bias": None}
+    expected = {"fvu": None, "mse": 1.0, "mae": 1.0, "cosine": 0.0, "relative_bias": None}
+    assert error.result(deviation.total) == expected
 
 
 def test_l0_by_hand() -> None:

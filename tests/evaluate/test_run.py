@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from evaluate.files import code_sha256
 from evaluate.run import evaluate as evaluate_with
@@ -81,6 +82,38 @@ def test_the_train_split_on_request(root: Path) -> None:
     assert (metrics["rows"], metrics["provenance"]["split"]) == (2000, "train")
 
 
+def test_the_document_of_outputs_names_every_key(root: Path) -> None:
+    document = (ROOT / "docs" / "outputs.md").read_text()
+    metrics, folder = metrics_of(root), settings_of(root).run_dir() / "evaluation"
+    with safe_open(folder / "latents.safetensors", "pt") as file:
+        columns = list(file.keys())
+        assert json.loads(file.metadata()["provenance"]) == metrics["provenance"]
+    sections = (
+        metrics,
+        metrics["prefixes"][0],
+        metrics["errors"],
+        metrics["baselines"],
+        metrics["cross_entropy"],
+    )
+    keys = {key for section in sections for key in section if not key.endswith("_edges")}
+    assert [name for name in (*columns, *keys) if f"`{name}`" not in document] == []
+
+
+def test_a_run_without_heldout_rows_is_measured_on_request(tmp_path: Path) -> None:
+    make_run(tmp_path, heldout=0)
+    log = settings_of(tmp_path).run_dir() / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    unmeasured = [line | {f"heldout_fvu/prefix_{g}": None for g in range(len(ENDS))} for line in lines]
+    log.write_text("".join(json.dumps(line) + "\n" for line in unmeasured))
+    with pytest.raises(InputError, match=r"found none; harvest with a larger harvest\.heldout_fraction"):
+        evaluate(settings_of(tmp_path))
+    metrics, _ = evaluate(settings_of(tmp_path, "--evaluate.split", "train"))
+    assert (metrics["rows"], (settings_of(tmp_path).run_dir() / "evaluation/report.html").exists()) == (
+        2000,
+        True,
+    )
+
+
 def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
     settings, plain = settings_of(root), settings_of(root, "--run", "plain")
     own = Transcoder.load(settings.run_dir())
@@ -89,10 +122,17 @@ def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
     Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], metadata).save(plain.run_dir())
     metrics, _ = evaluate(plain)
     assert "one_group" not in metrics["baselines"]
-    shutil.rmtree(settings.run_dir() / "evaluation")
-    baseline = evaluate(settings)[0]["baselines"]["one_group"]
+    nested, fresh = evaluate(settings)
+    assert fresh  # the sibling is new
+    baseline = nested["baselines"]["one_group"]
     assert baseline["run"] == "plain"
     assert baseline["fvu"] == metrics["prefixes"][0]["fvu"] == metrics_of(root)["prefixes"][-1]["fvu"]
+    assert not evaluate(settings)[1]
+    metadata["settings"]["train"]["rows"] *= 2
+    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], metadata).save(plain.run_dir())
+    assert (
+        "one_group" not in evaluate(settings)[0]["baselines"]
+    )  # trained on other rows: says nothing of nesting
     shutil.rmtree(plain.run_dir())
 
 

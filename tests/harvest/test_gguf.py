@@ -1,7 +1,9 @@
 """A .gguf file as model.name: written here as llama.cpp writes it, read as a Hugging Face directory."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -171,11 +173,18 @@ def test_files_that_are_no_whole_model(llama: Path, tmp_path: Path, cache: Path)
         assert not list(cache.glob("gguf/*"))
 
 
-def test_two_processes_may_convert_at_a_time(tmp_path: Path) -> None:
+def test_of_several_processes_one_converts_also_after_a_kill(tmp_path: Path) -> None:
+    half = tmp_path / ".made.new.tmp" / "half"
+    half.parent.mkdir()
+    half.touch()
+    made = []
+
     def slow(directory: Path) -> None:
-        other = embedded.cached(tmp_path / "made", lambda aside: (aside / "file").touch() or None)
-        assert other.is_dir()
+        made.append(directory)
+        time.sleep(0.2)
         (directory / "file").touch()
 
-    assert embedded.cached(tmp_path / "made", slow) == tmp_path / "made"
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    with ThreadPoolExecutor(3) as pool:  # each with a descriptor of its own, as processes have
+        found = list(pool.map(lambda _: embedded.cached(tmp_path / "made", slow), range(3)))
+    assert (found, len(made)) == ([tmp_path / "made"] * 3, 1)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["made", "made/file"]

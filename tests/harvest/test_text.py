@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from harvest.lm import load_tokenizer
-from harvest.text import Packer, Special, documents, is_heldout, pack_splits
+from harvest.text import Packed, Packer, Special, documents, is_heldout, pack_splits
 from pipeline import Data, InputError
 from shards.layout import kept_mask
 from tests.models import save_tokenizer, sentences, write_jsonl
@@ -68,7 +68,7 @@ def test_no_document_is_in_both_splits(tmp_path: Path) -> None:
     def heldout(text: str) -> bool:
         return is_heldout(text, 0.3, 0)
 
-    rows = pack_splits(texts, tokenizer, Special.of(tokenizer, "concat"), 32, 4000, heldout, emit)
+    rows = pack_splits(texts, tokenizer, Special.of(tokenizer, "concat"), 32, 4000, heldout, emit).rows
     assert rows["train"] == 4000 <= kept["train"] < 4000 + 31
     assert rows["heldout"] == kept["heldout"] > 0
     backend = tokenizer.backend_tokenizer
@@ -104,6 +104,20 @@ def test_too_little_text(tmp_path: Path) -> None:
             lambda text: False,
             lambda *a: None,
         )
+
+
+def test_documents_shorter_than_a_context_are_counted(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), None)
+    texts = ["a", *["the red river sings " * 9] * 3, "a b"]
+
+    def packed(pack: str) -> Packed:
+        return pack_splits(
+            texts, tokenizer, Special.of(tokenizer, pack), 8, 70, lambda _: False, lambda *_: None
+        )
+
+    assert packed("document") == ({"train": 70, "heldout": 0}, 3, 1)
+    assert packed("concat").unused == 0
 
 
 def test_documents_in_order(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from harvest import embedded, lm
 from harvest.run import harvest
-from pipeline import ROOT, InputError, Model, Settings, load, parser
+from pipeline import ROOT, InputError, Model, Settings
 from shards import Store
+from stage import load, parser
 from train import Transcoder, loop
 
 TOOLS = Path(__file__).parent / "tools.py"

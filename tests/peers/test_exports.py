@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from evaluate.language import PrefixOf
 from evaluate.splice import splice
 from harvest import lm
 from pipeline import Settings
@@ -117,8 +116,7 @@ def test_the_spliced_cross_entropy_is_ours(runs: Runs, model: Path, peer: Peer, 
     assert excluded[:, 0].all()
     old = as_transformers_4_reads_it(model, tmp_path / "old")
     theirs = peer("splice", export(settings.run_dir(), "saelens"), old, {"tokens": ids, "excluded": excluded})
-    whole = PrefixOf(own, len(own.prefix_ends) - 1)
-    losses = splice(language_model(model), source, ids.numpy(), {"spliced": whole}, lambda _: None)
+    losses = splice(language_model(model), source, ids.numpy(), {"spliced": own}, lambda _: None)
     for name in ("clean", "spliced"):
         found = losses[name].cross_entropy / losses[name].positions
         assert found == pytest.approx(float(theirs[name]), abs=1e-4)

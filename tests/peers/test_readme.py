@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from evaluate.run import evaluate
-from pipeline import ROOT, Settings, load, parser
+from pipeline import ROOT, Settings
+from stage import load, parser
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.fixtures import make_store
 from tests.hub import TOKEN, running

@@ -1,5 +1,6 @@
 """What storing keeps of a value, format by format."""
 
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -9,12 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline import Harvest
+from pipeline import Harvest, InputError
 from shards.storage import STORAGES, from_bfloat16, quantise, to_bfloat16
+from tests.fixtures import make_store
 
 INT8 = STORAGES["int8"]
+SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, max_side=9)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
-MATRICES = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE)
+MATRICES = hnp.arrays(np.float32, SHAPES, elements=FINITE)
+HALF = 2.0**127
+"""Half of float32's range: within a rounding of its end, scales times steps may be infinite."""
+BELOW_HALF = hnp.arrays(np.float32, SHAPES, elements=st.floats(-HALF, HALF, width=32))
 
 
 @given(MATRICES)
@@ -30,7 +36,7 @@ def test_bfloat16_keeps_negatives_and_ties_go_to_even() -> None:
     assert from_bfloat16(to_bfloat16(values)).tolist()[:4] == [-1.5, -0.0, 1.0, 1.015625]
 
 
-@given(MATRICES)
+@given(BELOW_HALF)
 def test_int8_error_is_at_most_half_a_step(values: np.ndarray) -> None:
     quantised = quantise(values)
     with np.errstate(over="ignore"):
@@ -41,6 +47,16 @@ def test_int8_error_is_at_most_half_a_step(values: np.ndarray) -> None:
     # float32 products and denormals round on top of the half step
     slack = 1e-5 * np.abs(values).astype(np.float64) + 1e-5 * step + 1e-37
     assert (error <= step / 2 + slack).all()
+
+
+def test_values_that_int8_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """At the very end of float32's range: they would come back as infinity, and cost all there is."""
+    rows = np.full((4, 2), 3.3953585e38, np.float32)
+    rows[0, 0] = 0
+    with np.errstate(over="ignore"):
+        assert not np.isfinite(INT8.decode(quantise(rows))).all()
+        with pytest.raises(InputError, match="storing the inputs as int8 costs FVU inf, above"):
+            make_store(tmp_path / "layer_0.zarr", (rows, rows), (rows, rows), storage="int8")
 
 
 def test_int8_by_hand() -> None:
@@ -62,7 +78,7 @@ def test_a_column_of_zeros_stays_zero() -> None:
 
 
 @pytest.mark.parametrize("name", STORAGES)
-@given(values=MATRICES)
+@given(values=BELOW_HALF)
 def test_every_format_keeps_shape_dtype_and_most_of_the_value(name: str, values: np.ndarray) -> None:
     storage = STORAGES[name]
     encoded = storage.encode(values)

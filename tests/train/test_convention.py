@@ -13,8 +13,8 @@ from train.convention import convert
 GAIN = [0.5, -2.0, 3.0, 1.0, 0.1]
 
 
-def made(found: str, skip: bool = True) -> Transcoder:
-    p = problem(skip=skip, dtype=torch.float32)
+def made(found: str, dtype: torch.dtype = torch.float32) -> Transcoder:
+    p = problem(skip=True, dtype=dtype)
     return Transcoder(p.parameters, torch.tensor([0.1]), (11,), {"source": {"input": found, "layer": 7}})
 
 
@@ -22,12 +22,12 @@ def made(found: str, skip: bool = True) -> Transcoder:
 @pytest.mark.parametrize("wanted", ["normalized", "mlp_in"])
 def test_both_directions_are_the_same_function(wanted: str, bias: list[float] | None) -> None:
     found = "mlp_in" if wanted == "normalized" else "normalized"
-    own, x = made(found), problem(rows=30, dtype=torch.float32).x
-    gain, shift = torch.tensor(GAIN), torch.tensor(bias or [0.0] * 5)
+    own, x = made(found, torch.float64), problem(rows=30, dtype=torch.float64).x
+    gain, shift = (torch.tensor(values, dtype=torch.float64) for values in (GAIN, bias or [0.0] * 5))
     fed = (x - shift) / gain if wanted == "normalized" else x * gain + shift
     other = convert(own, wanted, {"gain": GAIN, "gain_bias": bias}, "x")
-    torch.testing.assert_close(other.pre_activations(fed), own.pre_activations(x), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(other(fed), own(x), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(other.pre_activations(fed), own.pre_activations(x))
+    torch.testing.assert_close(other(fed), own(x))
     hook = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}[wanted]
     assert other.metadata["source"] == {"input": wanted, "layer": 7, "input_hook": f"blocks.7.{hook}"}
     assert own.metadata["source"]["input"] == found

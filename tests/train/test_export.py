@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipeline import ROOT, InputError, Settings
+from shards.files import whole_folder
 from tests.train.test_formats import layers, made
 from train import Transcoder, loop
-from train.export import appearing, export, export_set
+from train.export import export, export_set
 from train.imports import bring
 
 Make = Callable[..., Settings]
@@ -55,7 +56,7 @@ def test_a_prefix_that_does_not_exist(make_settings: Make) -> None:
 
 def test_nothing_half_written_takes_the_place_of_an_export(tmp_path: Path) -> None:
     def fill(name: str, fails: bool) -> None:
-        with appearing(tmp_path / "saelens") as (aside, _):
+        with whole_folder(tmp_path / "saelens") as aside:
             (aside / name).touch()
             if fails:
                 raise RuntimeError

@@ -193,12 +193,12 @@ def test_thresholds_of_each_latent_survive_our_own_file_and_prefixes(tmp_path: P
     found, x = Transcoder.load(tmp_path), problem(rows=40, dtype=torch.float32).x
     assert torch.equal(found.thresholds, own.thresholds)
     pre = own.pre_activations(x)
-    assert torch.equal(found.encode(x), torch.where(pre > own.thresholds[-1], pre, 0.0))
+    torch.testing.assert_close(found.encode(x), torch.where(pre > own.thresholds[-1], pre, 0.0))
     low, high = own.thresholds[-1].min(), own.thresholds[-1].max()
     assert f"threshold {low:.3g} to {high:.3g}" in repr(found)
     assert f"<td>{own.thresholds[0].min():.3g} to {own.thresholds[0].max():.3g}</td>" in found._repr_html_()
     narrow = found.prefix(1)
-    assert torch.equal(narrow.encode(x), torch.where(pre > own.thresholds[1], pre, 0.0)[:, :5])
+    torch.testing.assert_close(narrow.encode(x), torch.where(pre > own.thresholds[1], pre, 0.0)[:, :5])
 
 
 def change_npz(folder: Path, **changes: np.ndarray | None) -> None:

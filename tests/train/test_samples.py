@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from pipeline import InputError
 from shards import Store
 from train import samples
+from train.entries import Entries
 from train.latents import PER_LATENT, Samples
 from train.loop import train
-from train.topk import Entries
 
 
 def batch(generator: torch.Generator, n_rows: int, d_sae: int) -> tuple[Entries, torch.Tensor]:
     active = torch.rand(n_rows, d_sae, generator=generator) < 0.4
     rows, latents = active.nonzero(as_tuple=True)
     values = torch.rand(len(rows), generator=generator) + 0.01
-    return Entries(rows, latents, values), torch.randperm(60, generator=generator)[:n_rows]
+    return Entries(rows, latents, values, n_rows), torch.randperm(60, generator=generator)[:n_rows]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -192,7 +192,7 @@ def test_bfloat16_changes_the_selection_at_most(selection: str) -> None:
     exact, _ = run(SparseStep, made)
     half = made._replace(objective=replace(made.objective, precision="bfloat16"))
     values, gradients = run(SparseStep, half)
-    rows, latents, kept = values.entries
+    rows, latents, kept, _ = values.entries
     pre = made.x @ made.parameters.W_enc.T + made.parameters.b_enc
     torch.testing.assert_close(kept, pre[rows, latents], rtol=1e-5, atol=1e-5)
     both = set(zip(*(part.tolist() for part in values.entries[:2]), strict=True))

@@ -58,7 +58,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     threshold = tensors.pop("threshold", torch.zeros_like(tensors["b_enc"]))
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     tensors["thresholds"] = threshold.clamp_min(0)[None]  # activations pass a ReLU as well
-    return tensors, {"prefix_ends": (d_sae,), "source": _source(config_path, config["metadata"])}
+    metadata = {"prefix_ends": (d_sae,), "source": _source(config_path, config["metadata"])}
+    fingerprint = config["metadata"].get("harvest_fingerprint")  # of one that this project has written
+    return tensors, metadata | ({"harvest_fingerprint": fingerprint} if isinstance(fingerprint, str) else {})
 
 
 def _config(path: Path) -> dict[str, Any]:

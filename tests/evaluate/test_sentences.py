@@ -1,0 +1,84 @@
+"""A text of one's own through the model: the same rows as a harvest of that text."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate.sentences
+from evaluate.sentences import Reader
+from harvest.run import harvest
+from pipeline import ROOT, InputError, Settings
+from shards import Store
+from tests.evaluate.fakes import random_coder
+from tests.models import write_jsonl
+
+Make = Callable[..., Settings]
+TEXT = (
+    "the red river sings and the old stone sleeps while a green bird counts the small hours of a long night"
+)
+
+
+@pytest.fixture
+def settings(llama: Path, settings_for: Make, tmp_path: Path) -> Settings:
+    """Every document is the same one; its first 31 tokens are its one context."""
+    files = write_jsonl(tmp_path / "same.jsonl", [TEXT + " " + TEXT] * 40)
+    made = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
+    made = made.model_copy(update={"paths": made.paths.model_copy(update={"checkpoints": tmp_path})})
+    harvest(made)
+    return made
+
+
+def test_the_rows_of_a_harvest(settings: Settings) -> None:
+    store, transcoder = Store.of(settings), random_coder(32, 32, (4, 16))
+    sentence = Reader(store, transcoder, "cpu")(TEXT + " " + TEXT)
+    context, position = store.train.provenance(0, len(store.train))
+    first = np.flatnonzero(context == 0)[np.argsort(position[context == 0])]
+    inputs, outputs = store.train.rows(0, len(store.train))
+    assert len(sentence.tokens) == len(first) == 31
+    torch.testing.assert_close(sentence.inputs, inputs[first], atol=0.03, rtol=0.03)  # stored as int8
+    torch.testing.assert_close(sentence.outputs, outputs[first], atol=0.03, rtol=0.03)
+    assert torch.equal(sentence.acts, transcoder.encode(sentence.inputs))
+    assert "".join(sentence.tokens).replace(" ", "").startswith("theredriversings")
+
+
+def test_the_readmes_example(settings: Settings) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Reader(" in block)
+    names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16))}
+    exec(code, names)
+    assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)
+
+
+def test_special_tokens_are_text_and_nothing_is_refused(settings: Settings) -> None:
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16)), "cpu")
+    assert (
+        len(reader("</s>").tokens) == len(reader.tokenizer.encode("</s>", add_special_tokens=False).ids) > 0
+    )
+    assert (reader("").tokens, reader("").acts.shape) == ([], (0, 16))  # <s> alone gives no row
+
+
+def test_the_command(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_coder(32, 32, (4, 16)).save(settings.run_dir())
+    options = [
+        "--layer",
+        "1",
+        "--model.name",
+        settings.model.name,
+        "--paths.activations",
+        settings.paths.activations,
+    ]
+    options += ["--paths.checkpoints", str(settings.paths.checkpoints), "--model.device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["evaluate.sentences", *options, "--text", "the red [bold]river"])
+    evaluate.sentences.main()
+    out = capsys.readouterr().out
+    assert "river" in out
+    assert "strongest latents" in out
+    monkeypatch.setattr("sys.argv", ["evaluate.sentences", *options, "--text", "a", "--run", "absent"])
+    with pytest.raises(InputError, match="no transcoder here"):
+        evaluate.sentences.main()
