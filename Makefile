@@ -8,9 +8,9 @@ AUDIT  ?= .venv-audit
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
-# The shell passes values on as single words whatever they hold.
+# The shell passes values on as single words whatever they hold, a $ too.
 quote   = '$(subst ','\'',$(1))'
-option  = $(if $($(1)),$(2) $(call quote,$($(1))))
+option  = $(if $(value $(1)),$(2) $(call quote,$(value $(1))))
 OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call option,RUN,--run) \
           $(call option,HARVEST,--harvest) $(ARGS)
 
@@ -28,7 +28,7 @@ help:
 	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
 	@echo 'make export|import|push|upload   other tools, the hub, object stores'
 	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
-	@echo 'PROFILE=demo, HARVEST=name, NPROC=n and ARGS="--section.key value" go with all of them: see README.md'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
         train sweep samples evaluate compare read export import push bench bench-storage soak audit \

@@ -327,6 +327,7 @@ class Settings(BaseModel):
         return f"{self.paths.activations.rstrip('/')}/{self.model_slug}/layer_{layer}{suffix}.zarr"
 
     def run_dir(self) -> Path:
+        """Directory of the run of one layer; raises `InputError` when several were asked for."""
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
 
 

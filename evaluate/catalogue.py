@@ -48,7 +48,8 @@ class Catalogue:
     parents: Partners
     samples: Samples
     promoted: np.ndarray
-    """[F, n] token ids whose logits the latent raises most; n is 0 where the language model was not run."""
+    """[F, n] token ids whose logits the latent raises most; n is 0 where the language model was not run, or
+    that would take minutes."""
 
 
 def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequence[int]) -> Catalogue:

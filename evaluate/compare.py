@@ -15,7 +15,7 @@ from evaluate.console import number_of, plain, rows_of, table_of
 from evaluate.files import write_json
 from evaluate.measure import Measurement
 from evaluate.redundancy import decoder_similarity
-from evaluate.report import PAGE, number
+from evaluate.report import FILTERS, PAGE
 from evaluate.rows import blocks
 from evaluate.run import prepare
 from evaluate.subject import read
@@ -118,7 +118,7 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     figure = plots.fvu_against_l0(series, values["linear_map_fvu"])
     figures.save(figure, folder / "compare.png")
     environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
-    environment.filters["number"] = number
+    environment.filters |= FILTERS
     page = environment.get_template("compare.html").render(
         values=values,
         columns=COLUMNS,

@@ -14,7 +14,12 @@ def table_of(title: str, columns: tuple[str, ...]) -> Table:
 
 def rows_of(rows: int, split: str) -> str:
     """How many rows of which split, in words."""
-    return f"{rows:,} {'held-out' if split == 'heldout' else split} rows"
+    return f"{rows:,} {split_name(split)} rows"
+
+
+def split_name(split: str) -> str:
+    """A split in words."""
+    return "held-out" if split == "heldout" else split
 
 
 def number_of(value: float | None) -> str:

@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import InputError
+from pipeline import ROOT, InputError
 from shards.files import write_whole
+
+MEASURING = [f"train/{name}.py" for name in ("convention", "entries", "topk", "transcoder")]
+"""Modules outside of this package that decide what is measured."""
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -40,10 +43,21 @@ def write_json(path: Path, values: Any) -> None:
     write_whole(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
-def code_sha256(package: Path = Path(__file__).parent) -> str:
-    """Digest of a package's source, this one's by default: another version of it evaluates again."""
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a complete evaluation: metrics.json is written last and names the other files."""
+    path = folder / "metrics.json"
+    metrics = read_json(path, f"remove {folder} to evaluate again") if path.exists() else None
+    if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
+        return None
+    return metrics if "provenance" in metrics else None
+
+
+def code_sha256(root: Path = ROOT) -> str:
+    """Digest of the source that decides metrics and page: another version of it evaluates again."""
+    sources = [
+        path for path in (root / "evaluate").rglob("*") if path.suffix in (".py", ".html", ".css", ".js")
+    ]
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".html", ".css", ".js"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted([*sources, *(root / name for name in MEASURING)]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -52,7 +52,7 @@ class Prefix:
         if self.training_error.rows:
             sparsity = self.training_sparsity.result()
             made["training_selection"] = {
-                "fvu": self.training_error.result(deviation)["fvu"],
+                **self.training_error.result(deviation),
                 "l0": sparsity["l0"],
                 "l1": sparsity["l1"],
             }

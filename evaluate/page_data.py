@@ -126,6 +126,7 @@ class Stretches:
 
     @classmethod
     def around(cls, samples: Samples, shown: np.ndarray, context_length: int) -> "Stretches":
+        """Stretches of REACH tokens either side of the `shown` samples, within their contexts of `context_length`."""
         places = samples.places[shown]
         context = places // context_length
         start = np.maximum(places - REACH, context * context_length)

@@ -13,8 +13,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluate.report import PAGE, number, percent
-from evaluate.run import finished
+from evaluate.files import finished
+from evaluate.report import FILTERS, PAGE
 from pipeline import InputError
 from shards import hub
 from shards.files import sha256
@@ -68,7 +68,7 @@ def card(transcoder: Transcoder, metrics: dict[str, Any], address: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= FILTERS
     model = transcoder.metadata["source"]["model"]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("embedded/")
     return environment.get_template("card.md").render(

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluate.coactivation import MIN_FIRINGS
+from evaluate.console import split_name
 from evaluate.contexts import N_EVEN
 from evaluate.figures import Drawn
 from evaluate.page_data import script_json
@@ -39,6 +40,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else number(100 * value)
 
 
+FILTERS = {"number": number, "percent": percent, "split_name": split_name}
+"""What the templates of this package write numbers and names with."""
+
+
 def visible(token: str) -> str:
     """A token with its white space made visible."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace(" ", "␣")
@@ -53,7 +58,7 @@ def write_report(path: Path, metrics: dict[str, Any], data: dict[str, Any], draw
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "visible": visible}
+    environment.filters |= FILTERS | {"visible": visible}
     script = (PAGE / "report.js").read_text(encoding="utf-8")
     page = environment.get_template("report.html").render(
         metrics=metrics,

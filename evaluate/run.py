@@ -9,27 +9,23 @@ from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.baselines import fit_ridge
 from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.figures import draw
-from evaluate.files import code_sha256, read_json, read_lines, write_json
+from evaluate.files import code_sha256, finished, read_lines, write_json
 from evaluate.language import measure_language
 from evaluate.measure import Select, training_selection
+from evaluate.nesting import one_group
 from evaluate.page_data import page_data
 from evaluate.passes import first_pass, second_pass
 from evaluate.redundancy import decoder_similarity
 from evaluate.report import write_report
 from evaluate.subject import read
 from evaluate.tokens import TokenText
-from pipeline import InputError, Settings, validated
+from pipeline import InputError, Settings
 from shards import Store
 from shards.device import pick_device
 from shards.files import locked, remove_asides, sha256
 from shards.progress import progress
 from train import Transcoder
-from train.record import identity
 from train.weights import read_metadata, save_tensors
-
-SAME_ROWS = ("train.rows", "train.batch_size", "train.order_seed")
-COMPARED = (*SAME_ROWS, *(f"transcoder.{key}" for key in ("d_sae", "k", "selection", "skip")))
-"""What a run without nesting has in common with the one that it is a baseline for."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,6 @@ class Job:
     store: Store
     run_dir: Path
     n_rows: int
-    one_group: dict[str, Any] | None
-    """The baseline that a sibling run is, where there is one."""
     provenance: dict[str, Any]
 
     @property
@@ -58,11 +52,13 @@ class Job:
 def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[dict[str, Any], bool]:
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
-    Nothing is done again when weights, store, settings, the sibling without nesting and this package are those of the
-    last time.
+    Nothing is done again when weights, store, settings, the sibling without nesting and the code that measures are
+    those of the last time.
     `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
     """
     job = prepare(settings, ce_tokens)
+    flat = one_group(settings, job.store, job.n_rows)
+    job = replace(job, provenance=job.provenance | {"one_group_sha256": flat and flat["weights_sha256"]})
     done = finished(job.folder)
     if done is not None and done["provenance"] == job.provenance:
         return done, False
@@ -70,7 +66,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     log = read_lines(job.run_dir / "metrics.jsonl")
     select = training_selection(trained["selection"], trained["k"]) if trained else None
     metrics, made = _measure(job, coder, select)
-    metrics["baselines"] |= {"one_group": job.one_group} if job.one_group else {}
+    metrics["baselines"] |= {"one_group": flat} if flat else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
     with locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it"):
@@ -96,7 +92,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
             "harvest.heldout_fraction, or measure the rows it was trained on (--evaluate.split train)"
         )
     trained_on = read_metadata(run_dir).get("harvest_fingerprint")
-    source, one_group = store.manifest.source, _one_group(settings, store, n_rows)
+    source = store.manifest.source
     provenance = {
         "run": settings.run,
         "model": source.model,
@@ -110,24 +106,14 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "store_fingerprint": store.manifest.fingerprint,
         "trained_on_this_store": trained_on and trained_on == store.manifest.fingerprint,
         "weights_sha256": sha256(weights),
-        "one_group_sha256": one_group and one_group["weights_sha256"],
         "code_sha256": code_sha256(),
     }
-    return Job(settings, store, run_dir, n_rows, one_group, provenance)
+    return Job(settings, store, run_dir, n_rows, provenance)
 
 
 def load_coder(job: Job) -> Transcoder:
     """The run's transcoder, fed as the store's inputs are, on the device of model.device."""
     return read(job.run_dir, job.store).to(pick_device(job.settings.model.device))
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The metrics of a complete evaluation: metrics.json is written last and names the other files."""
-    path = folder / "metrics.json"
-    metrics = read_json(path, f"remove {folder} to evaluate again") if path.exists() else None
-    if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
-        return None
-    return metrics if "provenance" in metrics else None
 
 
 def _trained(run_dir: Path) -> dict[str, Any] | None:
@@ -156,40 +142,6 @@ def _measure(job: Job, coder: Transcoder, select: Select | None) -> tuple[dict[s
         "coactivation_rows": first.coactivation.rows,
     }
     return metrics, made
-
-
-def _one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | None:
-    """The evaluation of a sibling run that differs in having one group only: what nesting costs.
-
-    It has the same size and selection, was trained on the same rows, and was evaluated on the same.
-    """
-    run_dir = settings.run_dir()
-    own = _compared(run_dir, store)
-    if own is None or len(own["transcoder.group_sizes"]) == 1:
-        return None
-    for folder in sorted(run_dir.parent.glob("*/evaluation")):
-        metrics, other = finished(folder), _compared(folder.parent, store)
-        if metrics is None or other is None or len(other["transcoder.group_sizes"]) != 1:
-            continue
-        measured = (store.manifest.fingerprint, settings.evaluate.split, rows)
-        same = tuple(metrics["provenance"][key] for key in ("store_fingerprint", "split", "rows")) == measured
-        if same and all(own[key] == other[key] for key in COMPARED):
-            kept = ("fvu", "mse", "mae", "cosine", "relative_bias", "l0", "dead_fraction")
-            found = {key: metrics["prefixes"][0][key] for key in kept}
-            return found | {
-                "run": folder.parent.name,
-                "weights_sha256": metrics["provenance"]["weights_sha256"],
-            }
-    return None
-
-
-def _compared(run_dir: Path, store: Store) -> dict[str, Any] | None:
-    """The settings that a run was trained with, sizes as numbers; none when it was not trained by this version."""
-    try:
-        settings = read_metadata(run_dir).get("settings")
-        return settings and identity(validated(settings, str(run_dir)), store.manifest.source.d_in)
-    except InputError:  # a sibling is looked at, not asked for
-        return None
 
 
 def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> None:

@@ -30,40 +30,49 @@ class Sentence(NamedTuple):
     """[n, D_out] float32"""
     acts: Tensor
     """[n, F]"""
+    left_out: int
+    """Tokens of the text beyond the end of the store's contexts."""
 
 
 class Reader:
     """The language model that a store was harvested from, and a transcoder that reads along.
 
-    Raises `InputError` when the model cannot be had, or is another one.
+    `model`: where the model is, if not where it was harvested from. Raises `InputError` when it cannot be had, or is
+    another one.
     """
 
-    def __init__(self, store: Store, transcoder: Transcoder, device: str = "auto") -> None:
+    def __init__(
+        self, store: Store, transcoder: Transcoder, device: str = "auto", model: str | None = None
+    ) -> None:
         from evaluate.language import language_model
 
         self.store, self.source = store, store.manifest.source
         self.device = pick_device(device)
         self.transcoder = transcoder.to(self.device)
-        model = Model.model_validate(
+        asked = Model.model_validate(
             {
-                "name": self.source.model,
+                "name": model or self.source.model,
                 "revision": self.source.revision,
                 "dtype": self.source.dtype,
                 "device": device,
             }
         )
-        self.model = language_model(model, self.source)
+        self.model = language_model(asked, self.source)
         self.tokenizer = read_tokenizer(store.tokenizer_path)
         self.tokenizer.encode_special_tokens = True  # as in a harvest: "<bos>" in a text is text
 
     def __call__(self, text: str) -> Sentence:
-        """Run `text` through the model; it is cut where the store's contexts end."""
+        """Run `text` through the model; it is cut where the store's contexts end.
+
+        Raises `InputError` for a text without a token.
+        """
         source = self.source
         start = [] if source.bos_token_id is None else [source.bos_token_id]
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        context = torch.tensor([start + ids])[:, : source.context_length]
-        if context.numel() == 0:
+        if not ids:
             raise InputError("text: nothing to read; give some words")
+        whole = torch.tensor([start + ids])
+        context = whole[:, : source.context_length]
         hooks = [source.input_hook, source.output_hook]
         with self.model.capturing(hooks) as caught:
             self.model.run_blocks(context, source.layer)
@@ -73,7 +82,8 @@ class Reader:
             self.tokenizer.decode([token], skip_special_tokens=False) for token in context[0, kept].tolist()
         ]
         inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
-        return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs))
+        left_out = whole.shape[1] - context.shape[1]
+        return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
 
 
 def main() -> None:
@@ -86,7 +96,8 @@ def main() -> None:
     from evaluate.subject import read as transcoder_of
 
     store = Store.of(settings)
-    sentence = Reader(store, transcoder_of(settings.run_dir(), store), settings.model.device)(given.text)
+    transcoder, model = transcoder_of(settings.run_dir(), store), settings.model
+    sentence = Reader(store, transcoder, model.device, model.name)(given.text)
     table = Table("token", "active", f"strongest latents: number (activation), up to {SHOWN}")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
         values, latents = acts.sort(descending=True)
@@ -96,6 +107,9 @@ def main() -> None:
             repr(token), str(active), "  ".join(f"{latent} ({value:.3g})" for latent, value in shown)
         )
     Console(markup=False, emoji=False).print(table)
+    if sentence.left_out:
+        length = store.manifest.source.context_length
+        print(f"the last {sentence.left_out} tokens were left out: contexts of this store have {length}")
 
 
 if __name__ == "__main__":

@@ -280,6 +280,7 @@ def _summary(layer: int, root: Path, manifest: Manifest) -> None:
     if heldout.rows == 0:
         tqdm.write(
             f"layer {layer}: NO held-out rows: no document that gave a context fell into harvest.heldout_fraction "
-            f"{manifest.source.heldout_fraction:g}; nothing can be evaluated. Raise it, or harvest more rows",
+            f"{manifest.source.heldout_fraction:g}; raise it, or harvest more rows, or evaluate the train rows "
+            "(--evaluate.split train)",
             file=sys.stderr,
         )

@@ -45,9 +45,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty directory that takes the place of `folder` when the block ends without an error, and is gone after one.
 
     Of one process at a time: the caller holds the lock, or does not share the folder. A kill leaves the old folder,
-    the new one, or, between two renames, none.
+    the new one, or, between two renames, none; then the next call brings the old one back first.
     """
     aside, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    if old.is_dir() and not folder.exists():
+        old.replace(folder)
     for left_over in (aside, old):
         shutil.rmtree(left_over, ignore_errors=True)
     aside.mkdir(parents=True)

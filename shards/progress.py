@@ -1,11 +1,27 @@
 """The bar of whatever takes long."""
 
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 LOG_SECONDS = 20
+
+
+class Lines:
+    """A log file as a bar writes to it: tqdm returns to the start of its line, and here begins the next one."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log, self.encoding = log, log.encoding
+
+    def write(self, text: str) -> None:
+        """Write what `text` shows, as a line; nothing when it shows nothing."""
+        if shown := text.strip():
+            self._log.write(f"{shown}\n")
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._log.flush()
 
 
 def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
@@ -22,4 +38,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
         unit_scale=True,
         dynamic_ncols=True,
         mininterval=0.5 if live else LOG_SECONDS,
+        miniters=1,  # else tqdm guesses how many updates that is, and its watchdog prints between them
+        file=sys.stderr if live else Lines(sys.stderr),
+        position=None if live else 0,  # one below the other is for terminals
     )

@@ -37,6 +37,8 @@ class DamagedChunkError(InputError):
 
 
 class ChunkReader(Protocol):
+    """Verified chunks of one array."""
+
     array: Array
 
     def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:

@@ -37,6 +37,12 @@ def lines_of(command: str) -> list[list[str]]:
     return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if " -m " in line]
 
 
+def test_a_value_reaches_the_stage_as_it_was_given() -> None:
+    text = 'it\'s $5 and $(shell echo more), ${HOME}; `id` "quoted" #1 * \\\\'
+    (words,) = lines_of(shlex.join(["make", "read", f"TEXT={text}"]))
+    assert words[words.index("--text") + 1] == text
+
+
 def test_the_readme_has_commands() -> None:
     assert len(COMMANDS) >= 12
     assert len(TABLE) >= 8

@@ -4,6 +4,7 @@ What they all read: float32 weights on raw activations without the norm's gain, 
 rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline import InputError, Settings
@@ -57,8 +58,10 @@ def exported(run_dir: Path, prefix: int | None) -> Transcoder:
     source = transcoder.metadata.get("source", {})
     if type(source.get("layer")) is not int:  # it becomes part of a path
         raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
-    assert float(transcoder.thresholds.min()) >= 0, "calibration gives none below zero"
-    whole = convert(transcoder, "normalized", source, str(run_dir))
+    gated = replace(
+        transcoder, thresholds=transcoder.thresholds.clamp_min(0)
+    )  # the same: an activation is positive
+    whole = convert(gated, "normalized", source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
 
 

@@ -49,6 +49,8 @@ class Sample(Text):
 
 
 class Line(TypedDict):
+    """A latent and the rows on which it was strongest."""
+
     latent: int
     group: int
     samples: list[Sample]

@@ -70,19 +70,20 @@ def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
 
 
 def report(runs: list[Settings], folder: Path) -> Table:
-    """Write results.json and sweep.png; the table, best held-out FVU of the full prefix first."""
+    """Write results.json, and sweep.png where there are held-out rows; the table, best FVU of the full prefix first."""
     rows = []
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
         found = metadata["heldout"]
         rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
-    rows.sort(key=lambda row: row["fvu"][-1])
+    rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
     write_whole(folder / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
-    _plot(rows, folder / "sweep.png")
+    if measured := [row for row in rows if None not in row["fvu"]]:
+        _plot(measured, folder / "sweep.png")
     table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")
     for row in rows:
-        fvu = " ".join(f"{value:.4f}" for value in row["fvu"])
+        fvu = " ".join("-" if value is None else f"{value:.4f}" for value in row["fvu"])
         dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
         table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
     return table
@@ -113,7 +114,9 @@ def main() -> None:
         train_together(waiting, store)
     folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     Console().print(report(runs, folder))
-    print(f"runs {folder.parent}\nplot {folder / 'sweep.png'}")
+    print(f"runs {folder.parent}")
+    if (folder / "sweep.png").exists():
+        print(f"plot {folder / 'sweep.png'}")
 
 
 if __name__ == "__main__":

@@ -149,14 +149,17 @@ class Transcoder:
 
     @property
     def d_in(self) -> int:
+        """Width of an input."""
         return self.W_enc.shape[1]
 
     @property
     def d_sae(self) -> int:
+        """Number of latents."""
         return self.W_enc.shape[0]
 
     @property
     def d_out(self) -> int:
+        """Width of an output."""
         return self.W_dec.shape[1]
 
     def __repr__(self) -> str:

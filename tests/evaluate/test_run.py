@@ -114,28 +114,6 @@ def test_a_run_without_heldout_rows_is_measured_on_request(tmp_path: Path) -> No
     )
 
 
-def test_a_one_group_run_beside_it_becomes_a_baseline(root: Path) -> None:
-    settings, plain = settings_of(root), settings_of(root, "--run", "plain")
-    own = Transcoder.load(settings.run_dir())
-    metadata = json.loads(json.dumps(own.metadata))
-    metadata["settings"]["transcoder"]["group_sizes"] = [ENDS[-1]]
-    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], metadata).save(plain.run_dir())
-    metrics, _ = evaluate(plain)
-    assert "one_group" not in metrics["baselines"]
-    nested, fresh = evaluate(settings)
-    assert fresh  # the sibling is new
-    baseline = nested["baselines"]["one_group"]
-    assert baseline["run"] == "plain"
-    assert baseline["fvu"] == metrics["prefixes"][0]["fvu"] == metrics_of(root)["prefixes"][-1]["fvu"]
-    assert not evaluate(settings)[1]
-    metadata["settings"]["train"]["rows"] *= 2
-    Transcoder(own.parameters, own.thresholds[-1:], ENDS[-1:], metadata).save(plain.run_dir())
-    assert (
-        "one_group" not in evaluate(settings)[0]["baselines"]
-    )  # trained on other rows: says nothing of nesting
-    shutil.rmtree(plain.run_dir())
-
-
 @pytest.mark.parametrize("n_latents", [1, 3])
 def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Path) -> None:
     silent = replace(random_coder(D_IN, D_OUT, (n_latents,)), thresholds=torch.tensor([1e6]))
@@ -146,12 +124,14 @@ def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Pat
     assert metrics["latents"]["groups"][0]["median_density"] is None
 
 
-def test_the_page_is_part_of_the_code(tmp_path: Path) -> None:
-    copy = shutil.copytree(ROOT / "evaluate", tmp_path / "evaluate")
-    assert code_sha256(copy) == code_sha256()
-    style = copy / "page" / "report.css"
-    style.write_text(style.read_text() + "\n")
-    assert code_sha256(copy) != code_sha256()
+def test_the_page_and_the_gates_are_part_of_the_code(tmp_path: Path) -> None:
+    for package in ("evaluate", "train"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    assert code_sha256(tmp_path) == code_sha256()
+    for name in ("evaluate/page/report.css", "train/entries.py"):
+        before, file = code_sha256(tmp_path), tmp_path / name
+        file.write_text(file.read_text() + "\n")
+        assert code_sha256(tmp_path) != before
 
 
 def test_a_run_of_another_harvest_says_so(root: Path) -> None:

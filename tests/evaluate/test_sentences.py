@@ -1,6 +1,7 @@
 """A text of one's own through the model: the same rows as a harvest of that text."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,12 +54,26 @@ def test_the_readmes_example(settings: Settings) -> None:
     assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)
 
 
-def test_special_tokens_are_text_and_nothing_is_refused(settings: Settings) -> None:
+def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(settings: Settings) -> None:
     reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16)), "cpu")
     assert (
         len(reader("</s>").tokens) == len(reader.tokenizer.encode("</s>", add_special_tokens=False).ids) > 0
     )
-    assert (reader("").tokens, reader("").acts.shape) == ([], (0, 16))  # <s> alone gives no row
+    with pytest.raises(InputError, match="text: nothing to read"):
+        reader("")
+    length = len(reader.tokenizer.encode(TEXT * 9, add_special_tokens=False).ids)
+    long = reader(TEXT * 9)
+    assert (len(long.tokens), long.left_out) == (31, length - 31)
+
+
+def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:
+    store, coder = Store.of(settings), random_coder(32, 32, (4, 16))
+    here, there = Path(settings.model.name), tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(here, there)
+    before, after = Reader(store, coder, "cpu")(TEXT), Reader(store, coder, "cpu", str(there))(TEXT)
+    assert torch.equal(before.acts, after.acts)
+    with pytest.raises(InputError, match="no such directory"):
+        Reader(store, coder, "cpu", str(tmp_path / "nowhere"))
 
 
 def test_the_command(

@@ -106,6 +106,14 @@ def test_several_layers_in_one_pass_equal_separate_passes(
     assert [read_commit(path) for path in together] == [read_commit(path) for path in apart]
 
 
+def test_a_store_without_heldout_rows_is_announced(
+    llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = harvest(settings_for(llama, "--harvest.heldout_fraction", "1e-9"))
+    assert len(Store.open(path).heldout) == 0
+    assert "layer 1: NO held-out rows: " in capsys.readouterr().err
+
+
 def test_asking_again_is_a_no_op(llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = harvest(settings_for(llama))
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}

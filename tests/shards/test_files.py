@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import InputError
-from shards.files import locked
+from shards.files import locked, whole_folder
 
 
 def test_holders_that_wait_take_turns(tmp_path: Path) -> None:
@@ -37,3 +37,17 @@ def test_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:
             pass
         assert lock.is_file()
     assert not lock.exists()
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    old = tmp_path / ".folder.old.tmp"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(OSError, match="no room"), whole_folder(folder):
+        raise OSError("no room")
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    with whole_folder(folder) as aside:
+        (aside / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]

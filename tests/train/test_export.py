@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_a_run_trained_with_the_gain_is_exported_without_it(make_settings: Make,
     assert found.metadata["source"]["input"] == "normalized"
     if to == "saelens":
         assert found.metadata["source"]["input_hook"] == "blocks.3.ln2.hook_normalized"
+
+
+@pytest.mark.parametrize("to", OTHERS)
+def test_a_threshold_below_zero_is_exported_as_the_zero_that_it_acts_as(make_settings: Make, to: str) -> None:
+    """Our own file may hold one, of a transcoder that was made elsewhere."""
+    own = replace(made(), thresholds=torch.tensor([0.1, 0.2, -0.3]))
+    found, x = Transcoder.load(export(save_run(make_settings(), own), to)), torch.randn(40, 5)
+    assert torch.equal(found.thresholds, torch.zeros(1, 11))
+    assert torch.equal(found.encode(x), own.encode(x))
 
 
 @pytest.mark.parametrize("to", OTHERS)

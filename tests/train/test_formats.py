@@ -34,7 +34,7 @@ def made(skip: bool = False, **source: object) -> Transcoder:
     metadata = {
         "source": SOURCE | source,
         "harvest_fingerprint": "f" * 64,
-        "heldout": {"l0": [1.2, 2.6, 3.4]},
+        "heldout": {"rows": 9, "l0": [1.2, 2.6, 3.4]},
     }
     return Transcoder(p.parameters, torch.tensor([0.1, 0.2, 0.3]), (2, 5, 11), metadata)
 
@@ -59,6 +59,12 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, write, prefix: int | No
     assert torch.equal(found.encode(x), own.encode(x))
     assert torch.equal(found(x), own(x))
     assert found.metadata["source"]["input"] == "normalized"
+
+
+def test_gemma_scope_knows_no_l0_where_nothing_was_measured(tmp_path: Path) -> None:
+    tensors, metadata = made().saved()
+    for nothing in ({"heldout": {"rows": 0, "l0": [0.0] * 3}}, {"heldout": {}}):
+        assert gemma_scope.write(tmp_path, tensors, metadata | nothing).name == "average_l0_unknown"
 
 
 def test_gemma_scope_puts_layer_width_and_l0_into_the_path(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from pipeline import InputError, Settings, Sweep
 from shards import Store
-from tests.train.runs import command, tensors, tiny_settings
+from tests.fixtures import make_store
+from tests.train.runs import command, sparse_rows, tensors, tiny_settings
 from train import sweep
 from train.loop import train
 
@@ -79,3 +80,15 @@ def test_a_sweep_from_the_command_line(
 
     sweep.main()
     assert "4 runs, 4 of them already trained" in capsys.readouterr().out
+
+
+def test_a_store_without_heldout_rows_has_nothing_to_compare(
+    base: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = base.model_copy(update={"paths": base.paths.model_copy(update={"activations": str(tmp_path)})})
+    make_store(moved.store_path(0), sparse_rows(4096, 2), sparse_rows(0, 3))
+    monkeypatch.setattr("sys.argv", ["train.sweep", *command(moved, "--sweep.lr", "1e-3,3e-3")[3:]])
+    sweep.main()
+    assert "- - -" in capsys.readouterr().out  # three prefixes
+    results = json.loads((moved.run_dir().with_name("s-sweep") / "results.json").read_text())
+    assert [row["fvu"] for row in results] == [[None] * 3] * 2

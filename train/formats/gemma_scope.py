@@ -66,7 +66,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
     d_sae = len(tensors["W_enc"])
     width = f"{d_sae // 1024}k" if d_sae % 1024 == 0 else str(d_sae)
     g = len(metadata["prefix_ends"]) - 1
-    l0 = f"{metadata['heldout']['l0'][g]:.0f}" if "heldout" in metadata else "unknown"
+    heldout = metadata.get("heldout", {})
+    l0 = f"{heldout['l0'][g]:.0f}" if heldout.get("rows") else "unknown"
     where = folder / f"layer_{metadata['source']['layer']}" / f"width_{width}" / f"average_l0_{l0}"
     arrays: dict[str, Any] = {
         "W_enc": tensors["W_enc"].T.contiguous(),

@@ -1,0 +1,74 @@
+"""What nesting costs: the evaluation of a sibling run that differs in having one group only."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from evaluate.files import finished
+from pipeline import InputError, Settings, validated
+from shards import Store
+from shards.files import sha256
+from train.record import identity
+from train.weights import FILE_NAME, read_metadata
+
+MAY_DIFFER = {"transcoder.group_sizes", "train.log_every", "train.heldout_every", "train.sample_every"}
+"""Settings that a run without nesting need not have in common with the one that it is a baseline for."""
+
+
+def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | None:
+    """The numbers of a run without nesting beside the run that `settings` name; none where there is none.
+
+    It was trained on this store with the same settings, and its weights as they are now were evaluated on the same
+    `rows` rows. A sibling whose metrics.json cannot be read is told on standard error, and is none.
+    """
+    run_dir = settings.run_dir()
+    own = _trained_with(run_dir, store)
+    if own is None or len(own["transcoder.group_sizes"]) == 1:
+        return None
+    wanted = {"store_fingerprint": store.manifest.fingerprint, "split": settings.evaluate.split, "rows": rows}
+    for folder in sorted(run_dir.parent.glob("*/evaluation")):
+        other = _trained_with(folder.parent, store)
+        if other is None or len(other["transcoder.group_sizes"]) != 1 or _differ(own, other):
+            continue
+        metrics = _metrics(folder)
+        if metrics is not None and _is_of(metrics["provenance"], wanted, folder.parent / FILE_NAME):
+            numbers = {
+                key: value
+                for key, value in metrics["prefixes"][0].items()
+                if isinstance(value, int | float | None)
+            }
+            return numbers | {
+                "run": folder.parent.name,
+                "weights_sha256": metrics["provenance"]["weights_sha256"],
+            }
+    return None
+
+
+def _trained_with(run_dir: Path, store: Store) -> dict[str, Any] | None:
+    """What decides the weights of a run that was trained on this store; none for any other transcoder."""
+    try:
+        metadata = read_metadata(run_dir)
+        if not metadata.get("settings") or metadata.get("harvest_fingerprint") != store.manifest.fingerprint:
+            return None
+        return identity(validated(metadata["settings"], str(run_dir)), store.manifest.source.d_in)
+    except ValueError:  # of another version, or damaged: it was looked at, not asked for
+        return None
+
+
+def _differ(own: dict[str, Any], other: dict[str, Any]) -> bool:
+    return any(own[key] != other[key] for key in own.keys() - MAY_DIFFER)
+
+
+def _metrics(folder: Path) -> dict[str, Any] | None:
+    try:
+        return finished(folder)
+    except InputError as error:
+        tqdm.write(f"not a baseline: {error}", file=sys.stderr)
+        return None
+
+
+def _is_of(provenance: dict[str, Any], wanted: dict[str, Any], weights: Path) -> bool:
+    same = all(provenance.get(key) == value for key, value in wanted.items())
+    return same and provenance.get("weights_sha256") == sha256(weights)
