@@ -116,14 +116,14 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     for line in values["lines"]:
         series.setdefault(line["transcoder"], []).append((line["l0"], line["fvu"]))
     figure = plots.fvu_against_l0(series, values["linear_map_fvu"])
-    figures.save(figure, folder / "compare.png")
+    plot = figures.save(figure, folder / "compare.png")
     environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
     environment.filters |= FILTERS
     page = environment.get_template("compare.html").render(
         values=values,
         columns=COLUMNS,
         style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
-        plot=Markup(figures.svg(figure)),
+        plot=Markup(plot),
     )
     write_whole(folder / "compare.html", page.encode())
     write_json(folder / "compare.json", values)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from evaluate import plots
@@ -129,19 +131,29 @@ def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, floa
     return series
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG, whole."""
-    made = io.BytesIO()
-    figure.savefig(made, dpi=150, format="png", facecolor="white", metadata={"Software": None})
-    write_whole(path, made.getvalue())
+def save(figure: Figure, path: Path) -> str:
+    """Write the figure as a PNG, whole; returns it as an SVG element in the page's colours.
 
-
-def svg(figure: Figure) -> str:
-    """The figure as an SVG element in the page's colours: the palette and ink become CSS variables."""
+    Laid out once and drawn once in each format: two calls of `savefig` do both twice (0.57 against 0.36 s).
+    """
+    figure.dpi = 150
+    canvas = FigureCanvasAgg(figure)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    png = io.BytesIO()
+    figure.set_facecolor("white")
+    canvas.print_png(png, metadata={"Software": None})
+    write_whole(path, png.getvalue())
     made = io.StringIO()
+    figure.set_facecolor("none")
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluate"}):
-        figure.savefig(made, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-    text = made.getvalue()
+        FigureCanvasSVG(figure).print_svg(made, metadata={"Date": None, "Creator": None})
+    return _themed(made.getvalue())
+
+
+def _themed(text: str) -> str:
+    """The SVG element of a document, its palette and ink as CSS variables."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
@@ -156,6 +168,5 @@ def draw(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], fo
     drawn = []
     for plot in all_plots(metrics, made, log):
         figure = plot.draw()
-        save(figure, folder / plot.file)
-        drawn.append(Drawn(plot, svg(figure), len(figure.axes) > 1))
+        drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
     return drawn

@@ -79,7 +79,7 @@ def _cross_entropy(
     }
     n_contexts = min(len(split.contexts), max(1, n_tokens // source.context_length))
     contexts = split.contexts[np.arange(n_contexts)]
-    with progress("cross-entropy", n_contexts, "contexts") as bar:
+    with progress("cross-entropy", contexts.size, "tokens") as bar:
         losses = splice(model, source, contexts, replacements, bar.update)
     for g, prefix in enumerate(prefixes):
         prefix["cross_entropy"] = summary(losses, str(g))

@@ -65,7 +65,7 @@ def splice(
     """Loss of the model as it is ("clean") and with each replacement on `contexts` [n, T] token ids.
 
     The blocks below the layer run once per context; what follows once per replacement. `tick` is
-    called with the contexts of each batch.
+    called with the number of tokens of each batch.
     """
     losses = {name: Loss() for name in ("clean", *replacements)}
     before = f"blocks.{source.layer}.hook_in"
@@ -85,7 +85,7 @@ def splice(
             with _skipped(model.bridge.blocks[: source.layer]), model.bridge.hooks(fwd_hooks=[hook]):
                 logits = model.bridge(residual, start_at_layer=source.layer, return_type="logits")
             losses[name].add(clean, logits, tokens)
-        tick(len(tokens))
+        tick(tokens.numel())
     return losses
 
 

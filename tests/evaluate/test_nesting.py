@@ -12,6 +12,7 @@ from evaluate.nesting import one_group
 from evaluate.run import evaluate
 from pipeline import Settings
 from shards import Store
+from shards.files import sha256
 from tests.evaluate.runs import ENDS, make_run, settings_of, tiny_transcoder
 from train import Transcoder
 
@@ -25,14 +26,30 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture
-def flat(root: Path) -> Iterator[Settings]:
-    """The same weights as one group, evaluated."""
+@pytest.fixture(scope="module")
+def evaluated(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as one group, evaluated; kept where no run is looked for."""
     settings = settings_of(root, "--run", "flat")
     save(settings, transcoder_of(root))
     evaluate(settings, ce_tokens=0)
+    return Path(shutil.move(settings.run_dir(), tmp_path_factory.mktemp("kept")))
+
+
+@pytest.fixture
+def flat(root: Path, evaluated: Path) -> Iterator[Settings]:
+    settings = settings_of(root, "--run", "flat")
+    shutil.copytree(evaluated, settings.run_dir())
     yield settings
     shutil.rmtree(settings.run_dir())
+
+
+def saved_and_evaluated(settings: Settings, transcoder: Transcoder) -> None:
+    """As if `transcoder` had been evaluated, with the same numbers."""
+    save(settings, transcoder)
+    file = settings.run_dir() / "evaluation" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    metrics["provenance"]["weights_sha256"] = sha256(settings.run_dir() / "transcoder.safetensors")
+    file.write_text(json.dumps(metrics))
 
 
 def transcoder_of(root: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> Transcoder:
@@ -89,19 +106,13 @@ def test_whatever_else_differs_it_is_none(
     root: Path, flat: Settings, change: Callable[[dict[str, Any]], object]
 ) -> None:
     assert found(root) is not None
-    save(flat, transcoder_of(root, change))
-    evaluated = flat.run_dir() / "evaluation" / "metrics.json"
-    metrics = json.loads(evaluated.read_text())
-    from shards.files import sha256
-
-    metrics["provenance"]["weights_sha256"] = sha256(flat.run_dir() / "transcoder.safetensors")
-    evaluated.write_text(json.dumps(metrics))
+    saved_and_evaluated(flat, transcoder_of(root, change))
     assert found(root) is None
 
 
 def test_how_often_it_was_logged_may_differ(root: Path, flat: Settings) -> None:
-    save(flat, transcoder_of(root, lambda metadata: metadata["settings"]["train"].update(log_every=3)))
-    evaluate(flat, ce_tokens=0)
+    change = transcoder_of(root, lambda metadata: metadata["settings"]["train"].update(log_every=3))
+    saved_and_evaluated(flat, change)
     assert found(root) is not None
 
 

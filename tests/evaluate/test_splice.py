@@ -91,7 +91,7 @@ def test_clean_loss_is_hugging_faces_and_the_mlp_itself_costs_nothing(layer: int
     labels = torch.from_numpy(ids.astype(np.int64))
     with torch.inference_mode():
         expected = float(hugging_face(directory)(labels, labels=labels).loss)
-    assert sum(seen) == len(ids)
+    assert sum(seen) == ids.size
     assert losses["clean"].positions == ids.shape[0] * (ids.shape[1] - 1)
     assert summary(losses, "clean")["cross_entropy"] == pytest.approx(expected, abs=1e-4)
     assert losses["clean"].divergence == pytest.approx(0.0, abs=1e-6)
