@@ -169,6 +169,9 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `| head` has what it wanted; Python would complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         if error.errno not in ENVIRONMENT:
             raise

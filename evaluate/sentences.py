@@ -98,14 +98,12 @@ def main() -> None:
     store = Store.of(settings)
     transcoder, model = transcoder_of(settings.run_dir(), store), settings.model
     sentence = Reader(store, transcoder, model.device, model.name)(given.text)
-    table = Table("token", "active", f"strongest latents: number (activation), up to {SHOWN}")
+    table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
         values, latents = acts.sort(descending=True)
         active = int((values > 0).sum())
         shown = zip(latents[: min(active, SHOWN)].tolist(), values.tolist(), strict=False)
-        table.add_row(
-            repr(token), str(active), "  ".join(f"{latent} ({value:.3g})" for latent, value in shown)
-        )
+        table.add_row(repr(token), str(active), "  ".join(f"{latent}:{value:.3g}" for latent, value in shown))
     Console(markup=False, emoji=False).print(table)
     if sentence.left_out:
         length = store.manifest.source.context_length

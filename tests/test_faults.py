@@ -51,3 +51,19 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
     assert said == (130, "", "interrupted: the same command continues\n")
+
+
+def test_a_reader_that_leaves() -> None:
+    """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
+    for lines in (100_000, 2):
+        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\n"
+        code += "    print('x', flush=True)\n"
+        command = [sys.executable, "-c", f"{code}stage.run_stage(main)"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if lines > 2:
+                assert process.stdout.readline() == b"0\n"
+            process.stdout.close()
+            said = process.stderr.read()
+        assert (process.returncode, said) == (141, b"")
