@@ -166,10 +166,11 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
     try:
         stage()
+        print(end="", flush=True)  # at Python's end, a reader that has left means exit code 120
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # `| head` has what it wanted; Python would complain when it flushes
+    except BrokenPipeError:  # `| head` has what it wanted; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:

@@ -1,6 +1,7 @@
 """docs/faults.md names tests that exist; nothing depends on the wall clock."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -56,10 +57,10 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
 def test_a_reader_that_leaves() -> None:
     """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
     for lines in (100_000, 2):
-        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\n"
-        code += "    print('x', flush=True)\n"
-        command = [sys.executable, "-c", f"{code}stage.run_stage(main)"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\nstage.run_stage(main)\n"
+        command, buffered = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=ROOT, env=buffered, **pipes) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             if lines > 2:
