@@ -180,6 +180,8 @@ class Train(Section):
     """Weight of the auxiliary loss, relative to the residual's own size (see train/losses.py)."""
     dead_after_rows: int = Field(default=16_000, gt=0)
     """A latent that has not fired for so many rows is dead."""
+    density_limit: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the rows on which a latent may fire; its bias is lowered above nine tenths of it. None: no limit."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Gradient norm above which gradients are scaled down; none: never."""
     checkpoint_every: int = Field(default=1000, gt=0)
@@ -233,6 +235,8 @@ class Sweep(Section):
     """Weights of the auxiliary loss."""
     dead_after_rows: tuple[int, ...] = ()
     """Rows without firing after which a latent is dead."""
+    density_limit: tuple[float, ...] = ()
+    """Limits of the share of rows on which a latent fires."""
     k: tuple[int, ...] = ()
     """Active latents per row."""
     d_sae: tuple[Size, ...] = ()

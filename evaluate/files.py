@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import ROOT, InputError
 from shards.files import write_whole
 
-MEASURING = [f"train/{name}.py" for name in ("convention", "entries", "topk", "transcoder")]
+MEASURING = [f"train/{name}.py" for name in ("convention", "entries", "frequent", "topk", "transcoder")]
 """Modules outside of this package that decide what is measured."""
 
 

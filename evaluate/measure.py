@@ -15,6 +15,7 @@ from evaluate.reconstruction import Deviation, Reconstruction, Sparsity
 from evaluate.rows import Split, blocks
 from train import Transcoder
 from train.entries import Entries, decode, entries_above
+from train.frequent import FREQUENT, frequent_level
 from train.topk import select_batch, select_rows
 
 Select = Callable[[Tensor], Entries]
@@ -47,7 +48,9 @@ class Prefix:
         made["threshold"] = self.threshold
         made["dead_fraction"] = self.firing.dead_fraction
         made["over_1_percent"] = int((self.firing.density > 0.01).sum())
-        made["over_10_percent"] = int((self.firing.density > 0.1).sum())
+        made["over_10_percent"] = int((self.firing.density > FREQUENT).sum())
+        made["over_10_percent_fraction"] = made["over_10_percent"] / self.end
+        made["over_10_percent_verdict"] = frequent_level(made["over_10_percent_fraction"])
         made["training_selection"] = None
         if self.training_error.rows:
             sparsity = self.training_sparsity.result()

@@ -91,7 +91,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
             f"{store.path}: expected rows in split {settings.evaluate.split}, found none; harvest with a larger "
             "harvest.heldout_fraction, or measure the rows it was trained on (--evaluate.split train)"
         )
-    trained_on = read_metadata(run_dir).get("harvest_fingerprint")
+    metadata = read_metadata(run_dir)
+    trained_on = metadata.get("harvest_fingerprint")
     source = store.manifest.source
     provenance = {
         "run": settings.run,
@@ -108,6 +109,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "weights_sha256": sha256(weights),
         "code_sha256": code_sha256(),
     }
+    if used := metadata.get("used"):  # an imported transcoder has none
+        provenance |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
     return Job(settings, store, run_dir, n_rows, provenance)
 
 

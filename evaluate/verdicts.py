@@ -1,7 +1,9 @@
-"""The guide's thresholds as verdicts."""
+"""The guide's thresholds as verdicts, and one of our own on frequent latents."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from train.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
 
 FVU_GOOD, FVU_MODERATE = 0.1, 0.3
 DEAD_GOOD = 0.10
@@ -16,7 +18,7 @@ class Verdict:
     value: str
     level: Literal["good", "moderate", "poor", "unknown", "info"]
     limit: str
-    """The guide's threshold in words; what the number is, where the guide has none."""
+    """The threshold in words; what the number is, where there is none."""
 
 
 def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
@@ -26,6 +28,7 @@ def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
         _fvu(prefix["fvu"]),
         _dead(prefix["dead_fraction"], metrics["rows"]),
         _redundancy(redundancy["share"], metrics["redundancy"]["limit"]),
+        _frequent(prefix["over_10_percent_fraction"], prefix["over_10_percent_verdict"]),
     ]
     sparsity = f"active latents per row, median {prefix['l0_median']:g}"
     made.append(Verdict("L0", f"{prefix['l0']:.1f}", "info", sparsity))
@@ -45,6 +48,14 @@ def _dead(fraction: float, rows: int) -> Verdict:
     level = "good" if fraction < DEAD_GOOD else "poor"
     limit = f"below {100 * DEAD_GOOD:g} % (never fired on {rows:,} rows)"
     return Verdict("Dead latents", f"{100 * fraction:.1f} %", level, limit)
+
+
+def _frequent(fraction: float, level: Any) -> Verdict:
+    limit = (
+        f"at most {100 * FREQUENT_GOOD:g} % good, at most {100 * FREQUENT_MODERATE:g} % moderate "
+        f"(share of the latents that fire on more than {100 * FREQUENT:g} % of the rows)"
+    )
+    return Verdict("Frequent latents", f"{100 * fraction:.1f} %", level, limit)
 
 
 def _redundancy(share: float | None, cosine: float) -> Verdict:

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"pipeline", "stage", "harvest", "shards", "train", "evaluate"}
+OURS = {"machine", "pipeline", "stage", "harvest", "shards", "train", "evaluate"}
 ALLOWED = {
+    "machine": set(),
     "pipeline": set(),
     "stage": {"pipeline"},
     "shards": {"pipeline", "stage"},
-    "harvest": {"pipeline", "stage", "shards"},
-    "train": {"pipeline", "stage", "shards"},
-    "evaluate": {"pipeline", "stage", "shards", "train", "harvest.lm"},
+    "harvest": {"machine", "pipeline", "stage", "shards"},
+    "train": {"machine", "pipeline", "stage", "shards"},
+    "evaluate": {"machine", "pipeline", "stage", "shards", "train", "harvest.lm"},
 }
 
 

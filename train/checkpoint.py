@@ -19,7 +19,8 @@ from shards.files import inside, whole_folder, write_whole
 from train.state import State
 from train.weights import save_tensors
 
-VERSION = 1
+VERSION = 2
+"""2: parameters live in the space of `Scaling.of`. 1, before 2026-11-25, had one scale of the rows with their mean."""
 
 
 def save(run_dir: Path, state: State) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline import Settings
 from shards import Store
 from train import record, samples
+from train.frequent import frequent_level
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.recipe import Recipe
 from train.state import State
@@ -34,7 +35,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
         "source": store.manifest.source.model_dump(mode="json"),
-        "scales": {"input": recipe.scaling.scale_in, "output": recipe.scaling.scale_out},
+        "used": recipe.used(),
         "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
         "heldout": found._asdict(),
         "thresholds": thresholds.tolist(),
@@ -76,12 +77,36 @@ def summary(metadata: dict[str, Any]) -> Any:
     if found["rows"]:
         dead = 100 * found["dead"] / ends[-1]
         title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
-    table = Table("prefix", "latents", "FVU", "L0", "L0 in training", "threshold", title=title)
-    numbers = zip(
-        ends, found["fvu"], found["l0"], metadata["training"]["l0"], metadata["thresholds"], strict=True
+    columns = (
+        "prefix",
+        "latents",
+        "FVU",
+        "L0",
+        "L0 in training",
+        "threshold",
+        "never fire",
+        "above 10 % of the rows",
     )
-    for g, (end, fvu, l0, training_l0, threshold) in enumerate(numbers):
-        shown = "-" if fvu is None else f"{fvu:.4f}"
-        active = f"{l0:.2f}" if found["rows"] else "-"
-        table.add_row(str(g), f"{end:,}", shown, active, f"{training_l0:.2f}", f"{threshold:.4g}")
+    table = Table(*columns, title=title)
+    for g, end in enumerate(ends):
+        fvu = found["fvu"][g]
+        table.add_row(
+            str(g),
+            f"{end:,}",
+            "-" if fvu is None else f"{fvu:.4f}",
+            f"{found['l0'][g]:.2f}" if found["rows"] else "-",
+            f"{metadata['training']['l0'][g]:.2f}",
+            f"{metadata['thresholds'][g]:.4g}",
+            *_shares(found, g),
+        )
     return table
+
+
+def _shares(found: dict[str, Any], g: int) -> tuple[str, str]:
+    """Prefix g's share of latents that never fire, and of frequent ones with its verdict; weights' headers before
+    2026-11-25 have neither.
+    """
+    if not found["rows"] or "dead_fraction" not in found:
+        return "-", "-"
+    frequent = found["over_10_percent_fraction"][g]
+    return f"{100 * found['dead_fraction'][g]:.1f} %", f"{100 * frequent:.1f} % ({frequent_level(frequent)})"

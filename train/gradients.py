@@ -51,6 +51,16 @@ class Gradients(NamedTuple):
 
         return Gradients({name: peers.total(gradient) for name, gradient in self.shared.items()}, blocks)
 
+    def plus(self, b_enc: Tensor) -> "Gradients":
+        """The same, and `b_enc` [F] added to the biases' gradients."""
+
+        def blocks() -> Iterator[Block]:
+            for block in self.blocks():
+                block.b_enc.add_(b_enc[block.rows])
+                yield block
+
+        return Gradients(self.shared, blocks)
+
     def whole(self) -> dict[str, Tensor]:
         """All gradients by parameter name, at their full size (tests)."""
         blocks = list(self.blocks())

@@ -4,6 +4,7 @@ Shapes: B rows, D_in, D_out, F latents, G prefixes.
 """
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pipeline import InputError, Settings
 from shards import Batch, Store
@@ -24,7 +26,7 @@ from train.entries import Entries
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.gradients import Gradients
 from train.log import Log
-from train.losses import Objective, StepValues
+from train.losses import Objective, StepValues, revival
 from train.measure import PROBE_ROWS, measure, training_cut
 from train.optimizer import apply
 from train.peers import ALONE, Peers, joined, world
@@ -36,6 +38,10 @@ from train.weights import FILE_NAME
 
 Step = Callable[[Parameters, Tensor, Tensor, Tensor], tuple[StepValues, Gradients]]
 
+RESTRAINT = 3.0
+"""Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""
+DEAD_WARNED = 0.1
+"""Share of dead latents after a quarter of a run above which it says so."""
 DENSE_SHARE = 1 / 8
 """Share of active latents above which the dense step is the faster one."""
 
@@ -63,24 +69,31 @@ def train_step(
     B counts this process's rows; with `peers` the step is that of all processes' rows together.
     """
     x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
-    values, gradients = step(state.parameters, x, y, state.dead(recipe.train.dead_after_rows))
+    dead = state.dead(recipe.train.dead_after_rows)
+    values, gradients = step(state.parameters, x, y, dead)
     if not torch.isfinite(values.loss):
         bad = (~torch.isfinite(values.squared_errors)).nonzero()
         raise NonFiniteLossError(int(bad[0]) if len(bad) else None)
-    apply(state.adam, gradients.over(peers), recipe.learning_rate(state.step), recipe.train.clip_norm)
+    lift = revival(dead, recipe.objective.d_sae, y.shape[1])
+    lr = recipe.learning_rate(state.step)
+    apply(state.adam, gradients.over(peers).plus(lift), lr, recipe.train.clip_norm)
+    if recipe.train.density_limit is not None:
+        restrain(state, recipe.train.density_limit, lr)
 
-    kept = peers.total(kept_below(values.entries.latents, recipe.objective.prefix_ends))
-    state.count(values.cut.item(), kept, rows=len(x) * peers.world, counting=recipe.counting_from)
-    state.last_fired.index_fill_(0, values.entries.latents, state.rows)
-    peers.latest(state.last_fired)
+    fired = peers.total(torch.bincount(values.entries.latents, minlength=recipe.objective.d_sae))
+    rows = len(x) * peers.world
+    state.count(values.cut.item(), fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
     return values
 
 
-def kept_below(latents: Tensor, prefix_ends: tuple[int, ...]) -> Tensor:
-    """[G] float64: how many of `latents` lie below each prefix end."""
-    ends = torch.tensor(prefix_ends, device=latents.device)
-    groups = torch.bucketize(latents, ends, right=True).bincount(minlength=len(prefix_ends))
-    return groups.cumsum(0).double()
+def restrain(state: State, limit: float, lr: float) -> None:
+    """Lower the biases of latents that fire on more than nine tenths of `limit` of the rows.
+
+    In proportion to the excess: a bias settles where the reconstruction pulls up as strongly as this pulls down, and it
+    starts at nine tenths so that this is below the limit.
+    """
+    excess = (state.density / (0.9 * limit) - 1).clamp_(0, 2)
+    state.parameters.b_enc.sub_(excess, alpha=RESTRAINT * lr * state.adam.rates["b_enc"])
 
 
 class Run:
@@ -106,8 +119,11 @@ class Run:
         checkpoint.restore(self.dir, self.state)
         if peers.leads:  # nothing is written before all that was given is known to be usable
             checkpoint.cut_metrics(self.dir, self.state.step)
-            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint)
-        config = settings.model_dump(mode="json") | {"harvest_fingerprint": store.manifest.fingerprint}
+            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint, self.recipe.used())
+        config = settings.model_dump(mode="json") | {
+            "harvest_fingerprint": store.manifest.fingerprint,
+            "used": self.recipe.used(),
+        }
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
         self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
@@ -132,6 +148,8 @@ class Run:
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
         self._waited += waited
+        if self.log is not None and state.step == max(1, self.recipe.steps // 4):
+            self._warn_of_dead(dead)
         if state.samples is not None and state.step % train.sample_every == 0:
             state.samples.collect(*_everyones(values.entries, batch, self.peers))
         probes = state.step % train.heldout_every == 0 or self.done
@@ -143,6 +161,16 @@ class Run:
                 )
         if state.step % train.checkpoint_every == 0 or self.done:
             self.save()
+
+    def _warn_of_dead(self, dead: int) -> None:
+        """One line when so many latents are dead that most of them will stay so."""
+        share = dead / self.recipe.objective.d_sae
+        if share > DEAD_WARNED:
+            tqdm.write(
+                f"warning: {self.dir}: {100 * share:.0f} % of the latents are dead after a quarter of the run; stop it "
+                f"and train with a lower train.lr (it is {self.recipe.lr:.3g}) or fewer latents (transcoder.d_sae)",
+                file=sys.stderr,
+            )
 
     def save(self) -> None:
         """Write a checkpoint; every process has the same state."""

@@ -35,6 +35,16 @@ class Objective:
         return self.prefix_ends[-1]
 
 
+def prefix_weights(n: int) -> tuple[float, ...]:
+    """Weights of the losses of n prefixes, coarsest first; they sum to 1.
+
+    In proportion 1.15, 1, ..., 1, 2.1. The whole dictionary counts about twice: equal weights cost it more by being
+    nested, a larger one gains it nothing more (docs/log.md). The first prefix has the fewest latents and is read first.
+    """
+    shares = [1.15, *[1.0] * (n - 2), 2.1][-n:]
+    return tuple(share / sum(shares) for share in shares)
+
+
 class StepValues(NamedTuple):
     """What a training step measured, besides its gradients."""
 
@@ -52,6 +62,21 @@ class StepValues(NamedTuple):
     def loss(self) -> Tensor:
         """What the gradients are of."""
         return self.l2_loss + self.aux_loss
+
+
+REVIVAL = 2e-3
+"""Pull on the bias of a dead latent, over D_out. 1.2e-3 keeps all but 0.1 % alive at lr 7e-3 (docs/log.md), 6e-5 all
+but 4 %, 6e-3 as many as 1.2e-3 at the same FVU."""
+
+
+def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
+    """Gradient by b_enc of -REVIVAL / D_out * sum over dead latents of their bias.
+
+    A latent that is negative on every row has no gradient from the reconstruction, nor from the auxiliary loss, which
+    sees relu(pre-activation); this one brings it back to where it has. After the pre-activation loss of Anthropic's
+    Circuits Updates (January 2025), which is a hinge below the threshold; here it ends when the latent fires.
+    """
+    return torch.zeros(d_sae, device=dead.device).index_fill_(0, dead, -REVIVAL / d_out)
 
 
 def nested_loss(

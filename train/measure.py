@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from train.entries import decode, entries_above
+from train.frequent import FREQUENT
 from train.topk import kth_largest, select_batch
 from train.transcoder import Transcoder
 
@@ -31,6 +32,10 @@ class Measured(NamedTuple):
     dead: int
     """Latents of the full transcoder that fired on none of the rows."""
     rows: int
+    dead_fraction: list[float]
+    """Share of the prefix's latents that fired on none of the rows."""
+    over_10_percent_fraction: list[float]
+    """Share of the prefix's latents that fired on more than `FREQUENT` of the rows."""
 
 
 def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor]) -> Measured:
@@ -42,7 +47,7 @@ def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor],
     groups = len(transcoder.prefix_ends)
     errors, active = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
     total, square, n = torch.zeros(transcoder.d_out, dtype=torch.float64), 0.0, 0
-    fired = torch.zeros(transcoder.d_sae, dtype=torch.bool)
+    firings = torch.zeros(groups, transcoder.d_sae, dtype=torch.int64)
     for inputs, outputs in pairs:
         pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
         for g, cut in enumerate(thresholds(pre).tolist()):
@@ -50,15 +55,22 @@ def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor],
             y_g = decode(entries, transcoder.W_dec, base)
             errors[g] += (y_g - outputs).double().square().sum().cpu()
             active[g] += len(entries.values)
-            if g == groups - 1:
-                fired[entries.latents.cpu()] = True
+            firings[g] += torch.bincount(entries.latents, minlength=transcoder.d_sae).cpu()
         exact = outputs.double()
         total += exact.sum(0).cpu()
         square += exact.square().sum().item()
         n += len(outputs)
     variation = square - total.square().sum().item() / max(n, 1)
     fvu = [error / variation if variation > 0 else None for error in errors.tolist()]
-    return Measured(fvu, (active / max(n, 1)).tolist(), int((~fired).sum()), n)
+    own = [firings[g, :end] for g, end in enumerate(transcoder.prefix_ends)]
+    return Measured(
+        fvu,
+        (active / max(n, 1)).tolist(),
+        dead=int((own[-1] == 0).sum()),
+        rows=n,
+        dead_fraction=[float((each == 0).double().mean()) for each in own],
+        over_10_percent_fraction=[float((each > FREQUENT * n).double().mean()) for each in own],
+    )
 
 
 def training_cut(k: int, groups: int) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ LOADER = int(0.4 * GIB)
 def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, samples: bool = False) -> int:
     """Bytes of one run's state: weights and Adam's two moments, counters, samples."""
     parameters = objective.d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if skip else 0)
-    return 3 * 4 * parameters + 8 * objective.d_sae + (12 * PER_LATENT * objective.d_sae if samples else 0)
+    return 3 * 4 * parameters + 12 * objective.d_sae + (12 * PER_LATENT * objective.d_sae if samples else 0)
 
 
 def passing(objective: Objective, d_in: int, d_out: int, batch: int) -> int:

@@ -31,12 +31,6 @@ class Peers:
             dist.all_reduce(tensor)
         return tensor
 
-    def latest(self, tensor: Tensor) -> Tensor:
-        """Elementwise maximum over the processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
     def gathered(self, values: Tensor) -> Tensor:
         """All processes' one-dimensional values, of any lengths, in order of rank."""
         if self.world == 1:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -9,9 +10,10 @@ from pipeline import InputError, Settings
 from pipeline import Train as TrainSettings
 from shards import Store
 from train.convention import convert
-from train.losses import Objective
+from train.losses import Objective, prefix_weights
+from train.normalisation import NORMALISATION, Scaling
 from train.schedule import learning_rate, peak_rate
-from train.transcoder import Parameters, Scaling, Transcoder, initialise
+from train.transcoder import Parameters, Transcoder, initialise
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,33 @@ class Recipe:
             raise InputError(f"transcoder: {error}") from error
         objective = Objective(
             prefix_ends=tuple(accumulate(groups)),
-            prefix_weights=(1 / len(groups),) * len(groups),
+            prefix_weights=prefix_weights(len(groups)),
             k=settings.transcoder.k,
             selection=settings.transcoder.selection,
             aux_k=settings.train.aux_k,
             aux_coefficient=settings.train.aux_coefficient,
             precision=settings.train.precision,
         )
-        variance = float(moments.outputs.variance.sum()) / moments.outputs.scale**2
-        mean = torch.tensor(moments.inputs.mean, dtype=torch.float32, device=device)
-        scaling = Scaling(mean, moments.inputs.scale, moments.outputs.scale)
+        scaling = Scaling.of(moments.inputs, moments.outputs, device)
+        variance = float(moments.outputs.variance.sum()) / scaling.scale_out**2
+        steps = settings.train.rows // settings.train.batch_size
         try:
-            lr, min_lr = settings.train.rates(peak_rate(source.d_in, objective.d_sae))
+            lr, min_lr = settings.train.rates(peak_rate(source.d_in, objective.d_sae, steps))
         except ValueError as error:  # the rule's rate depends on d_in
             raise InputError(f"train: {error}") from error
         return cls(objective, settings.train, lr, min_lr, scaling, variance)
+
+    def used(self) -> dict[str, Any]:
+        """What a run was really trained with where settings say "auto" or nothing, as plain JSON values."""
+        return {
+            "lr": self.lr,
+            "min_lr": self.min_lr,
+            "warmup_steps": self.warmup,
+            "normalisation": NORMALISATION,
+            "input_scale_min": float(self.scaling.scale_in.min()),
+            "input_scale_max": float(self.scaling.scale_in.max()),
+            "output_scale": self.scaling.scale_out,
+        }
 
     @property
     def steps(self) -> int:
@@ -65,10 +79,14 @@ class Recipe:
         """First step of the last tenth, over which kept activations are counted."""
         return self.steps - max(1, self.steps // 10)
 
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up, at most half of the run."""
+        return min(self.train.warmup_steps, self.steps // 2)
+
     def learning_rate(self, step: int) -> float:
-        """Of `step`, from 0; the warm-up takes at most half of the run."""
-        warmup = min(self.train.warmup_steps, self.steps // 2)
-        return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=warmup)
+        """Of `step`, from 0."""
+        return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=self.warmup)
 
 
 def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:
@@ -77,7 +95,7 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
     if settings.train.init_from is None:
         outputs = store.manifest.splits["train"].outputs
         assert outputs is not None  # Recipe.of refuses an empty split
-        mean = torch.tensor(outputs.mean, dtype=torch.float64) / outputs.scale
+        mean = torch.tensor(outputs.mean, dtype=torch.float64) / recipe.scaling.scale_out
         fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
     try:

@@ -25,9 +25,14 @@ def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
 
 
-def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str) -> None:
-    """Make the run directory, which `refuse_another` has let pass, this run's own."""
-    record = {"settings": settings.model_dump(mode="json"), "harvest_fingerprint": fingerprint, "d_in": d_in}
+def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str, used: dict[str, Any]) -> None:
+    """Make the run directory, which `refuse_another` has let pass, this run's own; `used`: see `Recipe.used`."""
+    record = {
+        "settings": settings.model_dump(mode="json"),
+        "harvest_fingerprint": fingerprint,
+        "d_in": d_in,
+        "used": used,
+    }
     write_whole(run_dir / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 

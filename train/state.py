@@ -15,6 +15,8 @@ from train.transcoder import Parameters
 
 THRESHOLD_AVERAGE = 0.01
 """Weight of the newest cut in the moving average that is logged as the threshold."""
+DENSITY_AVERAGE = 0.02
+"""Weight of the newest batch in a latent's density: about 50 batches count."""
 
 
 @dataclass
@@ -26,6 +28,8 @@ class State:
     adam: Adam
     last_fired: Tensor
     """[F] int64: rows seen when each latent last fired."""
+    density: Tensor
+    """[F] float32: moving average of the share of a batch's rows on which each latent fires."""
     kept: Tensor
     """[G] float64: activations below each prefix end that batch top-k kept in the last tenth of training."""
     kept_rows: int = 0
@@ -50,12 +54,22 @@ class State:
         """Before the first step."""
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
+        density = torch.zeros(len(parameters.b_enc), device=device)
         kept = torch.zeros(n_prefixes, dtype=torch.float64, device=device)
         samples = Samples(len(parameters.b_enc), device) if sampled else None
-        return cls(parameters, Adam(parameters), last_fired, kept, samples=samples)
+        return cls(parameters, Adam(parameters), last_fired, density, kept, samples=samples)
 
-    def count(self, cut: float, kept: Tensor, rows: int, counting: int) -> None:
-        """Take in one step's cut, kept activations [G] and rows; `kept` adds up from step `counting` on."""
+    def count(
+        self, cut: float, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
+    ) -> None:
+        """Take in one step's cut, how often each latent fired [F] and the number of rows.
+
+        `kept` adds up from step `counting` on.
+        """
+        ends = torch.tensor(prefix_ends, device=fired.device)
+        kept = fired.double().cumsum(0)[ends - 1]
+        self.density.lerp_((fired / rows).to(self.density), DENSITY_AVERAGE)
+        self.last_fired = torch.where(fired > 0, self.rows + rows, self.last_fired)
         old = cut if self.threshold is None else self.threshold
         self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
         self.newest_l0 = float(kept[-1]) / rows
@@ -79,7 +93,8 @@ class State:
         named |= {f"adam.square.{name}": tensor for name, tensor in self.adam.square.items()}
         if self.samples is not None:
             named |= {"samples.values": self.samples.values, "samples.rows": self.samples.rows}
-        return named | {"adam.steps": self.adam.steps, "last_fired": self.last_fired, "kept": self.kept}
+        counters = {"last_fired": self.last_fired, "density": self.density, "kept": self.kept}
+        return named | {"adam.steps": self.adam.steps} | counters
 
     def scalars(self) -> dict[str, Any]:
         """By name, as they are saved."""

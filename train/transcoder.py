@@ -16,29 +16,11 @@ from torch import Tensor
 from pipeline import InputError
 from train import formats, weights
 from train.entries import decode, entries_above
+from train.normalisation import Scaling
 
 ENCODER_SCALE = 0.1
 """Of the first weights. 0.1 beat 1 and Kaiming-uniform: FVU after 800 steps 0.424, 0.453, 0.456."""
 ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
-
-
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """Normalised space: x = (input - mean_in) / scale_in, y = output / scale_out."""
-
-    mean_in: Float[Tensor, " D_in"]
-    """Mean raw input. Half of the inputs' energy can lie in it (52 % in SmolLM2's layer 12); where it was
-    left in, Adam's first steps moved whole latents along it, to where they are negative on every row."""
-    scale_in: float
-    scale_out: float
-
-    def inputs(self, raw: Float[Tensor, "B D_in"]) -> Float[Tensor, "B D_in"]:
-        """x of raw inputs."""
-        return (raw - self.mean_in).div_(self.scale_in)
-
-    def outputs(self, raw: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
-        """y of raw outputs."""
-        return raw / self.scale_out
 
 
 @dataclass(frozen=True, eq=False)

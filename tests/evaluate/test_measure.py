@@ -44,6 +44,9 @@ def test_equals_the_dense_computation(skip: bool, per_latent: bool, monkeypatch:
         assert prefix["l0"] == pytest.approx((acts > 0).sum(1).mean())
         assert prefix["l1"] == pytest.approx(acts.sum(1).mean(), rel=1e-5)
         assert prefix["dead_fraction"] == pytest.approx((acts.max(0) == 0).mean())
+        frequent = ((acts > 0).mean(0) > 0.1).mean()
+        assert prefix["over_10_percent_fraction"] == pytest.approx(frequent)
+        assert prefix["over_10_percent_verdict"] == ("poor" if frequent > 0.05 else "moderate")
         assert prefix["training_selection"] is None
     acts, _ = dense(coder, rows, 2)
     assert result["latents"]["largest_activation"] == pytest.approx(acts.max(), rel=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.train.steps import problem
+from train.frequent import frequent_level
 from train.measure import calibrate, measure, training_cut
 from train.transcoder import Transcoder
 
@@ -25,6 +26,15 @@ def test_fvu_l0_and_dead_of_every_prefix(skip: bool) -> None:
         acts = narrow.encode(x)
         assert found.fvu[g] == pytest.approx(float((narrow(x) - y).square().sum() / variation), rel=1e-5)
         assert found.l0[g] == pytest.approx(float((acts > 0).sum(1).float().mean()))
+    densities = [
+        (t.pre_activations(x)[:, :end] > cut).double().mean(0)
+        for end, cut in zip(t.prefix_ends, cuts, strict=True)
+    ]
+    assert found.dead_fraction == pytest.approx([float((each == 0).double().mean()) for each in densities])
+    assert found.over_10_percent_fraction == pytest.approx(
+        [float((each > 0.1).double().mean()) for each in densities]
+    )
+    assert len({*found.dead_fraction, *found.over_10_percent_fraction}) > 2
     assert found.dead == int(((t.pre_activations(x) > 6.0).sum(0) == 0).sum())
     assert 0 < found.dead < 11
     assert found.rows == 400
@@ -40,6 +50,14 @@ def test_fvu_of_perfect_mean_and_constant_outputs() -> None:
     constant.b_dec.copy_(y.mean(0))
     assert measure(constant, [(x, y)], lambda _: never).fvu == pytest.approx([1.0, 1.0, 1.0], rel=1e-5)
     assert measure(constant, [(x, torch.ones_like(y))], lambda _: never).fvu == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("share", "level"),
+    [(0.0, "good"), (0.01, "good"), (0.011, "moderate"), (0.05, "moderate"), (0.051, "poor")],
+)
+def test_the_verdict_on_frequent_latents(share: float, level: str) -> None:
+    assert frequent_level(share) == level
 
 
 @pytest.mark.parametrize("kept", [[0.3, 1.0, 2.0], [0.0, 0.01, 0.5], [1.0, 3.0, 11.0]])

@@ -20,9 +20,9 @@ def reference(
 ) -> dict[str, torch.Tensor]:
     """The same steps with whole gradients, torch.optim.Adam, and the constraint written plainly."""
     named = {name: tensor.clone() for name, tensor in made.parameters.named().items()}
-    slow = [tensor for name, tensor in named.items() if name != "b_enc"]
-    fast = {"params": [named["b_enc"]], "lr": lr * 5**0.5 / 2}  # 5 inputs
-    optimizer = torch.optim.Adam([{"params": slow}, fast], lr=lr, betas=BETAS)
+    factors = {"b_enc": 5**0.5 / 2, "W_dec": 2.0}  # 5 inputs
+    parts = [{"params": [tensor], "lr": lr * factors.get(name, 1.0)} for name, tensor in named.items()]
+    optimizer = torch.optim.Adam(parts, betas=BETAS)
     for _ in range(steps):
         parameters = made.parameters.__class__(**named)
         gradients = gradients_of(made._replace(parameters=parameters)).whole()

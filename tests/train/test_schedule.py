@@ -1,6 +1,6 @@
 import pytest
 
-from train.schedule import learning_rate, peak_rate
+from train.schedule import LR, learning_rate, peak_rate
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,10 @@ def test_one_step_is_enough() -> None:
     assert learning_rate(0, 1, peak=2.0, final=0.5, warmup=0) == 2.0
 
 
-def test_the_rate_falls_with_the_root_of_width_and_latents() -> None:
-    demo = peak_rate(576, 4608)
-    assert peak_rate(576, 4 * 4608) == pytest.approx(demo / 2)
-    assert peak_rate(4 * 576, 4 * 4608) == pytest.approx(demo / 4)
+def test_the_rate_falls_with_the_root_of_width_and_latents_and_with_the_steps() -> None:
+    demo = peak_rate(576, 4608, 1600)
+    assert demo == LR
+    assert peak_rate(576, 4 * 4608, 1600) == pytest.approx(demo / 2)
+    assert peak_rate(4 * 576, 4 * 4608, 1600) == pytest.approx(demo / 4)
+    assert peak_rate(576, 4608, 32 * 1600) == pytest.approx(demo / 4)
+    assert peak_rate(576, 4608, 1) == peak_rate(576, 4608, 300) < 2 * demo

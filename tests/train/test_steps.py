@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.train.steps import Problem, problem
 from train.dense import DenseStep
-from train.losses import StepValues, aux_loss, nested_loss
+from train.losses import REVIVAL, StepValues, aux_loss, nested_loss, prefix_weights, revival
 from train.sparse import SparseStep
 from train.transcoder import Parameters
 
@@ -202,3 +202,28 @@ def test_bfloat16_changes_the_selection_at_most(selection: str) -> None:
         assert both == expected
         _, dense = run(DenseStep, made)
         assert relative(gradients["W_enc"], dense["W_enc"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (1, (1.0,)),
+        (2, (1.15 / 3.25, 2.1 / 3.25)),
+        (3, (1.15 / 4.25, 1 / 4.25, 2.1 / 4.25)),
+        (4, (1.15 / 5.25, 1 / 5.25, 1 / 5.25, 0.4)),
+    ],
+)
+def test_weights_of_the_prefixes(n: int, expected: tuple[float, ...]) -> None:
+    assert prefix_weights(n) == pytest.approx(expected)
+    assert sum(prefix_weights(n)) == pytest.approx(1.0)
+
+
+def test_dead_latents_biases_are_pulled_up_and_no_others() -> None:
+    pull = revival(torch.tensor([1, 4]), d_sae=6, d_out=10)
+    assert pull.tolist() == pytest.approx([0, -REVIVAL / 10, 0, 0, -REVIVAL / 10, 0])
+    made = problem()
+    with torch.no_grad():
+        _, plain = SparseStep(made.objective)(made.parameters, made.x, made.y, made.dead)
+        before, after = plain.whole(), plain.plus(torch.arange(11.0).double()).whole()
+    torch.testing.assert_close(after["b_enc"], before["b_enc"] + torch.arange(11.0).double())
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "b_enc")

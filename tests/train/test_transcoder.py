@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from pipeline import InputError
 from tests.train.steps import problem
 from train import Transcoder
-from train.transcoder import Scaling, initialise
+from train.normalisation import Scaling
+from train.transcoder import initialise
 
 
 def made(skip: bool = False) -> Transcoder:
@@ -21,12 +22,13 @@ def made(skip: bool = False) -> Transcoder:
 def test_folding_keeps_the_function_exact(skip: bool) -> None:
     """Powers of two as scales: folding is then exact in floating point, so equality is too."""
     p = problem(rows=20, skip=skip, dtype=torch.float32)
-    by = Scaling(torch.zeros(5), 4.0, 0.5)
+    by = Scaling(torch.zeros(5), torch.tensor([4.0, 8.0, 0.5, 1.0, 2.0]), 0.5)
     normal = Transcoder(p.parameters, torch.tensor([0.5]), (11,))
     raw = Transcoder(p.parameters.folded(by), torch.tensor([0.5]) * 0.5, (11,))
-    assert torch.equal(by.inputs(p.x * 4.0), p.x)
-    assert torch.equal(raw(p.x * 4.0), normal(p.x) * 0.5)
-    assert torch.equal(raw.encode(p.x * 4.0), normal.encode(p.x) * 0.5)
+    inputs = p.x * by.scale_in
+    assert torch.equal(by.inputs(inputs), p.x)
+    assert torch.equal(raw(inputs), normal(p.x) * 0.5)
+    assert torch.equal(raw.encode(inputs), normal.encode(p.x) * 0.5)
     assert torch.equal(raw.W_dec, normal.W_dec)
     back = raw.parameters.unfolded(by)
     assert all(torch.equal(back.named()[n], t) for n, t in p.parameters.named().items())
@@ -35,8 +37,9 @@ def test_folding_keeps_the_function_exact(skip: bool) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 def test_folding_takes_the_mean_and_any_scale_along(skip: bool) -> None:
     p = problem(rows=20, skip=skip)
-    by = Scaling(torch.linspace(-3, 50, 5, dtype=torch.float64), 3.7, 0.31)
-    raw_inputs = p.x * 3.7 + by.mean_in
+    scale = torch.linspace(0.1, 3.7, 5, dtype=torch.float64)
+    by = Scaling(torch.linspace(-3, 50, 5, dtype=torch.float64), scale, 0.31)
+    raw_inputs = p.x * scale + by.mean_in
     normal = Transcoder(p.parameters, torch.tensor([0.0]), (11,))
     raw = Transcoder(p.parameters.folded(by), torch.tensor([0.0]), (11,))
     torch.testing.assert_close(raw(raw_inputs), normal(by.inputs(raw_inputs)) * 0.31, rtol=1e-12, atol=1e-12)

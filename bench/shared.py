@@ -1,0 +1,101 @@
+"""python -m bench.shared: training beside another busy program, for each way in which its threads can wait.
+
+A child process for each way trains on random rows at the demo's sizes, alone and beside a process that keeps one core
+busy, in turns. A way is what the environment says before PyTorch is imported; the last line is what a stage does.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from rich.console import Console
+from rich.table import Table
+
+from machine import SPINS
+
+WAYS = {
+    "PyTorch's default": {"GOMP_SPINCOUNT": "300000"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    **{f"GOMP_SPINCOUNT={spins}": {"GOMP_SPINCOUNT": spins} for spins in ("1000", "100000")},
+    f"a stage's (GOMP_SPINCOUNT={SPINS})": {"GOMP_SPINCOUNT": SPINS},
+}
+ROUNDS, SECONDS = 3, 6.0
+
+
+def child() -> None:
+    """Prints the rows per second of SECONDS of training."""
+    import time
+
+    import torch
+
+    from train.losses import Objective, prefix_weights
+    from train.optimizer import Adam, apply
+    from train.sparse import SparseStep
+    from train.transcoder import initialise
+
+    rows, width, ends = 1024, 576, (288, 864, 2016, 4608)
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    x, y = torch.randn(2, rows, width)
+    parameters = initialise(width, ends[-1], torch.zeros(width), skip=False, seed=0)
+    adam = Adam(parameters)
+    step = SparseStep(Objective(ends, prefix_weights(4), 32, "batch_topk", 0, 0.0))
+    none = torch.zeros(0, dtype=torch.int64)
+    apply(adam, step(parameters, x, y, none)[1], 1e-4)
+    begun, steps = time.perf_counter(), 0
+    while time.perf_counter() - begun < SECONDS:
+        apply(adam, step(parameters, x, y, none)[1], 1e-4)
+        steps += 1
+    print(steps * rows / (time.perf_counter() - begun))
+
+
+@contextmanager
+def busy(wanted: bool) -> Iterator[None]:
+    """A process that does nothing but keep a core busy."""
+    if not wanted:
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                other.kill()
+
+
+def rows_per_second(way: dict[str, str], beside: bool) -> float:
+    """Of one child."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    env = {key: value for key, value in os.environ.items() if key not in names} | way
+    with busy(beside):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.shared", "child"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(done.stdout)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["child"]:
+        child()
+        return
+    found: dict[tuple[str, bool], list[float]] = {}
+    for _ in range(ROUNDS):
+        for name, way in WAYS.items():
+            for beside in (False, True):
+                found.setdefault((name, beside), []).append(rows_per_second(way, beside))
+    table = Table("threads wait", "alone, rows/s", "beside one busy process", title="medians of 3")
+    for name in WAYS:
+        table.add_row(name, *(f"{statistics.median(found[name, beside]):,.0f}" for beside in (False, True)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
