@@ -1,16 +1,51 @@
-"""How a stage shares the machine with other programs: read before PyTorch is imported, so it imports nothing."""
+"""How many of the machine's cores a stage takes, when other programs are busy too. Imports nothing heavy."""
 
 import os
+import sys
+import time
+from pathlib import Path
 
-SPINS = "10000"
+LOOK = 0.5
+"""Seconds over which other programs are watched."""
+STAT = Path("/proc/stat")
 
 
 def share_cores() -> None:
-    """Let a thread that waits for the others sleep after a moment instead of spinning.
+    """Leave PyTorch one thread less for each core that other programs keep busy now, at least one, and say so.
 
-    libgomp, which runs PyTorch's CPU threads, spins 300,000 times before it sleeps. Where another program has the core
-    of one of two threads, the other spins through its whole share of the time.
-    The environment's own OMP_WAIT_POLICY or GOMP_SPINCOUNT has precedence.
+    PyTorch's threads wait for each other spinning: beside one busy process two of them train at less than the speed of
+    one (bench/shared.py). OMP_NUM_THREADS has precedence; torchrun sets it. Linux only.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    if "OMP_NUM_THREADS" in os.environ or not STAT.exists():
+        return
+    mine = os.sched_getaffinity(0)
+    before = busy_ticks(STAT.read_text(), mine)
+    time.sleep(LOOK)
+    after = busy_ticks(STAT.read_text(), mine)
+    taken = (after - before) / (LOOK * os.sysconf("SC_CLK_TCK"))
+    threads = threads_beside(taken, len(mine))
+    if threads < len(mine):
+        import torch
+
+        torch.set_num_threads(threads)
+        print(
+            f"threads: {threads} of {len(mine)}, as other programs keep {taken:.1f} cores busy; "
+            f"OMP_NUM_THREADS={len(mine)} takes all",
+            file=sys.stderr,
+        )
+
+
+def busy_ticks(stat: str, cores: set[int]) -> int:
+    """Clock ticks that these cores have spent working, from the text of /proc/stat."""
+    total = 0
+    for line in stat.splitlines():
+        name, _, numbers = line.partition(" ")
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, numbers.split())
+            total += user + nice + system + irq + softirq
+    return total
+
+
+def threads_beside(taken: float, cores: int) -> int:
+    """Threads for a stage where other programs keep `taken` of its `cores` busy; half a core counts as one."""
+    return max(1, cores - int(taken + 0.5))

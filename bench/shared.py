@@ -1,7 +1,7 @@
-"""python -m bench.shared: training beside another busy program, for each way in which its threads can wait.
+"""python -m bench.shared: training beside another busy program, with two threads, two that wait asleep, and one.
 
-A child process for each way trains on random rows at the demo's sizes, alone and beside a process that keeps one core
-busy, in turns. A way is what the environment says before PyTorch is imported; the last line is what a stage does.
+A child process for each trains on random rows at the demo's sizes, alone and beside a process that keeps one core
+busy, in turns. A stage takes one thread less for each busy core (machine.py).
 """
 
 import os
@@ -14,14 +14,10 @@ from contextlib import contextmanager, suppress
 from rich.console import Console
 from rich.table import Table
 
-from machine import SPINS
-
 WAYS = {
-    "PyTorch's default": {"GOMP_SPINCOUNT": "300000"},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "all threads": {},
+    "all threads, OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
-    **{f"GOMP_SPINCOUNT={spins}": {"GOMP_SPINCOUNT": spins} for spins in ("1000", "100000")},
-    f"a stage's (GOMP_SPINCOUNT={SPINS})": {"GOMP_SPINCOUNT": SPINS},
 }
 ROUNDS, SECONDS = 3, 6.0
 
@@ -69,7 +65,7 @@ def busy(wanted: bool) -> Iterator[None]:
 
 def rows_per_second(way: dict[str, str], beside: bool) -> float:
     """Of one child."""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
     env = {key: value for key, value in os.environ.items() if key not in names} | way
     with busy(beside):
         done = subprocess.run(
@@ -91,7 +87,7 @@ def main() -> None:
         for name, way in WAYS.items():
             for beside in (False, True):
                 found.setdefault((name, beside), []).append(rows_per_second(way, beside))
-    table = Table("threads wait", "alone, rows/s", "beside one busy process", title="medians of 3")
+    table = Table("threads", "alone, rows/s", "beside one busy process", title="medians of 3")
     for name in WAYS:
         table.add_row(name, *(f"{statistics.median(found[name, beside]):,.0f}" for beside in (False, True)))
     Console().print(table)

@@ -1,8 +1,4 @@
 """Measures a transcoder on held-out rows of a store, and writes metrics.json, plots and report.html."""
 
-from machine import share_cores
-
-share_cores()
-
 CROSS_ENTROPY_TOKENS = 8192
 """On which the language model runs with its MLP replaced, unless told otherwise."""

@@ -33,7 +33,7 @@ def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Cons
     """The short table, the verdicts and the paths."""
     table = table_of(
         rows_of(metrics["rows"], metrics["provenance"]["split"]),
-        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "above 10 % of the rows"),
+        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %"),
     )
     for g, prefix in enumerate(metrics["prefixes"]):
         table.add_row(
@@ -43,7 +43,7 @@ def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Cons
             f"{prefix['l0']:.1f}",
             f"{prefix['threshold']:.3g}",
             f"{100 * prefix['dead_fraction']:.1f}",
-            f"{100 * prefix['over_10_percent_fraction']:.1f} % ({prefix['over_10_percent_verdict']})",
+            f"{100 * prefix['over_10_percent_fraction']:.1f} % {prefix['over_10_percent_verdict']}",
         )
     console.print(table)
     for verdict in verdicts(metrics):

@@ -87,7 +87,12 @@ def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear
     axes.bar(places, values, color=[COLOURS[g % len(COLOURS)] for g in places], width=0.62)
     for place, value in zip(places, values, strict=True):
         inside = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center", "va": "top"}
-        _note(axes, f"{value:.3f}", (place, value), ON_BAR, weight="bold", **inside)
+        patch = {
+            "facecolor": COLOURS[place % len(COLOURS)],
+            "edgecolor": "none",
+            "pad": 1.5,
+        }  # over a limit's line
+        _note(axes, f"{value:.3f}", (place, value), ON_BAR, weight="bold", bbox=patch, **inside)
     if linear is not None:
         axes.axhline(linear, color=INK, linewidth=1.2, label=f"best linear map: {linear:.3f}")
     axes.axhline(moderate, color=INK, linestyle="--", linewidth=1, label=f"moderate: below {moderate:g}")

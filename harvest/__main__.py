@@ -1,5 +1,6 @@
 """python -m harvest: run the language model once and write activation stores."""
 
+from machine import share_cores
 from stage import load, parser, run_stage
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     if given.plan:
         plan_only(settings)
     else:
+        share_cores()
         harvest(settings, force=given.force)
 
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "shards": {"pipeline", "stage"},
     "harvest": {"machine", "pipeline", "stage", "shards"},
     "train": {"machine", "pipeline", "stage", "shards"},
-    "evaluate": {"machine", "pipeline", "stage", "shards", "train", "harvest.lm"},
+    "evaluate": {"pipeline", "stage", "shards", "train", "harvest.lm"},
 }
 
 

@@ -3,8 +3,6 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from machine import share_cores
-
 if TYPE_CHECKING:
     from train.transcoder import Transcoder
 
@@ -13,7 +11,6 @@ __all__ = ["Transcoder"]
 # Large tensors on 2 MB pages: a step of layer 17's recipe took 1.11 instead of 1.23 s on one thread.
 # PyTorch reads this before its first large tensor; Linux only, elsewhere without effect.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-share_cores()
 
 
 def __getattr__(name: str) -> Any:

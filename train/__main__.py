@@ -1,5 +1,6 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
+from machine import share_cores
 from stage import load, parser, run_stage
 
 
@@ -19,6 +20,7 @@ def main() -> None:
         from shards import Store
         from train.loop import train
 
+        share_cores()
         train(settings, Store.of(settings))
 
     Console().print(summary(read_metadata(run_dir)))

@@ -77,17 +77,8 @@ def summary(metadata: dict[str, Any]) -> Any:
     if found["rows"]:
         dead = 100 * found["dead"] / ends[-1]
         title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
-    columns = (
-        "prefix",
-        "latents",
-        "FVU",
-        "L0",
-        "L0 in training",
-        "threshold",
-        "never fire",
-        "above 10 % of the rows",
-    )
-    table = Table(*columns, title=title)
+    columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
+    table = Table(*columns, title=title, caption=_frequent(found))
     for g, end in enumerate(ends):
         fvu = found["fvu"][g]
         table.add_row(
@@ -103,10 +94,15 @@ def summary(metadata: dict[str, Any]) -> Any:
 
 
 def _shares(found: dict[str, Any], g: int) -> tuple[str, str]:
-    """Prefix g's share of latents that never fire, and of frequent ones with its verdict; weights' headers before
-    2026-11-25 have neither.
-    """
+    """Percentages of prefix g's latents that never fire and that are frequent; older headers have neither."""
     if not found["rows"] or "dead_fraction" not in found:
         return "-", "-"
-    frequent = found["over_10_percent_fraction"][g]
-    return f"{100 * found['dead_fraction'][g]:.1f} %", f"{100 * frequent:.1f} % ({frequent_level(frequent)})"
+    return f"{100 * found['dead_fraction'][g]:.1f}", f"{100 * found['over_10_percent_fraction'][g]:.1f}"
+
+
+def _frequent(found: dict[str, Any]) -> str | None:
+    """The verdicts on each prefix's share of frequent latents."""
+    if not found["rows"] or "over_10_percent_fraction" not in found:
+        return None
+    levels = ", ".join(frequent_level(share) for share in found["over_10_percent_fraction"])
+    return f">10 %: latents that fire on more than 10 % of the rows ({levels})"

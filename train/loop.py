@@ -89,8 +89,8 @@ def train_step(
 def restrain(state: State, limit: float, lr: float) -> None:
     """Lower the biases of latents that fire on more than nine tenths of `limit` of the rows.
 
-    In proportion to the excess: a bias settles where the reconstruction pulls up as strongly as this pulls down, and it
-    starts at nine tenths so that this is below the limit.
+    In proportion to the excess: a bias settles where the reconstruction pulls up as strongly as this pulls down, near
+    the limit, a little above it where the pull is strong.
     """
     excess = (state.density / (0.9 * limit) - 1).clamp_(0, 2)
     state.parameters.b_enc.sub_(excess, alpha=RESTRAINT * lr * state.adam.rates["b_enc"])

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
+from machine import share_cores
 from pipeline import InputError, Settings
 from shards import Store
 from shards.files import write_whole
@@ -111,6 +112,7 @@ def main() -> None:
     if waiting:
         from train.loop import train_together
 
+        share_cores()
         train_together(waiting, store)
     folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     Console().print(report(runs, folder))
