@@ -200,7 +200,7 @@ def main() -> None:
         "--ce-tokens", type=int, default=LANGUAGE_TOKENS, help="of the cross-entropy; 0: none [%(default)s]"
     )
     given = options.parse_args()
-    console, results = Console(), {}
+    console, results = Console(width=150), {}
     for name, settings in subjects(console):
         if given.only and not any(text in name for text in given.only):
             continue
