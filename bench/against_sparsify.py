@@ -83,7 +83,7 @@ def main() -> None:
     python = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
     if not python.is_file():
         raise InputError(f"{python}: not found; install the other tools with make install-peers")
-    console, results = Console(), {}
+    console, results = Console(width=150), {}
     for name, settings in subjects(console):
         if given.only and not any(text in name for text in given.only):
             continue
