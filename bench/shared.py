@@ -1,7 +1,7 @@
 """python -m bench.shared: training beside another busy program, with two threads, two that wait asleep, and one.
 
 A child process for each trains on random rows at the demo's sizes, alone and beside a process that keeps one core
-busy, in turns. A stage takes one thread less for each busy core (machine.py).
+busy, in turns. A stage takes one thread less for each busy core (shards/device.py).
 """
 
 import os

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from train.entries import Entries
+from train.frequent import FREQUENT
 
 DENSITY_BINS = np.linspace(-6, 0, 49)
 """Edges of the histogram of log10(density): eight bins a decade; the lowest bin takes what is rarer."""
@@ -61,7 +62,7 @@ class Firing:
             "dead": int((~alive).sum()),
             "alive": int(alive.sum()),
             "over_1_percent": int((density > 0.01).sum()),
-            "over_10_percent": int((density > 0.1).sum()),
+            "over_10_percent": int((density > FREQUENT).sum()),
             "median_density": float(density.median()) if alive.any() else None,
             "largest_activation": float(self.largest.max()),
             "mean_activation": float(self.summed.sum() / self.firings.sum()) if alive.any() else None,

@@ -1,6 +1,5 @@
 """python -m harvest: run the language model once and write activation stores."""
 
-from machine import share_cores
 from stage import load, parser, run_stage
 
 
@@ -17,6 +16,8 @@ def main() -> None:
     if given.plan:
         plan_only(settings)
     else:
+        from shards.device import share_cores
+
         share_cores()
         harvest(settings, force=given.force)
 

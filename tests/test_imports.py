@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"machine", "pipeline", "stage", "harvest", "shards", "train", "evaluate"}
+OURS = {"pipeline", "stage", "harvest", "shards", "train", "evaluate"}
 ALLOWED = {
-    "machine": set(),
     "pipeline": set(),
     "stage": {"pipeline"},
     "shards": {"pipeline", "stage"},
-    "harvest": {"machine", "pipeline", "stage", "shards"},
-    "train": {"machine", "pipeline", "stage", "shards"},
+    "harvest": {"pipeline", "stage", "shards"},
+    "train": {"pipeline", "stage", "shards"},
     "evaluate": {"pipeline", "stage", "shards", "train", "harvest.lm"},
 }
 

@@ -1,6 +1,5 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
-from machine import share_cores
 from stage import load, parser, run_stage
 
 
@@ -18,6 +17,7 @@ def main() -> None:
         print(f"already trained on {done['training']['rows']:,} rows, nothing to do")
     else:
         from shards import Store
+        from shards.device import share_cores
         from train.loop import train
 
         share_cores()

@@ -117,12 +117,13 @@ class Run:
         groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
         self.state = State.start(parameters, groups, sampled)
         checkpoint.restore(self.dir, self.state)
+        used = self.recipe.used()
         if peers.leads:  # nothing is written before all that was given is known to be usable
             checkpoint.cut_metrics(self.dir, self.state.step)
-            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint, self.recipe.used())
+            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint, used)
         config = settings.model_dump(mode="json") | {
             "harvest_fingerprint": store.manifest.fingerprint,
-            "used": self.recipe.used(),
+            "used": used,
         }
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import pipeline
-from machine import share_cores
 from pipeline import InputError, Settings
 from shards import Store
+from shards.device import share_cores
 from shards.files import write_whole
 from stage import load, parser, run_stage
 from train import record

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import machine
-from machine import busy_ticks, share_cores, threads_beside
+from pipeline import ROOT
+from shards import device
+from shards.device import busy_ticks, share_cores, threads_beside
 
 STAT = """cpu  100 10 20 900 5 1 2 0 0 0
 cpu0 60 5 10 400 5 1 1 0 0 0
@@ -33,19 +34,21 @@ def test_a_thread_less_for_each_busy_core(taken: float, cores: int, threads: int
 
 def test_a_number_of_threads_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(machine, "STAT", None)  # would raise if it were looked at
+    monkeypatch.setattr(device, "STAT", None)  # would raise if it were looked at
     share_cores()
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat")
 def test_beside_a_busy_program_it_takes_fewer_and_says_so() -> None:
     env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    code = "import machine; machine.share_cores(); import torch; print(torch.get_num_threads())"
+    code = (
+        "from shards.device import share_cores; share_cores(); import torch; print(torch.get_num_threads())"
+    )
     cores = os.sched_getaffinity(0)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
         )
     finally:
         for each in busy:
