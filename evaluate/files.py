@@ -1,15 +1,15 @@
 """JSON of an evaluation: read with one-line errors, written whole or not at all."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import ROOT, InputError
-from shards.files import write_whole
+from common.errors import InputError
+from common.files import write_whole
 
-MEASURING = [f"train/{name}.py" for name in ("convention", "entries", "frequent", "topk", "transcoder")]
-"""Modules outside of this package that decide what is measured."""
+METRICS_VERSION = 1
+"""Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
+done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -50,14 +50,3 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
         return None
     return metrics if "provenance" in metrics else None
-
-
-def code_sha256(root: Path = ROOT) -> str:
-    """Digest of the source that decides metrics and page: another version of it evaluates again."""
-    sources = [
-        path for path in (root / "evaluate").rglob("*") if path.suffix in (".py", ".html", ".css", ".js")
-    ]
-    digest = hashlib.sha256()
-    for path in sorted([*sources, *(root / name for name in MEASURING)]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

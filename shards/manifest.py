@@ -9,16 +9,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline import InputError
+from common.errors import InputError
+from common.hooks import Convention
 from shards.storage import STORAGES
 
 FORMAT = "matryoshka-activations"
 FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
-Convention = Literal["normalized", "mlp_in"]
-"""Whether an MLP's input is without (normalized) or with (mlp_in) its norm's gain and bias."""
-INPUT_HOOKS: dict[Convention, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
-"""TransformerLens names of the MLP's input, within its block."""
 
 
 Vector = Annotated[list[float], Field(repr=False)]

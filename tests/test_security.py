@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 from zarr import create_array
 
+from common import hub
+from common.cli import load, parser
+from common.errors import InputError
+from common.files import inside
+from common.settings import ROOT
 from docs import licences
-from pipeline import ROOT, InputError
-from shards import Store, hub, remote
-from shards.files import commit_text, inside, read_commit
+from shards import Store, remote
+from shards.commit import commit_text, read_commit
 from shards.reader import open_array
 from shards.remote import LocalFiles
 from shards.verify import verify
-from stage import load, parser
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
-from train import checkpoint, export
-from train.formats import gemma_scope
+from train import checkpoint
+from transcoder import export
+from transcoder.formats import gemma_scope
 
 # -- code that runs what it reads ----------------------------------------------------------------------
 
@@ -110,8 +114,8 @@ def test_the_detector_lets_pass_what_is_safe() -> None:
 
 
 def test_nothing_of_ours_runs_what_it_reads() -> None:
-    folders = ("harvest", "shards", "train", "evaluate", "bench", "docs")
-    files = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
+    folders = ("common", "harvest", "shards", "transcoder", "train", "evaluate", "bench", "docs")
+    files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
     assert len(files) > 60
     found = {str(path): hazards(path.read_text()) for path in files}
     assert {path: names for path, names in found.items() if names} == {}

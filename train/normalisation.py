@@ -1,6 +1,6 @@
 """The space that training works in, made of the moments that every store's manifest holds.
 
-Shapes: B rows, D_in, D_out. Folding it into the weights, and out of them: `Parameters` in train/transcoder.py.
+Shapes: B rows, D_in, D_out. `fold` takes it into the weights, `unfold` out of them.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shards.manifest import Moments
+from transcoder.transcoder import Parameters
 
 POWER = 0.5
 """Of an input dimension's standard deviation, by which it is divided: between one scale for all (0) and a variance of
@@ -61,3 +62,42 @@ def input_scale(variance: np.ndarray) -> np.ndarray:
     relative = variance / typical
     scale = np.maximum(relative, LEAST_VARIANCE) ** (POWER / 2)
     return scale * np.sqrt(typical * np.mean(relative / scale**2))
+
+
+def fold(trained: Parameters, by: Scaling) -> Parameters:
+    """Parameters on raw activations, given those on normalised ones.
+
+    With a = relu(x W_enc^T + b_enc) the raw activation is scale_out * a, so that decoder rows
+    keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec. The mean
+    input goes into the biases. W_dec is shared, not copied.
+    """
+    ratio, mean = by.scale_out / by.scale_in, by.mean_in.double()
+    W_enc = trained.W_enc * ratio
+    W_skip = None if trained.W_skip is None else trained.W_skip * ratio
+    b_enc, b_dec = trained.b_enc * by.scale_out, trained.b_dec * by.scale_out
+    return Parameters(
+        W_enc=W_enc,
+        b_enc=b_enc - _product(W_enc, mean),
+        W_dec=trained.W_dec,
+        b_dec=b_dec if W_skip is None else b_dec - _product(W_skip, mean),
+        W_skip=W_skip,
+    )
+
+
+def unfold(raw: Parameters, by: Scaling) -> Parameters:
+    """The inverse of `fold`."""
+    ratio, mean = by.scale_in / by.scale_out, by.mean_in.double()
+    b_enc = raw.b_enc + _product(raw.W_enc, mean)
+    b_dec = raw.b_dec if raw.W_skip is None else raw.b_dec + _product(raw.W_skip, mean)
+    return Parameters(
+        W_enc=raw.W_enc * ratio,
+        b_enc=b_enc / by.scale_out,
+        W_dec=raw.W_dec,
+        b_dec=b_dec / by.scale_out,
+        W_skip=None if raw.W_skip is None else raw.W_skip * ratio,
+    )
+
+
+def _product(matrix: Tensor, vector: Tensor, block: int = 1024) -> Tensor:
+    """matrix @ vector in float64, without a float64 copy of the whole matrix."""
+    return torch.cat([rows.double() @ vector for rows in matrix.split(block)]).to(matrix.dtype)

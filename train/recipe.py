@@ -5,15 +5,21 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from pipeline import InputError, Settings
-from pipeline import Train as TrainSettings
+from common.errors import InputError
+from common.settings import Settings
+from common.settings import Train as TrainSettings
 from shards import Store
-from train.convention import convert
-from train.losses import Objective, prefix_weights
-from train.normalisation import NORMALISATION, Scaling
-from train.schedule import learning_rate, peak_rate
-from train.transcoder import Parameters, Transcoder, initialise
+from train.normalisation import NORMALISATION, Scaling, unfold
+from train.step.losses import Objective, prefix_weights
+from train.step.schedule import learning_rate, peak_rate
+from transcoder.gain import convert
+from transcoder.transcoder import Parameters, Transcoder
+
+ENCODER_SCALE = 0.1
+"""Of the first weights. 0.1 beat 1 and Kaiming-uniform: FVU after 800 steps 0.424, 0.453, 0.456."""
 
 
 @dataclass(frozen=True)
@@ -114,4 +120,25 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
     if wrong:
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(wrong)}")
     fed = convert(other, source.input, source.model_dump(), f"train.init_from: {settings.train.init_from}")
-    return fed.parameters.unfolded(recipe.scaling)
+    return unfold(fed.parameters, recipe.scaling)
+
+
+def initialise(
+    d_in: int, d_sae: int, mean_output: Float[Tensor, " D_out"], *, skip: bool, seed: int
+) -> Parameters:
+    """Parameters before the first step, in normalised space, on the CPU.
+
+    b_dec is the mean output, W_dec random unit rows, W_enc normal with standard deviation
+    ENCODER_SCALE / sqrt(d_in), b_enc and W_skip zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(d_sae, d_in, generator=generator).mul_(ENCODER_SCALE / d_in**0.5)
+    W_dec = torch.randn(d_sae, len(mean_output), generator=generator)
+    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    return Parameters(
+        W_enc=W_enc,
+        b_enc=torch.zeros(d_sae),
+        W_dec=W_dec,
+        b_dec=mean_output.to(torch.float32).clone(),
+        W_skip=torch.zeros(len(mean_output), d_in) if skip else None,
+    )

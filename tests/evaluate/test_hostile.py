@@ -6,11 +6,11 @@ import pytest
 from jinja2 import Environment
 
 import evaluate.run
+from common.settings import ROOT
 from evaluate import compare, push
-from pipeline import ROOT
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import make_run, settings_of
-from train import Transcoder, samples
+from train import Transcoder, samples_page
 
 HOSTILE = (
     "</title><script>alert(1)</script><img src=https://e.x/a onerror=alert(1)>\n`|[x](javascript:alert(1))"
@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "token": HOSTILE,
         "after": HOSTILE,
     }
-    rendered = samples.render([{"latent": 0, "group": 0, "samples": [sample]}])
+    rendered = samples_page.render([{"latent": 0, "group": 0, "samples": [sample]}])
     read = {
         name: (folder / name).read_text() for name in ("evaluation/report.html", "comparison/compare.html")
     }
@@ -98,7 +98,7 @@ def test_names_are_words_in_the_model_card(pages: dict[str, str]) -> None:
 def test_every_page_is_made_with_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card is Markdown, and has words only."""
     made = [
-        path for path in (ROOT / "evaluate").glob("*.py") if Environment.__name__ + "(" in path.read_text()
+        path for path in (ROOT / "evaluate").rglob("*.py") if Environment.__name__ + "(" in path.read_text()
     ]
     escaping = {path.name: "autoescape=True" in path.read_text() for path in made}
     assert escaping == {"compare.py": True, "report.py": True, "push.py": False}

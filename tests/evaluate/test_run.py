@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from evaluate.files import code_sha256
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from evaluate.run import evaluate as evaluate_with
-from pipeline import ROOT, InputError, Settings
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
@@ -124,14 +124,15 @@ def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Pat
     assert metrics["latents"]["groups"][0]["median_density"] is None
 
 
-def test_the_page_and_the_gates_are_part_of_the_code(tmp_path: Path) -> None:
-    for package in ("evaluate", "train"):
-        shutil.copytree(ROOT / package, tmp_path / package)
-    assert code_sha256(tmp_path) == code_sha256()
-    for name in ("evaluate/page/report.css", "train/entries.py"):
-        before, file = code_sha256(tmp_path), tmp_path / name
-        file.write_text(file.read_text() + "\n")
-        assert code_sha256(tmp_path) != before
+def test_an_evaluation_of_another_version_is_done_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    _, fresh = evaluate(settings_of(tmp_path))
+    _, again = evaluate(settings_of(tmp_path))
+    monkeypatch.setattr("evaluate.run.METRICS_VERSION", 0)
+    metrics, after = evaluate(settings_of(tmp_path))
+    assert (fresh, again, after, metrics["provenance"]["metrics_version"]) == (True, False, True, 0)
 
 
 def test_a_run_of_another_harvest_says_so(root: Path) -> None:

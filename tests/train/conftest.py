@@ -1,4 +1,4 @@
-"""Shapes and types of train's signatures are checked while its tests run."""
+"""Shapes and types of the signatures of train and transcoder are checked while its tests run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("train", "beartype.beartype")
+install_import_hook(["train", "transcoder"], "beartype.beartype")
 
-from pipeline import Settings  # noqa: E402
+from common.settings import Settings  # noqa: E402
 from shards import Store  # noqa: E402
 from tests.fixtures import make_store  # noqa: E402
 from tests.train.runs import sparse_rows, tiny_settings  # noqa: E402

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import ROOT, InputError, Settings
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import D_IN, command, sparse_rows, tensors
 from train import Transcoder, checkpoint, record
 from train.loop import RESTRAINT, Run, restrain, train, train_together
-from train.schedule import peak_rate
+from train.normalisation import fold
+from train.step.schedule import peak_rate
 
 TIMING = ("rows_per_second", "data_wait_seconds")
 Make = Callable[..., Settings]
@@ -175,7 +177,7 @@ def test_init_from_starts_at_the_other_runs_weights(
     make_settings: Make, store: Store, finished: Path
 ) -> None:
     run = Run(make_settings(run="warm", train__init_from=str(finished)), store, torch.device("cpu"))
-    folded = run.state.parameters.folded(run.recipe.scaling)
+    folded = fold(run.state.parameters, run.recipe.scaling)
     for name, tensor in Transcoder.load(finished).parameters.named().items():
         torch.testing.assert_close(folded.named()[name], tensor, rtol=1e-5, atol=1e-6)
     assert run.log is not None
@@ -212,7 +214,7 @@ def test_init_from_a_run_of_the_other_convention_is_converted(
     run = Run(settings, with_gain, torch.device("cpu"))
     assert run.log is not None
     run.log.close()
-    found, own = run.state.parameters.folded(run.recipe.scaling), Transcoder.load(finished)
+    found, own = fold(run.state.parameters, run.recipe.scaling), Transcoder.load(finished)
     expected = own.W_enc / torch.tensor(gain)
     torch.testing.assert_close(found.W_enc, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.b_enc, own.b_enc, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,10 @@
+"""Where an MLP is read and written: names of hook points, and the two conventions of its input."""
+
+from typing import Literal
+
+Convention = Literal["normalized", "mlp_in"]
+"""Whether an MLP's input is without (normalized) or with (mlp_in) its norm's gain and bias."""
+INPUT_HOOKS: dict[Convention, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
+"""TransformerLens names of the MLP's input, within its block."""
+OUTPUT_HOOK = "hook_mlp_out"
+"""The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""

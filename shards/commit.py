@@ -1,0 +1,54 @@
+"""The last file of a store: files.sha256 lists every other with its digest, and commits the store."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import inside
+from shards.layout import COMMIT, WORK
+
+
+def store_files(root: Path) -> list[str]:
+    """Every file of a store but the commit and the unfinished harvest's, in byte order of the path."""
+    paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return sorted(
+        str(path) for path in paths if path.parts[0] not in (COMMIT, WORK) and path.suffix != ".tmp"
+    )
+
+
+def commit_text(digests: dict[str, str]) -> bytes:
+    """`files.sha256` for these {path: sha256}; the last line digests the lines above."""
+    lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
+    return lines + f"# {hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
+def read_commit(root: Path) -> dict[str, str]:
+    """{path: sha256} of a complete store; raises `InputError` when it is unfinished or its list damaged."""
+    path = root / COMMIT
+    if not root.is_dir():
+        others = sorted(
+            str(path.relative_to(root.parent.parent)) for path in root.parent.parent.glob("*/*.zarr")
+        )
+        there = f"; there are {', '.join(others[:9])}: see --model.name, LAYER, HARVEST" if others else ""
+        raise InputError(f"{root}: no such store; make harvest writes it{there}")
+    if not path.is_file():
+        raise InputError(
+            f"{root}: unfinished harvest ({COMMIT} is missing); the same make harvest continues it"
+        )
+    data = path.read_bytes()
+    body, _, last = data.rstrip(b"\n").rpartition(b"\n")
+    lines = body + b"\n"
+    if last != f"# {hashlib.sha256(lines).hexdigest()}".encode():
+        raise InputError(
+            f"{path}: damaged: its last line does not digest the lines above; make verify tells more"
+        )
+    pairs = [
+        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in body.decode(errors="replace").split("\n")
+    ]
+    if not all(pairs):
+        raise InputError(f"{path}: damaged: expected lines of <sha256>  <path>")
+    digests = {pair[2]: pair[1] for pair in pairs if pair}
+    for name in digests:
+        inside(root, name)
+    return digests
