@@ -151,7 +151,7 @@ class Run:
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
         self._waited += waited
         if self.log is not None and state.step == max(1, self.recipe.steps // 4):
-            self._warn_of_dead(dead)
+            self._warn(dead, values)
         if state.samples is not None and state.step % train.sample_every == 0:
             state.samples.collect(*_everyones(values.entries, batch, self.peers))
         probes = state.step % train.heldout_every == 0 or self.done
@@ -164,15 +164,22 @@ class Run:
         if state.step % train.checkpoint_every == 0 or self.done:
             self.save()
 
-    def _warn_of_dead(self, dead: int) -> None:
-        """One line when so many latents are dead that most of them will stay so."""
+    def _warn(self, dead: int, values: StepValues) -> None:
+        """One line when a quarter of the run shows that its end will be poor."""
         share = dead / self.recipe.objective.d_sae
-        if share > DEAD_WARNED:
-            tqdm.write(
-                f"warning: {self.dir}: {100 * share:.0f} % of the latents are dead after a quarter of the run; stop it "
-                f"and train with a lower train.lr (it is {self.recipe.lr:.3g}) or fewer latents (transcoder.d_sae)",
-                file=sys.stderr,
+        variation = self.settings.train.batch_size * self.recipe.variance
+        fvu = values.squared_errors[-1].item() / variation if variation else 0.0
+        lower = f"a lower train.lr (it is {self.recipe.lr:.3g})"
+        if fvu > 1:
+            self._say(f"FVU {fvu:.2f}: worse than the mean output", lower)
+        elif share > DEAD_WARNED:
+            self._say(
+                f"{100 * share:.0f} % of the latents are dead", f"{lower} or fewer latents (transcoder.d_sae)"
             )
+
+    def _say(self, what: str, remedy: str) -> None:
+        line = f"warning: {self.dir}: after a quarter of the run {what}; stop it and train with {remedy}"
+        tqdm.write(line, file=sys.stderr)
 
     def save(self) -> None:
         """Write a checkpoint; every process has the same state."""

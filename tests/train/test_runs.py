@@ -1,6 +1,7 @@
 """Whole runs on a small store: determinism, resume, refusals, files."""
 
 import json
+import re
 import os
 import signal
 import subprocess
@@ -272,8 +273,19 @@ def test_many_dead_latents_are_told_once_after_a_quarter(
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == said
     if said:
-        assert "% of the latents are dead after a quarter of the run" in lines[0]
+        assert re.search(r"after a quarter of the run \d+ % of the latents are dead", lines[0])
         assert "a lower train.lr (it is 0.003)" in lines[0]
+
+
+def test_a_run_that_diverges_is_told_after_a_quarter(
+    make_settings: Make, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_settings(train__lr=3.0), store)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1
+    assert re.search(
+        r"after a quarter of the run FVU [\d.]+: worse than the mean output; .* lower train.lr", lines[0]
+    )
 
 
 def test_a_bias_falls_in_proportion_to_the_excess_over_the_density_limit(
