@@ -18,9 +18,32 @@ from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, v
 PIPELINE_TOML = ROOT / "pipeline.toml"
 
 
+OWN_SECTIONS = {
+    "harvest": ("model", "data", "harvest"),
+    "train": ("transcoder", "train", "wandb"),
+    "train.sweep": ("sweep",),
+    "evaluate": ("evaluate",),
+}
+"""Sections of the settings that a stage's --help shows; --help-all shows all."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; --help lists every option")
+        raise InputError(f"command line: {message}; --help-all lists every option")
+
+
+class _HelpAll(argparse.Action):
+    """Print the help with the options of every section."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        for action in parser._actions:
+            action.help = getattr(action, "full_help", action.help)
+        parser.print_help()
+        raise SystemExit(0)
+
+
+def _help_format(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=34, width=120)
 
 
 def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
@@ -28,18 +51,30 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
 
     Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
     """
-    made = _Parser(prog=f"python -m {prog}", description=purpose, allow_abbrev=False)
-    made.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
-    made.add_argument("--profile", help="profile of pipeline.toml, for example demo")
-    made.add_argument("--run", help="name of the training run")
-    made.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
+    options = _Parser(
+        prog=f"python -m {prog}",
+        usage=f"python -m {prog} [options]",
+        description=purpose,
+        epilog="--help-all lists the settings of every stage; pipeline.toml has them with their defaults and units.",
+        allow_abbrev=False,
+        formatter_class=_help_format,
+    )
+    options.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
+    options.add_argument("--profile", help="profile of pipeline.toml, for example demo")
+    options.add_argument("--run", help="name of the training run")
+    options.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
+    options.add_argument("--help-all", action=_HelpAll, nargs=0, help="the settings of every stage, and exit")
     for name, section in SECTIONS.items():
-        group = made.add_argument_group(name)
+        group = options.add_argument_group(name)
         for key, field in section.model_fields.items():
-            metavar = key.upper() + (",..." if str(field.annotation).startswith("tuple") else "")
-            help_text = f"{field.description} [{field.default}]".replace("%", "%%")
-            group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
-    return made
+            several, default = str(field.annotation).startswith("tuple"), field.default
+            metavar = "VALUE,..." if several else "VALUE"
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            help_text = f"{field.description} [{shown}]".replace("%", "%%")
+            action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
+            if name not in OWN_SECTIONS.get(prog, ()):
+                vars(action)["full_help"], action.help = help_text, argparse.SUPPRESS
+    return options
 
 
 def load(
@@ -52,7 +87,7 @@ def load(
     """
     given, unknown = made.parse_known_args(argv)
     if unknown:
-        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help lists every option")
+        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help-all lists every option")
     toml = toml or PIPELINE_TOML
     asked = _sections_of(given)
     file = _read_toml(toml)

@@ -84,7 +84,7 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
     [
         (
             ["--train.lrr", "1"],
-            "command line: unknown option --train.lrr; did you mean --train.lr?; --help lists every option",
+            "command line: unknown option --train.lrr; did you mean --train.lr?; --help-all lists every option",
         ),
         (
             ["--train.lr", "fast"],
@@ -119,7 +119,7 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
         (["--profile", "nope"], "profile: expected one of demo, guide, found 'nope'; see pipeline.toml"),
         (
             ["--train.lr"],
-            "command line: argument --train.lr: expected one argument; --help lists every option",
+            "command line: argument --train.lr: expected one argument; --help-all lists every option",
         ),
     ],
 )
@@ -228,6 +228,6 @@ def test_exit_code_2_and_no_traceback() -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "error: command line: unknown option --train.lrr; did you mean --train.lr?; --help lists every option\n"
+        == "error: command line: unknown option --train.lrr; did you mean --train.lr?; --help-all lists every option\n"
     )
     assert done.stdout == ""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tests.transcoder.test_formats import layers as named_layers
 
 from common.settings import Settings
 from evaluate.metrics.splice import splice
@@ -26,6 +25,7 @@ from tests.peers.conftest import (
     language_model,
     tokens,
 )
+from tests.transcoder.test_formats import layers as named_layers
 from train import Transcoder
 from transcoder.export import export, export_set, exported
 from transcoder.formats import circuit_tracer

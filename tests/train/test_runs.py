@@ -1,8 +1,8 @@
 """Whole runs on a small store: determinism, resume, refusals, files."""
 
 import json
-import re
 import os
+import re
 import signal
 import subprocess
 import time

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.transcoder.test_formats import layers, made
 
 from common.errors import InputError
 from common.files import whole_folder
 from common.settings import ROOT, Settings
+from tests.transcoder.test_formats import layers, made
 from train import Transcoder, loop
 from transcoder.export import export, export_set
 from transcoder.import_ import bring
