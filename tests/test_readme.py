@@ -1,4 +1,4 @@
-"""The README as a stranger reads it: its commands are commands, its Python runs; "Use it elsewhere" is tests/peers'."""
+"""The README and the pages it leads to: commands are commands, Python runs; docs/other_tools.md is tests/peers'."""
 
 import re
 import shlex
@@ -13,15 +13,16 @@ from common.settings import ROOT, SECTIONS
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PAGES = ("README.md", "docs/commands.md", "docs/your_model.md", "docs/python.md", "docs/other_tools.md")
+TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     line.split("  #")[0].strip()
     for language, block in BLOCKS
     for line in block.splitlines()
     if not language and line.startswith("make ")
 ]
-TABLE = re.findall(r"^\| `(make [a-z]+)[^`]*` \|", README, re.MULTILINE)
+TABLE = re.findall(r"^\| `(make [a-z]+)[^`]*` \|", TEXT, re.MULTILINE)
 INSTALLED = {"pytest", "venv", "pip", "pip_audit"}
 OWN = {"--plan"}
 """Options that are a stage's own."""

@@ -47,9 +47,9 @@ def test_the_rows_of_a_harvest(settings: Settings) -> None:
     assert "".join(sentence.tokens).replace(" ", "").startswith("theredriversings")
 
 
-def test_the_readmes_example(settings: Settings) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Reader(" in block)
+def test_the_example_of_the_docs(settings: Settings) -> None:
+    page = (ROOT / "docs/python.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Reader(" in block)
     names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16))}
     exec(code, names)
     assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)

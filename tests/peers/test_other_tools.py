@@ -1,4 +1,4 @@
-"""The README's "Use it elsewhere", word by word: its commands by make, its Python where its imports live."""
+"""docs/other_tools.md, word by word: its commands by make, its Python where its imports live."""
 
 import os
 import re
@@ -25,12 +25,9 @@ OTHERS = ("sae_lens", "circuit_tracer")
 
 
 def snippets() -> list[tuple[str, str]]:
-    """(language, text) of the section's blocks; commands have no language."""
-    section = re.search(
-        r"^## Use it elsewhere\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert section is not None
-    return re.findall(r"^```(\w*)\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
+    """(language, text) of the page's blocks; commands have no language."""
+    page = (ROOT / "docs/other_tools.md").read_text()
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def settings_in(folder: Path, layer: int) -> Settings:
@@ -46,7 +43,7 @@ def settings_in(folder: Path, layer: int) -> Settings:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's reader has: a store of layer 12, and an evaluated run of it; runs of the other layers too."""
+    """What the page's reader has: a store of layer 12, and an evaluated run of it; runs of the other layers too."""
     made = tmp_path_factory.mktemp("readme")
     rows = tuple(values.numpy() for values in vars(random_rows(1100, D, D)).values())
     hooks = {"input_hook": "blocks.12.ln2.hook_normalized", "output_hook": "blocks.12.hook_mlp_out"}
