@@ -25,7 +25,7 @@ from evaluate.report.console import number_of, plain, rows_of, table_of
 from evaluate.report.report import FILTERS, PAGE
 from evaluate.run import prepare
 from evaluate.subject import read
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.formats import fetched, weights_file
 
 COLUMNS = {

@@ -19,8 +19,7 @@ from common.errors import InputError
 from common.files import sha256
 from evaluate.files import finished
 from evaluate.report.report import FILTERS, PAGE
-from train import Transcoder
-from transcoder import weights
+from transcoder import Transcoder, weights
 
 
 def push(run_dir: Path, address: str) -> None:

@@ -15,7 +15,7 @@ from common.settings import Model
 from shards import Store
 from shards.layout import kept_mask
 from shards.store import read_tokenizer
-from train import Transcoder
+from transcoder import Transcoder
 
 SHOWN = 5
 """Latents listed for a token."""

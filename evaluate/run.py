@@ -25,7 +25,7 @@ from evaluate.report.page_data import page_data
 from evaluate.report.report import write_report
 from evaluate.subject import read
 from shards import Store
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.weights import read_metadata, save_tensors
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from shards import Store
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.gain import convert
 
 

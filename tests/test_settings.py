@@ -28,7 +28,7 @@ def settings(*argv: str, toml: Path = PIPELINE_TOML) -> Settings:
         ("8", 18_432, (1152, 2304, 4608, 10368), 1_000_000),
     ],
 )
-def test_the_guides_recipes(layer: str, d_sae: int, groups: tuple[int, ...], rows: int) -> None:
+def test_the_recipes_for_gemma_2(layer: str, d_sae: int, groups: tuple[int, ...], rows: int) -> None:
     made = settings("--layer", layer)
     assert made.model.name == "google/gemma-2-2b"
     assert (made.data.dataset, made.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")

@@ -15,7 +15,7 @@ from common.progress import progress
 from common.settings import Model, Settings
 from shards import Store
 from shards.manifest import Source
-from train import Transcoder
+from transcoder import Transcoder
 
 N_PROMOTED = 6
 PROMOTE_BLOCK = 256

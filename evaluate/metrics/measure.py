@@ -13,8 +13,8 @@ from torch import Tensor
 from evaluate.metrics.firing import Firing
 from evaluate.metrics.reconstruction import Deviation, Reconstruction, Sparsity
 from evaluate.metrics.rows import Split, blocks
-from train import Transcoder
 from train.frequent import FREQUENT, frequent_level
+from transcoder import Transcoder
 from transcoder.entries import Entries, decode, entries_above
 from transcoder.selection import select_batch, select_rows
 

@@ -17,7 +17,7 @@ from evaluate.metrics.error_map import ErrorMap
 from evaluate.metrics.measure import Measurement, Select
 from evaluate.metrics.rows import TextSplit, blocks
 from shards.manifest import Moments
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.entries import Entries, entries_above
 
 Tick = Callable[[int], object]

@@ -1,7 +1,7 @@
 """Decoder rows that point the same way: exact over all pairs, in blocks.
 
-Shapes: F latents, D_out width, n neighbours. What the guide's tools call "absorption score" is `share`
-here: the share of latent pairs whose decoder rows have |cosine| > 0.9. It is not SAEBench's absorption.
+Shapes: F latents, D_out width, n neighbours. `share` is the share of latent
+pairs whose decoder rows have |cosine| > 0.9. Some tools call it "absorption score"; it is not SAEBench's absorption.
 """
 
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ def loss_curve(log: Sequence[Line]) -> Figure:
 
 
 def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear: float | None) -> Figure:
-    """FVU of every prefix, with the guide's limits and the linear baseline."""
+    """FVU of every prefix, with the verdicts' limits and the linear baseline."""
     made, (axes,) = figure()
     places = range(len(prefixes))
     values = [_number(prefix["fvu"]) for prefix in prefixes]

@@ -1,4 +1,4 @@
-"""The guide's thresholds as verdicts, and one of our own on frequent latents."""
+"""Verdicts: a number and whether it is good. The limits are conventions, not laws; docs/numbers.md says whose."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

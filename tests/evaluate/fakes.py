@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.transcoder import Parameters
 
 

@@ -11,7 +11,7 @@ from common.settings import Settings
 from shards import Store
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
-from train import Transcoder
+from transcoder import Transcoder
 
 D_IN, D_OUT, ENDS, K = 6, 5, (4, 10, 24), 4
 

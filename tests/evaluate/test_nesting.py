@@ -14,7 +14,7 @@ from evaluate.nesting import one_group
 from evaluate.run import evaluate
 from shards import Store
 from tests.evaluate.runs import ENDS, make_run, settings_of, tiny_transcoder
-from train import Transcoder
+from transcoder import Transcoder
 
 ROWS = 1500
 

@@ -12,7 +12,7 @@ from common import hub as address
 from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.hub import TOKEN, Hub, Run
-from train import Transcoder
+from transcoder import Transcoder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOAD = """
 import sys
-from train import Transcoder
+from transcoder import Transcoder
 found = Transcoder.load(sys.argv[1])
 found.save(sys.argv[2])
 """

@@ -18,7 +18,7 @@ from evaluate.run import evaluate as evaluate_with
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
-from train import Transcoder
+from transcoder import Transcoder
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:

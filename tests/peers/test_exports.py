@@ -26,7 +26,7 @@ from tests.peers.conftest import (
     tokens,
 )
 from tests.transcoder.test_formats import layers as named_layers
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.export import export, export_set, exported
 from transcoder.formats import circuit_tracer
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.settings import Settings
-from train import Transcoder
+from transcoder import Transcoder
 
 D_IN, D_OUT, CAUSES = 12, 10, 48
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
 from tests.train.steps import problem
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.formats import circuit_tracer, gemma_scope, saelens
 
 SOURCE = {

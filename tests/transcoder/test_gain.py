@@ -7,7 +7,7 @@ import torch
 
 from common.errors import InputError
 from tests.train.steps import problem
-from train import Transcoder
+from transcoder import Transcoder
 from transcoder.gain import convert
 
 GAIN = [0.5, -2.0, 3.0, 1.0, 0.1]

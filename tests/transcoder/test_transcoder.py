@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
 from tests.train.steps import problem
-from train import Transcoder
 from train.normalisation import Scaling, fold, unfold
 from train.recipe import initialise
+from transcoder import Transcoder
 
 
 def made(skip: bool = False) -> Transcoder:

@@ -9,7 +9,7 @@ import torch
 from evaluate.metrics import rows as rows_of
 from evaluate.metrics.measure import measure, training_selection
 from tests.evaluate.fakes import Rows, random_coder, random_rows
-from train import Transcoder
+from transcoder import Transcoder
 
 
 def dense(coder: Transcoder, rows: Rows, g: int) -> tuple[np.ndarray, np.ndarray]:
