@@ -115,8 +115,8 @@ class Run:
         record.refuse_another(self.dir, settings, store.manifest.fingerprint)
         self.step = step_for(self.recipe.objective, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
-        groups, sampled = len(self.recipe.objective.prefix_ends), settings.train.sample_every > 0
-        self.state = State.start(parameters, groups, sampled)
+        sampled = settings.train.sample_every > 0
+        self.state = State.start(parameters, self.recipe.objective.prefix_ends, sampled)
         checkpoint.restore(self.dir, self.state)
         used = self.recipe.used()
         if peers.leads:  # nothing is written before all that was given is known to be usable

@@ -3,6 +3,7 @@
 Shapes: F latents, G prefixes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,14 @@ class State:
     """Active latents per row in the newest step."""
 
     @classmethod
-    def start(cls, parameters: Parameters, n_prefixes: int, sampled: bool = False) -> "State":
+    def start(cls, parameters: Parameters, prefix_ends: Sequence[int], sampled: bool = False) -> "State":
         """Before the first step."""
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
         density = torch.zeros(len(parameters.b_enc), device=device)
-        kept = torch.zeros(n_prefixes, dtype=torch.float64, device=device)
+        kept = torch.zeros(len(prefix_ends), dtype=torch.float64, device=device)
         samples = Samples(len(parameters.b_enc), device) if sampled else None
-        return cls(parameters, Adam(parameters), last_fired, density, kept, samples=samples)
+        return cls(parameters, Adam(parameters, prefix_ends), last_fired, density, kept, samples=samples)
 
     def count(
         self, cut: float, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tests.evaluate.test_page import large_catalogue
 
 from evaluate.metrics.catalogue import Catalogue, group_summaries, splitting
 from evaluate.metrics.contexts import REACH, Samples
@@ -17,6 +16,7 @@ from evaluate.report.report import page_data
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store
+from tests.evaluate.report.test_page import large_catalogue
 from tests.evaluate.runs import ENDS, make_run, settings_of
 
 

@@ -1,4 +1,4 @@
-"""Adam in blocks against torch.optim, and the decoder's unit norm."""
+"""Adam in blocks against torch.optim.AdamW, and the decoder's unit norm."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tests.train.steps import Problem, problem
 from train.step import sparse
 from train.step.gradients import Gradients
-from train.step.optimizer import BETAS, Adam, apply, clip_scale
+from train.step.optimizer import BETAS, DECAY, Adam, apply, clip_scale, group_rates
 from train.step.sparse import SparseStep
 
 
@@ -18,33 +18,42 @@ def gradients_of(made: Problem) -> Gradients:
 def reference(
     made: Problem, lr: float, steps: int, clip_norm: float | None = None
 ) -> dict[str, torch.Tensor]:
-    """The same steps with whole gradients, torch.optim.Adam, and the constraint written plainly."""
+    """The same steps with whole gradients, torch.optim.AdamW by group, and the constraint written plainly."""
     named = {name: tensor.clone() for name, tensor in made.parameters.named().items()}
     factors = {"b_enc": 5**0.5 / 2, "W_dec": 2.0}  # 5 inputs
-    parts = [{"params": [tensor], "lr": lr * factors.get(name, 1.0)} for name, tensor in named.items()]
-    optimizer = torch.optim.Adam(parts, betas=BETAS)
+    ends = made.objective.prefix_ends
+    groups = list(zip((0, *ends[:-1]), ends, group_rates(ends), strict=True))
+    parts, grads = [], []  # a parameter of its own for each group of each tensor
+    for name, tensor in named.items():
+        shared = name in ("b_dec", "W_skip")
+        for start, end, rate in [(0, len(tensor), 1.0)] if shared else groups:
+            decay = DECAY / rate if name == "W_enc" else 0.0
+            part = tensor[start:end]
+            grads.append((part, name, start, end))
+            parts.append({"params": [part], "lr": lr * factors.get(name, 1.0) * rate, "weight_decay": decay})
+    optimizer = torch.optim.AdamW(parts, betas=BETAS)
     for _ in range(steps):
         parameters = made.parameters.__class__(**named)
         gradients = gradients_of(made._replace(parameters=parameters)).whole()
         W = named["W_dec"]
         gradients["W_dec"] -= (gradients["W_dec"] * W).sum(1, keepdim=True) * W
-        for name, tensor in named.items():
-            tensor.grad = gradients[name]
+        for part, name, start, end in grads:
+            part.grad = gradients[name][start:end]
         if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(named.values(), clip_norm)
+            torch.nn.utils.clip_grad_norm_([part for part, *_ in grads], clip_norm)
         optimizer.step()
         W /= W.norm(dim=1, keepdim=True)
     return named
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
-def test_steps_equal_torch_adam_with_the_constraint(
+def test_steps_equal_torch_adamw_by_group_with_the_constraint(
     clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "LATENTS", 4)  # 11 latents: two whole blocks and a rest
     made = problem(rows=20, n_dead=3, skip=True)
     expected = reference(made, 1e-2, 5, clip_norm)
-    adam = Adam(made.parameters)
+    adam = Adam(made.parameters, made.objective.prefix_ends)
     for _ in range(5):
         with torch.no_grad():
             apply(adam, gradients_of(made), 1e-2, clip_norm)
@@ -70,3 +79,8 @@ def test_clip_scale_by_hand() -> None:
     norm = float(sum(g.square().sum() for g in whole.values()) ** 0.5)
     assert clip_scale(made.parameters, gradients_of(made), norm / 4) == pytest.approx(0.25)
     assert clip_scale(made.parameters, gradients_of(made), norm * 4) == 1.0
+
+
+def test_group_rates_by_hand() -> None:
+    assert group_rates((1, 16, 256)) == pytest.approx([4.0, 2.0, 1.0])
+    assert group_rates((7,)) == [1.0]
