@@ -1,4 +1,4 @@
-"""Activation samples: each latent's strongest rows among the batches that were looked at.
+"""Activation samples: each latent's strongest rows among the sampled batches.
 
 Shapes: F latents, N samples per latent, E active entries of a batch.
 """
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transcoder.entries import Entries
+from transcoder.entries import Entries, strongest
 
 PER_LATENT = 10
 
@@ -22,8 +22,8 @@ class Samples:
         """Numbers of the rows in the train split; -1 where there is none."""
 
     def collect(self, entries: Entries, row_numbers: Int[Tensor, " B"]) -> None:
-        """Take in a batch's active entries; of a row that was sampled before, the new value counts."""
-        touched, values, rows = strongest(entries, row_numbers)
+        """Take in a batch's active entries. A row that was sampled before takes its new value."""
+        touched, values, rows = _newest(entries, row_numbers)
         old_values, old_rows = self.values[touched], self.rows[touched]
         again = (old_rows[:, :, None] == rows[:, None, :]).any(2)
         values = torch.cat([old_values.masked_fill(again, 0.0), values], 1)
@@ -33,20 +33,20 @@ class Samples:
         self.rows[touched] = rows.gather(1, top.indices).masked_fill(top.values == 0, -1)
 
 
-def strongest(entries: Entries, row_numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(latents [T] that fired, their largest values [T, N], the rows [T, N] these came from).
+def _newest(entries: Entries, row_numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(latents [T] that fired, their largest values [T, N], the rows [T, N] of these values); N = PER_LATENT.
 
-    Two sorts instead of a loop over latents: by value, then, stable, by latent.
+    >>> entries = Entries(torch.tensor([0, 0, 1]), torch.tensor([2, 5, 5]), torch.tensor([0.5, 0.25, 0.75]), n_rows=2)
+    >>> latents, values, rows = _newest(entries, row_numbers=torch.tensor([40, 41]))
+    >>> latents.tolist(), values[:, :2].tolist(), rows[:, :3].tolist()  # -2: no further row
+    ([2, 5], [[0.5, 0.0], [0.75, 0.25]], [[40, -2, -2], [41, 40, -2]])
     """
-    by_value = entries.values.sort(descending=True, stable=True).indices
-    latents, order = entries.latents[by_value].sort(stable=True)
-    order = by_value[order]
-    touched, slot, counts = latents.unique_consecutive(return_inverse=True, return_counts=True)
-    rank = torch.arange(len(latents), device=latents.device) - (counts.cumsum(0) - counts)[slot]
-    kept = rank < PER_LATENT
-    slot, rank, order = slot[kept], rank[kept], order[kept]
+    ranks = entries.values.view(torch.int32)  # positive float32 values have the order of their bits
+    order = strongest(entries.latents, ranks, PER_LATENT)
+    touched, slot, counts = entries.latents[order].unique_consecutive(return_inverse=True, return_counts=True)
+    nth = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[slot]
     values = entries.values.new_zeros(len(touched), PER_LATENT)
-    rows = torch.full((len(touched), PER_LATENT), -2, device=latents.device)  # matches no row, nor "none"
-    values[slot, rank] = entries.values[order]
-    rows[slot, rank] = row_numbers[entries.rows[order]]
+    rows = torch.full((len(touched), PER_LATENT), -2, device=order.device)  # matches no row, nor "none"
+    values[slot, nth] = entries.values[order]
+    rows[slot, nth] = row_numbers[entries.rows[order]]
     return touched, values, rows

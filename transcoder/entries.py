@@ -1,4 +1,4 @@
-"""The active latents of some rows as sparse triples, and decoding from them.
+"""The active latents of some rows as sparse triples; decoding from them, and the strongest of each latent.
 
 Shapes: n rows, F latents, E active entries, D_out.
 """
@@ -23,16 +23,20 @@ class Entries(NamedTuple):
     """n; a row without an active latent has no entry."""
 
     def only(self, mask: Bool[Tensor, " E"]) -> "Entries":
-        """The entries that `mask` names, of as many rows."""
+        """The entries that `mask` selects; `n_rows` stays."""
         return Entries(self.rows[mask], self.latents[mask], self.values[mask], self.n_rows)
 
     def l0(self) -> Int[Tensor, " n"]:
-        """Active latents of each row."""
+        """The number of active latents of each row (L0)."""
         return torch.bincount(self.rows, minlength=self.n_rows)
 
 
 def entries_above(pre: Float[Tensor, "n F"], threshold: Tensor | float) -> Entries:
-    """Entries of pre-activations that are positive and exceed `threshold` (a number, or [F])."""
+    """Entries of pre-activations that are positive and exceed `threshold` (a number, or [F]).
+
+    This is JumpReLU's gate (Rajamanoharan et al. 2024, arXiv:2407.14435). The threshold here is calibrated after
+    training (train/measure.py), not learned.
+    """
     rows, latents = torch.nonzero((pre > threshold) & (pre > 0), as_tuple=True)
     return Entries(rows, latents, pre[rows, latents], len(pre))
 
@@ -42,7 +46,11 @@ def decode(
 ) -> Float[Tensor, "n D_out"]:
     """base + sum over a row's entries of value * W_dec[latent].
 
-    embedding_bag over row-sorted entries: at K of F latents active it does K/F of the dense product's work.
+    embedding_bag over row-sorted entries does K/F of the dense product's work when K of F latents are active.
+
+    >>> entries = Entries(torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), torch.tensor([2.0, 1.0, 3.0]), n_rows=3)
+    >>> decode(entries, W_dec=torch.tensor([[1.0], [10.0]]), base=torch.tensor([[0.0], [0.5], [0.0]])).tolist()
+    [[21.0], [0.5], [30.0]]
     """
     offsets = torch.zeros(entries.n_rows, dtype=torch.int64, device=entries.rows.device)
     offsets[1:] = entries.l0().cumsum(0)[:-1]
@@ -50,3 +58,21 @@ def decode(
         entries.latents, W_dec, offsets, mode="sum", per_sample_weights=entries.values.to(W_dec.dtype)
     )
     return base + summed
+
+
+def strongest(latents: Int[Tensor, " E"], ranks: Int[Tensor, " E"], n: int) -> Int[Tensor, " m"]:
+    """Indices of each latent's `n` entries of highest rank, sorted by latent, then rank, highest first.
+
+    Ranks are whole numbers below 2^32. Equal ones stay in the order they come in. Latent and inverted rank are one sort
+    key, latent * 2^32 + (2^32 - 1 - rank).
+
+    >>> latents, ranks = torch.tensor([7, 3, 7, 7, 3]), torch.tensor([10, 5, 30, 20, 6])
+    >>> strongest(latents, ranks, n=2)  # of latent 3 entries 4 and 1, of latent 7 entries 2 and 3
+    tensor([4, 1, 2, 3])
+    """
+    keys = (latents.long() << 32) | (0xFFFFFFFF - ranks.long())
+    order = keys.sort(stable=True).indices
+    of = latents[order]
+    # A latent's first place in sorted `of` is where searchsorted finds it; the distance from there counts its entries.
+    nth = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
+    return order[nth < n]  # sync: how many are kept

@@ -1,6 +1,7 @@
-"""Selection of the active latents: batch top-k and per-row top-k, exact; and the inference threshold.
+"""Selection of the active latents: batch top-k and per-row top-k, both exact.
 
-Shapes: B rows, F latents, E selected entries.
+Batch top-k: Bussmann et al. 2024 (arXiv:2412.06410). Per-row top-k: Gao et al. 2024 (arXiv:2406.04093).
+Shapes: B rows, F latents, E selected entries, n = B*F values. A position is row * F + latent.
 """
 
 import math
@@ -15,72 +16,105 @@ from common.processes import ALONE, Peers
 from transcoder.entries import Entries
 
 SAMPLE = 1 << 16
-"""Values looked at to guess the cut; 19 M pre-activations have their (K*B)-th largest among the
-candidates above a guess made of 65,536 of them, and a full torch.topk costs 1.0 s."""
+"""Values sampled to guess the cut: 65,536 of 19 M pre-activations. A full torch.topk costs 1.0 s."""
 LANES = 8
+"""Values that `_above` compares at a time."""
 WIDTH_FACTORS = 2 * 3 * 5 * 7
+"""Primes that divide usual widths."""
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
-    """The k-th largest of `values`, 1 <= k <= n, as a tensor without dimensions."""
+    """The k-th largest of `values`, 1 <= k <= n, as a tensor without dimensions.
+
+    >>> kth_largest(torch.tensor([3.0, 1.0, 2.0]), 2)
+    tensor(2.)
+    """
     return values.kthvalue(len(values) - k + 1).values
 
 
 def candidates(values: Float[Tensor, " n"], k: int, peers: Peers = ALONE) -> Int[Tensor, " m"]:
-    """Positions of positive values, among them all that are at least the k-th largest positive.
+    """Ascending positions of positive values, among them all that are at least the k-th largest positive one.
 
-    A strided sample guesses a cut that about 1.25 k values exceed; where the guess was too high, the
-    next is far lower, and the last is zero. So the result is exact whatever the sample said.
-    k counts over all `peers`, who use the same cut.
+    A strided sample guesses a cut that about 1.25 k values exceed. If fewer than k do, a quarter of the guess is
+    tried, then zero. So the result holds for any sample. k counts over all `peers`, which use the same cut.
+
+    Of so few values the sample is all, and 1.25 k + 8 of them are more than there are: the cut is 0.
+
+    >>> candidates(torch.tensor([0.2, -1.0, 0.9, 0.5]), k=2).tolist()
+    [0, 2, 3]
     """
     stride = _stride(len(values))
     sample = values[::stride]
     rank = min(len(sample), math.ceil(1.25 * k / stride / peers.world) + 8)
     guess = kth_largest(sample, rank).clamp_min(0) if rank < len(sample) else values.new_zeros(())
-    guess = peers.total(guess.float() / peers.world).item()
+    guess = peers.total(guess.float() / peers.world).item()  # sync: the cut decides whether to try again
     for cut in (guess, guess / 4, 0.0):
-        found = _above(values, cut)
-        count = (
-            len(found)
-            if peers.world == 1
-            else int(peers.total(torch.tensor(len(found), device=values.device)))
-        )
-        if count >= k or cut == 0.0:
+        positions = _above(values, cut)
+        if cut == 0.0 or _total(len(positions), values.device, peers) >= k:
             break
-    return found
+    return positions
+
+
+def _total(count: int, device: torch.device, peers: Peers) -> int:
+    """The sum of all peers' counts."""
+    if peers.world == 1:
+        return count
+    return int(peers.total(torch.tensor(count, device=device)))  # sync: all processes must decide the same
 
 
 def _above(values: Tensor, cut: float) -> Tensor:
-    """Ascending positions of the values above `cut`: compares the largest of LANES far apart, then those columns.
+    """Ascending positions of the values above `cut`.
 
-    19 M values, 0.6 % of them above: 28 ms against 33 of values > cut at eight flags a time, and on two threads 16
-    against 28, because nonzero() runs on one.
+    The values are viewed as LANES rows, so that column c holds positions c, c + width, c + 2 width, ... . The largest
+    of each column is compared first; only columns with a large value are searched. 19 M values, 0.6 % of them above:
+    28 ms against 33 for (values > cut).nonzero(), on two threads 16 against 28, because nonzero() runs on one.
+
+    18 values are 8 lanes of width 2 and a rest of 2. Only column 1 (positions 1, 3, ..., 15) has a value above 0.5:
+
+    >>> values = torch.zeros(18)
+    >>> values[torch.tensor([3, 9, 17])] = 1.0
+    >>> _above(values, 0.5)
+    tensor([ 3,  9, 17])
     """
     width = len(values) // LANES
     lanes, rest = values[: LANES * width].view(LANES, width), values[LANES * width :]
-    columns = (lanes.amax(0) > cut).nonzero().squeeze(1) if width else lanes.new_zeros(0, dtype=torch.int64)
-    lane, column = (lanes[:, columns] > cut).nonzero(as_tuple=True)
-    return torch.cat([lane * width + columns[column], (rest > cut).nonzero().squeeze(1) + LANES * width])
+    empty = lanes.new_zeros(0, dtype=torch.int64)
+    columns = (lanes.amax(0) > cut).nonzero().squeeze(1) if width else empty  # sync: how many columns
+    lane, column = (lanes[:, columns] > cut).nonzero(as_tuple=True)  # sync: how many values
+    last = (rest > cut).nonzero().squeeze(1)  # sync: how many values
+    return torch.cat([lane * width + columns[column], last + LANES * width])
 
 
 def _stride(n: int) -> int:
-    """A step that shares no factor with usual widths, so that the sample is not of a few columns only."""
+    """A step that shares no factor with usual widths, so that the sample covers all columns.
+
+    19 M values of width 18,432 and 65,536 samples: a step of 288 = 2^5 * 9 would meet only the 64 columns it divides.
+
+    >>> _stride(1024 * 18432), _stride(1000)
+    (289, 1)
+    """
     step = n // SAMPLE
     return 1 if step < 2 else next(s for s in count(step) if math.gcd(s, WIDTH_FACTORS) == 1)
 
 
 Values = Callable[[Tensor], Tensor]
-"""Positions in the flattened [B, F] -> their pre-activations, recomputed in float32."""
+"""Positions -> their pre-activations, computed again in float32."""
 
 
 def select_batch(
     pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
 ) -> tuple[Entries, Tensor]:
-    """Batch top-k: every positive pre-activation at least as large as the (k*B)-th largest.
+    """Batch top-k (Bussmann et al. 2024): every positive pre-activation at least as large as the (k*B)-th largest.
 
     Ties at the cut all stay. Also returns the cut, 0 when there are fewer positive values.
     With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
     The batch is that of all `peers`.
+
+    k = 1 and two rows: the two largest of all, which here lie in one row.
+
+    >>> entries, cut = select_batch(torch.tensor([[0.9, 0.1, 0.8], [0.2, -1.0, 0.3]]), k=1)
+    >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
+    ([0, 0], [0, 2], 0.800000011920929)
     """
     n = k * len(pre) * peers.world
     positions = candidates(pre.view(-1), n, peers)
@@ -93,13 +127,17 @@ def select_batch(
 def select_rows(
     pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
 ) -> tuple[Entries, Tensor]:
-    """Per-row top-k: in each row every positive value at least as large as the row's k-th largest.
+    """Per-row top-k (Gao et al. 2024): in each row every positive value at least as large as its k-th largest.
 
     Ties stay. The returned cut is the smallest value kept, 0 when nothing is.
-    With `exact`, the selection is by `pre`, the values are exact.
+    With `exact`, `pre` selects, and the values are exact.
+
+    >>> entries, cut = select_rows(torch.tensor([[0.9, 0.1, 0.8], [0.25, -1.0, -2.0]]), k=1)
+    >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
+    ([0, 1], [0, 0], 0.25)
     """
     cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
-    positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)
+    positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)  # sync: how many values
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     entries = _entries(positions, values, values > 0, pre)
     everyones = peers.gathered(entries.values)
@@ -110,8 +148,13 @@ SELECT = {"batch_topk": select_batch, "topk": select_rows}
 
 
 def _entries(positions: Tensor, values: Tensor, kept: Tensor, pre: Tensor) -> Entries:
-    """Entries of `pre` at those of the flattened positions that are kept, with their values."""
-    kept = kept.nonzero().squeeze(1)
+    """The entries at the positions that `kept` [m] marks.
+
+    >>> positions, values = torch.tensor([0, 2, 5]), torch.tensor([0.9, 0.1, 0.3])
+    >>> _entries(positions, values, values > 0.2, pre=torch.ones(2, 3))  # position 5 = 1 * 3 + 2
+    Entries(rows=tensor([0, 1]), latents=tensor([0, 2]), values=tensor([0.9000, 0.3000]), n_rows=2)
+    """
+    kept = kept.nonzero().squeeze(1)  # sync: how many values
     positions = positions[kept]
     n_rows, width = pre.shape
     rows = positions.div(width, rounding_mode="floor")

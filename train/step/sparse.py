@@ -1,9 +1,15 @@
 """The training step on the active entries only: the same gradients as train/step/dense.py.
 
 Shapes: B rows, D_in, D_out, F latents, G groups, E active entries (about K*B), N dead latents.
-A bag is one (row, group) pair, numbered row * G + group; entries are sorted by row, then latent,
+A bag is one (row, group) pair, numbered row * G + group. Entries are sorted by row, then latent,
 so each bag's entries lie together. S [B*G, D_out] is the loss's gradient by each bag's part of
 the reconstruction: S_g = 2 / (B D_out) * sum over h >= g of w_h (y_h - y).
+
+The nested loss is that of Matryoshka SAEs (Bussmann et al. 2025, arXiv:2503.17547). Here the G
+reconstructions are one running sum per row, not G decodes.
+
+A line marked `sync` makes the host wait for the device, because its result decides a shape or a branch.
+tests/train/step/test_syncs.py finds every such line of a step.
 """
 
 from collections.abc import Iterator
@@ -24,13 +30,13 @@ from transcoder.transcoder import Parameters
 ROWS = 128
 """Rows decoded at a time: at D_out 2,304 and 4 groups a block of S is 4.7 MB and stays in the cache."""
 LATENTS = 512
-"""Latents whose gradients are made at a time: 4.7 MB per matrix at width 2,304."""
+"""Latents whose gradients are computed at a time: 4.7 MB per matrix at width 2,304."""
 
 DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Buffers:
-    """Large tensors that outlive a step: a fresh one of [F, D] costs 0.1 s. Shared by the runs of a sweep."""
+    """Large tensors that outlive a step: a fresh one of [F, D] costs 0.1 s. The runs of a sweep share them."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
@@ -38,7 +44,7 @@ class Buffers:
     def get(
         self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A tensor on the device of `like`; its content is whatever was left in it."""
+        """A tensor on the device of `like`. Its content is arbitrary."""
         key = (name, tuple(shape), dtype or like.dtype)
         if key not in self._kept:
             self._kept[key] = torch.empty(shape, dtype=key[2], device=like.device)
@@ -57,7 +63,7 @@ class SparseStep:
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        Values are those of all peers' rows, gradients this process's part.
+        The values cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         pre = self._encode(parameters, x)
@@ -84,7 +90,7 @@ class SparseStep:
         return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
 
     def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
-        """[B, F] pre-activations, from the one dense product, in the precision asked for."""
+        """[B, F] pre-activations: the one dense product, in the objective's precision."""
         W_enc, b_enc = parameters.W_enc, parameters.b_enc
         if self.objective.precision == "bfloat16":
             W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
@@ -95,7 +101,7 @@ class SparseStep:
     def _select(self, parameters: Parameters, x: Tensor, pre: Tensor) -> tuple[Entries, Tensor]:
         """The active entries, and the cut.
 
-        In bfloat16 the product only proposes them: their values are then taken in float32, because
+        In bfloat16 the product only proposes entries. Their values are computed again in float32, because
         bfloat16 ties (231 of 32,768 values were equal to the cut).
         """
         exact = None if pre.dtype == x.dtype else partial(_pre_activations, parameters, x)
@@ -103,22 +109,41 @@ class SparseStep:
 
 
 def _dead(parameters: Parameters, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
-    """[B, N] pre-activations of the dead latents in the precision of `x`; the one dense product may have them."""
+    """[B, N] pre-activations of the dead latents in the precision of `x`, taken from the dense product if it has it."""
     if pre.dtype == x.dtype:
         return pre[:, dead]
     return torch.addmm(parameters.b_enc[dead], x, parameters.W_enc[dead].T)
 
 
 def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
-    """[E] pre-activations at ascending positions of the flattened [B, F]."""
+    """[E] pre-activations at ascending positions of the flattened [B, F].
+
+    >>> W_enc, x = torch.tensor([[1.0], [10.0], [100.0]]), torch.tensor([[2.0], [3.0]])
+    >>> parameters = Parameters(W_enc, torch.tensor([0.0, 0.5, 0.0]), torch.ones(3, 1), torch.zeros(1))
+    >>> _pre_activations(parameters, x, torch.tensor([1, 5]))  # 1 = (row 0, latent 1), 5 = (row 1, latent 2)
+    tensor([ 20.5000, 300.0000])
+    """
     d_sae = len(parameters.b_enc)
+    # row = position // F, latent = position % F
     rows = positions.div(d_sae, rounding_mode="floor")
     latents = (positions - rows * d_sae).int()
     return _products(x, parameters.W_enc, rows.int(), latents) + parameters.b_enc[latents]
 
 
 class Bags(NamedTuple):
-    """Active entries in the order of rows, with the bag each belongs to."""
+    """Active entries sorted by row, with the bag of each.
+
+    Two rows, two groups (latents 0 to 1 and 2 to 4), three active entries:
+
+    >>> entries = Entries(
+    ...     torch.tensor([0, 0, 1]), torch.tensor([1, 4, 3]), torch.tensor([0.5, 0.2, 0.7]), n_rows=2
+    ... )
+    >>> bags = Bags.of(entries, prefix_ends=(2, 5), n_rows=2)
+    >>> bags.bag.tolist()  # row * 2 + group
+    [0, 1, 3]
+    >>> bags.offsets.tolist()  # bag 2, the first group of row 1, is empty: entries [2, 2)
+    [0, 1, 2, 2, 3]
+    """
 
     latents: Tensor
     """[E] int32."""
@@ -132,16 +157,26 @@ class Bags(NamedTuple):
 
     @classmethod
     def of(cls, entries: Entries, prefix_ends: tuple[int, ...], n_rows: int) -> "Bags":
-        """Entries of `n_rows` rows, with the bag of each."""
+        """The bags of `n_rows` rows."""
         groups = len(prefix_ends)
-        ends = torch.tensor(prefix_ends, device=entries.rows.device)
+        ends = torch.tensor(prefix_ends, device=entries.rows.device)  # sync: copied from the host
+        # right=True: a latent equal to an end is the first of the next group
         bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
         first = torch.arange(n_rows * groups + 1, device=bag.device)
         offsets = torch.searchsorted(bag, first, out_int32=True)
         return cls(entries.latents.int(), entries.values, bag.int(), offsets, groups)
 
     def by_latent(self, d_sae: int) -> "LatentEntries":
-        """The same entries in the order of latents."""
+        """The same entries sorted by latent, then row.
+
+        >>> bags = Bags(torch.tensor([1, 4, 3, 4]), torch.ones(4), torch.tensor([0, 1, 3, 3]), torch.zeros(5), 2)
+        >>> entries = bags.by_latent(d_sae=5)
+        >>> entries.latents.tolist(), entries.rows.tolist(), entries.bag.tolist()
+        ([1, 3, 4, 4], [0, 1, 0, 1], [0, 3, 1, 3])
+        >>> entries.offsets.tolist()  # latents 0 and 2 have no entry, latent 4 has [2, 4)
+        [0, 0, 1, 1, 2, 4]
+        """
+        # stable: the entries of a latent stay sorted by row
         latents, order = self.latents.sort(stable=True)
         first = torch.arange(d_sae + 1, device=latents.device, dtype=torch.int32)
         offsets = torch.searchsorted(latents, first, out_int32=True)
@@ -170,21 +205,32 @@ def _decode(
     S: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    """Reconstruct every prefix, ROWS rows at a time; fills S, and residual = y - y_G when asked.
+    """Reconstruct every prefix, ROWS rows at a time. Fills S, and `residual` = y - y_G unless it is None.
 
     `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64.
+
+    One row, y = 10, no bias. Latent 0 (group 0) adds 3, latent 1 (group 1) adds 4:
+
+    >>> parameters = Parameters(torch.ones(2, 1), torch.zeros(2), torch.ones(2, 1), torch.zeros(1))
+    >>> entries = Entries(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([3.0, 4.0]), n_rows=1)
+    >>> x, y, S = torch.ones(1, 1), torch.tensor([[10.0]]), torch.empty(2, 1)
+    >>> _decode(parameters, x, y, Bags.of(entries, (1, 2), 1), [1.0, 10.0], S, None)  # (3 - 10)^2, (7 - 10)^2
+    tensor([49.,  9.], dtype=torch.float64)
+    >>> S.tolist()  # S_1 = 10 * (7 - 10), S_0 = S_1 + 1 * (3 - 10)
+    [[-37.0], [-30.0]]
     """
     (n, d_out), groups = y.shape, bags.groups
     target = y - parameters.b_dec
     if parameters.W_skip is not None:
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
-    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
+    # Block i has the entries [bounds[i], bounds[i + 1]): every ROWS * groups-th offset begins one.
+    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]  # sync: bounds of the blocks
     for i, row in enumerate(range(0, n, ROWS)):
         rows, entries = slice(row, min(row + ROWS, n)), slice(bounds[i], bounds[i + 1])
         offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
         latents = bags.latents[entries]
-        # r[:, g] becomes y_g - y: the running sum over groups, started at b_dec + skip - y
+        # r[:, g] becomes y_g - y: the running sum over groups, which starts at b_dec + skip - y
         r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
         r[:, 0] -= target[rows]
         for g in range(1, groups):
@@ -192,6 +238,7 @@ def _decode(
         squared_errors += torch.linalg.vector_norm(r, dim=2).double().square().sum(0)
         if residual is not None:
             torch.neg(r[:, -1], out=residual[rows])
+        # S_g = scale_g (y_g - y) + S_(g + 1): a running sum from the last group down
         s = S[rows.start * groups : rows.stop * groups].view_as(r)
         torch.mul(r[:, -1], scale[-1], out=s[:, -1])
         for g in range(groups - 2, -1, -1):
@@ -208,10 +255,10 @@ def _aux(
     objective: Objective,
     peers: Peers,
 ) -> tuple[Tensor, DeadGradients]:
-    """aux_loss on the dead latents' pre-activations [B, N], and its gradients by their rows.
+    """`aux_loss` (Gao et al. 2024) on the dead latents' pre-activations [B, N], and its gradients by their rows.
 
     With z their activations, W their decoder rows and d = z W - residual: loss = c |d|^2, dW_dec = 2c z^T d,
-    dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: pre is there already.
+    dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: `pre` is known already.
     """
     z, W_dec = _strongest(pre, objective.aux_k), parameters.W_dec[dead]
     d = torch.addmm(residual, z, W_dec, beta=-1)
@@ -225,9 +272,14 @@ def _aux(
 
 
 def _strongest(pre: Tensor, k: int) -> Tensor:
-    """relu(pre) [B, N], of each row the k largest; rows with no more than k positive values need no search."""
+    """The k largest of each row of relu(pre) [B, N], zero elsewhere. Only rows with more positive values are searched.
+
+    >>> _strongest(torch.tensor([[3.0, -1.0, 5.0], [2.0, -4.0, -1.0]]), k=1)  # row 1 has one positive value
+    tensor([[0., 0., 5.],
+            [2., 0., 0.]])
+    """
     z = torch.relu(pre)
-    crowded = ((z > 0).sum(1) > k).nonzero().squeeze(1)
+    crowded = ((z > 0).sum(1) > k).nonzero().squeeze(1)  # sync: how many rows are searched
     if len(crowded):
         top = z[crowded].topk(k, dim=1)
         z[crowded] = torch.zeros_like(z[crowded]).scatter_(1, top.indices, top.values)
@@ -244,14 +296,15 @@ def _blocks(
 ) -> Iterator[Block]:
     """LATENTS latents at a time: d_acts = S W_dec^T at the entries, dW_dec = acts^T S, dW_enc = d_acts^T x.
 
-    d_acts gathers from S here, and would from W_dec, which is larger, if it were made by rows (0.048 against
-    0.063 s). The aux loss's part is added.
+    By latents, d_acts gathers from S; by rows it would gather from W_dec, which is larger (0.048 against 0.063 s).
+    The auxiliary loss's gradients are added to those of the dead latents.
     """
     d_sae = len(entries.offsets) - 1
     starts = range(0, d_sae, LATENTS)
-    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]
-    edges = torch.tensor([*starts, d_sae], device=dead.device)
-    dead_bounds = torch.searchsorted(dead, edges).tolist()
+    # Block i has the entries [bounds[i], bounds[i + 1]) and the dead latents [dead_bounds[i], dead_bounds[i + 1]).
+    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]  # sync: bounds of the blocks
+    edges = torch.tensor([*starts, d_sae], device=dead.device)  # sync: copied from the host
+    dead_bounds = torch.searchsorted(dead, edges).tolist()  # sync: bounds of the blocks
     for i, start in enumerate(starts):
         stop, part = min(start + LATENTS, d_sae), slice(bounds[i], bounds[i + 1])
         offsets = entries.offsets[start : stop + 1] - bounds[i]
@@ -265,16 +318,22 @@ def _blocks(
             W_dec=_sums(S, bag, offsets, values),
             along=zeros.index_add(0, latents, values * d_acts),
         )
-        some = slice(dead_bounds[i], dead_bounds[i + 1])
-        if dead_gradients is not None and some.start < some.stop:
+        revived = slice(dead_bounds[i], dead_bounds[i + 1])
+        if dead_gradients is not None and revived.start < revived.stop:
             for gradient, extra in zip(block[1:], dead_gradients, strict=True):
-                gradient.index_add_(0, dead[some] - start, extra[some])
+                gradient.index_add_(0, dead[revived] - start, extra[revived])
         yield block
         del block, d_acts, zeros  # the next block then takes the same memory: 0.99 against 1.03 s a step
 
 
 def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
-    """[len(offsets) - 1, D]: sum over each bag's entries of factor * table[index]."""
+    """[len(offsets) - 1, D]: sum over each bag's entries of factor * table[index].
+
+    >>> table = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    >>> _sums(table, torch.tensor([0, 2, 1]), torch.tensor([0, 2, 3]), torch.tensor([1.0, 1.0, 5.0]))
+    tensor([[  4.,  40.],
+            [ 10., 100.]])
+    """
     return embedding_bag(
         index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
     )
@@ -283,8 +342,14 @@ def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Ten
 def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[E] left[rows[i]] . right[columns[i]]: a sampled dense-dense product; indices int32, rows ascending.
 
-    This is what autograd calls for the per-sample weights of embedding_bag; torch.sparse.sampled_addmm
-    computes the same 1.4x as slowly (98,304 products of width 2,304: 0.088 against 0.063 s on one thread).
+    Autograd calls this private function for the per-sample weights of embedding_bag. torch.sparse.sampled_addmm takes
+    1.4 times as long (98,304 products of width 2,304: 0.088 against 0.063 s on one thread). tests/test_private_torch.py
+    says what to do when PyTorch changes it.
+
+    >>> left, right = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 0.0], [1.0, 1.0]])
+    >>> rows, columns = torch.tensor([0, 1]).int(), torch.tensor([1, 0]).int()
+    >>> _products(left, right, rows, columns)  # (1, 2).(1, 1) and (3, 4).(10, 0)
+    tensor([ 3., 30.])
     """
-    unused = rows.new_zeros(len(left))  # offsets, needed only where rows are not given
+    unused = rows.new_zeros(len(left))  # offsets: read only when rows are absent
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, columns, unused, rows, 0)
