@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from train import Transcoder
-from train.transcoder import Parameters
+from transcoder.transcoder import Parameters
 
 
 @dataclass

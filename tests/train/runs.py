@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import Settings
+from common.settings import Settings
 from train import Transcoder
 
 D_IN, D_OUT, CAUSES = 12, 10, 48
