@@ -21,7 +21,8 @@ from harvest.run import harvest
 from shards import Store
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, save_wide_gemma, sentences, write_jsonl
-from train import Transcoder, loop
+from train import loop
+from transcoder import Transcoder
 from transcoder.export import export
 from transcoder.formats import gemma_scope
 from transcoder.gain import convert

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "common": set(),
     "shards": {"common"},
-    "transcoder": {"common"},
+    "transcoder": {"common", "shards"},
     "harvest": {"common", "shards"},
     "train": {"common", "shards", "transcoder"},
     "evaluate": {"common", "shards", "transcoder", "train", "harvest.lm"},

@@ -10,11 +10,11 @@ from torch import Tensor
 from common.settings import Settings
 from shards import Store
 from train import record, samples_page
-from train.frequent import frequent_level
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.normalisation import fold
 from train.recipe import Recipe
 from train.state import State
+from transcoder.frequent import frequent_level
 from transcoder.transcoder import Transcoder
 
 

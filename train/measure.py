@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.frequent import FREQUENT
 from transcoder.entries import decode, entries_above
+from transcoder.frequent import FREQUENT
 from transcoder.selection import kth_largest, select_batch
 from transcoder.transcoder import Transcoder
 

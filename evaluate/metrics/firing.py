@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.frequent import FREQUENT
 from transcoder.entries import Entries
+from transcoder.frequent import FREQUENT
 
 DENSITY_BINS = np.linspace(-6, 0, 49)
 """Edges of the histogram of log10(density): eight bins a decade; the lowest bin takes what is rarer."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from evaluate.metrics.firing import Firing
 from evaluate.metrics.reconstruction import Deviation, Reconstruction, Sparsity
 from evaluate.metrics.rows import Split, blocks
-from train.frequent import FREQUENT, frequent_level
 from transcoder import Transcoder
 from transcoder.entries import Entries, decode, entries_above
+from transcoder.frequent import FREQUENT, frequent_level
 from transcoder.selection import select_batch, select_rows
 
 Select = Callable[[Tensor], Entries]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
+from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
 
 FVU_GOOD, FVU_MODERATE = 0.1, 0.3
 DEAD_GOOD = 0.10

@@ -10,7 +10,8 @@ from common.settings import ROOT
 from evaluate import compare, push
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import make_run, settings_of
-from train import Transcoder, samples_page
+from train import samples_page
+from transcoder import Transcoder
 
 HOSTILE = (
     "</title><script>alert(1)</script><img src=https://e.x/a onerror=alert(1)>\n`|[x](javascript:alert(1))"

@@ -18,7 +18,8 @@ from common.settings import ROOT, Model, Settings
 from harvest import embedded, lm
 from harvest.run import harvest
 from shards import Store
-from train import Transcoder, loop
+from train import loop
+from transcoder import Transcoder
 
 TOOLS = Path(__file__).parent / "tools.py"
 LAYERS = (0, 1)

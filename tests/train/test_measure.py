@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.train.steps import problem
-from train.frequent import frequent_level
 from train.measure import calibrate, measure, training_cut
+from transcoder.frequent import frequent_level
 from transcoder.transcoder import Transcoder
 
 

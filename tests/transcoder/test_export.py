@@ -13,7 +13,8 @@ from common.errors import InputError
 from common.files import whole_folder
 from common.settings import ROOT, Settings
 from tests.transcoder.test_formats import layers, made
-from train import Transcoder, loop
+from train import loop
+from transcoder import Transcoder
 from transcoder.export import export, export_set
 from transcoder.import_ import bring
 
