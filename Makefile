@@ -73,7 +73,7 @@ sweep: install
 	@$(PY) -m train.sweep $(OPTIONS)
 
 samples: install
-	@$(PY) -m train.samples $(OPTIONS)
+	@$(PY) -m train.samples_page $(OPTIONS)
 
 evaluate: install
 	@$(PY) -m evaluate $(OPTIONS)
@@ -83,15 +83,15 @@ compare: install
 
 # TEXT="a sentence"
 read: install
-	@$(PY) -m evaluate.sentences $(call option,TEXT,--text) $(OPTIONS)
+	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install
-	@$(PY) -m train.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
+	@$(PY) -m transcoder.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FROM=directory, file or hf:// address of another tool's transcoder
 import: install
-	@$(PY) -m train.imports $(call option,FROM,--from) $(OPTIONS)
+	@$(PY) -m transcoder.import_ $(call option,FROM,--from) $(OPTIONS)
 
 # REPO=owner/name or owner/name/path; the token is HF_TOKEN
 push: install

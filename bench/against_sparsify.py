@@ -20,9 +20,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from bench.recipe import not_nested, subjects, trained
-from pipeline import ROOT, InputError, Settings
+from common.cli import run_stage
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from shards import Store
-from stage import run_stage
 from train.recipe import Recipe
 
 RESULTS = ROOT / "bench" / "results" / "sparsify.json"

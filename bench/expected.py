@@ -6,9 +6,9 @@ taken at SHARE of their peak. docs/colab.md holds the table; a test compares the
 
 from typing import NamedTuple
 
-from pipeline import Settings
+from common.cli import load, parser
+from common.settings import Settings
 from shards.plan import bytes_per_row, human, manifest_bytes
-from stage import load, parser
 
 SHARE = 0.4
 """Of a GPU's peak: what plain PyTorch usually reaches in large products and streaming kernels."""

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import pipeline
+from common import settings as pipeline
+from common.cli import load, parser
 from harvest import lm, run
 from harvest.activations import Kept
 from shards import Store
 from shards.layout import SHARD_ROWS
 from shards.reader import Contexts
-from stage import load, parser
 from tests.models import save_wide_gemma, sentences, write_jsonl
 
 RESULTS = Path("bench/results/harvest.json")

@@ -22,15 +22,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.cli import load, parser, run_stage
+from common.progress import progress
+from common.settings import ROOT, Settings
 from evaluate.files import read_lines
-from evaluate.language import measure_language
-from evaluate.measure import measure
+from evaluate.metrics.language import measure_language
+from evaluate.metrics.measure import measure
 from evaluate.subject import read
 from harvest.run import harvest
-from pipeline import ROOT, Settings
 from shards import Store
-from shards.progress import progress
-from stage import load, parser, run_stage
 from tests.fixtures import make_store
 from train import record
 from train.loop import train

@@ -1,7 +1,7 @@
 """python -m bench.shared: training beside another busy program, with two threads, two that wait asleep, and one.
 
 A child process for each trains on random rows at the demo's sizes, alone and beside a process that keeps one core
-busy, in turns. A stage takes one thread less for each busy core (shards/device.py).
+busy, in turns. A stage takes one thread less for each busy core (common/device.py).
 """
 
 import os
@@ -28,10 +28,10 @@ def child() -> None:
 
     import torch
 
-    from train.losses import Objective, prefix_weights
-    from train.optimizer import Adam, apply
-    from train.sparse import SparseStep
-    from train.transcoder import initialise
+    from train.step.losses import Objective, prefix_weights
+    from train.step.optimizer import Adam, apply
+    from train.step.sparse import SparseStep
+    from transcoder.transcoder import initialise
 
     rows, width, ends = 1024, 576, (288, 864, 2016, 4608)
     torch.manual_seed(0)

@@ -28,19 +28,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from common.cli import load, parser
+from common.files import sha256
+from common.settings import ROOT, Settings
 from evaluate.run import evaluate
-from pipeline import ROOT, Settings
 from shards import Store
-from shards.files import sha256
 from shards.remote import LocalFiles
 from shards.verify import verify
-from stage import load, parser
 from tests.fixtures import make_store
 from tests.memory import resident
 from tests.train.runs import command, sparse_rows, tiny_settings
-from train import weights
 from train.loop import train
-from train.weights import FILE_NAME
+from transcoder import weights
+from transcoder.weights import FILE_NAME
 
 TIMING = ("rows_per_second", "data_wait_seconds")
 STEPS = 1000

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from common.cli import load, parser
 from shards import Store
-from stage import load, parser
 from train.loop import Run, train_step
 
 TURN, TURNS = 20, 3

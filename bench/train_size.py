@@ -18,8 +18,8 @@ from rich.table import Table
 from bench.train_step import floor, rows, sparse
 from tests.memory import resident
 from train import memory
-from train.losses import Objective
-from train.transcoder import initialise
+from train.recipe import initialise
+from train.step.losses import Objective
 
 SIZES = (4096, 16_384, 65_536, 262_144)
 D, K, BATCH = 576, 32, 1024

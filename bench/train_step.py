@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from train.dense import DenseStep
-from train.losses import Objective
-from train.optimizer import BETAS, Adam, apply, project, renormalise
-from train.sparse import SparseStep
-from train.transcoder import Parameters, initialise
+from train.step.dense import DenseStep
+from train.step.losses import Objective
+from train.step.optimizer import BETAS, Adam, apply, project, renormalise
+from train.step.sparse import SparseStep
+from transcoder.transcoder import Parameters, initialise
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 LR = 1e-4

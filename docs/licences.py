@@ -8,7 +8,7 @@ import re
 from importlib.metadata import PackageMetadata, metadata
 from pathlib import Path
 
-from pipeline import ROOT
+from common.settings import ROOT
 
 LIST = Path(__file__).with_suffix(".md")
 HEAD = """# Licences of what this project installs

@@ -4,11 +4,11 @@ from typing import Any
 
 from rich.console import Console
 
+from common.cli import load, parser, run_stage
+from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.console import number_of, plain, rows_of, table_of
-from evaluate.verdicts import verdicts
-from pipeline import Settings
-from stage import load, parser, run_stage
+from evaluate.report.console import number_of, plain, rows_of, table_of
+from evaluate.report.verdicts import verdicts
 
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 

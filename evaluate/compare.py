@@ -9,23 +9,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
-from evaluate import figures, plots
-from evaluate.baselines import Baselines, fit_ridge
-from evaluate.console import number_of, plain, rows_of, table_of
+from common.cli import load, parser, run_stage
+from common.device import pick_device
+from common.errors import InputError
+from common.files import sha256, write_whole
+from common.progress import progress
+from common.settings import Settings
 from evaluate.files import write_json
-from evaluate.measure import Measurement
-from evaluate.redundancy import decoder_similarity
-from evaluate.report import FILTERS, PAGE
-from evaluate.rows import blocks
+from evaluate.metrics.baselines import Baselines, fit_ridge
+from evaluate.metrics.measure import Measurement
+from evaluate.metrics.redundancy import decoder_similarity
+from evaluate.metrics.rows import blocks
+from evaluate.report import figures, plots
+from evaluate.report.console import number_of, plain, rows_of, table_of
+from evaluate.report.report import FILTERS, PAGE
 from evaluate.run import prepare
 from evaluate.subject import read
-from pipeline import InputError, Settings
-from shards.device import pick_device
-from shards.files import sha256, write_whole
-from shards.progress import progress
-from stage import load, parser, run_stage
-from train import Transcoder
-from train.formats import fetched, weights_file
+from transcoder import Transcoder
+from transcoder.formats import fetched, weights_file
 
 COLUMNS = {
     "fvu": "FVU",

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline import ROOT, InputError
-from shards.files import write_whole
+from common.errors import InputError
+from common.files import write_whole
+from common.settings import ROOT
 
 MEASURING = [f"train/{name}.py" for name in ("convention", "entries", "frequent", "topk", "transcoder")]
 """Modules outside of this package that decide what is measured."""

@@ -6,12 +6,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from common.errors import InputError
+from common.files import sha256
+from common.settings import Settings, validated
 from evaluate.files import finished
-from pipeline import InputError, Settings, validated
 from shards import Store
-from shards.files import sha256
 from train.record import identity
-from train.weights import FILE_NAME, read_metadata
+from transcoder.weights import FILE_NAME, read_metadata
 
 MAY_DIFFER = {"transcoder.group_sizes", "train.log_every", "train.heldout_every", "train.sample_every"}
 """Settings that a run without nesting need not have in common with the one that it is a baseline for."""

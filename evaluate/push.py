@@ -13,13 +13,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common import hub
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.files import sha256
 from evaluate.files import finished
-from evaluate.report import FILTERS, PAGE
-from pipeline import InputError
-from shards import hub
-from shards.files import sha256
-from stage import load, parser, run_stage
-from train import Transcoder, weights
+from evaluate.report.report import FILTERS, PAGE
+from transcoder import Transcoder, weights
 
 
 def push(run_dir: Path, address: str) -> None:

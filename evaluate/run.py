@@ -5,27 +5,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.device import pick_device
+from common.errors import InputError
+from common.files import locked, remove_asides, sha256
+from common.progress import progress
+from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.baselines import fit_ridge
-from evaluate.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
-from evaluate.figures import draw
 from evaluate.files import code_sha256, finished, read_lines, write_json
-from evaluate.language import measure_language
-from evaluate.measure import Select, training_selection
+from evaluate.metrics.baselines import fit_ridge
+from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
+from evaluate.metrics.language import measure_language
+from evaluate.metrics.measure import Select, training_selection
+from evaluate.metrics.passes import first_pass, second_pass
+from evaluate.metrics.redundancy import decoder_similarity
+from evaluate.metrics.tokens import TokenText
 from evaluate.nesting import one_group
-from evaluate.page_data import page_data
-from evaluate.passes import first_pass, second_pass
-from evaluate.redundancy import decoder_similarity
-from evaluate.report import write_report
+from evaluate.report.figures import draw
+from evaluate.report.page_data import page_data
+from evaluate.report.report import write_report
 from evaluate.subject import read
-from evaluate.tokens import TokenText
-from pipeline import InputError, Settings
 from shards import Store
-from shards.device import pick_device
-from shards.files import locked, remove_asides, sha256
-from shards.progress import progress
-from train import Transcoder
-from train.weights import read_metadata, save_tensors
+from transcoder import Transcoder
+from transcoder.weights import read_metadata, save_tensors
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline import InputError
+from common.errors import InputError
 from shards import Store
-from train import Transcoder
-from train.convention import convert
+from transcoder import Transcoder
+from transcoder.gain import convert
 
 
 def read(path: str | Path, store: Store) -> Transcoder:

@@ -1,6 +1,6 @@
 """python -m harvest: run the language model once and write activation stores."""
 
-from stage import load, parser, run_stage
+from common.cli import load, parser, run_stage
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     if given.plan:
         plan_only(settings)
     else:
-        from shards.device import share_cores
+        from common.device import share_cores
 
         share_cores()
         harvest(settings, force=given.force)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.errors import InputError
 from harvest.lm import LanguageModel
-from pipeline import InputError
 from shards.layout import kept_mask
 from shards.manifest import Source
 from shards.reader import Contexts

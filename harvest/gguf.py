@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pipeline import ENVIRONMENT, ROOT, InputError, first_line
-from shards.files import locked, whole_folder
+from common.errors import ENVIRONMENT, InputError, first_line
+from common.files import locked, whole_folder
+from common.settings import ROOT
 
 CACHE = ROOT / ".cache"
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common.hooks import INPUT_HOOKS, Convention
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from common.device import pick_device
+from common.errors import ENVIRONMENT, InputError, first_line
+from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
-from pipeline import ENVIRONMENT, InputError, Model, first_line
-from shards.device import pick_device
-from shards.manifest import INPUT_HOOKS, Convention
 
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""

@@ -11,16 +11,17 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import InputError
+from common.files import sha256, write_whole
+from common.progress import progress
+from common.settings import Settings
 from harvest import lm, ranks
 from harvest.text import Special, documents, is_heldout, local_files, pack_splits
 from harvest.windows import run_windows
-from pipeline import InputError, Settings
 from shards.codecs import Compressor
-from shards.files import sha256, write_whole
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
-from shards.progress import progress
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from common.errors import InputError, first_line
+from common.settings import Data
 from harvest.embedded import text_files
-from pipeline import Data, InputError, first_line
 from shards.layout import kept_mask
 from shards.manifest import SPLITS
 

@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from common.progress import progress
+from common.settings import Harvest
 from harvest import ranks
 from harvest.activations import Kept, fill_window
 from harvest.lm import LanguageModel
-from pipeline import Harvest
 from shards.layout import windows
 from shards.manifest import SPLITS
-from shards.progress import progress
 from shards.writer import StoreWriter, WindowRows, stored_order
 
 Window = tuple[str, int, range]

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from pipeline import InputError, Paths
-from stage import load, parser, run_stage
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.settings import Paths
 
 
 def main() -> None:

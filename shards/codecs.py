@@ -9,7 +9,7 @@ import numcodecs
 import numcodecs.blosc
 from numcodecs import Blosc, Zstd
 
-from pipeline import InputError
+from common.errors import InputError
 
 # blosc-zstd with two threads gave 40 different outputs in 60 calls: a store's bytes must not depend on it.
 numcodecs.blosc.use_threads = False

@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline import InputError
-from shards.device import cores
+from common.device import cores
+from common.errors import InputError
 from shards.layout import CHUNK_ROWS
 from shards.order import chunk_groups
 from shards.reader import ChunkReader

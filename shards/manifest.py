@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline import InputError
+from common.errors import InputError
 from shards.storage import STORAGES
 
 FORMAT = "matryoshka-activations"

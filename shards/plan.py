@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.files import store_files
+from common.files import store_files
 from shards.layout import CHUNK_ROWS
 from shards.storage import STORAGES
 from shards.writer import StoreWriter

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import InputError
+from common.errors import InputError
 from shards.codecs import crc32c
 from shards.layout import FILE_CHUNKS, Array
 from shards.remote import Files, LocalFiles

@@ -1,6 +1,6 @@
 """Stores at s3://, gs://, https:// and hf:// addresses, read through a local cache directory; and uploading one.
 
-hf:// is shards/hub.py's. Credentials and endpoints of the others come from the environment, by the names obstore
+hf:// is common/hub.py's. Credentials and endpoints of the others come from the environment, by the names obstore
 documents (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...).
 """
 
@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import InputError, Paths, first_line
-from shards import hub
-from shards.files import inside, read_commit, write_whole
+from common import hub
+from common.errors import InputError, first_line
+from common.files import inside, read_commit, write_whole
+from common.progress import progress
+from common.settings import Paths
 from shards.layout import COMMIT
-from shards.progress import progress
 
 SCHEMES = ("s3://", "gs://", "https://", "http://", hub.SCHEME)
 CACHE = Paths().cache

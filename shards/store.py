@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from pipeline import InputError, Settings
-from shards.files import read_commit, sha256
+from common.errors import InputError
+from common.files import read_commit, sha256
+from common.settings import Settings
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import SPLITS, Manifest, read_manifest

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import InputError
-from shards.device import cores
-from shards.files import read_commit, sha256, store_files
+from common.device import cores
+from common.errors import InputError
+from common.files import read_commit, sha256, store_files
+from common.progress import progress
 from shards.layout import FILE_CHUNKS, Array, split_arrays
 from shards.manifest import SPLITS, read_manifest
-from shards.progress import progress
 from shards.reader import DamagedChunkError, MappedArray
 from shards.remote import Files, LocalFiles
 from shards.writer import StoreWriter

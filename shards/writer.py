@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import InputError
+from common.errors import InputError
+from common.files import commit_text, locked, read_commit, remove_asides, sha256, store_files, write_whole
 from shards.encode import encode_rows, encode_shard, reduce_moments
-from shards.files import commit_text, locked, read_commit, remove_asides, sha256, store_files, write_whole
 from shards.layout import (
     COMMIT,
     FILE_CHUNKS,

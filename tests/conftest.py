@@ -7,8 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from pipeline import ROOT, Settings
-from stage import load, parser
+from common.cli import load, parser
+from common.settings import ROOT, Settings
 from tests.hub import TOKEN, Hub, Run, running
 from tests.models import FAMILIES, save_model, save_wide_gemma, sentences, write_jsonl
 

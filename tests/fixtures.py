@@ -6,9 +6,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from common.files import write_whole
 from shards import Store
 from shards.codecs import Compressor
-from shards.files import write_whole
 from shards.layout import windows
 from shards.manifest import SPLITS, Source
 from shards.writer import ContextWriter, StoreWriter, Text, WindowRows, stored_order

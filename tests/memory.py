@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline import ROOT
+from common.settings import ROOT
 
 LOAD = """
 import sys
@@ -18,7 +18,7 @@ print(max(resident("RssAnon") for _ in store.train.loader(1024)) - before)
 
 EVALUATE = """
 import sys, threading
-from stage import load, parser
+from common.cli import load, parser
 from evaluate.run import evaluate
 from tests.memory import resident
 

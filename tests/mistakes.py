@@ -19,12 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import stage
-from shards.files import commit_text, sha256, store_files
-from stage import run_stage
+from common import cli
+from common.cli import run_stage
+from common.files import commit_text, sha256, store_files
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
-from train import weights
+from transcoder import weights
 
 MODEL = Path("models/tiny-llama")
 STORE = Path("activations/tiny-llama/layer_1.zarr")
@@ -69,7 +69,7 @@ def call(module: str, *arguments: str) -> int:
     main = importlib.import_module(f"{module}.__main__" if "." not in module else module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
-        patch.setattr(stage, "PIPELINE_TOML", Path("pipeline.toml"))
+        patch.setattr(cli, "PIPELINE_TOML", Path("pipeline.toml"))
         with pytest.raises(SystemExit) as stopped:
             run_stage(main)
     assert isinstance(stopped.value.code, int)

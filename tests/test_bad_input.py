@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline import ROOT
+from common.settings import ROOT
 from shards import Store
 from tests.mistakes import ENVIRONMENTS, MISTAKES, call, make_right
 
@@ -139,8 +139,8 @@ def test_names_with_spaces(here: Path) -> None:
     assert call("evaluate", *options, "--cross-entropy-tokens", "64") == 0
     run = Path("my runs/transcoder/bob's tiny llama/layer_0/a")
     assert json.loads((run / "evaluation/metrics.json").read_text())["cross_entropy"]["skipped"] is None
-    assert call("train.samples", *options) == 0
-    assert call("train.export", *options, "--format", "saelens") == 0
+    assert call("train.samples_page", *options) == 0
+    assert call("transcoder.export", *options, "--format", "saelens") == 0
     assert call("evaluate.compare", *options, "--with", str(run / "export/saelens")) == 0
 
 

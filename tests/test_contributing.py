@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ROOT
+from common.settings import ROOT
 
 PACKAGES = ("harvest", "shards", "train", "evaluate", "tests")
 
@@ -28,7 +28,7 @@ assert 0 < store.manifest.splits["train"].inputs.quantisation_fvu < 1e-6
 """
 METRIC = """
 import torch
-from evaluate.measure import measure
+from evaluate.metrics.measure import measure
 from tests.evaluate.fakes import random_coder, random_rows
 
 coder, rows = random_coder(5, 6, (3, 9)), random_rows(40, 5, 6)
@@ -38,7 +38,7 @@ for g, prefix in enumerate(found):
     assert abs(prefix["largest_squared_error"] - float(error.max())) < 1e-4 * float(error.max())
 """
 EXPORTER = """
-from train.export import FORMATS
+from transcoder.export import FORMATS
 
 assert "arrays" in FORMATS
 """
@@ -48,7 +48,7 @@ TESTS = {
         "tests/shards/test_store.py",
         "tests/test_settings.py",
     ],
-    "A metric": ["tests/evaluate/test_reconstruction.py", "tests/evaluate/test_measure.py"],
+    "A metric": ["tests/evaluate/metrics/test_reconstruction.py", "tests/evaluate/metrics/test_measure.py"],
     "An exporter": ["tests/train/test_arrays.py"],
 }
 """What a change is most likely to break, by heading."""
@@ -79,7 +79,7 @@ def test_an_addition_is_what_contributing_shows(section: str, proof: str, tmp_pa
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
-    for file in ("pipeline.py", "stage.py", "pipeline.toml", "pyproject.toml"):
+    for file in ("common/settings.py", "common/cli.py", "pipeline.toml", "pyproject.toml"):
         shutil.copy(ROOT / file, tmp_path)
     applied(section, tmp_path)
     scratch = tmp_path / "scratch"

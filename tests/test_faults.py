@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ROOT
+from common.settings import ROOT
 
 TABLE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TABLE)))
@@ -32,7 +32,7 @@ def test_a_named_test_exists(file: str, name: str) -> None:
 
 def test_nothing_asks_what_time_it_is() -> None:
     """time.perf_counter measures spans and cannot go back; file dates only order a cache and mark conversions."""
-    for package in ("pipeline.py", "stage.py", "harvest", "shards", "train", "evaluate"):
+    for package in ("common/settings.py", "common/cli.py", "harvest", "shards", "train", "evaluate"):
         path = ROOT / package
         for file in [path] if path.is_file() else path.rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):

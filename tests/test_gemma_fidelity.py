@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from common.errors import InputError
+from common.settings import Settings
 from evaluate.subject import read
 from harvest.run import harvest
-from pipeline import InputError, Settings
 from shards import Store
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, save_wide_gemma, sentences, write_jsonl
-from train import Transcoder, loop
-from train.convention import convert
-from train.export import export
-from train.formats import gemma_scope
+from train import loop
+from transcoder import Transcoder
+from transcoder.export import export
+from transcoder.formats import gemma_scope
+from transcoder.gain import convert
 
 WHOLE, WITH_ZERO = 0, 1
 """Layers: all gains differ from zero; one gain is exactly zero, as in the real Gemma-2."""

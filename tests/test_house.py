@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ROOT
+from common.settings import ROOT
 
 FILE_LINES, FUNCTION_LINES = 500, 60
 LONGER = {
-    "evaluate/figures.py:all_plots": "the list of all plots, one entry after the other",
+    "evaluate/report/figures.py:all_plots": "the list of all plots, one entry after the other",
 }
 """What is longer, and why."""
 FILES = sorted(
@@ -72,7 +72,7 @@ def test_every_document_is_reached_from_the_readme_or_the_log() -> None:
     ).stdout.split()
     texts = {name: (ROOT / name).read_text() for name in tracked or ["README.md"]}
     for name in texts:
-        if name == "README.md" or name.startswith("evaluate/page"):
+        if name == "README.md" or name.startswith("evaluate/report/page"):
             continue
         linked = any(Path(name).name in text for other, text in texts.items() if other != name)
         assert linked, f"{name}: nothing links to it"

@@ -9,13 +9,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from evaluate import plots
-from pipeline import ROOT
+from common.settings import ROOT
+from evaluate.report import plots
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import sparse_rows, tiny_settings
-from train import Transcoder
 from train.loop import train
+from transcoder import Transcoder
 
 
 @pytest.fixture(scope="module")

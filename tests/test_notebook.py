@@ -11,9 +11,9 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell
 
 from bench.expected import disk, recipes, table
+from common.cli import load, parser
+from common.settings import ROOT, SECTIONS
 from docs.notebook import GUIDE, NOTEBOOK, notebook_of
-from pipeline import ROOT, SECTIONS
-from stage import load, parser
 
 TEXT = GUIDE.read_text(encoding="utf-8")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import ROOT, SECTIONS
-from stage import load, parser
+from common.cli import load, parser
+from common.settings import ROOT, SECTIONS
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
 

@@ -8,9 +8,10 @@ import pytest
 import evaluate.__main__
 import harvest.__main__
 import train.__main__
-from pipeline import InputError
-from stage import load, parser
-from train import export, samples
+from common.cli import load, parser
+from common.errors import InputError
+from train import samples_page
+from transcoder import export
 
 SECRETS = {"HF_TOKEN": "hf_" + "q7Zp" * 9, "WANDB_API_KEY": "5ec4e7" * 7}
 SAID = "said-in-the-settings"
@@ -51,7 +52,7 @@ def test_no_file_and_no_line_holds_a_secret(
         (train.__main__.main, small),
         (evaluate.__main__.main, ["--cross-entropy-tokens", "64"]),
         (export.main, ["--format", "saelens"]),
-        (samples.main, []),
+        (samples_page.main, []),
     ):
         monkeypatch.setattr("sys.argv", ["x", *shared, *options])
         main()

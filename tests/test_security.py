@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from zarr import create_array
 
+from common import hub
+from common.cli import load, parser
+from common.errors import InputError
+from common.files import commit_text, inside, read_commit
+from common.settings import ROOT
 from docs import licences
-from pipeline import ROOT, InputError
-from shards import Store, hub, remote
-from shards.files import commit_text, inside, read_commit
+from shards import Store, remote
 from shards.reader import open_array
 from shards.remote import LocalFiles
 from shards.verify import verify
-from stage import load, parser
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
-from train import checkpoint, export
-from train.formats import gemma_scope
+from train import checkpoint
+from transcoder import export
+from transcoder.formats import gemma_scope
 
 # -- code that runs what it reads ----------------------------------------------------------------------
 

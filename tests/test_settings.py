@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import SECTIONS, InputError, Settings
+from common.cli import PIPELINE_TOML, load, parser
+from common.errors import InputError
+from common.settings import SECTIONS, Settings
 from shards.storage import STORAGES
-from stage import PIPELINE_TOML, load, parser
 
 ROOT = Path(__file__).parent.parent
 STORED = " or ".join(", ".join(map(repr, STORAGES)).rsplit(", ", 1))
@@ -179,7 +180,9 @@ def test_every_setting_is_read_somewhere() -> None:
     files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
     found = set().union(*(reads(ast.parse(path.read_text())) for path in files))
     classes = [
-        node for node in ast.parse((ROOT / "pipeline.py").read_text()).body if isinstance(node, ast.ClassDef)
+        node
+        for node in ast.parse((ROOT / "common/settings.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
     ]
     for node in classes:
         found |= {(node.name.lower() if owner == "self" else owner, key) for owner, key in reads(node)}

@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from train.transcoder import Transcoder
+    from transcoder.transcoder import Transcoder
 
 __all__ = ["Transcoder"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """`Transcoder`, when it is first asked for: importing torch takes 2 s, --help and a typo need not wait for it."""
     if name != "Transcoder":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from train.transcoder import Transcoder
+    from transcoder.transcoder import Transcoder
 
     return Transcoder

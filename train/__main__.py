@@ -1,6 +1,6 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
-from stage import load, parser, run_stage
+from common.cli import load, parser, run_stage
 
 
 def main() -> None:
@@ -9,15 +9,15 @@ def main() -> None:
 
     from train import record
     from train.finish import summary
-    from train.weights import read_metadata
+    from transcoder.weights import read_metadata
 
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
     done = record.finished(run_dir, settings)
     if done:
         print(f"already trained on {done['training']['rows']:,} rows, nothing to do")
     else:
+        from common.device import share_cores
         from shards import Store
-        from shards.device import share_cores
         from train.loop import train
 
         share_cores()

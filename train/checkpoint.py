@@ -14,10 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline import InputError, first_line
-from shards.files import inside, whole_folder, write_whole
+from common.errors import InputError, first_line
+from common.files import inside, whole_folder, write_whole
 from train.state import State
-from train.weights import save_tensors
+from transcoder.weights import save_tensors
 
 VERSION = 2
 """2: parameters live in the space of `Scaling.of`. 1, before 2026-11-25, had one scale of the rows with their mean."""

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import Settings
+from common.settings import Settings
 from shards import Store
-from train import record, samples
-from train.frequent import frequent_level
+from train import record, samples_page
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.recipe import Recipe
 from train.state import State
-from train.transcoder import Transcoder
+from transcoder.frequent import frequent_level
+from transcoder.transcoder import Transcoder
 
 
 def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
@@ -43,7 +43,9 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "git_commit": record.git_commit(),
     }
     if state.samples is not None:
-        samples.write(settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scaling.scale_out)
+        samples_page.write(
+            settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scaling.scale_out
+        )
     Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
 
 

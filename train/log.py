@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from pipeline import InputError, Settings, Wandb
-from shards.progress import progress
+from common.errors import InputError
+from common.progress import progress
+from common.settings import Settings, Wandb
 
 
 def check(wandb: Wandb) -> None:

@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pipeline import InputError, Settings
+from common.device import pick_device
+from common.errors import InputError
+from common.files import locked, remove_asides
+from common.processes import ALONE, Peers, joined, world
+from common.settings import Settings
 from shards import Batch, Store
-from shards.device import pick_device
-from shards.files import locked, remove_asides
 from train import checkpoint, log, memory, record
-from train.dense import DenseStep
-from train.entries import Entries
 from train.finish import finish, heldout_rows, raw_transcoder
-from train.gradients import Gradients
 from train.log import Log
-from train.losses import Objective, StepValues, revival
 from train.measure import PROBE_ROWS, measure, training_cut
-from train.optimizer import apply
-from train.peers import ALONE, Peers, joined, world
 from train.recipe import Recipe, initial
-from train.sparse import Buffers, SparseStep
 from train.state import State
-from train.transcoder import Parameters, Transcoder
-from train.weights import FILE_NAME
+from train.step.dense import DenseStep
+from train.step.gradients import Gradients
+from train.step.losses import Objective, StepValues, revival
+from train.step.optimizer import apply
+from train.step.sparse import Buffers, SparseStep
+from transcoder.entries import Entries
+from transcoder.transcoder import Parameters, Transcoder
+from transcoder.weights import FILE_NAME
 
 Step = Callable[[Parameters, Tensor, Tensor, Tensor], tuple[StepValues, Gradients]]
 

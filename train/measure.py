@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.entries import decode, entries_above
-from train.frequent import FREQUENT
-from train.topk import kth_largest, select_batch
-from train.transcoder import Transcoder
+from transcoder.entries import decode, entries_above
+from transcoder.frequent import FREQUENT
+from transcoder.selection import kth_largest, select_batch
+from transcoder.transcoder import Transcoder
 
 CALIBRATION_ROWS = 65_536
 MEASURED_ROWS = 65_536

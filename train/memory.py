@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline import InputError
-from train.latents import PER_LATENT
-from train.losses import Objective
+from common.errors import InputError
+from train.activation_samples import PER_LATENT
+from train.step.losses import Objective
 
 GIB = 2**30
 PROGRAM = GIB // 2

@@ -1,6 +1,6 @@
 """The space that training works in, made of the moments that every store's manifest holds.
 
-Shapes: B rows, D_in, D_out. Folding it into the weights, and out of them: `Parameters` in train/transcoder.py.
+Shapes: B rows, D_in, D_out. Folding it into the weights, and out of them: `Parameters` in transcoder/transcoder.py.
 """
 
 from dataclasses import dataclass

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from pipeline import InputError, Settings
-from pipeline import Train as TrainSettings
+from common.errors import InputError
+from common.settings import Settings
+from common.settings import Train as TrainSettings
 from shards import Store
-from train.convention import convert
-from train.losses import Objective, prefix_weights
 from train.normalisation import NORMALISATION, Scaling
-from train.schedule import learning_rate, peak_rate
-from train.transcoder import Parameters, Transcoder, initialise
+from train.step.losses import Objective, prefix_weights
+from train.step.schedule import learning_rate, peak_rate
+from transcoder.gain import convert
+from transcoder.transcoder import Parameters, Transcoder, initialise
 
 
 @dataclass(frozen=True)

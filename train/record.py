@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import ROOT, InputError, Settings, validated
-from shards.files import write_whole
-from train import weights
+from common.errors import InputError
+from common.files import write_whole
+from common.settings import ROOT, Settings, validated
+from transcoder import weights
 
 FILE_NAME = "settings.json"
 FREE = {"train.checkpoint_every"}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.latents import Samples
-from train.optimizer import Adam
-from train.transcoder import Parameters
+from train.activation_samples import Samples
+from train.step.optimizer import Adam
+from transcoder.transcoder import Parameters
 
 THRESHOLD_AVERAGE = 0.01
 """Weight of the newest cut in the moving average that is logged as the threshold."""

@@ -13,14 +13,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-import pipeline
-from pipeline import InputError, Settings
+from common import settings as pipeline
+from common.cli import load, parser, run_stage
+from common.device import share_cores
+from common.errors import InputError
+from common.files import write_whole
+from common.settings import Settings
 from shards import Store
-from shards.device import share_cores
-from shards.files import write_whole
-from stage import load, parser, run_stage
 from train import record
-from train.weights import read_metadata
+from transcoder.weights import read_metadata
 
 
 def combinations(settings: Settings, d_in: int) -> list[Settings]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from train import Transcoder
-from train.transcoder import Parameters
+from transcoder import Transcoder
+from transcoder.transcoder import Parameters
 
 
 @dataclass

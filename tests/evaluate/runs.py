@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import Settings
+from common.cli import load, parser
+from common.settings import Settings
 from shards import Store
-from stage import load, parser
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
-from train import Transcoder
+from transcoder import Transcoder
 
 D_IN, D_OUT, ENDS, K = 6, 5, (4, 10, 24), 4
 

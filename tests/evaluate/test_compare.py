@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import InputError
+from common.settings import ROOT
 from evaluate.compare import compare, distinct_names
-from evaluate.measure import measure
+from evaluate.metrics.measure import measure
 from evaluate.run import evaluate
 from evaluate.subject import read
-from pipeline import ROOT, InputError
 from shards import Store
 from tests.evaluate.runs import arguments, make_run, settings_of
-from train.export import export
+from transcoder.export import export
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_an_imported_transcoder_is_evaluated_like_a_run(root: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "train.imports",
+        "transcoder.import_",
         "--from",
         str(folder),
         *arguments(root),

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import run_stage
+from common.errors import InputError
+from common.files import locked
 from evaluate.run import evaluate, finished
-from pipeline import InputError
-from shards.files import locked
-from stage import run_stage
 from tests.disk import small_disk
 from tests.evaluate.runs import make_run, settings_of
 

@@ -6,11 +6,12 @@ import pytest
 from jinja2 import Environment
 
 import evaluate.run
+from common.settings import ROOT
 from evaluate import compare, push
-from pipeline import ROOT
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import make_run, settings_of
-from train import Transcoder, samples
+from train import samples_page
+from transcoder import Transcoder
 
 HOSTILE = (
     "</title><script>alert(1)</script><img src=https://e.x/a onerror=alert(1)>\n`|[x](javascript:alert(1))"
@@ -49,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "token": HOSTILE,
         "after": HOSTILE,
     }
-    rendered = samples.render([{"latent": 0, "group": 0, "samples": [sample]}])
+    rendered = samples_page.render([{"latent": 0, "group": 0, "samples": [sample]}])
     read = {
         name: (folder / name).read_text() for name in ("evaluation/report.html", "comparison/compare.html")
     }

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from common.files import sha256
+from common.settings import Settings
 from evaluate.nesting import one_group
 from evaluate.run import evaluate
-from pipeline import Settings
 from shards import Store
-from shards.files import sha256
 from tests.evaluate.runs import ENDS, make_run, settings_of, tiny_transcoder
-from train import Transcoder
+from transcoder import Transcoder
 
 ROWS = 1500
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import hub as address
 from evaluate.run import evaluate
-from shards import hub as address
 from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.hub import TOKEN, Hub, Run
-from train import Transcoder
+from transcoder import Transcoder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LOAD = """
 import sys
-from train import Transcoder
+from transcoder import Transcoder
 found = Transcoder.load(sys.argv[1])
 found.save(sys.argv[2])
 """
@@ -96,7 +96,7 @@ def test_what_the_hub_refuses_is_one_line(root: Path, hub: Hub, at_hub: Run) -> 
     line = one_line(at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root), token=None))
     assert "hf://me/one" in line
     assert hub.repos == {}
-    load = ("-m", "train.imports", *arguments(root, "--run", "other"), "--from")
+    load = ("-m", "transcoder.import_", *arguments(root, "--run", "other"), "--from")
     assert "no such repository, or no access" in one_line(at_hub(*load, "hf://me/absent"))
     hub.repos["models/me/one"] = {"notes.txt": b"nothing"}
     assert "nothing there; expected a file, or a directory with" in one_line(

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from evaluate.files import code_sha256
 from evaluate.run import evaluate as evaluate_with
-from pipeline import ROOT, InputError, Settings
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
-from train import Transcoder
+from transcoder import Transcoder
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
@@ -128,7 +129,7 @@ def test_the_page_and_the_gates_are_part_of_the_code(tmp_path: Path) -> None:
     for package in ("evaluate", "train"):
         shutil.copytree(ROOT / package, tmp_path / package)
     assert code_sha256(tmp_path) == code_sha256()
-    for name in ("evaluate/page/report.css", "train/entries.py"):
+    for name in ("evaluate/report/page/report.css", "transcoder/entries.py"):
         before, file = code_sha256(tmp_path), tmp_path / name
         file.write_text(file.read_text() + "\n")
         assert code_sha256(tmp_path) != before

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from common.files import read_commit
+from common.settings import Settings
 from harvest.run import harvest
-from pipeline import Settings
-from shards.files import read_commit
 from shards.remote import LocalFiles
 from shards.verify import verify
 from tests.disk import small_disk

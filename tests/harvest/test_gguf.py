@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.errors import InputError
+from common.settings import Model, Settings
 from harvest import embedded, lm
 from harvest import gguf as ours
 from harvest.run import harvest
-from pipeline import InputError, Model, Settings
 from shards import Store
 from tests.models import save_model
 

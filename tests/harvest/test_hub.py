@@ -72,7 +72,7 @@ REFUSED = [
 EACH = """
 import json, sys
 from harvest.__main__ import main
-from stage import run_stage
+from common.cli import run_stage
 for words in json.loads(sys.argv.pop()):
     sys.argv[1:] = words
     try:

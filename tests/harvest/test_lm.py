@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from common.device import pick_device
+from common.errors import InputError
+from common.settings import Model
 from harvest import lm
-from pipeline import InputError, Model
-from shards.device import pick_device
 from tests.models import by_hugging_face
 
 

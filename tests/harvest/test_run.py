@@ -16,10 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import harvest.run as run
+from common.errors import InputError
+from common.files import read_commit
+from common.settings import Settings
 from harvest.run import harvest
-from pipeline import InputError, Settings
 from shards import Store
-from shards.files import read_commit
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import InputError
+from common.settings import Data
 from harvest.lm import load_tokenizer
 from harvest.text import Packed, Packer, Special, documents, is_heldout, pack_splits
-from pipeline import Data, InputError
 from shards.layout import kept_mask
 from tests.models import save_tokenizer, sentences, write_jsonl
 

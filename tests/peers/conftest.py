@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.cli import load, parser
+from common.errors import InputError
+from common.settings import ROOT, Model, Settings
 from harvest import embedded, lm
 from harvest.run import harvest
-from pipeline import ROOT, InputError, Model, Settings
 from shards import Store
-from stage import load, parser
-from train import Transcoder, loop
+from train import loop
+from transcoder import Transcoder
 
 TOOLS = Path(__file__).parent / "tools.py"
 LAYERS = (0, 1)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from evaluate.splice import splice
+from common.settings import Settings
+from evaluate.metrics.splice import splice
 from harvest import lm
-from pipeline import Settings
 from shards import Store
 from shards.layout import kept_mask
 from tests.evaluate.fakes import random_coder
@@ -25,10 +25,10 @@ from tests.peers.conftest import (
     language_model,
     tokens,
 )
-from tests.train.test_formats import layers as named_layers
-from train import Transcoder
-from train.export import export, export_set, exported
-from train.formats import circuit_tracer
+from tests.transcoder.test_formats import layers as named_layers
+from transcoder import Transcoder
+from transcoder.export import export, export_set, exported
+from transcoder.formats import circuit_tracer
 
 pytestmark = pytest.mark.peers
 Runs = dict[str, Settings]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import load, parser
+from common.settings import ROOT, Settings
 from evaluate.run import evaluate
-from pipeline import ROOT, Settings
-from stage import load, parser
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.fixtures import make_store
 from tests.hub import TOKEN, running
-from train.formats import gemma_scope
+from transcoder.formats import gemma_scope
 
 pytestmark = pytest.mark.peers
 D, LAYERS, ENDS = 576, range(30), (16, 64)

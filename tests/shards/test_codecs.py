@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline import InputError
+from common.errors import InputError
 from shards.codecs import Compressor, crc32c
 
 

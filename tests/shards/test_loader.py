@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import InputError
+from common.errors import InputError
 from shards import Batch, Store
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from tests.fixtures import make_store

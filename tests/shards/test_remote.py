@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import InputError
+from common.errors import InputError
+from common.files import read_commit
 from shards import Store
-from shards.files import read_commit
 from shards.layout import SHARD_ROWS
 from shards.remote import files_of, upload
 from shards.verify import verify

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline import Harvest, InputError
+from common.errors import InputError
+from common.settings import Harvest
 from shards.storage import STORAGES, from_bfloat16, quantise, to_bfloat16
 from tests.fixtures import make_store
 

@@ -13,9 +13,9 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import InputError
+from common.errors import InputError
+from common.files import commit_text, read_commit, sha256
 from shards import Store
-from shards.files import commit_text, read_commit, sha256
 from shards.layout import SHARD_ROWS
 from shards.reader import MappedArray, ZarrArray, open_array, read_lines
 from shards.remote import LocalFiles

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import InputError
+from common.files import read_commit
 from harvest.run import harvest
-from pipeline import InputError
 from shards import Store
-from shards.files import read_commit
 from shards.layout import SHARD_ROWS
 from shards.remote import LocalFiles
 from shards.verify import repair, verify

@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("train", "beartype.beartype")
 
-from pipeline import Settings  # noqa: E402
+from common.settings import Settings  # noqa: E402
 from shards import Store  # noqa: E402
 from tests.fixtures import make_store  # noqa: E402
 from tests.train.runs import sparse_rows, tiny_settings  # noqa: E402

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import Settings
-from train import Transcoder
+from common.settings import Settings
+from transcoder import Transcoder
 
 D_IN, D_OUT, CAUSES = 12, 10, 48
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.losses import Objective
-from train.transcoder import Parameters
+from train.step.losses import Objective
+from transcoder.transcoder import Parameters
 
 
 class Problem(NamedTuple):

@@ -13,10 +13,11 @@ import pytest
 import tqdm.std
 
 import shards.reader
-from pipeline import ROOT, InputError, Settings
+from common.cli import run_stage
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from shards import Store
 from shards.loader import Loader
-from stage import run_stage
 from tests.disk import small_disk
 from tests.fixtures import make_store
 from tests.train.runs import sparse_rows
@@ -142,7 +143,7 @@ def test_a_store_that_vanishes_is_mapped_to_the_end(
 
 TRUNCATED = """
 import mmap, os, sys
-from stage import run_stage
+from common.cli import run_stage
 
 def stage() -> None:
     with open(sys.argv[1], "r+b") as file:

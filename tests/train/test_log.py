@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import Settings
+from common.settings import Settings
 from train.log import Log
 
 LINE = {"step": 1, "loss": 0.5, "fvu": None, "l0_norm": 3.0, "dead_features_percentage": 0.0}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.train.steps import problem
-from train.frequent import frequent_level
 from train.measure import calibrate, measure, training_cut
-from train.transcoder import Transcoder
+from transcoder.frequent import frequent_level
+from transcoder.transcoder import Transcoder
 
 
 def made(skip: bool = False) -> tuple[Transcoder, torch.Tensor, torch.Tensor]:

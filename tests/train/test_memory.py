@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from pipeline import ROOT, InputError
+from common.errors import InputError
+from common.settings import ROOT
 from train import memory
-from train.losses import Objective
+from train.step.losses import Objective
 
 OBJECTIVE = Objective((512, 4096, 16384), (1 / 3,) * 3, 32, "batch_topk", 0, 0.0)
 D, BATCH = 512, 512
@@ -17,10 +18,10 @@ D, BATCH = 512, 512
 STEPS = f"""
 import json, torch
 from tests.memory import resident
-from train.losses import Objective
-from train.optimizer import Adam, apply
-from train.sparse import SparseStep
-from train.transcoder import initialise
+from train.step.losses import Objective
+from train.step.optimizer import Adam, apply
+from train.step.sparse import SparseStep
+from train.recipe import initialise
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 before = resident("VmHWM")
 objective = Objective((512, 4096, 16384), (1 / 3,) * 3, 32, "batch_topk", 0, 0.0)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import ROOT, InputError, Settings
+from common.errors import InputError
+from common.settings import ROOT, Settings
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import D_IN, command, sparse_rows, tensors
-from train import Transcoder, checkpoint, record
+from train import checkpoint, record
 from train.loop import RESTRAINT, Run, restrain, train, train_together
-from train.schedule import peak_rate
+from train.step.schedule import peak_rate
+from transcoder import Transcoder
 
 TIMING = ("rows_per_second", "data_wait_seconds")
 Make = Callable[..., Settings]

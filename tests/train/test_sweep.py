@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import InputError, Settings, Sweep
+from common.errors import InputError
+from common.settings import Settings, Sweep
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import command, sparse_rows, tensors, tiny_settings

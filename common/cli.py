@@ -1,0 +1,187 @@
+"""A stage's command line: from its arguments to the settings, and from what happened to the exit code."""
+
+import argparse
+import faulthandler
+import os
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from common.errors import ENVIRONMENT, InputError
+from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, validated
+
+PIPELINE_TOML = ROOT / "pipeline.toml"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; --help lists every option")
+
+
+def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
+    """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
+
+    Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
+    """
+    made = _Parser(prog=f"python -m {prog}", description=purpose, allow_abbrev=False)
+    made.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
+    made.add_argument("--profile", help="profile of pipeline.toml, for example demo")
+    made.add_argument("--run", help="name of the training run")
+    made.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
+    for name, section in SECTIONS.items():
+        group = made.add_argument_group(name)
+        for key, field in section.model_fields.items():
+            metavar = key.upper() + (",..." if str(field.annotation).startswith("tuple") else "")
+            help_text = f"{field.description} [{field.default}]".replace("%", "%%")
+            group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
+    return made
+
+
+def load(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
+) -> tuple[Settings, argparse.Namespace]:
+    """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
+
+    Also returns the parsed command line, for the options that are a stage's own.
+    Raises `InputError` with one line that names the key, the value and what is allowed.
+    """
+    given, unknown = made.parse_known_args(argv)
+    if unknown:
+        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help lists every option")
+    toml = toml or PIPELINE_TOML
+    asked = _sections_of(given)
+    file = _read_toml(toml)
+    profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
+    recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
+    if stray := sorted(file.keys() & {"run", "harvest_name"}):
+        raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
+    profile = profiles.get(given.profile, {}) if given.profile else {}
+    if given.profile and given.profile not in profiles:
+        known = ", ".join(profiles) or "none"
+        raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
+    merged = _merge(file, profile)
+    layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
+    if len(layers) == 1 and isinstance(model := _merge(merged, asked).get("model", {}), dict):
+        recipe = recipes.get(model.get("name", Model().name), {})
+        merged = _merge(merged, recipe.get(str(layers[0]), {}))
+    top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
+    base = validated(_merge(merged, top), toml.name)
+    settings = validated(_merge(_merge(merged, top), asked), "command line")
+    run = _name("run", given.run) or _run_name(base, settings)
+    return settings.model_copy(update={"run": run}), given
+
+
+def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
+    """What to say of an argument that no option takes, with the option that may have been meant."""
+    if not argument.startswith("-"):
+        return f"{argument!r} is no option; settings are given as --section.key value"
+    option = argument.partition("=")[0]
+    return f"unknown option {option}{nearest(option, list(made._option_string_actions))}"
+
+
+def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The --section.key options that were given, nested; comma-separated lists are split."""
+    asked: dict[str, dict[str, Any]] = {}
+    for option, text in vars(given).items():
+        section, _, key = option.partition(".")
+        if text is None or not key:
+            continue
+        is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
+        value = [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
+        asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
+    return asked
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from error
+
+
+def _tables(file: dict[str, Any], key: str, example: str, source: str) -> dict[str, Any]:
+    """Take the tables [key.NAME.SECTION] out of a read file; a recipe's name has a layer below it."""
+    tables = file.pop(key, {})
+    levels = [tables]
+    for _ in range(example.count(".")):
+        if wrong := [level for level in levels if not isinstance(level, dict)]:
+            raise InputError(f"{source}: {key}: expected tables like {example}, found {wrong[0]!r}")
+        levels = [each for level in levels for each in level.values()]
+    return tables
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`low` overlaid with `high`, section by section."""
+    both = dict(low)
+    for key, value in high.items():
+        old = both.get(key)
+        both[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _layers(text: Any) -> tuple[int, ...]:
+    parts = text.replace(",", " ").split() if isinstance(text, str) else text
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
+        raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _name(what: str, text: str | None) -> str | None:
+    """A run's or harvest's name: becomes a directory, so it must not leave its parent."""
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", text):
+        raise InputError(f"{what}: {text!r} is not a name; use letters, digits and . _ + = - (at most 100)")
+    return text or None
+
+
+def _run_name(base: Settings, settings: Settings) -> str:
+    """Profile (or "default"), then every training setting that the command line changed."""
+    return "-".join([settings.profile or "default", *changes(base, settings)])[:100]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End the stage; at once where it is importing: PyTorch swallows an exception while it imports numpy, and would
+    go on with half of it (a training ended so, at its last step).
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print("interrupted: the same command continues", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def run_stage(stage: Callable[[], None]) -> NoReturn:
+    """Run a stage's main function and leave with the exit code of the interface."""
+    # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
+    try:
+        stage()
+        print(end="", flush=True)  # at Python's end, a reader that has left means exit code 120
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:  # `| head` has what it wanted; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; mend that, and the same command continues", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "the same command continues"
+        print(f"interrupted: {hint}", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -1,0 +1,76 @@
+"""What the process may compute with: one answer for every stage."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+
+LOOK = 0.5
+"""Seconds over which other programs are watched."""
+STAT = Path("/proc/stat")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `model.device`; raises `InputError` when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"model.device: expected auto, cpu, cuda or cuda:N, found {name!r}")
+    device, there = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        gpus = f"{there} GPU(s)" if there else "no GPU"
+        raise InputError(f"model.device: {name} asked for, but PyTorch finds {gpus}; use --model.device cpu")
+    return device
+
+
+def cores() -> int:
+    """Processors that this process may use: fewer than the machine's where it is pinned or in a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_cores() -> None:
+    """Leave PyTorch one thread less for each core that other programs keep busy now, at least one, and say so.
+
+    PyTorch's threads wait for each other spinning: beside one busy process two of them train at less than the speed of
+    one (bench/shared.py). OMP_NUM_THREADS has precedence; torchrun sets it. Linux only.
+    """
+    if "OMP_NUM_THREADS" in os.environ or not STAT.exists():
+        return
+    mine = os.sched_getaffinity(0)
+    before = busy_ticks(STAT.read_text(), mine)
+    time.sleep(LOOK)
+    after = busy_ticks(STAT.read_text(), mine)
+    taken = (after - before) / (LOOK * os.sysconf("SC_CLK_TCK"))
+    threads = threads_beside(taken, len(mine))
+    if threads < len(mine):
+        torch.set_num_threads(threads)
+        print(
+            f"threads: {threads} of {len(mine)}, as other programs keep {taken:.1f} cores busy; "
+            f"OMP_NUM_THREADS={len(mine)} takes all",
+            file=sys.stderr,
+        )
+
+
+def busy_ticks(stat: str, cores: set[int]) -> int:
+    """Clock ticks that these cores have spent working, from the text of /proc/stat."""
+    total = 0
+    for line in stat.splitlines():
+        name, _, numbers = line.partition(" ")
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, numbers.split())
+            total += user + nice + system + irq + softirq
+    return total
+
+
+def threads_beside(taken: float, cores: int) -> int:
+    """Threads for a stage where other programs keep `taken` of its `cores` busy; half a core counts as one."""
+    return max(1, cores - int(taken + 0.5))

@@ -1,0 +1,195 @@
+"""Files that appear whole or not at all, the digests that prove it, and the lock of who writes them."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import InputError
+from shards.layout import COMMIT, WORK
+
+
+def write_whole(path: Path, data: bytes) -> str:
+    """Write aside, flush to disk, rename. Returns the sha256 of `data`; a kill leaves the old file or none."""
+    with whole(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends without an error, and is gone after one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            yield file
+        publish(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # write() does not name its file
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `folder` when the block ends without an error, and is gone after one.
+
+    Of one process at a time: the caller holds the lock, or does not share the folder. A kill leaves the old folder,
+    the new one, or, between two renames, none; then the next call brings the old one back first.
+    """
+    aside, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    if old.is_dir() and not folder.exists():
+        old.replace(folder)
+    for left_over in (aside, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            flush(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.replace(old)
+    publish(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(aside: Path, path: Path) -> None:
+    """Flush the finished file or directory `aside` to disk and rename it to `path`."""
+    flush(aside)
+    aside.replace(path)
+    flush(path.parent)  # the rename itself survives a power cut
+
+
+def flush(path: Path) -> None:
+    """Have the file or directory on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_asides(*folders: Path) -> None:
+    """Remove what killed processes left half-written in these folders; the caller holds their lock."""
+    for folder in folders:
+        for path in folder.glob("*.tmp"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def locked(path: Path, refusal: str | None) -> Iterator[None]:
+    """Hold the lock file `path`, which is gone afterwards. The kernel frees a dead holder's lock.
+
+    When it is held, raises `InputError` with `refusal` and the holder's process number; without a refusal, waits.
+    A file system without locks is told on standard error and trusted.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(f"{refusal} (process {holder}); wait for it or stop it") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                    raise
+                print(f"{path}: cannot be locked here; start no second process on it", file=sys.stderr)
+            if not _still_named(path, file.fileno()):
+                continue  # the last holder has removed it after we had opened it
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _still_named(path: Path, descriptor: int) -> bool:
+    """Whether `path` is the file that was opened; it may go at any instant."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root` / `name`, which comes from a file that somebody else may have written.
+
+    Raises `InputError` where the name, or a symbolic link on its way, leads out of `root`.
+    """
+    if re.search(r"[\\\x00-\x1f\x7f]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise InputError(f"{root}: {name!r} is not the name of a file in it; do not use what came with it")
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"{path}: a link that leads out of {root}, to {path.resolve()}; copy it with links followed (cp -rL)"
+        )
+    return path
+
+
+def store_files(root: Path) -> list[str]:
+    """Every file of a store but the commit and the unfinished harvest's, in byte order of the path."""
+    paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    return sorted(
+        str(path) for path in paths if path.parts[0] not in (COMMIT, WORK) and path.suffix != ".tmp"
+    )
+
+
+def commit_text(digests: dict[str, str]) -> bytes:
+    """`files.sha256` for these {path: sha256}; the last line digests the lines above."""
+    lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
+    return lines + f"# {hashlib.sha256(lines).hexdigest()}\n".encode()
+
+
+def read_commit(root: Path) -> dict[str, str]:
+    """{path: sha256} of a complete store; raises `InputError` when it is unfinished or its list damaged."""
+    path = root / COMMIT
+    if not root.is_dir():
+        others = sorted(
+            str(path.relative_to(root.parent.parent)) for path in root.parent.parent.glob("*/*.zarr")
+        )
+        there = f"; there are {', '.join(others[:9])}: see --model.name, LAYER, HARVEST" if others else ""
+        raise InputError(f"{root}: no such store; make harvest writes it{there}")
+    if not path.is_file():
+        raise InputError(
+            f"{root}: unfinished harvest ({COMMIT} is missing); the same make harvest continues it"
+        )
+    data = path.read_bytes()
+    body, _, last = data.rstrip(b"\n").rpartition(b"\n")
+    lines = body + b"\n"
+    if last != f"# {hashlib.sha256(lines).hexdigest()}".encode():
+        raise InputError(
+            f"{path}: damaged: its last line does not digest the lines above; make verify tells more"
+        )
+    pairs = [
+        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in body.decode(errors="replace").split("\n")
+    ]
+    if not all(pairs):
+        raise InputError(f"{path}: damaged: expected lines of <sha256>  <path>")
+    digests = {pair[2]: pair[1] for pair in pairs if pair}
+    for name in digests:
+        inside(root, name)
+    return digests

@@ -1,0 +1,383 @@
+"""The settings of every stage, frozen and validated, and where the artifacts live. A leaf: imports nothing of ours.
+
+`pipeline.toml` overrides the defaults here; common/cli.py merges it with profile, recipe and command line.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name: str = "google/gemma-2-2b"
+    """Hugging Face name, a local directory, a .gguf file, or an embedded model (embedded/smollm2-135m)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); none: the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights and forward pass; auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Used by every stage."""
+
+
+class Data(Section):
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """Hugging Face dataset, or an embedded one (embedded/english); unused when data.files is given."""
+    name: str | None = "sample-10BT"
+    """Configuration (subset) of the dataset."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Hub revision of the dataset."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    files: tuple[str, ...] = ()
+    """Local .jsonl, .json, .parquet or .txt files, read in this order instead of data.dataset."""
+    pack: Literal["document", "concat"] = "document"
+    """document: contexts of one document, shorter ones and remainders left out; concat: documents joined."""
+
+
+class Harvest(Section):
+    rows: int = Field(default=15_000_000, gt=0)
+    """Train rows to harvest (one row is one token); held-out rows come on top."""
+    context_length: int = Field(default=1024, ge=2, le=65_535)
+    """Tokens per context, the beginning-of-sequence token included."""
+    batch_size: int = Field(default=16, gt=0)
+    """Contexts per forward pass."""
+    input: Literal["normalized", "mlp_in"] = "normalized"
+    """MLP input without (normalized) or with (mlp_in) the RMSNorm's gain."""
+    storage: Literal["int8", "bfloat16", "float32"] = "int8"
+    """How values are stored; int8 has row and column scales."""
+    compressor: str = "auto"
+    """zstd-N, blosc-zstd-N, blosc-lz4-N with -shuffle or -bitshuffle, or none; auto: the measured best."""
+    max_quantisation_fvu: float = Field(default=1e-3, gt=0)
+    """Harvest stops when storing costs a larger fraction of the variance than this."""
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the documents that training never sees."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the held-out split and the order of rows within a window."""
+
+    @property
+    def expected_rows(self) -> int:
+        """Train and held-out rows, as far as they are known before the text is read."""
+        return round(self.rows / (1 - self.heldout_fraction))
+
+
+def _whole(size: Any) -> Any:
+    return int(size) if isinstance(size, str) and re.fullmatch(r"\d+", size) else size
+
+
+Size = Annotated[int | str, BeforeValidator(_whole)]
+
+
+class Transcoder(Section):
+    d_sae: Size = "8x"
+    """Number of latents; "8x" means eight times d_in."""
+    group_sizes: tuple[Size, ...] = Field(default=("0.5x", "1x", "2x", "4.5x"), min_length=1)
+    """Latents per nesting level, coarsest first; they sum to d_sae."""
+    k: int = Field(default=96, gt=0)
+    """Mean number of active latents per row in training."""
+    selection: Literal["batch_topk", "topk"] = "batch_topk"
+    """k*B largest activations of the whole batch, or k largest of each row."""
+    skip: bool = False
+    """Add a learned linear map from input to output."""
+
+    @model_validator(mode="after")
+    def _groups_sum_to_d_sae(self) -> "Transcoder":
+        sizes = (self.d_sae, *self.group_sizes)
+        if len({type(size) for size in sizes}) == 1:
+            self.resolve(d_in=2**20)  # all plain or all multiples: checkable before d_in is known
+        else:
+            [_latents(size, 2**20) for size in sizes]
+        return self
+
+    def resolve(self, d_in: int) -> tuple[int, tuple[int, ...]]:
+        """(d_sae, group sizes) in latents for inputs of width `d_in`."""
+        (d_sae,), groups = latents((self.d_sae,), d_in), latents(self.group_sizes, d_in)
+        if sum(groups) != d_sae:
+            raise ValueError(
+                f"d_sae must be the sum of group_sizes: d_sae is {self.d_sae}, "
+                f"group_sizes {', '.join(map(str, self.group_sizes))} do not sum to it; give both"
+            )
+        if self.k > d_sae:
+            raise ValueError(f"k is {self.k}, but there are only {d_sae} latents; lower transcoder.k")
+        return d_sae, groups
+
+
+def latents(sizes: Sequence[int | str], d_in: int) -> tuple[int, ...]:
+    """Sizes as numbers of latents; multiples like "4.5x" are of `d_in`."""
+    return tuple(_latents(size, d_in) for size in sizes)
+
+
+def _latents(size: int | str, d_in: int) -> int:
+    if isinstance(size, int):
+        latents = float(size)
+    elif re.fullmatch(r"\d+(\.\d+)?x", size):
+        latents = float(size[:-1]) * d_in
+    else:
+        raise ValueError(f'size {size!r} is neither a whole number nor a multiple of d_in like "8x"')
+    if latents < 1 or latents != int(latents):
+        raise ValueError(f"size {size} of d_in {d_in} is {latents:g}, not a positive whole number of latents")
+    return int(latents)
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Rate = Annotated[float | None, BeforeValidator(_auto)]
+
+
+class Train(Section):
+    rows: int = Field(default=15_000_000, gt=0)
+    """Rows to train on; more than the store holds means several epochs."""
+    batch_size: int = Field(default=1024, gt=0)
+    """Rows per step."""
+    lr: Rate = Field(default=None, gt=0)
+    """Peak learning rate of Adam; auto: by the rule of train/step/schedule.py."""
+    min_lr: Rate = Field(default=None, ge=0)
+    """Learning rate at the end of the cosine decay; auto: a hundredth of the peak."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Steps of linear warm-up."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Inputs of the encoder product; weights, selection and sums are float32 always."""
+    seed: int = Field(default=0, ge=0)
+    """Initialises the weights."""
+    order_seed: int = Field(default=0, ge=0)
+    """Orders the rows."""
+    init_from: str | None = None
+    """Run directory whose weights this run starts from."""
+    aux_k: int = Field(default=512, ge=0)
+    """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
+    aux_coefficient: float = Field(default=0.125, ge=0)
+    """Weight of the auxiliary loss, relative to the residual's own size (see train/step/losses.py)."""
+    dead_after_rows: int = Field(default=16_000, gt=0)
+    """A latent that has not fired for so many rows is dead."""
+    density_limit: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the rows on which a latent may fire; its bias is lowered above nine tenths of it. None: no limit."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Gradient norm above which gradients are scaled down; none: never."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between resumable checkpoints."""
+    log_every: int = Field(default=50, gt=0)
+    """Steps between logged metrics."""
+    heldout_every: int = Field(default=500, gt=0)
+    """Steps between measurements of the held-out FVU."""
+    sample_every: int = Field(default=100, ge=0)
+    """Steps between collections of activation samples; 0: none."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Train":
+        if self.lr is not None:
+            self.rates(self.lr)  # else checkable only when the rule has given the peak
+        if self.rows < self.batch_size:
+            raise ValueError(f"rows {self.rows} are less than one batch of {self.batch_size}")
+        return self
+
+    def rates(self, auto: float) -> tuple[float, float]:
+        """(peak, final) learning rate, where `auto` is the peak if lr is left to the rule."""
+        lr = auto if self.lr is None else self.lr
+        min_lr = lr / 100 if self.min_lr is None else self.min_lr
+        if min_lr > lr:
+            raise ValueError(f"min_lr {min_lr:g} is above lr {lr:g}; lower train.min_lr")
+        return lr, min_lr
+
+
+def _groups(sizes: Any) -> Any:
+    """The command line's form of one dictionary's groups: 288/576/1152/2592."""
+    return sizes.split("/") if isinstance(sizes, str) else sizes
+
+
+class Sweep(Section):
+    """Lists of values; a sweep trains every combination in one pass over the store.
+
+    What decides the batches (rows, batch_size, order_seed, the harvest) is the same for all runs.
+    """
+
+    lr: tuple[float, ...] = ()
+    """Peak learning rates."""
+    warmup_steps: tuple[int, ...] = ()
+    """Lengths of the warm-up."""
+    seed: tuple[int, ...] = ()
+    """Seeds of the first weights."""
+    precision: tuple[str, ...] = ()
+    """Precisions of the encoder product."""
+    aux_k: tuple[int, ...] = ()
+    """Dead latents per row in the auxiliary loss."""
+    aux_coefficient: tuple[float, ...] = ()
+    """Weights of the auxiliary loss."""
+    dead_after_rows: tuple[int, ...] = ()
+    """Rows without firing after which a latent is dead."""
+    density_limit: tuple[float, ...] = ()
+    """Limits of the share of rows on which a latent fires."""
+    k: tuple[int, ...] = ()
+    """Active latents per row."""
+    d_sae: tuple[Size, ...] = ()
+    """Dictionary sizes; the groups grow in proportion."""
+    group_sizes: tuple[Annotated[tuple[Size, ...], BeforeValidator(_groups)], ...] = ()
+    """Nestings, 288/576/1152/2592 on the command line; d_sae is their sum."""
+    selection: tuple[str, ...] = ()
+    """batch_topk, topk."""
+    skip: tuple[bool, ...] = ()
+    """Without and with the linear map."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Sweep":
+        if self.d_sae and self.group_sizes:
+            raise ValueError("give d_sae or group_sizes, not both: each decides the other")
+        return self
+
+
+class Wandb(Section):
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    """offline writes below the run directory and never asks for a key."""
+    project: str = "matryoshka-transcoder"
+    """Project the runs are logged to."""
+
+
+class Evaluate(Section):
+    rows: int | None = Field(default=None, gt=0)
+    """Rows to evaluate; none: all of the split."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Split to evaluate; training never sees heldout."""
+
+
+class Paths(Section):
+    activations: str = "activations"
+    """Where stores live: a directory, or an s3://, gs://, https:// or hf:// address to read them from."""
+    checkpoints: Path = Path("checkpoints")
+    """Where runs live."""
+    cache: Path = ROOT / ".cache" / "stores"
+    """Where files of remote stores are kept while they are used."""
+    cache_bytes: int = Field(default=20_000_000_000, gt=0)
+    """Size of that cache; an epoch of a larger store downloads it again."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "Paths":
+        if re.match(r"\w+://[^/]*@", self.activations):
+            raise ValueError(
+                "an address is written beside every artifact; give user and password another way"
+            )
+        return self
+
+
+class Settings(BaseModel):
+    """Everything a stage needs to know; written beside every artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...] = Field(default=(), description="Layers asked for with --layer.")
+    profile: str | None = None
+    run: str = "default"
+    harvest_name: str | None = None
+    model: Model = Model()
+    data: Data = Data()
+    harvest: Harvest = Harvest()
+    transcoder: Transcoder = Transcoder()
+    train: Train = Train()
+    sweep: Sweep = Sweep()
+    wandb: Wandb = Wandb()
+    evaluate: Evaluate = Evaluate()
+    paths: Paths = Paths()
+
+    @property
+    def layer(self) -> int:
+        """The one layer of a stage that takes one."""
+        if len(self.layers) != 1:
+            asked = " ".join(map(str, self.layers)) or "none"
+            raise InputError(f"layer: expected one layer, found {asked}; give LAYER=17 (--layer 17)")
+        return self.layers[0]
+
+    @property
+    def model_slug(self) -> str:
+        """Directory name of the model: the last part of its name, lower-case, without .gguf."""
+        slug = Path(self.model.name).name.lower().removesuffix(".gguf")
+        if slug in ("", "..") or re.search(r"[\\\x00-\x1f\x7f]", slug):
+            raise InputError(
+                f"model.name: {self.model.name!r} does not end in a name for a directory; give its full path"
+            )
+        return slug
+
+    def store_path(self, layer: int) -> str:
+        """Directory or address of a layer's store."""
+        suffix = f"_{self.harvest_name}" if self.harvest_name else ""
+        return f"{self.paths.activations.rstrip('/')}/{self.model_slug}/layer_{layer}{suffix}.zarr"
+
+    def run_dir(self) -> Path:
+        """Directory of the run of one layer; raises `InputError` when several were asked for."""
+        return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def changes(base: Settings, settings: Settings) -> list[str]:
+    """Key and value, as parts of a name, of every training setting that differs from `base`."""
+    return [
+        f"{key}{_short(value)}"
+        for section in ("transcoder", "train")
+        for key, value in getattr(settings, section)
+        if value != getattr(getattr(base, section), key)
+    ]
+
+
+def _short(value: Any) -> str:
+    items = value if isinstance(value, tuple) else (value,)
+    return re.sub(
+        r"[^A-Za-z0-9._+=]", "_", "_".join(f"{x:g}" if isinstance(x, float) else str(x) for x in items)
+    )
+
+
+def validated(values: Any, source: str) -> Settings:
+    """Settings from plain values; raises `InputError` that names `source`, the first wrong key and what is allowed."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {first_mistake(error)}") from error
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first wrong key, what is allowed and what was found, in one line."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        known = SECTIONS[where[0]].model_fields if len(where) > 1 and where[0] in SECTIONS else SECTIONS
+        every = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+        return (
+            f"unknown setting {key}{nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
+        )
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = re.sub("^expected (?=greater|less)", "expected a number ", message)
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{key}: {message}{found}".removeprefix(": ")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
+    section, dot, word = name.rpartition(".")
+    near = [each for each in known if each.endswith(f".{word.lstrip('-')}")]
+    beside = [each for each in known if dot and each.startswith(section + dot)]
+    if not near and beside:  # by the last word alone: all names of a section are alike
+        words = [each.rpartition(".")[2] for each in beside]
+        near = [section + dot + each for each in difflib.get_close_matches(word, words, 1)]
+    elif not near:
+        near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

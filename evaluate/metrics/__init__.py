@@ -1,0 +1,1 @@
+"""What is measured of a transcoder. One file a metric."""

@@ -1,0 +1,103 @@
+"""What any transcoder must beat: the mean, and the best linear map from input to output.
+
+Shapes: N rows, D_in, D_out widths. Fitted on train rows, measured on the evaluated ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluate.metrics.reconstruction import Reconstruction
+from evaluate.metrics.rows import Split, blocks
+
+FIT_ROWS = 65_536
+PENALTIES = (1e-6, 1e-4, 1e-2, 1e-1)
+"""Ridge penalties tried, relative to the mean squared input."""
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """y_hat = mean_out + (x - mean_in) W."""
+
+    mean_in: Tensor
+    mean_out: Tensor
+    W: Tensor
+    """[D_in, D_out]"""
+    penalty: float
+    rows: int
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.addmm(self.mean_out, inputs - self.mean_in, self.W)
+
+
+def fit_ridge(split: Split, n_rows: int = FIT_ROWS) -> LinearMap:
+    """argmin_W sum ||y - mean(y) - (x - mean(x)) W||^2 + penalty * N * E[x_j^2] * ||W||^2.
+
+    Fitted on the first rows of `split`; the last fifth of them chooses the penalty and is not fitted.
+    """
+    n_rows = min(n_rows, len(split))
+    n_fit = max(1, n_rows - n_rows // 5)
+    mean_in, mean_out = _means(split, n_fit)
+    gram, cross = _products(split, n_fit, mean_in, mean_out)
+    scale = float(gram.diagonal().mean()) or 1.0
+    eye = torch.eye(len(gram), dtype=gram.dtype)
+    maps = [
+        LinearMap(
+            mean_in,
+            mean_out,
+            torch.linalg.solve(gram + penalty * scale * eye, cross).float(),
+            penalty,
+            n_fit,
+        )
+        for penalty in PENALTIES
+    ]
+    if n_fit == n_rows:
+        return maps[-1]
+    errors = torch.zeros(len(maps), dtype=torch.float64)
+    for start, stop in blocks(n_rows - n_fit):
+        x, y = split.rows(n_fit + start, n_fit + stop)
+        errors += torch.stack([(made(x) - y).double().square().sum() for made in maps])
+    return maps[int(errors.argmin())]
+
+
+def _means(split: Split, n_rows: int) -> tuple[Tensor, Tensor]:
+    sums: list[Tensor] = []
+    for start, stop in blocks(n_rows):
+        block = [values.double().sum(0) for values in split.rows(start, stop)]
+        sums = [old + new for old, new in zip(sums, block, strict=True)] if sums else block
+    return (sums[0] / n_rows).float(), (sums[1] / n_rows).float()
+
+
+def _products(split: Split, n_rows: int, mean_in: Tensor, mean_out: Tensor) -> tuple[Tensor, Tensor]:
+    """(x^T x [D_in, D_in], x^T y [D_in, D_out]) of centred rows: float32 products, float64 sums."""
+    gram = torch.zeros(len(mean_in), len(mean_in), dtype=torch.float64)
+    cross = torch.zeros(len(mean_in), len(mean_out), dtype=torch.float64)
+    for start, stop in blocks(n_rows):
+        x, y = split.rows(start, stop)
+        x, y = x - mean_in, y - mean_out
+        gram += x.T @ x
+        cross += x.T @ y
+    return gram, cross
+
+
+class Baselines:
+    """Errors of the mean of the train rows and of a linear map fitted on them."""
+
+    def __init__(self, linear: LinearMap) -> None:
+        width = len(linear.mean_out)
+        self.linear = linear
+        self.errors = {"mean": Reconstruction(width), "linear": Reconstruction(width)}
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]."""
+        self.errors["mean"].add(outputs, self.linear.mean_out.expand_as(outputs))
+        self.errors["linear"].add(outputs, self.linear(inputs))
+
+    def result(self, deviation: float) -> dict[str, Any]:
+        """`deviation`: sum ||y - mean(y)||^2 over the same rows."""
+        fitted = {"fit_rows": self.linear.rows}
+        made = {name: {**error.result(deviation), **fitted} for name, error in self.errors.items()}
+        made["linear"]["penalty"] = self.linear.penalty
+        return made

@@ -1,0 +1,162 @@
+"""Everything that is known of each latent: what the page's browser shows, and latents.safetensors keeps.
+
+Shapes: F latents, G prefixes, S samples, n neighbours or partners, H histogram bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluate.metrics.coactivation import Partners
+from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weights, top_tokens
+from evaluate.metrics.passes import First
+from evaluate.metrics.redundancy import Neighbours
+
+HISTOGRAM_BINS = 24
+N_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """[F] unless said otherwise; the full dictionary's threshold unless said otherwise."""
+
+    group: np.ndarray
+    """int, nesting level."""
+    density: np.ndarray
+    """[G, F] share of rows on which the latent fires under each prefix's threshold; 0 outside a prefix."""
+    firings: np.ndarray
+    largest: np.ndarray
+    mean: np.ndarray
+    """Over the rows on which it fires."""
+    energy: np.ndarray
+    """Share of the summed squared activations: what it writes, as decoder rows have unit norm."""
+    entropy: np.ndarray
+    """Bits, of the tokens it fires on; NaN for a dead one."""
+    top_share: np.ndarray
+    """Share of its activation that one token has; NaN for a dead one."""
+    tokens: np.ndarray
+    """[F, N_TOKENS] token ids with most of its activation, -1 where there are fewer."""
+    token_shares: np.ndarray
+    """[F, N_TOKENS]"""
+    histogram: np.ndarray
+    """[F, H] firings of the even sample by activation, H equal bins from 0 to `largest`."""
+    neighbours: Neighbours
+    twins: Partners
+    parents: Partners
+    samples: Samples
+    promoted: np.ndarray
+    """[F, n] token ids whose logits the latent raises most; n is 0 where the language model was not run, or
+    that would take minutes."""
+
+
+def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequence[int]) -> Catalogue:
+    """Puts together what the passes found."""
+    n_latents = ends[-1]
+    twins, parents = first.coactivation.partners(ends)
+    prefixes = first.measurement.prefixes
+    firing = prefixes[-1].firing
+    density = np.zeros((len(ends), n_latents), np.float32)
+    for g, prefix in enumerate(prefixes):
+        density[g, : prefix.end] = prefix.firing.density.numpy()
+    weights = token_weights(first.even)
+    tokens, token_shares = top_tokens(weights, n_latents, N_TOKENS)
+    squares = firing.squared.numpy()
+    return Catalogue(
+        group=np.repeat(np.arange(len(ends)), np.diff((0, *ends))),
+        density=density,
+        firings=firing.firings.numpy(),
+        largest=firing.largest.numpy(),
+        mean=firing.mean.numpy(),
+        energy=squares / max(float(squares.sum()), 1e-300),
+        entropy=token_entropy(weights, n_latents),
+        top_share=np.where(tokens[:, 0] >= 0, token_shares[:, 0], np.nan),
+        tokens=tokens,
+        token_shares=token_shares,
+        histogram=activation_histogram(first.even, firing.largest.numpy()),
+        neighbours=neighbours,
+        twins=twins,
+        parents=parents,
+        samples=samples,
+        promoted=np.zeros((n_latents, 0), np.int32),
+    )
+
+
+def activation_histogram(even: Best, largest: np.ndarray) -> np.ndarray:
+    """[F, H] counts of the even sample's activations in H equal bins from 0 to each latent's `largest`."""
+    top = np.maximum(largest[even.latents], 1e-30)
+    which = np.minimum((even.values / top * HISTOGRAM_BINS).astype(np.int64), HISTOGRAM_BINS - 1)
+    flat = np.bincount(
+        even.latents * np.int64(HISTOGRAM_BINS) + which, minlength=len(largest) * HISTOGRAM_BINS
+    )
+    return flat.reshape(len(largest), HISTOGRAM_BINS)
+
+
+def group_summaries(made: Catalogue, ends: Sequence[int]) -> list[dict[str, Any]]:
+    """What each nesting level is like: are early groups more general? Medians are over living latents."""
+    nearest = made.neighbours.cosines[:, :1].numpy()
+    lines = []
+    for g, end in enumerate(ends):
+        own = made.group == g
+        alive = own & (made.firings > 0)
+        lines.append(
+            {
+                "start": end - int(own.sum()),
+                "end": end,
+                "alive": int(alive.sum()),
+                "dead_fraction": 1 - float(alive.sum() / own.sum()),
+                "l0": float(made.density[-1][own].sum()),
+                "energy_share": float(made.energy[own].sum()),
+                "median_density": _median(made.density[-1][alive]),
+                "median_entropy_bits": _median(made.entropy[alive]),
+                "median_top_token_share": _median(made.top_share[alive]),
+                "median_mean_activation": _median(made.mean[alive]),
+                "median_nearest_cosine": _median(nearest[alive]),
+                "with_parent_fraction": _mean(made.parents.scores[alive, 0] > 0.5) if g else None,
+            }
+        )
+    return lines
+
+
+def splitting(made: Catalogue, n: int = 50) -> list[dict[str, Any]]:
+    """The pairs of latents whose firings overlap most: candidates of one feature split in two."""
+    best, partner = made.twins.scores[:, 0], made.twins.latents[:, 0]
+    order = np.argsort(-best, kind="stable")
+    pairs: dict[tuple[int, int], float] = {}
+    for f in order:
+        if best[f] <= 0 or len(pairs) == n:
+            break
+        pairs.setdefault((min(int(f), int(partner[f])), max(int(f), int(partner[f]))), float(best[f]))
+    return [{"latents": list(pair), "jaccard": score} for pair, score in pairs.items()]
+
+
+def tensors(made: Catalogue) -> dict[str, torch.Tensor]:
+    """Per-latent columns for notebooks: latents.safetensors."""
+    return {
+        "group": torch.from_numpy(made.group),
+        "density": torch.from_numpy(made.density),
+        "firings": torch.from_numpy(made.firings),
+        "largest_activation": torch.from_numpy(made.largest),
+        "mean_activation": torch.from_numpy(made.mean),
+        "energy_share": torch.from_numpy(made.energy),
+        "token_entropy_bits": torch.from_numpy(made.entropy),
+        "top_token_share": torch.from_numpy(made.top_share),
+        "top_tokens": torch.from_numpy(made.tokens),
+        "promoted_tokens": torch.from_numpy(made.promoted),
+        "nearest_latents": made.neighbours.latents,
+        "nearest_cosines": made.neighbours.cosines,
+        "twins": torch.from_numpy(made.twins.latents),
+        "twins_jaccard": torch.from_numpy(made.twins.scores),
+        "parents": torch.from_numpy(made.parents.latents),
+        "parents_lift": torch.from_numpy(made.parents.scores),
+    }
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if values.size else None
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if values.size else None

@@ -1,0 +1,71 @@
+"""How often and how strongly each latent fires.
+
+Shapes: F latents of a prefix, E active entries.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transcoder.entries import Entries
+from transcoder.frequent import FREQUENT
+
+DENSITY_BINS = np.linspace(-6, 0, 49)
+"""Edges of the histogram of log10(density): eight bins a decade; the lowest bin takes what is rarer."""
+
+
+class Firing:
+    """Firings, summed, squared and largest activations of each latent of one prefix."""
+
+    def __init__(self, n_latents: int) -> None:
+        self.rows = 0
+        self.firings = torch.zeros(n_latents, dtype=torch.int64)
+        self.summed = torch.zeros(n_latents, dtype=torch.float64)
+        self.squared = torch.zeros(n_latents, dtype=torch.float64)
+        self.largest = torch.zeros(n_latents)
+
+    def add(self, entries: Entries) -> None:
+        """A block's active entries."""
+        latents, values = entries.latents.cpu(), entries.values.float().cpu()
+        self.rows += entries.n_rows
+        self.firings += torch.bincount(latents, minlength=len(self.firings))
+        self.summed.index_add_(0, latents, values.double())
+        self.squared.index_add_(0, latents, values.double().square())
+        self.largest.scatter_reduce_(0, latents, values, "amax")
+
+    @property
+    def density(self) -> Tensor:
+        """[F] float64, share of the rows on which a latent is active."""
+        return self.firings.double() / self.rows
+
+    @property
+    def mean(self) -> Tensor:
+        """[F] float64, mean activation over the rows on which a latent fires; 0 for a dead one."""
+        return self.summed / self.firings.clamp_min(1)
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the latents that never fired on the `rows` rows."""
+        return float((self.firings == 0).double().mean())
+
+    def result(self) -> dict[str, Any]:
+        """Plain JSON values; densities are of living latents."""
+        alive = self.firings > 0
+        density = self.density[alive]
+        logs = np.log10(density.numpy()).clip(DENSITY_BINS[0])
+        histogram, _ = np.histogram(logs, bins=DENSITY_BINS)
+        return {
+            "rows": self.rows,
+            "n": len(alive),
+            "dead": int((~alive).sum()),
+            "alive": int(alive.sum()),
+            "over_1_percent": int((density > 0.01).sum()),
+            "over_10_percent": int((density > FREQUENT).sum()),
+            "median_density": float(density.median()) if alive.any() else None,
+            "largest_activation": float(self.largest.max()),
+            "mean_activation": float(self.summed.sum() / self.firings.sum()) if alive.any() else None,
+            "log10_density_edges": DENSITY_BINS.tolist(),
+            "log10_density_histogram": histogram.tolist(),
+        }

@@ -1,0 +1,120 @@
+"""What needs the language model: cross-entropy with every prefix spliced in, and what latents promote.
+
+Shapes: F latents, D model width, V vocabulary, n tokens shown per latent.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.progress import progress
+from common.settings import Model, Settings
+from shards import Store
+from shards.manifest import Source
+from transcoder import Transcoder
+
+N_PROMOTED = 6
+PROMOTE_BLOCK = 256
+"""Latents at once: 50 MB of logits at a vocabulary of 49,152."""
+PROMOTE_LIMIT = 2e12
+"""F * D * V up to which promoted tokens are computed on a CPU, about a minute; 1.3e11 in the demo."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """`cross_entropy`: losses of the model as it is and with both ablations, and `skipped`, which says in
+    words why nothing was measured, or is None."""
+
+    cross_entropy: dict[str, Any]
+    promoted: np.ndarray
+    """[F, n] token ids whose logits each latent raises most; n is 0 where that was not computed."""
+
+
+def measure_language(
+    settings: Settings,
+    store: Store,
+    split: Any,
+    coder: Transcoder,
+    n_tokens: int,
+    prefixes: list[dict[str, Any]],
+) -> Language:
+    """Fills "cross_entropy" of every prefix, and finds what every latent promotes.
+
+    The first `n_tokens` tokens of the split's contexts are used (whole contexts, at least one).
+    """
+    nothing = np.zeros((len(coder.W_dec), 0), np.int32)
+    if n_tokens == 0:
+        return Language({"skipped": "it was not asked for"}, nothing)
+    try:
+        model = language_model(settings.model, store.manifest.source)
+    except InputError as error:
+        return Language({"skipped": str(error)}, nothing)
+    coder = coder.to(model.device)
+    losses = _cross_entropy(model, store, settings.evaluate.split, split, coder, n_tokens, prefixes)
+    affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
+    return Language(losses, promoted_tokens(model, coder.W_dec) if affordable else nothing)
+
+
+def _cross_entropy(
+    model: Any,
+    store: Store,
+    name: str,
+    split: Any,
+    coder: Transcoder,
+    n_tokens: int,
+    prefixes: list[dict[str, Any]],
+) -> dict[str, Any]:
+    from evaluate.metrics.splice import splice, summary  # imports transformers, which takes seconds
+
+    source, moments = store.manifest.source, store.manifest.splits[name].outputs
+    assert moments is not None, "a split with rows has moments"
+    mean = torch.tensor(moments.mean, dtype=torch.float32, device=model.device)
+    replacements = {
+        "zero": lambda inputs: torch.zeros(len(inputs), len(mean), device=inputs.device),
+        "mean": lambda inputs: mean.expand(len(inputs), -1),
+        **{str(g): coder.prefix(g) for g in range(len(prefixes))},
+    }
+    n_contexts = min(len(split.contexts), max(1, n_tokens // source.context_length))
+    contexts = split.contexts[np.arange(n_contexts)]
+    with progress("cross-entropy", contexts.size, "tokens") as bar:
+        losses = splice(model, source, contexts, replacements, bar.update)
+    for g, prefix in enumerate(prefixes):
+        prefix["cross_entropy"] = summary(losses, str(g))
+    made: dict[str, Any] = {"skipped": None, "contexts": n_contexts, "positions": losses["clean"].positions}
+    return made | {key: summary(losses, key)["cross_entropy"] for key in ("clean", "zero", "mean")}
+
+
+@torch.inference_mode()
+def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarray:
+    """[F, n] token ids whose logits unembed(final_norm(W_dec[f])) raises most, highest first.
+
+    The direct path only: the norm's scale does not change the order, its gain does, and whatever later
+    layers make of the direction is not seen. The biases' own logits, which a zero direction has too, are taken off.
+    """
+
+    def logits(directions: Tensor) -> Tensor:
+        return model.bridge.unembed(model.bridge.ln_final(directions[None]))[0]
+
+    W_dec = W_dec.to(model.dtype)
+    biases = logits(torch.zeros_like(W_dec[:1]))
+    found = [(logits(block) - biases).topk(n, dim=-1).indices for block in W_dec.split(PROMOTE_BLOCK)]
+    return torch.cat(found).cpu().numpy().astype(np.int32)
+
+
+def language_model(asked: Model, source: Source) -> Any:
+    """The language model of a store; raises `InputError` when it cannot be had, or is another one."""
+    from harvest import lm
+
+    where = lm.locate(asked)
+    model = lm.load(asked, where, lm.load_tokenizer(where, asked.revision))
+    found = model.weights_sha256()
+    if found != source.weights_sha256:
+        raise InputError(
+            f"model {asked.name}: expected weights {source.weights_sha256[:12]}... as harvested, "
+            f"found {found[:12]}..."
+        )
+    return model

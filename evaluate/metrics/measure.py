@@ -1,0 +1,148 @@
+"""The streaming pass: every statistic of every prefix from one reading of the rows.
+
+Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluate.metrics.firing import Firing
+from evaluate.metrics.reconstruction import Deviation, Reconstruction, Sparsity
+from evaluate.metrics.rows import Split, blocks
+from transcoder import Transcoder
+from transcoder.entries import Entries, decode, entries_above
+from transcoder.frequent import FREQUENT, frequent_level
+from transcoder.selection import select_batch, select_rows
+
+Select = Callable[[Tensor], Entries]
+"""Pre-activations of a batch [B, F] -> its active entries."""
+
+
+def training_selection(kind: str, k: int) -> Select:
+    """The selection that `transcoder.selection` names: k a row on average over the batch, or k in each row."""
+    choose = select_rows if kind == "topk" else select_batch
+    return lambda pre: choose(pre, k)[0]
+
+
+@dataclass
+class Prefix:
+    """Accumulators of one prefix, gated by its own threshold."""
+
+    end: int
+    threshold: float
+    """Mean over the latents, where each has its own."""
+    error: Reconstruction
+    sparsity: Sparsity
+    firing: Firing
+    training_error: Reconstruction
+    """With the selection of training (batch top-k or top-k) instead of the threshold."""
+    training_sparsity: Sparsity
+
+    def result(self, deviation: float) -> dict[str, Any]:
+        """Plain JSON values; `deviation`: sum ||y - mean(y)||^2 over the same rows."""
+        made: dict[str, Any] = {"end": self.end, **self.error.result(deviation), **self.sparsity.result()}
+        made["threshold"] = self.threshold
+        made["dead_fraction"] = self.firing.dead_fraction
+        made["over_1_percent"] = int((self.firing.density > 0.01).sum())
+        made["over_10_percent"] = int((self.firing.density > FREQUENT).sum())
+        made["over_10_percent_fraction"] = made["over_10_percent"] / self.end
+        made["over_10_percent_verdict"] = frequent_level(made["over_10_percent_fraction"])
+        made["training_selection"] = None
+        if self.training_error.rows:
+            sparsity = self.training_sparsity.result()
+            made["training_selection"] = {
+                **self.training_error.result(deviation),
+                "l0": sparsity["l0"],
+                "l1": sparsity["l1"],
+            }
+        made["cross_entropy"] = None
+        return made
+
+
+class Measurement:
+    """Everything the pass accumulates; `add` takes blocks, `result` gives plain JSON values.
+
+    `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
+    """
+
+    def __init__(self, coder: Transcoder, select: Select | None) -> None:
+        self.coder, self.select = coder, select
+        width = coder.W_dec.shape[1]
+        self.deviation = Deviation(width)
+        self.prefixes = [
+            Prefix(
+                end,
+                float(threshold.double().mean()),
+                Reconstruction(width),
+                Sparsity(),
+                Firing(end),
+                Reconstruction(width),
+                Sparsity(),
+            )
+            for end, threshold in zip(coder.prefix_ends, coder.thresholds, strict=True)
+        ]
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> tuple[list[Entries], Tensor]:
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out].
+
+        Returns each prefix's entries, and the squared error of each row [G, B] float64, on the CPU.
+        """
+        pre = self.coder.pre_activations(inputs)
+        base = self.coder.base_output(inputs)
+        self.deviation.add(outputs)
+        found = prefix_entries(pre, self.coder)
+        errors = []
+        for prefix, entries in zip(self.prefixes, found, strict=True):
+            errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
+            prefix.sparsity.add(entries)
+            prefix.firing.add(entries)
+        if self.select is not None:
+            self._add_training(self.select(pre), outputs, base)
+        return found, torch.stack(errors)
+
+    def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
+        for prefix in self.prefixes:
+            entries = kept.only(kept.latents < prefix.end)
+            prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
+            prefix.training_sparsity.add(entries)
+
+    def result(self) -> dict[str, Any]:
+        """Rows, prefixes and latents as plain JSON values."""
+        deviation = self.deviation.total
+        return {
+            "rows": self.deviation.rows,
+            "prefixes": [prefix.result(deviation) for prefix in self.prefixes],
+            "latents": self.prefixes[-1].firing.result(),
+        }
+
+
+def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
+    """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g.
+
+    The dense [B, F] array is searched once, with the lowest threshold of each latent.
+    """
+    thresholds = coder.thresholds
+    loose = entries_above(pre, thresholds.amin(0))
+    made = []
+    for end, threshold in zip(coder.prefix_ends, thresholds, strict=True):
+        own = threshold if threshold.ndim == 0 else threshold[loose.latents]
+        made.append(loose.only((loose.latents < end) & (loose.values > own)))
+    return made
+
+
+@torch.inference_mode()
+def measure(
+    coder: Transcoder, split: Split, n_rows: int, select: Select | None, tick: Callable[[int], object]
+) -> Measurement:
+    """Pass over the first `n_rows` rows of `split`; `tick` is called with the rows of each block."""
+    measurement = Measurement(coder, select)
+    device = coder.W_dec.device
+    for start, stop in blocks(n_rows):
+        inputs, outputs = split.rows(start, stop)
+        measurement.add(inputs.to(device), outputs.to(device))
+        tick(stop - start)
+    return measurement

@@ -1,0 +1,121 @@
+"""The two passes over the rows: statistics and sampled rows, then what is around the samples.
+
+Shapes: B rows of a block, F latents, G prefixes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evaluate.metrics.baselines import Baselines, LinearMap
+from evaluate.metrics.coactivation import Coactivation
+from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
+from evaluate.metrics.error_map import ErrorMap
+from evaluate.metrics.measure import Measurement, Select
+from evaluate.metrics.rows import TextSplit, blocks
+from shards.manifest import Moments
+from transcoder import Transcoder
+from transcoder.entries import Entries, entries_above
+
+Tick = Callable[[int], object]
+
+
+@dataclass
+class First:
+    """What the first pass leaves."""
+
+    measurement: Measurement
+    baselines: Baselines
+    error_map: ErrorMap
+    coactivation: Coactivation
+    top: Best
+    even: Best
+
+    def statistics(self) -> dict[str, Any]:
+        """rows, prefixes, latents, baselines and errors as plain JSON values."""
+        deviation = self.measurement.deviation
+        squared = [prefix.error.squared for prefix in self.measurement.prefixes]
+        return {
+            **self.measurement.result(),
+            "baselines": self.baselines.result(deviation.total),
+            "errors": self.error_map.result(squared, deviation.squares),
+        }
+
+
+@torch.inference_mode()
+def first_pass(
+    coder: Transcoder,
+    split: TextSplit,
+    n_rows: int,
+    select: Select | None,
+    linear: LinearMap,
+    moments: Moments,
+    vocabulary: int,
+    tick: Tick,
+) -> First:
+    """One reading of rows [0, n_rows); `moments` are the split's outputs', `tick` gets each block's rows."""
+    n_latents, device = len(coder.W_dec), coder.W_dec.device
+    positions = split.contexts.shape[1]
+    first = First(
+        measurement=Measurement(coder, select),
+        baselines=Baselines(linear),
+        error_map=ErrorMap(
+            np.asarray(moments.mean),
+            float(moments.variance.sum()),
+            len(coder.prefix_ends),
+            vocabulary,
+            positions,
+        ),
+        coactivation=Coactivation(n_latents, n_rows),
+        top=Best(n_latents, N_TOP),
+        even=Best(n_latents, N_EVEN),
+    )
+    for start, stop in blocks(n_rows):
+        inputs, outputs = split.rows(start, stop)
+        context, position = split.provenance(start, stop)
+        token = tokens_at(split, context, position)
+        entries, errors = first.measurement.add(inputs.to(device), outputs.to(device))
+        first.baselines.add(inputs, outputs)
+        first.error_map.add(outputs, errors, token, position)
+        first.coactivation.add(entries[-1])
+        row, latent, value = _arrays(entries[-1])
+        place = _places(context, position, positions)[row]
+        first.top.add(latent, strength(value), place, value, token[row])
+        first.even.add(latent, lottery(row + start), place, value, token[row])
+        tick(stop - start)
+    first.top.finish()
+    first.even.finish()
+    return first
+
+
+@torch.inference_mode()
+def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, tick: Tick) -> Samples:
+    """The samples of every living latent with its activations on the tokens around them."""
+    n_contexts, positions = split.contexts.shape
+    samples = choose(first.top, first.even, positions)
+    shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
+    for start, stop in blocks(n_rows):
+        inputs, _ = split.rows(start, stop)
+        row, latent, value = _arrays(
+            entries_above(coder.pre_activations(inputs.to(device)), coder.thresholds[-1])
+        )
+        shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
+        tick(stop - start)
+    return samples
+
+
+def tokens_at(split: TextSplit, context: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """[B] int32 token ids of rows by their provenance."""
+    distinct, which = np.unique(context, return_inverse=True)
+    return split.contexts[distinct][which, position]
+
+
+def _places(context: np.ndarray, position: np.ndarray, positions: int) -> np.ndarray:
+    return context.astype(np.int64) * positions + position
+
+
+def _arrays(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return entries.rows.cpu().numpy(), entries.latents.cpu().numpy(), entries.values.float().cpu().numpy()

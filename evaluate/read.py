@@ -1,0 +1,115 @@
+"""python -m evaluate.read --layer 17 --run name --text "...": which latents fire on a text of your own.
+
+Shapes: n tokens that give rows, D_in, D_out, F latents.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.cli import load, parser, run_stage
+from common.device import pick_device
+from common.errors import InputError
+from common.settings import Model
+from shards import Store
+from shards.layout import kept_mask
+from shards.store import read_tokenizer
+from transcoder import Transcoder
+
+SHOWN = 5
+"""Latents listed for a token."""
+
+
+class Sentence(NamedTuple):
+    """Every token of a text but the first position and special tokens, which a harvest leaves out too."""
+
+    tokens: list[str]
+    inputs: Tensor
+    """[n, D_in] float32, by the store's convention: without the norm's gain, if it was harvested so."""
+    outputs: Tensor
+    """[n, D_out] float32"""
+    acts: Tensor
+    """[n, F]"""
+    left_out: int
+    """Tokens of the text beyond the end of the store's contexts."""
+
+
+class Reader:
+    """The language model that a store was harvested from, and a transcoder that reads along.
+
+    `model`: where the model is, if not where it was harvested from. Raises `InputError` when it cannot be had, or is
+    another one.
+    """
+
+    def __init__(
+        self, store: Store, transcoder: Transcoder, device: str = "auto", model: str | None = None
+    ) -> None:
+        from evaluate.metrics.language import language_model
+
+        self.store, self.source = store, store.manifest.source
+        self.device = pick_device(device)
+        self.transcoder = transcoder.to(self.device)
+        asked = Model.model_validate(
+            {
+                "name": model or self.source.model,
+                "revision": self.source.revision,
+                "dtype": self.source.dtype,
+                "device": device,
+            }
+        )
+        self.model = language_model(asked, self.source)
+        self.tokenizer = read_tokenizer(store.tokenizer_path)
+        self.tokenizer.encode_special_tokens = True  # as in a harvest: "<bos>" in a text is text
+
+    def __call__(self, text: str) -> Sentence:
+        """Run `text` through the model; it is cut where the store's contexts end.
+
+        Raises `InputError` for a text without a token.
+        """
+        source = self.source
+        start = [] if source.bos_token_id is None else [source.bos_token_id]
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise InputError("text: nothing to read; give some words")
+        whole = torch.tensor([start + ids])
+        context = whole[:, : source.context_length]
+        hooks = [source.input_hook, source.output_hook]
+        with self.model.capturing(hooks) as caught:
+            self.model.run_blocks(context, source.layer)
+            inputs, outputs = (caught[hook][0].float() for hook in hooks)
+        kept = torch.from_numpy(kept_mask(context.numpy(), source.dropped_token_ids)[0])
+        tokens = [
+            self.tokenizer.decode([token], skip_special_tokens=False) for token in context[0, kept].tolist()
+        ]
+        inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
+        left_out = whole.shape[1] - context.shape[1]
+        return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
+
+
+def main() -> None:
+    options = parser("evaluate.read", "Show which latents fire on a text of your own.")
+    options.add_argument("--text", required=True, help="a sentence or more")
+    settings, given = load(options)
+    from rich.console import Console
+    from rich.table import Table
+
+    from evaluate.subject import read as transcoder_of
+
+    store = Store.of(settings)
+    transcoder, model = transcoder_of(settings.run_dir(), store), settings.model
+    sentence = Reader(store, transcoder, model.device, model.name)(given.text)
+    table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
+    for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
+        values, latents = acts.sort(descending=True)
+        active = int((values > 0).sum())
+        shown = zip(latents[: min(active, SHOWN)].tolist(), values.tolist(), strict=False)
+        table.add_row(repr(token), str(active), "  ".join(f"{latent}:{value:.3g}" for latent, value in shown))
+    Console(markup=False, emoji=False).print(table)
+    if sentence.left_out:
+        length = store.manifest.source.context_length
+        print(f"the last {sentence.left_out} tokens were left out: contexts of this store have {length}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,172 @@
+"""Which plots there are, and each as a PNG on disk and as SVG in the page."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from common.files import write_whole
+from evaluate.metrics.catalogue import Catalogue
+from evaluate.report import plots
+from evaluate.report.verdicts import FVU_GOOD, FVU_MODERATE
+
+Part = Literal["overview", "nesting", "error"]
+"""The parts of the page that show plots."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot of the page, not yet drawn."""
+
+    name: str
+    """File name without suffix."""
+    part: Part
+    """Part of the page it stands in."""
+    caption: str
+    draw: Callable[[], Figure]
+
+    @property
+    def file(self) -> str:
+        """The PNG's name."""
+        return f"{self.name}.png"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A plot as it stands in the page."""
+
+    plot: Plot
+    svg: str
+    wide: bool
+    """Has panels side by side, and wants twice the room."""
+
+
+def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> Iterator[Plot]:
+    """Every plot of a run's evaluation, in the order of the page."""
+    prefixes, latents, errors = metrics["prefixes"], metrics["latents"], metrics["errors"]
+    linear = metrics["baselines"]["linear"]["fvu"]
+    alive = [(made.group == g) & (made.firings > 0) for g in range(len(prefixes))]
+    densities = [made.density[-1][own] for own in alive]
+    measures = [
+        {"density": made.density[-1][own], "entropy": made.entropy[own], "top_share": made.top_share[own]}
+        for own in alive
+    ]
+    yield Plot(
+        "fvu",
+        "overview",
+        "Error of every prefix",
+        lambda: plots.fvu_by_prefix(prefixes, FVU_GOOD, FVU_MODERATE, linear),
+    )
+    yield Plot(
+        "fvu_l0",
+        "overview",
+        "Error against sparsity",
+        lambda: plots.fvu_against_l0(sparsity_series(metrics), linear),
+    )
+    if log:  # none: an imported transcoder
+        yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
+    if prefixes[0]["cross_entropy"]:
+        yield Plot(
+            "cross_entropy",
+            "overview",
+            "Language model's cross-entropy with the MLP replaced",
+            lambda: plots.cross_entropy(prefixes),
+        )
+    yield Plot("l0", "overview", "Active latents per row", lambda: plots.l0_histogram(prefixes))
+    yield Plot(
+        "density",
+        "overview",
+        "How often latents fire",
+        lambda: plots.density_histogram(latents, densities),
+    )
+    yield Plot(
+        "cosine",
+        "overview",
+        "Nearest decoder rows",
+        lambda: plots.cosine_histogram(metrics["redundancy"]),
+    )
+    yield Plot(
+        "groups",
+        "nesting",
+        "Shares of the groups",
+        lambda: plots.group_contributions(latents["groups"], prefixes),
+    )
+    yield Plot(
+        "specificity",
+        "nesting",
+        "Are early groups more general? (dot: median, bar: quartiles, line: 5 to 95 %)",
+        lambda: plots.specificity(measures),
+    )
+    yield Plot(
+        "error_size", "error", "Error by distance from the mean output", lambda: plots.error_by_size(errors)
+    )
+    yield Plot(
+        "error_position", "error", "Error by position in the context", lambda: plots.error_by_position(errors)
+    )
+    yield Plot(
+        "error_dimension",
+        "error",
+        "Output dimensions with most error",
+        lambda: plots.error_by_dimension(errors),
+    )
+
+
+def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, float | None]]]:
+    """name -> (L0, FVU) of every prefix, for the threshold, training's selection, and a one-group run."""
+    prefixes = metrics["prefixes"]
+    series = {"prefixes, threshold": [(prefix["l0"], prefix["fvu"]) for prefix in prefixes]}
+    if prefixes[0]["training_selection"]:
+        training = [prefix["training_selection"] for prefix in prefixes]
+        series["prefixes, training selection"] = [(each["l0"], each["fvu"]) for each in training]
+    one_group = metrics["baselines"].get("one_group")
+    if one_group:
+        series["one group, not nested"] = [(one_group["l0"], one_group["fvu"])]
+    return series
+
+
+def save(figure: Figure, path: Path) -> str:
+    """Write the figure as a PNG, whole; returns it as an SVG element in the page's colours.
+
+    Laid out once and drawn once in each format: two calls of `savefig` do both twice (0.57 against 0.36 s).
+    """
+    figure.dpi = 150
+    canvas = FigureCanvasAgg(figure)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+    png = io.BytesIO()
+    figure.set_facecolor("white")
+    canvas.print_png(png, metadata={"Software": None})
+    write_whole(path, png.getvalue())
+    made = io.StringIO()
+    figure.set_facecolor("none")
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluate"}):
+        FigureCanvasSVG(figure).print_svg(made, metadata={"Date": None, "Creator": None})
+    return _themed(made.getvalue())
+
+
+def _themed(text: str) -> str:
+    """The SVG element of a document, its palette and ink as CSS variables."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text.replace(plots.INK, "currentColor").replace(plots.GRID, "var(--line)")
+    text = text.replace(plots.ON_BAR, "var(--card)").replace("#ffffff", "var(--card)")
+    for g, colour in enumerate(plots.COLOURS):
+        text = text.replace(colour, f"var(--g{g})")
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+
+
+def draw(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], folder: Path) -> list[Drawn]:
+    """Draws every plot, and saves each as <name>.png in `folder`."""
+    drawn = []
+    for plot in all_plots(metrics, made, log):
+        figure = plot.draw()
+        drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
+    return drawn

@@ -1,0 +1,188 @@
+"""The catalogue as compact JSON for the page: columns as base64 arrays, each context's tokens only once.
+
+Shapes: F latents, S samples, P pool of token strings.
+"""
+
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluate.metrics.catalogue import Catalogue
+from evaluate.metrics.contexts import REACH, Samples
+from evaluate.metrics.tokens import TokenText
+
+POOL_TOKENS = 3_000_000
+"""Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
+READ = 1024
+"""Stretches whose contexts are read from the store together."""
+
+TYPES = {"uint8": "u8", "uint16": "u16", "uint32": "u32", "int32": "i32", "float32": "f32"}
+
+
+def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]:
+    """What the page's script reads. `contexts` [n, T] is the split's, indexable with an array of numbers."""
+    strings = Strings(text)
+    samples = made.samples
+    shown = np.arange(len(samples.latents))
+    stretches = Stretches.around(samples, shown, contexts.shape[1])
+    while stretches.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
+        shown = shown[_first_half(samples.latents[shown])]
+        stretches = Stretches.around(samples, shown, contexts.shape[1])
+    pool = stretches.strings(contexts, strings)
+    labels = strings.labels(made.tokens)
+    columns = {
+        "group": made.group.astype(np.uint8),
+        "density": made.density,
+        "firings": made.firings.astype(np.uint32),
+        "largest": made.largest.astype(np.float32),
+        "mean": made.mean.astype(np.float32),
+        "energy": made.energy.astype(np.float32),
+        "entropy": made.entropy.astype(np.float32),
+        "topShare": made.top_share.astype(np.float32),
+        "tokens": labels,
+        "promoted": strings.labels(made.promoted),
+        "tokenShares": made.token_shares,
+        "histogram": np.minimum(made.histogram, 65_535).astype(np.uint16),
+        "near": made.neighbours.latents.numpy().astype(np.int32),
+        "nearCosine": made.neighbours.cosines.numpy(),
+        "twins": made.twins.latents,
+        "twinScores": made.twins.scores,
+        "parents": made.parents.latents,
+        "parentScores": made.parents.scores,
+        **_sample_columns(made, shown, stretches),
+        "pool": pool,
+    }
+    return {
+        "latents": len(made.group),
+        "strings": strings.made,
+        "columns": {name: pack(values) for name, values in columns.items()},
+    }
+
+
+def pack(values: np.ndarray) -> dict[str, Any]:
+    """A little-endian array as its type's short name, its width if it has columns, and base64."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    width = values.shape[1] if values.ndim == 2 else 1
+    return {
+        "type": TYPES[values.dtype.name],
+        "width": width,
+        "data": base64.b64encode(little.tobytes()).decode(),
+    }
+
+
+def script_json(values: Any) -> str:
+    """JSON that can stand in a <script> element: nothing in it can close the element or open a comment."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+class Strings:
+    """Distinct strings, and the number of each."""
+
+    def __init__(self, text: TokenText) -> None:
+        self.text = text
+        self.made: list[str] = []
+        self._number: dict[str, int] = {}
+
+    def number(self, string: str) -> int:
+        """The number of `string`, a new one when it was not seen before."""
+        found = self._number.get(string)
+        if found is None:
+            found = self._number[string] = len(self.made)
+            self.made.append(string)
+        return found
+
+    def labels(self, tokens: np.ndarray) -> np.ndarray:
+        """int32 of the same shape: the number of each token's label, -1 where the token is -1."""
+        distinct, which = np.unique(tokens, return_inverse=True)
+        numbers = [-1 if token < 0 else self.number(self.text.label(int(token))) for token in distinct]
+        return np.array(numbers, np.int32)[which].reshape(tokens.shape)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """The stretches of text around samples, overlapping ones merged, laid end to end in a pool."""
+
+    starts: np.ndarray
+    """[W] int64 first place of each stretch."""
+    lengths: np.ndarray
+    """[W]"""
+    sample_at: np.ndarray
+    """[S] where in the pool each sample's stretch begins."""
+    sample_lengths: np.ndarray
+    sample_focus: np.ndarray
+    """[S] the sample's own token within its stretch."""
+    context_length: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the pool."""
+        return int(self.lengths.sum())
+
+    @classmethod
+    def around(cls, samples: Samples, shown: np.ndarray, context_length: int) -> "Stretches":
+        """Stretches of REACH tokens either side of the `shown` samples, within their contexts of `context_length`."""
+        places = samples.places[shown]
+        context = places // context_length
+        start = np.maximum(places - REACH, context * context_length)
+        stop = np.minimum(places + REACH + 1, (context + 1) * context_length)
+        order = np.argsort(start, kind="stable")
+        reached = np.maximum.accumulate(stop[order])
+        new = np.ones(len(order), bool)
+        new[1:] = (start[order][1:] >= reached[:-1]) | (np.diff(context[order]) != 0)
+        stretch = np.empty(len(order), np.int64)
+        stretch[order] = np.cumsum(new) - 1
+        starts = start[order][new]
+        last = np.append(np.flatnonzero(new)[1:], len(order)) - 1
+        lengths = reached[last] - starts if len(order) else np.zeros(0, np.int64)
+        offset = np.cumsum(lengths) - lengths
+        at = offset[stretch] + start - starts[stretch]
+        return cls(starts, lengths, at, stop - start, places - start, context_length)
+
+    def strings(self, contexts: Any, strings: Strings) -> np.ndarray:
+        """[P] number of each pooled token's string."""
+        context, first = np.divmod(self.starts, self.context_length)
+        pool = np.zeros(self.length, np.int64)
+        at = 0
+        for begin in range(0, len(context), READ):
+            part = slice(begin, begin + READ)
+            distinct, which = np.unique(context[part], return_inverse=True)
+            rows = contexts[distinct]
+            for row, start, length in zip(which, first[part], self.lengths[part], strict=True):
+                pieces = strings.text.pieces(rows[row, start : start + length].tolist())
+                pool[at : at + length] = [strings.number(piece) for piece in pieces]
+                at += length
+        return pool.astype(np.uint16 if len(strings.made) <= 65_536 else np.uint32)
+
+
+def _first_half(latents: np.ndarray) -> np.ndarray:
+    """Mask of the even-numbered entries of each latent, so that both kinds of samples stay."""
+    nth = np.arange(len(latents)) - np.searchsorted(latents, latents)
+    return nth % 2 == 0
+
+
+def _sample_columns(made: Catalogue, shown: np.ndarray, stretches: Stretches) -> dict[str, np.ndarray]:
+    """Samples, and the shades around them as (offset in the stretch, level of 255 of the latent's largest)."""
+    samples = made.samples
+    latents = samples.latents[shown]
+    shades = samples.shades[shown]
+    sample, column = np.nonzero(shades)
+    level = np.rint(255 * shades[sample, column].astype(np.float32) / made.largest[latents[sample]])
+    first = REACH - stretches.sample_focus[sample]
+    quantile = np.nan_to_num(samples.quantiles[shown] * 254, nan=255).astype(np.uint8)
+    return {
+        "sampleBounds": np.searchsorted(latents, np.arange(len(made.group) + 1)).astype(np.uint32),
+        "sampleAt": stretches.sample_at.astype(np.uint32),
+        "sampleLength": stretches.sample_lengths.astype(np.uint8),
+        "sampleFocus": stretches.sample_focus.astype(np.uint8),
+        "sampleValue": samples.values[shown],
+        "sampleQuantile": quantile,
+        "shadeBounds": np.searchsorted(sample, np.arange(len(shown) + 1)).astype(np.uint32),
+        "shadeAt": (column - first).astype(np.uint8),
+        "shadeLevel": np.clip(level, 1, 255).astype(np.uint8),
+    }

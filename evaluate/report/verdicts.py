@@ -1,0 +1,73 @@
+"""The guide's thresholds as verdicts, and one of our own on frequent latents."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
+
+FVU_GOOD, FVU_MODERATE = 0.1, 0.3
+DEAD_GOOD = 0.10
+REDUNDANCY_GOOD = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One number and how it stands."""
+
+    name: str
+    value: str
+    level: Literal["good", "moderate", "poor", "unknown", "info"]
+    limit: str
+    """The threshold in words; what the number is, where there is none."""
+
+
+def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
+    """The verdicts on prefix `g`; by default on the full dictionary."""
+    prefix, redundancy = metrics["prefixes"][g], metrics["redundancy"]["prefixes"][g]
+    made = [
+        _fvu(prefix["fvu"]),
+        _dead(prefix["dead_fraction"], metrics["rows"]),
+        _redundancy(redundancy["share"], metrics["redundancy"]["limit"]),
+        _frequent(prefix["over_10_percent_fraction"], prefix["over_10_percent_verdict"]),
+    ]
+    sparsity = f"active latents per row, median {prefix['l0_median']:g}"
+    made.append(Verdict("L0", f"{prefix['l0']:.1f}", "info", sparsity))
+    if prefix["cross_entropy"]:
+        recovered = prefix["cross_entropy"]["recovered_zero"]
+        value = "undefined" if recovered is None else f"{100 * recovered:.1f} %"
+        limit = (
+            "zeroing the MLP's output costs nothing"
+            if recovered is None
+            else "against zeroing the MLP's output"
+        )
+        made.append(Verdict("Cross-entropy recovered", value, "info", limit))
+    return made
+
+
+def _dead(fraction: float, rows: int) -> Verdict:
+    level = "good" if fraction < DEAD_GOOD else "poor"
+    limit = f"below {100 * DEAD_GOOD:g} % (never fired on {rows:,} rows)"
+    return Verdict("Dead latents", f"{100 * fraction:.1f} %", level, limit)
+
+
+def _frequent(fraction: float, level: Any) -> Verdict:
+    limit = (
+        f"at most {100 * FREQUENT_GOOD:g} % good, at most {100 * FREQUENT_MODERATE:g} % moderate "
+        f"(share of the latents that fire on more than {100 * FREQUENT:g} % of the rows)"
+    )
+    return Verdict("Frequent latents", f"{100 * fraction:.1f} %", level, limit)
+
+
+def _redundancy(share: float | None, cosine: float) -> Verdict:
+    limit = f"below {REDUNDANCY_GOOD:g} (share of latent pairs with |cosine| above {cosine:g})"
+    if share is None:
+        return Verdict("Redundancy", "undefined: one latent", "unknown", limit)
+    return Verdict("Redundancy", f"{share:.2g}", "good" if share < REDUNDANCY_GOOD else "poor", limit)
+
+
+def _fvu(fvu: float | None) -> Verdict:
+    limit = f"below {FVU_GOOD:g} good, below {FVU_MODERATE:g} moderate"
+    if fvu is None:
+        return Verdict("FVU", "undefined: the outputs are constant", "unknown", limit)
+    level = "good" if fvu < FVU_GOOD else "moderate" if fvu < FVU_MODERATE else "poor"
+    return Verdict("FVU", f"{fvu:.3f}", level, limit)

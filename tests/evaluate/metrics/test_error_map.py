@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+
+from evaluate.metrics.error_map import ErrorMap
+
+
+def test_shares_add_up_and_equal_brute_force() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((200, 3)) * rng.exponential(size=(200, 1))
+    errors = rng.random((2, 200))
+    tokens, positions = rng.integers(0, 6, 200), rng.integers(1, 16, 200)
+    mean, variance = y.mean(0), y.var(0).sum()
+    error_map = ErrorMap(mean, variance, n_prefixes=2, vocabulary=9, positions=16)
+    for part in np.array_split(np.arange(200), 3):
+        error_map.add(
+            torch.from_numpy(y[part]), torch.from_numpy(errors[:, part]), tokens[part], positions[part]
+        )
+    squared = [torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0])]
+    result = error_map.result(squared, torch.tensor([4.0, 4.0, 0.0]))
+    deviation = ((y - mean) ** 2).sum(1)
+    assert len(result["by_token"]) == 6
+    shares = [line["error_share"] for line in result["by_token"]]
+    assert shares == sorted(shares, reverse=True)
+    for line in result["by_token"]:
+        own = tokens == line["class"]
+        assert line["rows"] == own.sum()
+        assert line["error_share"] == pytest.approx(errors[1, own].sum() / errors[1].sum())
+        assert line["fvu"] == pytest.approx([errors[g, own].sum() / deviation[own].sum() for g in range(2)])
+    for kind in ("by_token", "by_position", "by_size"):
+        assert sum(line["error_share"] for line in result[kind]) == pytest.approx(1.0)
+        assert sum(line["rows"] for line in result[kind]) == 200
+    assert [line["class"] for line in result["by_dimension"]] == [1, 0, 2]
+    assert result["by_dimension"][0]["fvu"] == [0.25, 0.5]
+    assert result["by_dimension"][2]["fvu"] == [None, None]
+
+
+def test_position_edges_bound_their_bins() -> None:
+    error_map = ErrorMap(np.zeros(1), 1.0, n_prefixes=1, vocabulary=2, positions=100)
+    edges = error_map.result([torch.ones(1)], torch.ones(1))["position_edges"]
+    for position in range(100):
+        which = position * error_map.bins // 100
+        assert edges[which] <= position < edges[which + 1]
+
+
+def test_rows_of_any_size_have_a_bin_and_a_perfect_reconstruction_has_no_shares() -> None:
+    error_map = ErrorMap(np.zeros(1), 1.0, n_prefixes=1, vocabulary=1, positions=4)
+    y = torch.tensor([[0.0], [1e-30], [1.0], [1e30]])
+    error_map.add(y, torch.zeros(1, 4), np.zeros(4, int), np.arange(4))
+    result = error_map.result([torch.zeros(1)], torch.ones(1))
+    assert sum(line["rows"] for line in result["by_size"]) == 4
+    assert result["by_token"][0]["error_share"] is None

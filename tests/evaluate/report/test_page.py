@@ -1,0 +1,338 @@
+"""The page in headless Chromium: search, sort, open, prefixes, keys, phone, hostile text, 18,432 latents."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluate.metrics.catalogue import Catalogue
+from evaluate.metrics.coactivation import Partners
+from evaluate.metrics.contexts import REACH, Samples
+from evaluate.metrics.redundancy import Neighbours
+from evaluate.metrics.tokens import TokenText
+from evaluate.report.page_data import page_data, script_json
+from evaluate.report.report import write_report
+from evaluate.run import evaluate
+from tests.evaluate.runs import ENDS, make_run, settings_of
+
+CHROMIUM = Path("/usr/bin/chromium")
+HOSTILE = [
+    "<script>window.hacked=1</script>",
+    "</script><img src=x onerror=window.hacked=1>",
+    "<!--<script>",
+    "\"'><svg onload=window.hacked=1>",
+    "{{7*7}}",
+    "${window.hacked=1}",
+    "javascript:alert(1)",
+    "&lt;b&gt;&amp;",
+    "שלום\u202e evil",
+    "مرحبا",
+    "🙂👩‍👩‍👧",
+    "\u2028\u2029\x00\x0b",
+    "\n\t\r",
+    "]]>",
+    '\\u003c\\"',
+]
+VOCABULARY = ["<s>", "</s>", *HOSTILE, *(f"word{i}" for i in range(60))]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("page")
+    make_run(root, vocabulary=VOCABULARY)
+    evaluate(settings_of(root), ce_tokens=0)
+    return settings_of(root).run_dir() / "evaluation" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there (apt-get install chromium)")
+    with playwright.sync_playwright() as running:
+        made = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+class Opened:
+    """A page with everything that it said or asked for."""
+
+    def __init__(
+        self, browser: Any, file: Path, width: int = 1280, height: int = 800, place: str = ""
+    ) -> None:
+        self.page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+        self.said: list[str] = []
+        self.requested: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.goto(f"file://{file}{place}")
+
+    def ids(self) -> list[int]:
+        """The latents in view, from the top."""
+        rows = self.page.eval_on_selector_all(
+            ".row",
+            "rows => rows.map(r => [+r.getAttribute('aria-posinset'), +r.dataset.f]).sort((a, b) => a[0] - b[0])",
+        )
+        return [f for _, f in rows]
+
+    def selected(self) -> int:
+        return int(self.page.text_content("#detail h2").split()[-1])
+
+    def frame(self) -> None:
+        """Waits until the page has drawn what it was asked for (typing is answered after 80 ms)."""
+        self.page.wait_for_timeout(150)
+
+    def close(self) -> None:
+        self.page.context.close()
+        assert self.said == []
+        assert [url for url in self.requested if not url.startswith("file://")] == []
+
+
+@pytest.fixture
+def opened(browser: Any, report: Path) -> Iterator[Opened]:
+    made = Opened(browser, report, place="#latents")
+    yield made
+    made.close()
+
+
+def test_hostile_text_is_shown_and_never_run(opened: Opened) -> None:
+    page = opened.page
+    for tab in ("overview", "nesting", "error", "about", "latents"):
+        page.click(f"#tab-{tab}")
+        assert page.is_visible(f"#{tab}")
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.querySelectorAll('main img, main svg[onload]').length") == 0
+    strings = page.evaluate("JSON.parse(document.getElementById('data').textContent).strings")
+    assert {f" {text}" for text in HOSTILE} <= set(strings)
+    shown = set()
+    for _ in range(6):
+        shown |= set(page.eval_on_selector_all(".lines .t", "all => all.map(t => t.textContent)"))
+        page.click("[aria-label='Next latent']")
+    for text in HOSTILE[:4]:
+        assert any(text in string for string in shown)
+
+
+def test_a_script_cannot_be_added_later(opened: Opened) -> None:
+    opened.page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {text: 'window.hacked=1'}))"
+    )
+    assert opened.page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in line for line in opened.said)
+    opened.said.clear()
+
+
+def test_search_by_number_and_by_token(opened: Opened) -> None:
+    page, everything = opened.page, opened.ids()
+    assert len(everything) > 5
+    page.fill("#search", "7")
+    opened.frame()
+    assert opened.ids()[0] == 7
+    page.fill("#search", "WORD59")
+    opened.frame()
+    found = opened.ids()
+    assert 0 < len(found) < len(everything)
+    page.fill("#search", "<script>")
+    opened.frame()
+    assert opened.ids()
+    page.fill("#search", "nothing says this")
+    opened.frame()
+    assert opened.ids() == []
+    page.fill("#search", "")
+    opened.frame()
+    assert opened.ids() == everything
+
+
+def test_sorting_and_reversing(opened: Opened) -> None:
+    page = opened.page
+    page.select_option("#sort", "number")
+    assert opened.ids() == sorted(opened.ids())
+    page.click("#direction")
+    assert opened.ids() == sorted(opened.ids(), reverse=True)
+    page.select_option("#sort", "how often it fires")
+    page.click("#direction")
+    shares = page.eval_on_selector_all(".row .value", "all => all.map(v => parseFloat(v.textContent))")
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_groups_and_prefixes_narrow_the_list(opened: Opened) -> None:
+    page = opened.page
+    page.click("#prefix label:nth-of-type(1)")
+    assert max(opened.ids()) < ENDS[0]
+    assert page.is_visible(".verdicts[data-prefix='0']") is False
+    page.click("#tab-overview")
+    assert page.is_visible(".verdicts[data-prefix='0']")
+    assert page.is_hidden(".verdicts[data-prefix='2']")
+    page.click("#prefixes tbody tr:nth-child(3)")
+    assert page.is_visible(".verdicts[data-prefix='2']")
+    page.click("#tab-latents")
+    page.click("#groups label:nth-of-type(1)")
+    page.click("#groups label:nth-of-type(2)")
+    assert min(opened.ids()) >= ENDS[1]
+
+
+def test_a_latent_shows_its_strongest_context_first(opened: Opened) -> None:
+    opened.page.locator(".row").nth(1).click()
+    assert opened.selected() == opened.ids()[1]
+    values = opened.page.eval_on_selector_all(
+        ".lines:first-of-type .value", "all => all.map(v => parseFloat(v.textContent))"
+    )
+    assert values[0] == max(values)
+    assert opened.page.locator(".lines li").first.locator(".focus").count() == 1
+    assert opened.page.evaluate("location.hash").startswith(f"#latents/{opened.selected()}")
+
+
+def test_keys(opened: Opened) -> None:
+    page = opened.page
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "list"
+    ids, start = opened.ids(), opened.selected()
+    page.keyboard.press("ArrowDown")
+    assert opened.selected() == ids[ids.index(start) + 1]
+    page.keyboard.press("k")
+    assert opened.selected() == start
+    page.keyboard.press("End")
+    assert opened.selected() != start
+    page.keyboard.press("1")
+    assert max(opened.ids()) < ENDS[0]
+    page.focus("#tab-latents")
+    page.keyboard.press("ArrowRight")
+    assert page.is_visible("#nesting")
+
+
+def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
+    made = Opened(browser, report, place="#latents/2/prefix-1")
+    assert made.selected() == 2
+    assert made.page.is_checked("#prefix input[value='1']")
+    before = made.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    made.page.click("#theme")
+    assert made.page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    made.close()
+
+
+@pytest.mark.parametrize("place", ["", "#overview/prefix-0"])
+def test_the_page_opens_at_its_top(browser: Any, report: Path, place: str) -> None:
+    """A place that is an element's id would be scrolled to once the page has loaded."""
+    made = Opened(browser, report, height=300, place=place)
+    made.page.wait_for_load_state("load")
+    made.frame()
+    assert made.page.evaluate("scrollY") == 0
+    assert made.page.is_visible("h1")
+    made.close()
+
+
+def test_phone_width(browser: Any, report: Path) -> None:
+    made = Opened(browser, report, width=360, height=740)
+    page = made.page
+    for tab in ("overview", "nesting", "error", "about", "latents"):
+        page.click(f"#tab-{tab}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+    assert page.is_hidden("#detail")
+    page.locator(".row").first.click()
+    assert page.is_visible("#detail h2")
+    assert page.is_visible(".lines .focus >> nth=0")
+    page.click(".back")
+    assert page.is_hidden("#detail")
+    made.close()
+
+
+def test_the_numbers_are_there_without_javascript(browser: Any, report: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"file://{report}")
+    assert page.locator("#prefixes tbody tr").count() == len(ENDS)
+    context.close()
+
+
+def test_json_cannot_leave_its_element() -> None:
+    text = script_json({"a": [*HOSTILE, "<!--", "</SCRIPT >"]})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text)["a"][: len(HOSTILE)] == HOSTILE
+
+
+def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
+    rng = np.random.default_rng(0)
+    ends = (n_latents // 16, n_latents // 8 * 3 // 2, n_latents // 16 * 7, n_latents)
+    per = 18
+    latents = np.repeat(np.arange(n_latents, dtype=np.int32), per)
+    shades = np.where(
+        rng.random((len(latents), 2 * REACH + 1)) < 0.12, rng.random((len(latents), 2 * REACH + 1)), 0
+    )
+    quantiles = np.tile(np.r_[np.full(10, np.nan), np.linspace(0.95, 0.05, 8)], n_latents).astype(np.float32)
+    places = rng.integers(0, n_contexts * length, len(latents))
+    samples = Samples(
+        latents, places, rng.random(len(latents)).astype(np.float32), quantiles, shades.astype(np.float16)
+    )
+    others = rng.integers(0, n_latents, (n_latents, 8))
+    density = np.tile(10 ** rng.uniform(-5, -1, n_latents), (4, 1)).astype(np.float32)
+    few = rng.random(n_latents)
+    return Catalogue(
+        group=np.searchsorted(ends, np.arange(n_latents), side="right"),
+        density=density,
+        firings=(density[-1] * 3e5).astype(np.int64) + 1,
+        largest=1 + few.astype(np.float32),
+        mean=few,
+        energy=few / few.sum(),
+        entropy=8 * few,
+        top_share=few,
+        tokens=rng.integers(0, 60, (n_latents, 5)).astype(np.int32),
+        token_shares=rng.random((n_latents, 5)).astype(np.float32),
+        histogram=rng.integers(0, 256, (n_latents, 24)),
+        neighbours=Neighbours(torch.from_numpy(others), torch.rand(n_latents, 8)),
+        twins=Partners(others[:, :4].astype(np.int32), rng.random((n_latents, 4)).astype(np.float32)),
+        parents=Partners(
+            (others[:, :4] % ends[0]).astype(np.int32), rng.random((n_latents, 4)).astype(np.float32)
+        ),
+        samples=samples,
+        promoted=rng.integers(0, 60, (n_latents, 6)).astype(np.int32),
+    )
+
+
+@pytest.mark.slow
+def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> None:
+    length, n_contexts = 1024, 300
+    contexts = np.random.default_rng(1).integers(2, 70, (n_contexts, length)).astype(np.int32)
+    data = page_data(large_catalogue(18_432, n_contexts, length), contexts, TokenText(tokenizer_of(report)))
+    metrics = json.loads((report.parent / "metrics.json").read_text())
+    metrics["prefixes"] += metrics["prefixes"][-1:]
+    metrics["redundancy"]["prefixes"] += metrics["redundancy"]["prefixes"][-1:]
+    data["prefix_ends"] = [1152, 3456, 8064, 18_432]
+    page = tmp_path / "large.html"
+    write_report(page, metrics, data, [])
+    assert page.stat().st_size < 40e6
+    started = time.monotonic()
+    made = Opened(browser, page, place="#latents")
+    made.page.wait_for_selector(".row")
+    made.page.wait_for_selector(".lines .focus")
+    print(f"page {page.stat().st_size / 1e6:.1f} MB, first latent after {time.monotonic() - started:.2f} s")
+    paint = made.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert paint < 2000
+    gaps = made.page.evaluate(
+        """async () => { const list = document.getElementById('list'), gaps = []; let last = performance.now();
+        for (let i = 0; i < 60; i++) { list.scrollTop += 3000; await new Promise(requestAnimationFrame);
+        const now = performance.now(); gaps.push(now - last); last = now; } return gaps; }"""
+    )
+    assert np.median(gaps) < 50
+    assert made.page.locator(".row").count() < 60
+    print(
+        f"first paint {paint:.0f} ms, median frame while scrolling {np.median(gaps):.0f} ms, worst {max(gaps):.0f} ms"
+    )
+    made.page.fill("#search", "word12")
+    made.frame()
+    assert made.ids()
+    made.close()
+
+
+def tokenizer_of(report: Path) -> Path:
+    root = report.parents[6]
+    return next(root.glob("activations/*/*.zarr/tokenizer.json"))

@@ -1,0 +1,100 @@
+"""A text of one's own through the model: the same rows as a harvest of that text."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate.read
+from common.errors import InputError
+from common.settings import ROOT, Settings
+from evaluate.read import Reader
+from harvest.run import harvest
+from shards import Store
+from tests.evaluate.fakes import random_coder
+from tests.models import write_jsonl
+
+Make = Callable[..., Settings]
+TEXT = (
+    "the red river sings and the old stone sleeps while a green bird counts the small hours of a long night"
+)
+
+
+@pytest.fixture
+def settings(llama: Path, settings_for: Make, tmp_path: Path) -> Settings:
+    """Every document is the same one; its first 31 tokens are its one context."""
+    files = write_jsonl(tmp_path / "same.jsonl", [TEXT + " " + TEXT] * 40)
+    made = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
+    made = made.model_copy(update={"paths": made.paths.model_copy(update={"checkpoints": tmp_path})})
+    harvest(made)
+    return made
+
+
+def test_the_rows_of_a_harvest(settings: Settings) -> None:
+    store, transcoder = Store.of(settings), random_coder(32, 32, (4, 16))
+    sentence = Reader(store, transcoder, "cpu")(TEXT + " " + TEXT)
+    context, position = store.train.provenance(0, len(store.train))
+    first = np.flatnonzero(context == 0)[np.argsort(position[context == 0])]
+    inputs, outputs = store.train.rows(0, len(store.train))
+    assert len(sentence.tokens) == len(first) == 31
+    torch.testing.assert_close(sentence.inputs, inputs[first], atol=0.03, rtol=0.03)  # stored as int8
+    torch.testing.assert_close(sentence.outputs, outputs[first], atol=0.03, rtol=0.03)
+    assert torch.equal(sentence.acts, transcoder.encode(sentence.inputs))
+    assert "".join(sentence.tokens).replace(" ", "").startswith("theredriversings")
+
+
+def test_the_readmes_example(settings: Settings) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Reader(" in block)
+    names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16))}
+    exec(code, names)
+    assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)
+
+
+def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(settings: Settings) -> None:
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16)), "cpu")
+    assert (
+        len(reader("</s>").tokens) == len(reader.tokenizer.encode("</s>", add_special_tokens=False).ids) > 0
+    )
+    with pytest.raises(InputError, match="text: nothing to read"):
+        reader("")
+    length = len(reader.tokenizer.encode(TEXT * 9, add_special_tokens=False).ids)
+    long = reader(TEXT * 9)
+    assert (len(long.tokens), long.left_out) == (31, length - 31)
+
+
+def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:
+    store, coder = Store.of(settings), random_coder(32, 32, (4, 16))
+    here, there = Path(settings.model.name), tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(here, there)
+    before, after = Reader(store, coder, "cpu")(TEXT), Reader(store, coder, "cpu", str(there))(TEXT)
+    assert torch.equal(before.acts, after.acts)
+    with pytest.raises(InputError, match="no such directory"):
+        Reader(store, coder, "cpu", str(tmp_path / "nowhere"))
+
+
+def test_the_command(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random_coder(32, 32, (4, 16)).save(settings.run_dir())
+    options = [
+        "--layer",
+        "1",
+        "--model.name",
+        settings.model.name,
+        "--paths.activations",
+        settings.paths.activations,
+    ]
+    options += ["--paths.checkpoints", str(settings.paths.checkpoints), "--model.device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "the red [bold]river"])
+    evaluate.read.main()
+    out = capsys.readouterr().out
+    assert "river" in out
+    assert "strongest latents" in out
+    monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "a", "--run", "absent"])
+    with pytest.raises(InputError, match="no transcoder here"):
+        evaluate.read.main()

@@ -1,0 +1,154 @@
+"""python -m transcoder.export and transcoder.import_: from a run to other tools' folders, and from theirs to a run."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.files import whole_folder
+from common.settings import ROOT, Settings
+from tests.transcoder.test_formats import layers, made
+from train import loop
+from transcoder import Transcoder
+from transcoder.export import export, export_set
+from transcoder.import_ import bring
+
+Make = Callable[..., Settings]
+OTHERS = ("saelens", "gemma_scope")
+
+
+def save_run(settings: Settings, transcoder: Transcoder) -> Path:
+    transcoder.save(settings.run_dir())
+    return settings.run_dir()
+
+
+@pytest.mark.parametrize("to", OTHERS)
+def test_a_run_trained_with_the_gain_is_exported_without_it(make_settings: Make, to: str) -> None:
+    gain = [0.5, -2.0, 3.0, 0.0, 0.1]
+    own = made(input="mlp_in", input_hook="blocks.3.mlp.hook_in", gain=gain)
+    found = Transcoder.load(export(save_run(make_settings(), own), to))
+    normalized = torch.randn(40, 5)
+    torch.testing.assert_close(found(normalized), own(normalized * torch.tensor(gain)))
+    assert found.metadata["source"]["input"] == "normalized"
+    if to == "saelens":
+        assert found.metadata["source"]["input_hook"] == "blocks.3.ln2.hook_normalized"
+
+
+@pytest.mark.parametrize("to", OTHERS)
+def test_a_threshold_below_zero_is_exported_as_the_zero_that_it_acts_as(make_settings: Make, to: str) -> None:
+    """Our own file may hold one, of a transcoder that was made elsewhere."""
+    own = replace(made(), thresholds=torch.tensor([0.1, 0.2, -0.3]))
+    found, x = Transcoder.load(export(save_run(make_settings(), own), to)), torch.randn(40, 5)
+    assert torch.equal(found.thresholds, torch.zeros(1, 11))
+    assert torch.equal(found.encode(x), own.encode(x))
+
+
+@pytest.mark.parametrize("to", OTHERS)
+def test_a_prefix_is_exported_beside_the_whole_and_again_replaces_it(make_settings: Make, to: str) -> None:
+    run_dir = save_run(make_settings(), made())
+    for _ in range(2):
+        whole, narrow = export(run_dir, to), export(run_dir, to, prefix=0)
+        assert Transcoder.load(whole).d_sae == 11
+        assert Transcoder.load(narrow).d_sae == 2
+    save_run(make_settings(), made().prefix(1))
+    assert Transcoder.load(export(run_dir, to)).d_sae == 5
+    assert sorted(path.name for path in (run_dir / "export").iterdir()) == [to, f"{to}_prefix_0"]
+    assert len(list((run_dir / "export" / to).rglob("*.npz"))) == (to == "gemma_scope")
+
+
+def test_a_prefix_that_does_not_exist(make_settings: Make) -> None:
+    with pytest.raises(InputError, match="has prefixes 0 to 2, found 3"):
+        export(save_run(make_settings(), made()), "saelens", prefix=3)
+
+
+def test_nothing_half_written_takes_the_place_of_an_export(tmp_path: Path) -> None:
+    def fill(name: str, fails: bool) -> None:
+        with whole_folder(tmp_path / "saelens") as aside:
+            (aside / name).touch()
+            if fails:
+                raise RuntimeError
+
+    fill("old", fails=False)
+    with pytest.raises(RuntimeError):
+        fill("new", fails=True)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "saelens",
+        "saelens/old",
+    ]
+
+
+def test_circuit_tracers_set_is_every_layer_that_has_the_run(make_settings: Make) -> None:
+    settings = make_settings().model_copy(update={"layers": ()})
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    with pytest.raises(InputError, match="no layer of those asked for has a finished run a"):
+        export_set(settings)
+    for number, transcoder in enumerate(layers(0, 1, 2, 3, 4)):
+        if number != 2:
+            transcoder.save(model / f"layer_{number}" / "a")
+    with pytest.raises(InputError, match="every layer from 0 to 4, one width; missing 2;"):
+        export_set(settings)
+    assert not list(model.glob("export/*/*"))
+    layers(2)[0].save(model / "layer_2" / "a")
+    folder = export_set(settings, prefix=1)
+    assert folder == model / "export" / "circuit_tracer" / "a_prefix_1"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        *(f"layer_{n}.safetensors" for n in range(5)),
+    }
+    some = settings.model_copy(update={"layers": (0, 1)})
+    assert len(list(export_set(some, partial=True).iterdir())) == 3
+
+
+@pytest.mark.parametrize("to", OTHERS)
+def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
+    settings = make_settings()
+    save_run(settings, made())
+    options = ["--layer", "0", "--model.name", settings.model.name]
+    options += ["--paths.checkpoints", str(settings.paths.checkpoints)]
+
+    def run(module: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *options, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = run("transcoder.export", "--run", settings.run, "--format", to, "--prefix", "2")
+    assert done.returncode == 0, done.stderr
+    folder = done.stdout.strip()
+    done = run("transcoder.import_", "--run", "theirs", "--from", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("5 -> 11 latents -> 3\n")
+    found = Transcoder.load(settings.run_dir().with_name("theirs"))
+    assert torch.equal(found.W_enc, made().W_enc)
+    assert found.metadata["imported"]["from"] == folder
+    done = run("transcoder.import_", "--run", "theirs", "--from", folder)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there already" in done.stderr
+    done = run("transcoder.export", "--run", "absent", "--format", to)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    done = run("transcoder.export", "--run", settings.run, "--format", "ae.pt")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_training_leaves_an_imported_transcoder_alone(make_settings: Make, store, tmp_path: Path) -> None:
+    settings = make_settings()
+    made().save(tmp_path / "theirs.safetensors")
+    bring(str(tmp_path / "theirs.safetensors"), settings.run_dir())
+    with pytest.raises(InputError, match="holds a transcoder that was not trained here"):
+        loop.train(settings, store)
+    assert Transcoder.load(settings.run_dir()).d_sae == 11
+
+
+def test_a_finished_run_has_all_that_an_export_needs(make_settings: Make, store) -> None:
+    settings = make_settings(train__rows=64 * 8)
+    loop.train(settings, store)
+    own = Transcoder.load(settings.run_dir())
+    inputs, _ = store.heldout.rows(0, 256)
+    for to in OTHERS:
+        found = Transcoder.load(export(settings.run_dir(), to))
+        assert torch.equal(found(inputs), own(inputs))
+    assert found.prefix_ends == (64,)
+    assert (export_set(settings) / "layer_0.safetensors").is_file()

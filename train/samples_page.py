@@ -1,0 +1,183 @@
+"""python -m train.samples_page --layer 17 --run name [--latents 5 17]: the activation samples of a run.
+
+The file, written when training ends: activation_samples/samples.jsonl, one `Line` per latent.
+"""
+
+import html
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.files import whole
+from common.settings import first_mistake
+from shards import Store
+from shards.layout import SHARD_ROWS
+from shards.store import read_tokenizer
+from train.activation_samples import Samples
+
+AROUND = 16
+"""Tokens shown before and after."""
+SHOWN = 20
+"""Latents printed when none is asked for."""
+RENDERED = 500
+"""Latents in the page, evenly over the dictionary: the report of evaluate/ has all of them."""
+
+
+class Text(TypedDict):
+    """A token, and what stands up to `AROUND` tokens before and after it."""
+
+    before: str
+    token: str
+    after: str
+
+
+class Sample(Text):
+    """A row on which a latent was strong."""
+
+    value: float
+    """The raw activation, as it was when the row was seen."""
+    row: int
+    """Number in the store's train split."""
+    context: int
+    position: int
+
+
+class Line(TypedDict):
+    """A latent and the rows on which it was strongest."""
+
+    latent: int
+    group: int
+    samples: list[Sample]
+    """Strongest first."""
+
+
+LINE = TypeAdapter(Line)
+
+
+def write(
+    run_dir: Path, samples: Samples, store: Store, prefix_ends: tuple[int, ...], scale_out: float
+) -> None:
+    """Add context and text to the samples and write them; the file appears whole."""
+    values, rows = samples.values.cpu().numpy() * scale_out, samples.rows.cpu().numpy()
+    contexts, positions = _provenance(store, rows)
+    texts = _texts(store, contexts[rows >= 0], positions[rows >= 0])
+    group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
+    file = run_dir / "activation_samples" / "samples.jsonl"
+    with whole(file) as out:
+        for latent in range(len(values)):
+            found = [
+                {
+                    "value": round(float(values[latent, i]), 5),
+                    "row": int(rows[latent, i]),
+                    "context": int(contexts[latent, i]),
+                    "position": int(positions[latent, i]),
+                    **next(texts),
+                }
+                for i in np.flatnonzero(rows[latent] >= 0)
+            ]
+            line = {"latent": latent, "group": int(group[latent]), "samples": found}
+            out.write(json.dumps(line).encode() + b"\n")
+
+
+def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(context, position) of each row number; windows of the store that hold none are not read."""
+    contexts, positions = np.full(rows.shape, -1, np.int64), np.full(rows.shape, -1, np.int64)
+    for window in np.unique(rows[rows >= 0] // SHARD_ROWS):
+        start = int(window) * SHARD_ROWS
+        context, position = store.train.provenance(start, min(start + SHARD_ROWS, len(store.train)))
+        here = (rows >= start) & (rows < start + SHARD_ROWS)
+        contexts[here], positions[here] = context[rows[here] - start], position[rows[here] - start]
+    return contexts, positions
+
+
+def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Text]:
+    """Text before, of and after each token, decoded in blocks."""
+    tokenizer = read_tokenizer(store.tokenizer_path)
+    for start in range(0, len(contexts), block):
+        where = positions[start : start + block]
+        tokens = store.train.contexts[contexts[start : start + block]]
+        parts = [
+            part.tolist()
+            for line, at in zip(tokens, where, strict=True)
+            for part in (line[max(0, at - AROUND) : at], line[at : at + 1], line[at + 1 : at + 1 + AROUND])
+        ]
+        decoded = tokenizer.decode_batch(parts, skip_special_tokens=False)
+        for i in range(len(where)):
+            before, token, after = decoded[3 * i : 3 * i + 3]
+            yield Text(before=before, token=token, after=after)
+
+
+def read(run_dir: Path) -> Iterator[Line]:
+    """The lines of samples.jsonl; raises `InputError` when it is not there, naming a line that is no such line."""
+    file = run_dir / "activation_samples" / "samples.jsonl"
+    if not file.is_file():
+        raise InputError(f"{file}: no samples; train with train.sample_every above 0")
+    with file.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield LINE.validate_json(line)
+            except ValidationError as error:
+                raise InputError(
+                    f"{file}: line {number} is damaged ({first_mistake(error)}); train the run again"
+                ) from error
+
+
+def render(latents: Iterable[Line]) -> str:
+    """One self-contained page; text of the web is escaped, and no script may run."""
+    parts = [PAGE]
+    for latent in latents:
+        parts.append(f"<h2>latent {latent['latent']} <small>group {latent['group']}</small></h2>")
+        for sample in latent["samples"]:
+            before, token, after = (html.escape(sample[key]) for key in ("before", "token", "after"))
+            place = f"context {sample['context']}, position {sample['position']}"
+            parts.append(
+                f'<p title="{place}"><b>{sample["value"]:.3g}</b> {before}<mark>{token}</mark>{after}</p>'
+            )
+        if not latent["samples"]:
+            parts.append("<p>never active when looked at</p>")
+    return "\n".join(parts) + "\n"
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>Activation samples</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1.1rem; margin: 1.5rem 0 .3rem } small { font-weight: normal; opacity: .7 }
+p { margin: .15rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+b { font-variant-numeric: tabular-nums }
+</style>
+<h1>Activation samples</h1>"""
+
+
+def main() -> None:
+    made = parser("train.samples_page", "Print and render the activation samples of a run.")
+    made.add_argument("--latents", type=int, nargs="+", help="which to show; otherwise a selection")
+    settings, given = load(made)
+    run_dir = settings.run_dir()
+    total = sum(1 for _ in read(run_dir))
+    wanted = set(given.latents or range(0, total, max(1, total // RENDERED)))
+    if beyond := [latent for latent in wanted if not 0 <= latent < total]:
+        raise InputError(f"latents: {beyond[0]}: expected numbers from 0, below {total}")
+    chosen = [line for line in read(run_dir) if line["latent"] in wanted]
+    file = run_dir / "activation_samples" / "samples.html"
+    file.write_text(render(chosen))
+    shown = (line for line in chosen if given.latents or line["samples"])
+    for line in islice(shown, None if given.latents else SHOWN):
+        print(f"\nlatent {line['latent']} (group {line['group']})")
+        for sample in line["samples"]:
+            text = f"{sample['before']}[[{sample['token']}]]{sample['after']}".replace("\n", "\\n")
+            print(f"  {sample['value']:8.3f}  {text}")
+    print(f"\n{len(chosen):,} of {total:,} latents in {file}")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,1 @@
+"""The numerical step: losses, exact gradients (dense and sparse), Adam, learning rate."""

@@ -1,0 +1,117 @@
+"""What training minimises. Pure: nothing here changes state.
+
+Shapes: B rows, D_in, D_out, F latents, G prefixes, N dead latents.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.processes import ALONE, Peers
+from transcoder.entries import Entries
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Everything a training step needs to know beside parameters and rows."""
+
+    prefix_ends: tuple[int, ...]
+    prefix_weights: tuple[float, ...]
+    """Weight of each prefix's mean squared error; they sum to 1."""
+    k: int
+    selection: str
+    """batch_topk or topk."""
+    aux_k: int
+    aux_coefficient: float
+    precision: str = "float32"
+    """Of the encoder product's inputs."""
+
+    @property
+    def d_sae(self) -> int:
+        """F, the last prefix end."""
+        return self.prefix_ends[-1]
+
+
+def prefix_weights(n: int) -> tuple[float, ...]:
+    """Weights of the losses of n prefixes, coarsest first; they sum to 1.
+
+    In proportion 1.15, 1, ..., 1, 2.1. The whole dictionary counts about twice: equal weights cost it more by being
+    nested, a larger one gains it nothing more (docs/log.md). The first prefix has the fewest latents and is read first.
+    """
+    shares = [1.15, *[1.0] * (n - 2), 2.1][-n:]
+    return tuple(share / sum(shares) for share in shares)
+
+
+class StepValues(NamedTuple):
+    """What a training step measured, besides its gradients."""
+
+    squared_errors: Float[Tensor, " G"]
+    """Sum over rows and dimensions of (y_g - y)^2, float64."""
+    l2_loss: Tensor
+    aux_loss: Tensor
+    """Its coefficient included."""
+    entries: Entries
+    """The active latents."""
+    cut: Tensor
+    """Smallest activation that batch top-k kept (tau)."""
+
+    @property
+    def loss(self) -> Tensor:
+        """What the gradients are of."""
+        return self.l2_loss + self.aux_loss
+
+
+REVIVAL = 2e-3
+"""Pull on the bias of a dead latent, over D_out. 1.2e-3 keeps all but 0.1 % alive at lr 7e-3 (docs/log.md), 6e-5 all
+but 4 %, 6e-3 as many as 1.2e-3 at the same FVU."""
+
+
+def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
+    """Gradient by b_enc of -REVIVAL / D_out * sum over dead latents of their bias.
+
+    A latent that is negative on every row has no gradient from the reconstruction, nor from the auxiliary loss, which
+    sees relu(pre-activation); this one brings it back to where it has. After the pre-activation loss of Anthropic's
+    Circuits Updates (January 2025), which is a hinge below the threshold; here it ends when the latent fires.
+    """
+    return torch.zeros(d_sae, device=dead.device).index_fill_(0, dead, -REVIVAL / d_out)
+
+
+def nested_loss(
+    squared_errors: Float[Tensor, " G"], prefix_weights: tuple[float, ...], n_values: int
+) -> Float[Tensor, ""]:
+    """sum over g of w_g * mean over batch and dimensions of (y_g - y)^2; n_values = B * D_out."""
+    weights = torch.tensor(prefix_weights, dtype=squared_errors.dtype, device=squared_errors.device)
+    return squared_errors @ weights / n_values
+
+
+def aux_loss(
+    x: Float[Tensor, "B D_in"],
+    residual: Float[Tensor, "B D_out"],
+    W_enc: Float[Tensor, "N D_in"],
+    b_enc: Float[Tensor, " N"],
+    W_dec: Float[Tensor, "N D_out"],
+    *,
+    aux_k: int,
+    coefficient: float,
+    peers: Peers = ALONE,
+) -> Float[Tensor, ""]:
+    """How badly the dead latents explain what the living ones left over.
+
+    coefficient * min(1, N / aux_k) * sum ||e_hat - e||^2 / sum ||e||^2 with e = `residual` = y - y_G
+    (detached by the caller), e_hat = z W_dec, z the top min(aux_k, N) per row of the dead latents'
+    relu(pre-activation). Both sums run over all rows and dimensions, so the coefficient does not
+    depend on the scale of the residual. No b_dec, no skip. Zero when the residual is.
+    The rows of the lower sum are those of all `peers`; the upper is this process's part.
+    """
+    n_dead = len(W_enc)
+    z = torch.relu(torch.addmm(b_enc, x, W_enc.T))
+    if aux_k < n_dead:
+        top = z.topk(aux_k, dim=1)
+        z = torch.zeros_like(z).scatter(1, top.indices, top.values)
+    size = peers.total(residual.square().sum())
+    error = (z @ W_dec - residual).square().sum()
+    scale = coefficient * min(1.0, n_dead / aux_k)
+    return scale * torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0 * error)

@@ -1,0 +1,290 @@
+"""The training step on the active entries only: the same gradients as train/step/dense.py.
+
+Shapes: B rows, D_in, D_out, F latents, G groups, E active entries (about K*B), N dead latents.
+A bag is one (row, group) pair, numbered row * G + group; entries are sorted by row, then latent,
+so each bag's entries lie together. S [B*G, D_out] is the loss's gradient by each bag's part of
+the reconstruction: S_g = 2 / (B D_out) * sum over h >= g of w_h (y_h - y).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from common.processes import ALONE, Peers
+from train.step.gradients import Block, Gradients
+from train.step.losses import Objective, StepValues, nested_loss
+from transcoder.entries import Entries
+from transcoder.selection import SELECT
+from transcoder.transcoder import Parameters
+
+ROWS = 128
+"""Rows decoded at a time: at D_out 2,304 and 4 groups a block of S is 4.7 MB and stays in the cache."""
+LATENTS = 512
+"""Latents whose gradients are made at a time: 4.7 MB per matrix at width 2,304."""
+
+DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Buffers:
+    """Large tensors that outlive a step: a fresh one of [F, D] costs 0.1 s. Shared by the runs of a sweep."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
+
+    def get(
+        self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor on the device of `like`; its content is whatever was left in it."""
+        key = (name, tuple(shape), dtype or like.dtype)
+        if key not in self._kept:
+            self._kept[key] = torch.empty(shape, dtype=key[2], device=like.device)
+        return self._kept[key]
+
+
+class SparseStep:
+    """Forward and backward with one dense product, the encoder's."""
+
+    def __init__(self, objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> None:
+        self.objective, self.peers = objective, peers
+        self._buffers = buffers or Buffers()
+
+    def __call__(
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
+    ) -> tuple[StepValues, Gradients]:
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
+
+        Values are those of all peers' rows, gradients this process's part.
+        """
+        objective, peers = self.objective, self.peers
+        pre = self._encode(parameters, x)
+        entries, cut = self._select(parameters, x, pre)
+        bags = Bags.of(entries, objective.prefix_ends, len(x))
+        wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
+        residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
+        S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
+        n_values = y.numel() * peers.world
+        scale = [2 * weight / n_values for weight in objective.prefix_weights]
+        squared_errors = peers.total(_decode(parameters, x, y, bags, scale, S, residual))
+        l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
+
+        aux, dead_gradients = l2.new_zeros(()), None
+        if residual is not None:
+            dead_pre = _dead(parameters, x, pre, dead)
+            aux, dead_gradients = _aux(parameters, dead_pre, x, residual, dead, objective, peers)
+        S_first = S.view(len(x), bags.groups, -1)[:, 0]
+        shared = {"b_dec": S_first.sum(0)}
+        if parameters.W_skip is not None:
+            shared["W_skip"] = S_first.T @ x
+        entries_of = bags.by_latent(objective.d_sae)
+        blocks = partial(_blocks, entries_of, parameters.W_dec, x, S, dead, dead_gradients)
+        return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
+
+    def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """[B, F] pre-activations, from the one dense product, in the precision asked for."""
+        W_enc, b_enc = parameters.W_enc, parameters.b_enc
+        if self.objective.precision == "bfloat16":
+            W_enc = self._buffers.get("W_enc", W_enc.shape, W_enc, torch.bfloat16).copy_(W_enc)
+            b_enc, x = b_enc.bfloat16(), x.bfloat16()
+        pre = self._buffers.get("pre", (len(x), self.objective.d_sae), W_enc, W_enc.dtype)
+        return torch.addmm(b_enc, x, W_enc.T, out=pre)
+
+    def _select(self, parameters: Parameters, x: Tensor, pre: Tensor) -> tuple[Entries, Tensor]:
+        """The active entries, and the cut.
+
+        In bfloat16 the product only proposes them: their values are then taken in float32, because
+        bfloat16 ties (231 of 32,768 values were equal to the cut).
+        """
+        exact = None if pre.dtype == x.dtype else partial(_pre_activations, parameters, x)
+        return SELECT[self.objective.selection](pre, self.objective.k, exact, self.peers)
+
+
+def _dead(parameters: Parameters, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
+    """[B, N] pre-activations of the dead latents in the precision of `x`; the one dense product may have them."""
+    if pre.dtype == x.dtype:
+        return pre[:, dead]
+    return torch.addmm(parameters.b_enc[dead], x, parameters.W_enc[dead].T)
+
+
+def _pre_activations(parameters: Parameters, x: Tensor, positions: Tensor) -> Tensor:
+    """[E] pre-activations at ascending positions of the flattened [B, F]."""
+    d_sae = len(parameters.b_enc)
+    rows = positions.div(d_sae, rounding_mode="floor")
+    latents = (positions - rows * d_sae).int()
+    return _products(x, parameters.W_enc, rows.int(), latents) + parameters.b_enc[latents]
+
+
+class Bags(NamedTuple):
+    """Active entries in the order of rows, with the bag each belongs to."""
+
+    latents: Tensor
+    """[E] int32."""
+    values: Tensor
+    """[E] activations."""
+    bag: Tensor
+    """[E] int32, non-decreasing."""
+    offsets: Tensor
+    """[B*G + 1] int32: entries of bag i are [offsets[i], offsets[i + 1])."""
+    groups: int
+
+    @classmethod
+    def of(cls, entries: Entries, prefix_ends: tuple[int, ...], n_rows: int) -> "Bags":
+        """Entries of `n_rows` rows, with the bag of each."""
+        groups = len(prefix_ends)
+        ends = torch.tensor(prefix_ends, device=entries.rows.device)
+        bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
+        first = torch.arange(n_rows * groups + 1, device=bag.device)
+        offsets = torch.searchsorted(bag, first, out_int32=True)
+        return cls(entries.latents.int(), entries.values, bag.int(), offsets, groups)
+
+    def by_latent(self, d_sae: int) -> "LatentEntries":
+        """The same entries in the order of latents."""
+        latents, order = self.latents.sort(stable=True)
+        first = torch.arange(d_sae + 1, device=latents.device, dtype=torch.int32)
+        offsets = torch.searchsorted(latents, first, out_int32=True)
+        bag = self.bag[order]
+        rows = bag.div(self.groups, rounding_mode="floor")
+        return LatentEntries(latents, rows, bag, self.values[order], offsets)
+
+
+class LatentEntries(NamedTuple):
+    """Active entries sorted by latent, then row."""
+
+    latents: Tensor
+    rows: Tensor
+    bag: Tensor
+    values: Tensor
+    offsets: Tensor
+    """[F + 1] int32: entries of latent f are [offsets[f], offsets[f + 1])."""
+
+
+def _decode(
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    bags: Bags,
+    scale: list[float],
+    S: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """Reconstruct every prefix, ROWS rows at a time; fills S, and residual = y - y_G when asked.
+
+    `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64.
+    """
+    (n, d_out), groups = y.shape, bags.groups
+    target = y - parameters.b_dec
+    if parameters.W_skip is not None:
+        target.addmm_(x, parameters.W_skip.T, alpha=-1)
+    squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
+    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]
+    for i, row in enumerate(range(0, n, ROWS)):
+        rows, entries = slice(row, min(row + ROWS, n)), slice(bounds[i], bounds[i + 1])
+        offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
+        latents = bags.latents[entries]
+        # r[:, g] becomes y_g - y: the running sum over groups, started at b_dec + skip - y
+        r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
+        r[:, 0] -= target[rows]
+        for g in range(1, groups):
+            r[:, g] += r[:, g - 1]
+        squared_errors += torch.linalg.vector_norm(r, dim=2).double().square().sum(0)
+        if residual is not None:
+            torch.neg(r[:, -1], out=residual[rows])
+        s = S[rows.start * groups : rows.stop * groups].view_as(r)
+        torch.mul(r[:, -1], scale[-1], out=s[:, -1])
+        for g in range(groups - 2, -1, -1):
+            torch.add(s[:, g + 1], r[:, g], alpha=scale[g], out=s[:, g])
+    return squared_errors
+
+
+def _aux(
+    parameters: Parameters,
+    pre: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    dead: Tensor,
+    objective: Objective,
+    peers: Peers,
+) -> tuple[Tensor, DeadGradients]:
+    """aux_loss on the dead latents' pre-activations [B, N], and its gradients by their rows.
+
+    With z their activations, W their decoder rows and d = z W - residual: loss = c |d|^2, dW_dec = 2c z^T d,
+    dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: pre is there already.
+    """
+    z, W_dec = _strongest(pre, objective.aux_k), parameters.W_dec[dead]
+    d = torch.addmm(residual, z, W_dec, beta=-1)
+    size = peers.total(residual.square().sum())
+    share = objective.aux_coefficient * min(1.0, len(dead) / objective.aux_k)
+    c = torch.where(size > 0, share / size, 0.0)
+    d_pre = (d @ W_dec.T).mul_(2 * c).masked_fill_(z == 0, 0.0)
+    d_dec = (z.T @ d).mul_(2 * c)
+    loss = c * torch.linalg.vector_norm(d).square()
+    return peers.total(loss.double()), (d_pre.T @ x, d_pre.sum(0), d_dec, (d_dec * W_dec).sum(1))
+
+
+def _strongest(pre: Tensor, k: int) -> Tensor:
+    """relu(pre) [B, N], of each row the k largest; rows with no more than k positive values need no search."""
+    z = torch.relu(pre)
+    crowded = ((z > 0).sum(1) > k).nonzero().squeeze(1)
+    if len(crowded):
+        top = z[crowded].topk(k, dim=1)
+        z[crowded] = torch.zeros_like(z[crowded]).scatter_(1, top.indices, top.values)
+    return z
+
+
+def _blocks(
+    entries: LatentEntries,
+    W_dec: Tensor,
+    x: Tensor,
+    S: Tensor,
+    dead: Tensor,
+    dead_gradients: DeadGradients | None,
+) -> Iterator[Block]:
+    """LATENTS latents at a time: d_acts = S W_dec^T at the entries, dW_dec = acts^T S, dW_enc = d_acts^T x.
+
+    d_acts gathers from S here, and would from W_dec, which is larger, if it were made by rows (0.048 against
+    0.063 s). The aux loss's part is added.
+    """
+    d_sae = len(entries.offsets) - 1
+    starts = range(0, d_sae, LATENTS)
+    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]
+    edges = torch.tensor([*starts, d_sae], device=dead.device)
+    dead_bounds = torch.searchsorted(dead, edges).tolist()
+    for i, start in enumerate(starts):
+        stop, part = min(start + LATENTS, d_sae), slice(bounds[i], bounds[i + 1])
+        offsets = entries.offsets[start : stop + 1] - bounds[i]
+        latents, bag, values = entries.latents[part] - start, entries.bag[part], entries.values[part]
+        d_acts = _products(W_dec[start:stop], S, latents, bag)
+        zeros = d_acts.new_zeros(stop - start)
+        block = Block(
+            start,
+            W_enc=_sums(x, entries.rows[part], offsets, d_acts),
+            b_enc=zeros.index_add(0, latents, d_acts),
+            W_dec=_sums(S, bag, offsets, values),
+            along=zeros.index_add(0, latents, values * d_acts),
+        )
+        some = slice(dead_bounds[i], dead_bounds[i + 1])
+        if dead_gradients is not None and some.start < some.stop:
+            for gradient, extra in zip(block[1:], dead_gradients, strict=True):
+                gradient.index_add_(0, dead[some] - start, extra[some])
+        yield block
+        del block, d_acts, zeros  # the next block then takes the same memory: 0.99 against 1.03 s a step
+
+
+def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
+    """[len(offsets) - 1, D]: sum over each bag's entries of factor * table[index]."""
+    return embedding_bag(
+        index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
+    )
+
+
+def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[E] left[rows[i]] . right[columns[i]]: a sampled dense-dense product; indices int32, rows ascending.
+
+    This is what autograd calls for the per-sample weights of embedding_bag; torch.sparse.sampled_addmm
+    computes the same 1.4x as slowly (98,304 products of width 2,304: 0.088 against 0.063 s on one thread).
+    """
+    unused = rows.new_zeros(len(left))  # offsets, needed only where rows are not given
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, columns, unused, rows, 0)

@@ -1,0 +1,84 @@
+"""python -m transcoder.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats.
+
+What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
+rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.files import whole_folder
+from common.settings import Settings
+from transcoder import weights
+from transcoder.formats import WRITERS, circuit_tracer
+from transcoder.gain import convert
+from transcoder.transcoder import Transcoder
+
+FORMATS = (*WRITERS, "circuit_tracer")
+
+
+def export(run_dir: Path, to: str, prefix: int | None = None) -> Path:
+    """Write the run, or one prefix of it, to <run>/export/<to>[_prefix_g]; returns the directory to load."""
+    transcoder = exported(run_dir, prefix)
+    folder = run_dir / "export" / (to + _suffix(prefix))
+    with whole_folder(folder) as aside:
+        made = WRITERS[to](aside, *transcoder.saved())
+    return folder / made.relative_to(aside)
+
+
+def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
+    """Write the runs of one name to <model>/export/circuit_tracer/<run>[_prefix_g], a folder for circuit-tracer.
+
+    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`.
+    """
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
+    runs = [folder / settings.run for folder in folders]
+    layers = [exported(run, prefix).saved() for run in runs if (run / weights.FILE_NAME).is_file()]
+    if not layers:
+        raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
+    name = settings.run + _suffix(prefix)
+    folder = model / "export" / "circuit_tracer" / name
+    with whole_folder(folder) as aside:
+        circuit_tracer.write(aside, layers, f"{settings.model_slug}/{name}", partial)
+    return folder
+
+
+def _suffix(prefix: int | None) -> str:
+    return "" if prefix is None else f"_prefix_{prefix}"
+
+
+def exported(run_dir: Path, prefix: int | None) -> Transcoder:
+    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain."""
+    transcoder = Transcoder.load(run_dir)
+    n = len(transcoder.prefix_ends)
+    if prefix is not None and not 0 <= prefix < n:
+        raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
+    source = transcoder.metadata.get("source", {})
+    if type(source.get("layer")) is not int:  # it becomes part of a path
+        raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
+    gated = replace(
+        transcoder, thresholds=transcoder.thresholds.clamp_min(0)
+    )  # the same: an activation is positive
+    whole = convert(gated, "normalized", source, str(run_dir))
+    return whole if prefix is None else whole.prefix(prefix)
+
+
+def main() -> None:
+    made = parser("transcoder.export", "Write a run, or one prefix of it, in another tool's format.")
+    made.add_argument("--format", choices=FORMATS, required=True, help="whose format")
+    made.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
+    made.add_argument(
+        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
+    )
+    settings, given = load(made)
+    if given.format == "circuit_tracer":
+        print(export_set(settings, given.prefix, given.partial))
+    else:
+        print(export(settings.run_dir(), given.format, given.prefix))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,82 @@
+"""Gemma Scope's transcoders: layer_17/width_16k/average_l0_N/params.npz, plain float32 arrays.
+
+A JumpReLU transcoder of the MLP's normalised input, without the norm's gain, to the MLP's output as it is added
+to the residual: acts = pre * (pre > threshold), each latent with its own threshold. The file knows neither model
+nor layer; its path does. Layout as documented at https://huggingface.co/google/gemma-scope-2b-pt-transcoders.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import write_whole
+from transcoder import weights
+
+FILE_NAME = "params.npz"
+ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a params.npz; raises `InputError` naming the array that is wrong."""
+    if not zipfile.is_zipfile(path):  # np.load would take it for a pickle and say how to load that
+        raise InputError(f"{path}: not a readable .npz of plain arrays: no zip archive")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {
+                name: torch.from_numpy(stored[name].astype(np.float32))
+                for name in stored.files
+                if name in ARRAYS
+            }
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable .npz of plain arrays: {error}") from error
+    W_enc, b_dec = arrays.get("W_enc", torch.empty(0, 0)), arrays.get("b_dec", torch.empty(0))
+    d_in, d_sae = W_enc.shape if W_enc.ndim == 2 else (0, 0)
+    shapes = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, *b_dec.shape),
+        "b_dec": tuple(b_dec.shape),
+        "threshold": (d_sae,),
+    }
+    checked = {
+        name: weights.check_shape(path, name, arrays.get(name), shape) for name, shape in shapes.items()
+    }
+    thresholds = checked.pop("threshold").clamp_min(0)[None]  # activations pass a ReLU as well
+    tensors = {**checked, "W_enc": W_enc.T.contiguous(), "thresholds": thresholds}
+    return tensors, {"prefix_ends": (d_sae,), "source": {"input": "normalized"}}
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write params.npz below `folder`, in the directories by which Gemma Scope tells layer, width and L0.
+
+    Returns the file's directory. Raises `InputError` for a skip connection, which the format does not have.
+    """
+    if "W_skip" in tensors:
+        raise InputError(
+            "gemma_scope: this transcoder has a skip connection, which the format has no place for; "
+            "use FORMAT=saelens or circuit_tracer"
+        )
+    d_sae = len(tensors["W_enc"])
+    width = f"{d_sae // 1024}k" if d_sae % 1024 == 0 else str(d_sae)
+    g = len(metadata["prefix_ends"]) - 1
+    heldout = metadata.get("heldout", {})
+    l0 = f"{heldout['l0'][g]:.0f}" if heldout.get("rows") else "unknown"
+    where = folder / f"layer_{metadata['source']['layer']}" / f"width_{width}" / f"average_l0_{l0}"
+    arrays: dict[str, Any] = {
+        "W_enc": tensors["W_enc"].T.contiguous(),
+        "b_enc": tensors["b_enc"],
+        "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+        "threshold": weights.threshold_of_each(tensors),
+    }
+    made = io.BytesIO()
+    np.savez(made, **{name: tensor.numpy() for name, tensor in arrays.items()})
+    write_whole(where / FILE_NAME, made.getvalue())
+    return where

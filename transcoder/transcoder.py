@@ -1,0 +1,280 @@
+"""The transcoder: its parameters, and encode, decode, prefixes as other stages use them.
+
+Shapes: n rows, D_in, D_out, F latents, G groups; prefix g is latents [0, prefix_ends[g]).
+"""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from common.errors import InputError
+from train.normalisation import Scaling
+from transcoder import formats, weights
+from transcoder.entries import decode, entries_above
+
+ENCODER_SCALE = 0.1
+"""Of the first weights. 0.1 beat 1 and Kaiming-uniform: FVU after 800 steps 0.424, 0.453, 0.456."""
+ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """What training changes. In training they live in normalised space, saved they are folded."""
+
+    W_enc: Float[Tensor, "F D_in"]
+    b_enc: Float[Tensor, " F"]
+    W_dec: Float[Tensor, "F D_out"]
+    """Rows of unit norm, in both spaces."""
+    b_dec: Float[Tensor, " D_out"]
+    W_skip: Float[Tensor, "D_out D_in"] | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """By name, without what is not there."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def map(self, change: Any) -> "Parameters":
+        """The same with `change` made to every tensor."""
+        return Parameters(**{name: change(tensor) for name, tensor in self.named().items()})
+
+    def folded(self, by: Scaling) -> "Parameters":
+        """Parameters on raw activations, given those on normalised ones.
+
+        With a = relu(x W_enc^T + b_enc) the raw activation is scale_out * a, so that decoder rows
+        keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec. The mean
+        input goes into the biases. W_dec is shared, not copied.
+        """
+        ratio, mean = by.scale_out / by.scale_in, by.mean_in.double()
+        W_enc = self.W_enc * ratio
+        W_skip = None if self.W_skip is None else self.W_skip * ratio
+        b_enc, b_dec = self.b_enc * by.scale_out, self.b_dec * by.scale_out
+        return Parameters(
+            W_enc=W_enc,
+            b_enc=b_enc - _product(W_enc, mean),
+            W_dec=self.W_dec,
+            b_dec=b_dec if W_skip is None else b_dec - _product(W_skip, mean),
+            W_skip=W_skip,
+        )
+
+    def unfolded(self, by: Scaling) -> "Parameters":
+        """The inverse of `folded`."""
+        ratio, mean = by.scale_in / by.scale_out, by.mean_in.double()
+        b_enc = self.b_enc + _product(self.W_enc, mean)
+        b_dec = self.b_dec if self.W_skip is None else self.b_dec + _product(self.W_skip, mean)
+        return Parameters(
+            W_enc=self.W_enc * ratio,
+            b_enc=b_enc / by.scale_out,
+            W_dec=self.W_dec,
+            b_dec=b_dec / by.scale_out,
+            W_skip=None if self.W_skip is None else self.W_skip * ratio,
+        )
+
+
+def _product(matrix: Tensor, vector: Tensor, block: int = 1024) -> Tensor:
+    """matrix @ vector in float64, without a float64 copy of the whole matrix."""
+    return torch.cat([rows.double() @ vector for rows in matrix.split(block)]).to(matrix.dtype)
+
+
+def initialise(
+    d_in: int, d_sae: int, mean_output: Float[Tensor, " D_out"], *, skip: bool, seed: int
+) -> Parameters:
+    """Parameters before the first step, in normalised space, on the CPU.
+
+    b_dec is the mean output, W_dec random unit rows, W_enc normal with standard deviation
+    ENCODER_SCALE / sqrt(d_in), b_enc and W_skip zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(d_sae, d_in, generator=generator).mul_(ENCODER_SCALE / d_in**0.5)
+    W_dec = torch.randn(d_sae, len(mean_output), generator=generator)
+    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    return Parameters(
+        W_enc=W_enc,
+        b_enc=torch.zeros(d_sae),
+        W_dec=W_dec,
+        b_dec=mean_output.to(torch.float32).clone(),
+        W_skip=torch.zeros(len(mean_output), d_in) if skip else None,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transcoder:
+    """A trained transcoder of raw MLP inputs to raw MLP outputs.
+
+    acts = relu(pre) * (pre > threshold),  pre = inputs W_enc^T + b_enc
+    output = acts W_dec + b_dec (+ inputs W_skip^T)
+    """
+
+    parameters: Parameters
+    thresholds: Float[Tensor, " G *F"]
+    """[G], of every prefix; the last is this transcoder's own. [G, F] where each latent has its own, as in
+    other tools' transcoders."""
+    prefix_ends: tuple[int, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Settings, harvest fingerprint, versions and training record of the run that made it."""
+
+    W_enc = property(lambda self: self.parameters.W_enc)
+    b_enc = property(lambda self: self.parameters.b_enc)
+    W_dec = property(lambda self: self.parameters.W_dec)
+    b_dec = property(lambda self: self.parameters.b_dec)
+    W_skip = property(lambda self: self.parameters.W_skip)
+
+    @property
+    def threshold(self) -> float | Float[Tensor, " F"]:
+        """Its own: one number, or [F] where each latent has its own."""
+        own = self.thresholds[-1]
+        return own if own.ndim else float(own)
+
+    @property
+    def d_in(self) -> int:
+        """Width of an input."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of an output."""
+        return self.W_dec.shape[1]
+
+    def __repr__(self) -> str:
+        return (
+            f"Transcoder({self.d_in} -> {self.d_out}, {self.d_sae:,} latents in prefixes "
+            f"{'/'.join(map(str, self.prefix_ends))}, threshold {_span(self.thresholds[-1])}, on {self.W_enc.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{g}</td><td>{end:,}</td><td>{_span(threshold)}</td></tr>"
+            for g, (end, threshold) in enumerate(zip(self.prefix_ends, self.thresholds, strict=True))
+        )
+        head = "<tr><th>prefix</th><th>latents</th><th>threshold</th></tr>"
+        return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
+
+    def pre_activations(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
+        """inputs W_enc^T + b_enc."""
+        return torch.addmm(self.b_enc, inputs, self.W_enc.T)
+
+    def encode(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
+        """Activations; zero where the pre-activation is not above the threshold, or not positive."""
+        pre = self.pre_activations(inputs)
+        return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
+
+    def base_output(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+        """The output with no latent active: b_dec (+ inputs W_skip^T)."""
+        if self.W_skip is None:
+            return self.b_dec.expand(len(inputs), -1)
+        return torch.addmm(self.b_dec, inputs, self.W_skip.T)
+
+    def decode(self, acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D_out"]:
+        """The latents' part of the output and the bias; a skip connection is added by calling."""
+        return torch.addmm(self.b_dec, acts, self.W_dec)
+
+    def __call__(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+        """The reconstructed outputs of raw inputs, the skip connection included."""
+        return torch.cat([self._outputs(rows) for rows in inputs.split(ROWS_PER_BLOCK)])
+
+    def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+        entries = entries_above(self.pre_activations(inputs), self.thresholds[-1])
+        return decode(entries, self.W_dec, self.base_output(inputs))
+
+    def prefix(self, g: int) -> "Transcoder":
+        """Prefix `g` as a complete, narrower transcoder with its own threshold; -1 is the last.
+
+        Raises `InputError` when there is no such prefix.
+        """
+        n = len(self.prefix_ends)
+        if not -n <= g < n:
+            raise InputError(f"prefix: expected 0 to {n - 1}, found {g}")
+        g %= n
+        end, whole = self.prefix_ends[g], self.parameters
+        narrow = replace(whole, W_enc=whole.W_enc[:end], b_enc=whole.b_enc[:end], W_dec=whole.W_dec[:end])
+        thresholds = self.thresholds[: g + 1]
+        own = thresholds if thresholds.ndim == 1 else thresholds[:, :end]
+        return Transcoder(narrow, own, self.prefix_ends[: g + 1], self.metadata)
+
+    def to(self, device: str | torch.device) -> "Transcoder":
+        """The same on another device."""
+        moved = self.parameters.map(lambda tensor: tensor.to(device))
+        return replace(self, parameters=moved, thresholds=self.thresholds.to(device))
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by name, metadata), as every file of `transcoder.formats` is written from."""
+        tensors = {**self.parameters.named(), "thresholds": self.thresholds}
+        return tensors, {**self.metadata, "prefix_ends": self.prefix_ends}
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .safetensors file, or into a run directory."""
+        path = Path(path)
+        file = path if path.suffix == ".safetensors" else path / weights.FILE_NAME
+        weights.write(file, *self.saved())
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transcoder":
+        """Read a run directory or .safetensors file of ours, Gemma Scope's params.npz or its directory, or
+        SAELens' directory; each also at hf://owner/name[@revision]/path.
+
+        Raises `InputError` that names the file, the tensor, what was expected and what was found.
+        """
+        path = formats.fetched(path)
+        tensors, metadata = formats.read(path)
+        ends = metadata.pop("prefix_ends", None)
+        if not _rising(ends):
+            raise InputError(f"{path}: prefix_ends: expected rising numbers of latents, found {ends!r}")
+        ends = tuple(ends)
+        shapes = _shapes(path, tensors, ends)
+        checked = {
+            name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
+            for name, shape in shapes.items()
+        }
+        for name, tensor in checked.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: tensor {name}: expected finite numbers, found NaN or infinity")
+        thresholds = checked.pop("thresholds")
+        return cls(Parameters(**checked), thresholds, ends, metadata)
+
+
+def _span(thresholds: Tensor) -> str:
+    """One number, or the smallest and largest of several."""
+    low, high = float(thresholds.min()), float(thresholds.max())
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _rising(ends: Any) -> bool:
+    """Whether these are numbers of latents, each prefix wider than the one before."""
+    whole = isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)
+    return whole and bool(ends) and list(ends) == sorted(set(ends)) and ends[0] > 0
+
+
+def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes that a file's tensors must have, from its prefix ends, W_enc's and b_dec's widths."""
+    for name in ("W_enc", "b_dec"):
+        if name not in tensors:
+            raise InputError(
+                f"{path}: tensor {name}: expected one, found {', '.join(sorted(tensors)) or 'none'}"
+            )
+    d_sae = ends[-1] if ends else 0
+    widths = {name: tensor.shape[-1] for name, tensor in tensors.items() if tensor.ndim}
+    d_in, d_out = widths.get("W_enc", 0), widths.get("b_dec", 0)
+    shapes = {
+        "W_enc": (d_sae, d_in),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_out),
+        "b_dec": (d_out,),
+        "thresholds": (len(ends),),
+    }
+    if "thresholds" in tensors and tensors["thresholds"].ndim == 2:
+        shapes["thresholds"] = (len(ends), d_sae)
+    if "W_skip" in tensors:
+        shapes["W_skip"] = (d_out, d_in)
+    unknown = set(tensors) - set(shapes)
+    if unknown:
+        raise InputError(f"{path}: unknown tensor {min(unknown)}; expected {', '.join(shapes)}")
+    return shapes

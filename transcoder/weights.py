@@ -1,0 +1,114 @@
+"""The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import publish
+
+FILE_NAME = "transcoder.safetensors"
+FORMAT = "matryoshka-transcoder"
+FORMAT_VERSION = 1
+RECORDS = {"settings", "source", "versions", "heldout", "training"}
+"""Objects of a header, where it has them."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write whole: aside, flushed to disk, then renamed; a reader never sees half a file."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        save_tensors(
+            aside, tensors, {key: json.dumps(value, sort_keys=True) for key, value in header.items()}
+        )
+        publish(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in its place. Raises `OSError` naming it where the disk refuses: safetensors'
+    own class of errors does not tell a full disk from a defect.
+    """
+    path.touch()  # save_file alone would make it readable for its owner only
+    try:
+        save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, metadata) of a file or of the run directory that holds it.
+
+    Raises `InputError` when the file is missing, damaged, foreign or of another version.
+    """
+    with _opened(path) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone; raises as `read` does."""
+    with _opened(path) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            _check_format(path, metadata)
+            for key in RECORDS & metadata.keys():
+                if not isinstance(metadata[key], dict):
+                    raise InputError(f"{path}: {key}: expected a JSON object, found {metadata[key]!r:.80}")
+            yield file, metadata
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _check_format(path: Path, metadata: dict[str, Any]) -> None:
+    found = metadata.pop("format", None), metadata.pop("format_version", None)
+    if found != (FORMAT, FORMAT_VERSION):
+        raise InputError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}; "
+            "use the version of this project that wrote it"
+        )
+
+
+def threshold_of_each(tensors: Mapping[str, Tensor]) -> Tensor:
+    """[F] the whole dictionary's threshold of every latent, however the file's `thresholds` are kept."""
+    return tensors["thresholds"][-1].expand(len(tensors["W_enc"])).contiguous()
+
+
+def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> Tensor:
+    """The tensor itself, if it is there, float32, and of the expected shape."""
+    if tensor is None:
+        raise InputError(f"{path}: tensor {name}: expected shape {list(expected)}, found none")
+    if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+        raise InputError(
+            f"{path}: tensor {name}: expected float32 {list(expected)}, "
+            f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        )
+    return tensor
