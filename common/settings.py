@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from common.errors import InputError
 
@@ -20,11 +28,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _public(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"expected a name or owner/name, as on the Hugging Face hub, found {name!r}")
+    return name
+
+
 class Model(Section):
     name: str = "google/gemma-2-2b"
     """Hugging Face name, a local directory, a .gguf file, or an embedded model (embedded/smollm2-135m)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); none: the default branch."""
+    public_name: Annotated[str | None, AfterValidator(_public)] = None
+    """What exports and make push call the model; none: its hub name, else the last part of its path."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and forward pass; auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPU."""
     device: str = "auto"
@@ -158,6 +174,8 @@ class Train(Section):
     """Orders the rows."""
     init_from: str | None = None
     """Run directory whose weights this run starts from."""
+    init_mismatch: bool = False
+    """Let train.init_from be of another layer, model or hook than the store."""
     aux_k: int = Field(default=512, ge=0)
     """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
     aux_coefficient: float = Field(default=0.125, ge=0)
@@ -251,6 +269,10 @@ class Evaluate(Section):
     """Rows to evaluate; none: all of the split."""
     split: Literal["heldout", "train"] = "heldout"
     """Split to evaluate; training never sees heldout."""
+    checkpoint: bool = False
+    """Evaluate (or read with) the newest checkpoint of a run instead of its finished weights."""
+    allow_mismatch: bool = False
+    """Measure a transcoder on a store of another layer, model or hook than it was trained on."""
 
 
 class Paths(Section):

@@ -31,6 +31,8 @@ def main() -> None:
 
 def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
+    from train.record import went_on
+
     table = table_of(
         rows_of(metrics["rows"], metrics["provenance"]["split"]),
         ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %"),
@@ -56,9 +58,20 @@ def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Cons
         plain(console, "note: what this run was trained on is not known")
     elif not metrics["provenance"]["trained_on_this_store"]:
         plain(console, "note: this run was trained on another harvest than it was evaluated on")
+    if differing := metrics["provenance"].get("mismatch"):
+        plain(console, f"note: measured where it does not belong, as asked: {'; '.join(differing)}")
     if not fresh:
         plain(console, "nothing has changed since the last evaluation: nothing was measured again")
     run_dir = settings.run_dir()
+    if at := metrics["provenance"].get("checkpoint"):
+        plain(console, f"note: the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
+        run_dir = run_dir / f"at_step_{at['step']}"
+    elif step := went_on(run_dir):
+        plain(
+            console,
+            f"note: training went on since: interrupted, or still training, at step {step:,}; these are the finished "
+            "weights of before (--evaluate.checkpoint true: the checkpoint)",
+        )
     plain(console, f"store  {settings.store_path(settings.layer)}")
     plain(console, f"run    {run_dir}")
     plain(console, f"report {run_dir / 'evaluation' / 'report.html'}")

@@ -1,5 +1,7 @@
 """python -m evaluate.compare: several transcoders on the same held-out rows, one table with differences."""
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from evaluate.report.console import number_of, plain, rows_of, table_of
 from evaluate.report.report import FILTERS, PAGE
 from evaluate.run import prepare
 from evaluate.subject import read
+from train.record import stopped
+from train.sweep import RESULTS
 from transcoder import Transcoder
 from transcoder.formats import fetched, weights_file
+from transcoder.weights import FILE_NAME
 
 COLUMNS = {
     "fvu": "FVU",
@@ -40,18 +45,21 @@ COLUMNS = {
 
 
 def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """Measures the run that `settings` name and the `others` (see `Transcoder.load`) on the same rows.
+    """Measures the run that `settings` name and the `others` (see `chosen`) on the same rows.
 
     Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
     folder. Differences are to the run's full dictionary.
     """
     if not others:
-        raise InputError('compare: expected other transcoders; give WITH="<dir> <dir>" (--with <dir> <dir>)')
+        raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
     job = prepare(settings, ce_tokens=0)
-    paths = [job.run_dir, *map(fetched, others)]
+    paths = [job.run_dir, *chosen(settings.run_dir(), others)]
     names = distinct_names(paths)
     device = pick_device(settings.model.device)
-    coders = {name: read(path, job.store).to(device) for name, path in zip(names, paths, strict=True)}
+    mismatch = settings.evaluate.allow_mismatch
+    coders = {
+        name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
+    }
     measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
     reference = measured[names[0]][-1]
     lines = [
@@ -68,6 +76,46 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
     folder = job.run_dir / "comparison"
     _write(folder, values)
     return values, folder
+
+
+def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
+    """Directories and files of the transcoders asked for: names of runs of the same layer, patterns of such names,
+    paths, and hf:// addresses.
+
+    What a pattern brings along and is no other transcoder is left out, and told on standard error: the run itself, the
+    folder of a sweep's table, a run that is not trained to its end. Raises `InputError` when nothing is left, or a word
+    names nothing.
+    """
+    found: dict[Path, Path] = {}
+    left: list[str] = []
+    for path in (path for other in others for path in _paths(run_dir, other)):
+        sweep = path.is_dir() and (path / RESULTS).is_file() and not (path / FILE_NAME).is_file()
+        why = "it is the run itself" if path.resolve() == run_dir.resolve() else None
+        why = why or ("it is the table of a sweep" if sweep else stopped(path))
+        if why:
+            left.append(f"{path}: {why}")
+        else:
+            found.setdefault(path.resolve(), path)
+    if not found:
+        raise InputError(f"compare: nothing is left to compare with: {'; '.join(left)}")
+    for line in left:
+        print(f"left out: {line}", file=sys.stderr)
+    return [*found.values()]
+
+
+def _paths(run_dir: Path, other: str) -> list[Path]:
+    """What one word of WITH names; a run's name comes before a path of the same spelling."""
+    runs = run_dir.parent
+    is_name = re.fullmatch(r"[\w.+=*?\[\]-]+", other) and other not in (".", "..")
+    if is_name and (runs / other).is_dir():
+        return [runs / other]
+    path = fetched(other)
+    if path.exists():
+        return [path]
+    if is_name and (matched := sorted(each for each in runs.glob(other) if each.is_dir())):
+        return matched
+    there = " ".join(sorted(each.parent.name for each in runs.glob(f"*/{FILE_NAME}")))
+    raise InputError(f"compare: {other}: neither a run of this layer ({there}) nor a path")
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -137,8 +185,8 @@ def main() -> None:
         dest="others",
         nargs="+",
         default=[],
-        metavar="DIR",
-        help="other transcoders: runs, Gemma Scope's params.npz, SAELens' directories, hf:// addresses",
+        metavar="RUN",
+        help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
     )
     settings, given = load(made)
     show(*compare(settings, given.others), Console())

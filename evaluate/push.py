@@ -1,7 +1,7 @@
 """python -m evaluate.push --layer 17 --run name --repo owner/name[/path]: a run on the Hugging Face hub.
 
 Published in one commit: transcoder.safetensors, settings.json, and README.md, the card made from metrics.json.
-Loaded again with Transcoder.load("hf://owner/name/path"). Local paths stay here.
+Loaded again with Transcoder.load("hf://owner/name/path"). Local paths stay here, see transcoder/public.py.
 """
 
 import json
@@ -20,14 +20,22 @@ from common.files import sha256
 from evaluate.files import finished
 from evaluate.report.report import FILTERS, PAGE
 from transcoder import Transcoder, weights
+from transcoder.public import ON_HUB, last_part, published
 
 
-def push(run_dir: Path, address: str) -> None:
-    """Publish the evaluated run at `address` (hf://owner/name/path).
+def push(run_dir: Path, address: str, name: str | None = None) -> None:
+    """Publish the evaluated run at `address` (hf://owner/name/path); `name`: what the model is called there.
 
     Raises `InputError` when the run is not trained here, not evaluated as it is now, or the hub refuses.
     """
     hub.parse(address)
+    with tempfile.TemporaryDirectory() as folder:
+        message = write(run_dir, Path(folder), address, name)
+        hub.upload(Path(folder), address, message)
+
+
+def write(run_dir: Path, folder: Path, address: str, name: str | None = None) -> str:
+    """Write what `push` publishes into `folder`; returns the commit's message."""
     transcoder = Transcoder.load(run_dir)
     if "training" not in transcoder.metadata:
         raise InputError(f"{run_dir}: was not trained here; push what it was imported from")
@@ -36,17 +44,16 @@ def push(run_dir: Path, address: str) -> None:
         raise InputError(
             f"{run_dir}: the card needs the evaluation of these weights; evaluate it (make evaluate)"
         )
-    settings = {key: value for key, value in transcoder.metadata["settings"].items() if key != "paths"}
-    published = replace(transcoder, metadata=transcoder.metadata | {"settings": settings})
-    with tempfile.TemporaryDirectory() as folder:
-        published.save(folder)
-        Path(folder, "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-        Path(folder, "README.md").write_text(card(published, metrics, address), encoding="utf-8")
-        hub.upload(
-            Path(folder),
-            address,
-            f"Transcoder {run_dir.name}, layer {transcoder.metadata['source']['layer']}",
-        )
+    seen = replace(transcoder, metadata=published(transcoder.metadata, name))
+    source = seen.metadata["source"]
+    files = map(last_part, metrics["provenance"]["dataset"].split(", ")) if source.get("files") else ()
+    dataset = ", ".join(files) or source.get("dataset", "unknown text")
+    metrics["provenance"] |= {"model": source["model"], "dataset": dataset}
+    seen.save(folder)
+    text = json.dumps(seen.metadata["settings"], indent=1) + "\n"
+    (folder / "settings.json").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card(seen, metrics, address), encoding="utf-8")
+    return f"Transcoder {run_dir.name}, layer {source['layer']}"
 
 
 def plain(value: Any) -> Any:
@@ -70,7 +77,7 @@ def card(transcoder: Transcoder, metrics: dict[str, Any], address: str) -> str:
     )
     environment.filters |= FILTERS
     model = transcoder.metadata["source"]["model"]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("embedded/")
+    on_hub = ON_HUB.fullmatch(model)
     return environment.get_template("card.md").render(
         **plain(transcoder.metadata),
         metrics=plain(metrics),
@@ -90,7 +97,7 @@ def main() -> None:
     )
     settings, given = load(made)
     address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
-    push(settings.run_dir(), address)
+    push(settings.run_dir(), address, settings.model.public_name)
     print(address)
 
 

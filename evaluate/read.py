@@ -16,6 +16,7 @@ from shards import Store
 from shards.layout import kept_mask
 from shards.store import read_tokenizer
 from transcoder import Transcoder
+from transcoder.gain import bind
 
 SHOWN = 5
 """Latents listed for a token."""
@@ -38,18 +39,24 @@ class Sentence(NamedTuple):
 class Reader:
     """The language model that a store was harvested from, and a transcoder that reads along.
 
-    `model`: where the model is, if not where it was harvested from. Raises `InputError` when it cannot be had, or is
-    another one.
+    The transcoder is bound to the store (`transcoder.gain.bind`): checked, and converted to the store's input
+    convention; `mismatch` lets one of another layer or model read on purpose. `model`: where the model is, if not where
+    it was harvested from. Raises `InputError` when it cannot be had, or is another one.
     """
 
     def __init__(
-        self, store: Store, transcoder: Transcoder, device: str = "auto", model: str | None = None
+        self,
+        store: Store,
+        transcoder: Transcoder,
+        device: str = "auto",
+        model: str | None = None,
+        mismatch: bool = False,
     ) -> None:
         from evaluate.metrics.language import language_model
 
         self.store, self.source = store, store.manifest.source
         self.device = pick_device(device)
-        self.transcoder = transcoder.to(self.device)
+        self.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
         asked = Model.model_validate(
             {
                 "name": model or self.source.model,
@@ -94,11 +101,13 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from evaluate.subject import read as transcoder_of
+    from evaluate.subject import run_of
 
-    store = Store.of(settings)
-    transcoder, model = transcoder_of(settings.run_dir(), store), settings.model
-    sentence = Reader(store, transcoder, model.device, model.name)(given.text)
+    store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
+    transcoder = Transcoder.load(run_of(settings, store))
+    if at := transcoder.metadata.get("checkpoint"):
+        print(f"the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
+    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(given.text)
     table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
         values, latents = acts.sort(descending=True)

@@ -23,10 +23,11 @@ from evaluate.nesting import one_group
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
 from evaluate.report.report import write_report
-from evaluate.subject import read
+from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
 from transcoder import Transcoder
-from transcoder.weights import read_metadata, save_tensors
+from transcoder.gain import refuse_mismatch
+from transcoder.weights import FILE_NAME, read_metadata, save_tensors
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
     """
     job = prepare(settings, ce_tokens)
-    flat = one_group(settings, job.store, job.n_rows)
+    flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
     job = replace(job, provenance=job.provenance | {"one_group_sha256": flat and flat["weights_sha256"]})
     done = finished(job.folder)
     if done is not None and done["provenance"] == job.provenance:
         return done, False
     coder, trained = load_coder(job), _trained(job.run_dir)
-    log = read_lines(job.run_dir / "metrics.jsonl")
+    log = read_lines(settings.run_dir() / "metrics.jsonl")
     select = training_selection(trained["selection"], trained["k"]) if trained else None
     metrics, made = _measure(job, coder, select)
     metrics["baselines"] |= {"one_group": flat} if flat else {}
@@ -78,12 +79,8 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
 
 def prepare(settings: Settings, ce_tokens: int) -> Job:
     """Finds the store and the run; `InputError` when either is missing or the split has no rows."""
-    run_dir = settings.run_dir()
-    weights = run_dir / "transcoder.safetensors"
-    if not weights.exists():
-        others = sorted(path.parent.name for path in run_dir.parent.glob(f"*/{weights.name}"))
-        found = f", or evaluate one of those there are: RUN={' '.join(others)}" if others else ""
-        raise InputError(f"{weights}: not found; train this run first (make train){found}")
+    if not settings.evaluate.checkpoint:
+        refuse_missing(settings.run_dir())
     store = Store.of(settings)
     split = getattr(store, settings.evaluate.split)
     n_rows = min(settings.evaluate.rows or len(split), len(split))
@@ -92,6 +89,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
             f"{store.path}: expected rows in split {settings.evaluate.split}, found none; harvest with a larger "
             "harvest.heldout_fraction, or measure the rows it was trained on (--evaluate.split train)"
         )
+    run_dir = run_of(settings, store)
     metadata = read_metadata(run_dir)
     trained_on = metadata.get("harvest_fingerprint")
     source = store.manifest.source
@@ -107,9 +105,14 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "cross_entropy_tokens": ce_tokens,
         "store_fingerprint": store.manifest.fingerprint,
         "trained_on_this_store": trained_on and trained_on == store.manifest.fingerprint,
-        "weights_sha256": sha256(weights),
+        "weights_sha256": sha256(run_dir / FILE_NAME),
         "metrics_version": METRICS_VERSION,
     }
+    allowed = settings.evaluate.allow_mismatch
+    if differing := refuse_mismatch(metadata.get("source", {}), store, str(run_dir), allowed):
+        provenance["mismatch"] = differing
+    if "checkpoint" in metadata:
+        provenance["checkpoint"] = metadata["checkpoint"]
     if used := metadata.get("used"):  # an imported transcoder has none
         provenance |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
     return Job(settings, store, run_dir, n_rows, provenance)
@@ -117,7 +120,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
 
 def load_coder(job: Job) -> Transcoder:
     """The run's transcoder, fed as the store's inputs are, on the device of model.device."""
-    return read(job.run_dir, job.store).to(pick_device(job.settings.model.device))
+    coder = read(job.run_dir, job.store, job.settings.evaluate.allow_mismatch)
+    return coder.to(pick_device(job.settings.model.device))
 
 
 def _trained(run_dir: Path) -> dict[str, Any] | None:

@@ -78,13 +78,16 @@ def _verify(where: str, paths: Paths, repair: bool) -> bool:
 
 
 def _upload(where: str, to: str | None) -> None:
+    from shards.manifest import read_manifest
     from shards.remote import upload
 
     if not to:
         raise InputError("upload: no address; give --to s3://bucket/activations (make upload TO=...)")
     target = "/".join([to.rstrip("/"), *Path(where).parts[-2:]])
     upload(Path(where), target)
-    print(f"{where} -> {target}")
+    source = read_manifest(Path(where)).source
+    names = ", ".join(map(str, [source.model, *source.files]))
+    print(f"{where} -> {target}\nits manifest is there too, and says: {names}")
 
 
 if __name__ == "__main__":

@@ -280,6 +280,15 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a threshold is NaN": lambda: nan_in("thresholds", W),
     "a weight is infinite": lambda: change(W, b_dec=torch.full((32,), float("inf"))),
     "a run of a later version": lambda: in_header(W, format_version="2"),
+    "a run that is not trained to its end, in words": lambda: remove(W),
+    "a transcoder of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save(RUN),
+    "a start from a run of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
+    "an import of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
+    "a run of another layer to compare with": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
+    "a layer of a circuit-tracer set": lambda: save_file(
+        {"activation_function.threshold": torch.zeros(1)}, "layer_0.safetensors"
+    ),
+    "a pickle": lambda: write("ae.pt", b"\x80\x02"),
     "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64)).save(RUN),
     "the store was harvested again": harvested_again,
     "settings.json is damaged": lambda: write(RUN / "settings.json", "{"),

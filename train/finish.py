@@ -15,6 +15,7 @@ from train.normalisation import fold
 from train.recipe import Recipe
 from train.state import State
 from transcoder.frequent import frequent_level
+from transcoder.public import public_name
 from transcoder.transcoder import Transcoder
 
 
@@ -28,14 +29,31 @@ def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
 @torch.no_grad()
 def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
     """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
+    done = calibrated(settings, store, recipe, state, (state.kept / state.kept_rows).tolist())
+    if state.samples is not None:
+        samples_page.write(
+            settings.run_dir(), state.samples, store, done.prefix_ends, recipe.scaling.scale_out
+        )
+    done.save(settings.run_dir())
+
+
+def calibrated(
+    settings: Settings,
+    store: Store,
+    recipe: Recipe,
+    state: State,
+    kept_per_row: list[float],
+    more: dict[str, Any] | None = None,
+) -> Transcoder:
+    """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata."""
     raw = raw_transcoder(state, recipe)
-    kept_per_row = (state.kept / state.kept_rows).tolist()
-    thresholds = calibrate(raw, lambda: _calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
+    thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
     found = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
     metadata = {
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
         "source": store.manifest.source.model_dump(mode="json"),
+        "public_name": settings.model.public_name or public_name(store.manifest.source.model),
         "used": recipe.used(),
         "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
         "heldout": found._asdict(),
@@ -43,14 +61,10 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         "versions": record.versions(),
         "git_commit": record.git_commit(),
     }
-    if state.samples is not None:
-        samples_page.write(
-            settings.run_dir(), state.samples, store, raw.prefix_ends, recipe.scaling.scale_out
-        )
-    Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata).save(settings.run_dir())
+    return Transcoder(raw.parameters, thresholds, raw.prefix_ends, metadata | (more or {}))
 
 
-def _calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
+def calibration_inputs(store: Store, recipe: Recipe, device: torch.device) -> Iterator[Tensor]:
     """Shuffled train inputs, CALIBRATION_ROWS of them or all there are."""
     train, rows = recipe.train, 0
     with closing(store.train.loader(train.batch_size, train.order_seed, device=device).batches()) as batches:

@@ -15,7 +15,7 @@ from shards import Store
 from train.normalisation import NORMALISATION, Scaling, unfold
 from train.step.losses import Objective, prefix_weights
 from train.step.schedule import learning_rate, peak_rate
-from transcoder.gain import convert
+from transcoder.gain import bind
 from transcoder.transcoder import Parameters, Transcoder
 
 ENCODER_SCALE = 0.1
@@ -119,7 +119,8 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
     wrong = [f"{key}: expected {wanted}, found {have}" for (key, wanted), have in pairs if wanted != have]
     if wrong:
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(wrong)}")
-    fed = convert(other, source.input, source.model_dump(), f"train.init_from: {settings.train.init_from}")
+    name, option = f"train.init_from: {settings.train.init_from}", "--train.init_mismatch true"
+    fed = bind(other, store, name, settings.train.init_mismatch, option)
     return unfold(fed.parameters, recipe.scaling)
 
 

@@ -69,6 +69,51 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
         )
 
 
+def read(run_dir: Path) -> tuple[Settings, str]:
+    """(settings, harvest fingerprint) of the run that was begun in a directory; `InputError` where there is none."""
+    file = run_dir / FILE_NAME
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return validated(record["settings"], "written by another version"), str(record["harvest_fingerprint"])
+    except FileNotFoundError:
+        raise InputError(f"{run_dir}: no run was begun here; train it first (make train)") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+
+
+def stopped(run_dir: Path) -> str | None:
+    """Where a run without finished weights stands, in words; none where it has them, or none was begun."""
+    from train.checkpoint import latest  # which imports what imports this module
+
+    if (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
+        return None
+    train, newest = read(run_dir)[0].train, latest(run_dir)
+    where = "before its first checkpoint" if newest is None else f"at step {_step(newest)}"
+    return f"interrupted, or still training, {where} of {train.rows // train.batch_size:,}"
+
+
+def refuse_unfinished(run_dir: Path) -> None:
+    """Raise `InputError` where a run has no weights yet, saying how far it is."""
+    if stands := stopped(run_dir):
+        raise InputError(
+            f"{run_dir}: {stands}; its weights are written when it ends: the same make train goes on, and "
+            "make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
+        )
+
+
+def went_on(run_dir: Path) -> int | None:
+    """Step of a checkpoint that is later than the finished weights: a run of more rows that is not at its end."""
+    from train.checkpoint import latest
+
+    done, newest = weights.read_metadata(run_dir).get("training"), latest(run_dir)
+    later = done is not None and newest is not None and _step(newest) > done["steps"]
+    return _step(newest) if later and newest is not None else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
     """Metadata of the finished weights when they are just what is asked for."""
     if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():

@@ -1,11 +1,12 @@
-"""python -m train.samples_page --layer 17 --run name [--latents 5 17]: the activation samples of a run.
+"""python -m train.samples_page --layer 17 --run name [--latents 5,17]: the activation samples of a run.
 
 The file, written when training ends: activation_samples/samples.jsonl, one `Line` per latent.
 """
 
 import html
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from common.settings import first_mistake
 from shards import Store
 from shards.layout import SHARD_ROWS
 from shards.store import read_tokenizer
+from train import record
 from train.activation_samples import Samples
 
 AROUND = 16
@@ -118,6 +120,10 @@ def read(run_dir: Path) -> Iterator[Line]:
     """The lines of samples.jsonl; raises `InputError` when it is not there, naming a line that is no such line."""
     file = run_dir / "activation_samples" / "samples.jsonl"
     if not file.is_file():
+        if stands := record.stopped(run_dir):
+            raise InputError(
+                f"{run_dir}: {stands}; its samples are written when it ends (the same make train)"
+            )
         raise InputError(f"{file}: no samples; train with train.sample_every above 0")
     with file.open() as lines:
         for number, line in enumerate(lines, 1):
@@ -158,24 +164,42 @@ b { font-variant-numeric: tabular-nums }
 <h1>Activation samples</h1>"""
 
 
+def numbers(words: Sequence[str]) -> list[int]:
+    """The latents that were asked for, in that order, each once: numbers apart by commas, spaces or both."""
+    parts = [part for word in words for part in word.replace(",", " ").split()]
+    for part in parts or words:
+        if not re.fullmatch(r"-?\d+", part):
+            raise InputError(f"latents: {part!r}: expected numbers, for example --latents 56,12")
+    return [*dict.fromkeys(map(int, parts))]
+
+
 def main() -> None:
     made = parser("train.samples_page", "Print and render the activation samples of a run.")
-    made.add_argument("--latents", type=int, nargs="+", help="which to show; otherwise a selection")
+    made.add_argument(
+        "--latents",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="which to show, 5,17 or 5 17; otherwise a selection",
+    )
     settings, given = load(made)
-    run_dir = settings.run_dir()
+    run_dir, asked = settings.run_dir(), numbers(given.latents)
     total = sum(1 for _ in read(run_dir))
-    wanted = set(given.latents or range(0, total, max(1, total // RENDERED)))
+    wanted = asked or [*range(0, total, max(1, total // RENDERED))]
     if beyond := [latent for latent in wanted if not 0 <= latent < total]:
         raise InputError(f"latents: {beyond[0]}: expected numbers from 0, below {total}")
-    chosen = [line for line in read(run_dir) if line["latent"] in wanted]
+    found = {line["latent"]: line for line in read(run_dir) if line["latent"] in set(wanted)}
+    chosen = [found[latent] for latent in wanted]
     file = run_dir / "activation_samples" / "samples.html"
     file.write_text(render(chosen))
-    shown = (line for line in chosen if given.latents or line["samples"])
-    for line in islice(shown, None if given.latents else SHOWN):
+    shown = (line for line in chosen if asked or line["samples"])
+    for line in islice(shown, None if asked else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")
         for sample in line["samples"]:
             text = f"{sample['before']}[[{sample['token']}]]{sample['after']}".replace("\n", "\\n")
             print(f"  {sample['value']:8.3f}  {text}")
+        if not line["samples"]:
+            print("  never active when looked at")
     print(f"\n{len(chosen):,} of {total:,} latents in {file}")
 
 

@@ -23,6 +23,9 @@ from shards import Store
 from train import record
 from transcoder.weights import read_metadata
 
+RESULTS = "results.json"
+"""The table of a sweep, in a folder of its own beside the runs."""
+
 
 def combinations(settings: Settings, d_in: int) -> list[Settings]:
     """Settings of every run of the sweep, named after what differs."""
@@ -80,7 +83,7 @@ def report(runs: list[Settings], folder: Path) -> Table:
         rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
-    write_whole(folder / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
+    write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())
     if measured := [row for row in rows if None not in row["fvu"]]:
         _plot(measured, folder / "sweep.png")
     table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")

@@ -14,14 +14,24 @@ from common.settings import Settings
 from transcoder import weights
 from transcoder.formats import WRITERS, circuit_tracer
 from transcoder.gain import convert
+from transcoder.public import published
 from transcoder.transcoder import Transcoder
 
 FORMATS = (*WRITERS, "circuit_tracer")
 
 
-def export(run_dir: Path, to: str, prefix: int | None = None) -> Path:
-    """Write the run, or one prefix of it, to <run>/export/<to>[_prefix_g]; returns the directory to load."""
-    transcoder = exported(run_dir, prefix)
+NEEDED = {"saelens": ("model", "input_hook", "output_hook")}
+NEEDED["circuit_tracer"] = (*NEEDED["saelens"], "n_layers")
+"""What a format says of the language model, as keys of a store's source."""
+
+
+def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None = None) -> Path:
+    """Write the run, or one prefix of it, to <run>/export/<to>[_prefix_g]; returns the directory to load.
+
+    `name`: what the model is called in it, if not what `transcoder.public.published` says.
+    """
+    transcoder = exported(run_dir, prefix, name)
+    _refuse_unknown(run_dir, transcoder, to)
     folder = run_dir / "export" / (to + _suffix(prefix))
     with whole_folder(folder) as aside:
         made = WRITERS[to](aside, *transcoder.saved())
@@ -36,22 +46,42 @@ def export_set(settings: Settings, prefix: int | None = None, partial: bool = Fa
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
     runs = [folder / settings.run for folder in folders]
-    layers = [exported(run, prefix).saved() for run in runs if (run / weights.FILE_NAME).is_file()]
+    called = settings.model.public_name
+    layers = []
+    for run in runs:
+        if (run / weights.FILE_NAME).is_file():
+            transcoder = exported(run, prefix, called)
+            _refuse_unknown(run, transcoder, "circuit_tracer")
+            layers.append(transcoder.saved())
     if not layers:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
     name = settings.run + _suffix(prefix)
     folder = model / "export" / "circuit_tracer" / name
     with whole_folder(folder) as aside:
-        circuit_tracer.write(aside, layers, f"{settings.model_slug}/{name}", partial)
+        circuit_tracer.write(aside, layers, name, partial)
     return folder
+
+
+def _refuse_unknown(run_dir: Path, transcoder: Transcoder, to: str) -> None:
+    """An imported transcoder's file may not say what a format has to."""
+    for key in NEEDED.get(to, ()):
+        if transcoder.metadata["source"].get(key) is None:
+            raise InputError(_unknown(run_dir, key))
+
+
+def _unknown(run_dir: Path, key: str) -> str:
+    return (
+        f"{run_dir}: source.{key} is not known of this imported transcoder; import it again once its layer is "
+        "harvested: the store knows"
+    )
 
 
 def _suffix(prefix: int | None) -> str:
     return "" if prefix is None else f"_prefix_{prefix}"
 
 
-def exported(run_dir: Path, prefix: int | None) -> Transcoder:
-    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain."""
+def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Transcoder:
+    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain, fit to be seen."""
     transcoder = Transcoder.load(run_dir)
     n = len(transcoder.prefix_ends)
     if prefix is not None and not 0 <= prefix < n:
@@ -59,9 +89,10 @@ def exported(run_dir: Path, prefix: int | None) -> Transcoder:
     source = transcoder.metadata.get("source", {})
     if type(source.get("layer")) is not int:  # it becomes part of a path
         raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
-    gated = replace(
-        transcoder, thresholds=transcoder.thresholds.clamp_min(0)
-    )  # the same: an activation is positive
+    positive = transcoder.thresholds.clamp_min(0)  # the same: an activation is positive
+    gated = replace(transcoder, thresholds=positive, metadata=published(transcoder.metadata, name))
+    if source.get("input") == "mlp_in" and not isinstance(source.get("gain"), list):
+        raise InputError(_unknown(run_dir, "gain"))
     whole = convert(gated, "normalized", source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
 
@@ -77,7 +108,7 @@ def main() -> None:
     if given.format == "circuit_tracer":
         print(export_set(settings, given.prefix, given.partial))
     else:
-        print(export(settings.run_dir(), given.format, given.prefix))
+        print(export(settings.run_dir(), given.format, given.prefix, settings.model.public_name))
 
 
 if __name__ == "__main__":

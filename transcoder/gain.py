@@ -1,15 +1,114 @@
-"""The two conventions of an MLP's input, without and with its norm's gain, and the algebra between them."""
+"""A transcoder on a store's rows: whether it belongs there, and inputs without and with the norm's gain.
 
+`bind` is the only way in: evaluate, compare, read, import and train.init_from all go through it.
+"""
+
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from common.errors import InputError
 from common.hooks import INPUT_HOOKS, Convention
+from shards import Store
+from shards.manifest import Source
 from transcoder.transcoder import Parameters, Transcoder
+
+ON_PURPOSE = "--evaluate.allow_mismatch true (in Python: mismatch=True)"
+"""The option that measures a transcoder where it does not belong."""
+
+
+def bind(
+    transcoder: Transcoder,
+    store: Store,
+    name: str = "this transcoder",
+    mismatch: bool = False,
+    option: str = ON_PURPOSE,
+) -> Transcoder:
+    """The transcoder as it reads the store's rows: checked, and converted to the store's input convention.
+
+    Layer, weights of the language model, hooks and widths are the store's; what a file does not say is not checked.
+    `mismatch` lets another layer, model or hook pass on purpose, `option` is what a refusal says of it. `name` says
+    which transcoder an error is about. Raises `InputError` with what was expected and what was found.
+    """
+    source, own = store.manifest.source, transcoder.metadata.get("source", {})
+    found = (transcoder.d_in, transcoder.d_out)
+    if found != (source.d_in, source.d_out):
+        raise InputError(
+            f"{name}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
+            f"found {found[0]} -> {found[1]}"
+        )
+    refuse_mismatch(own, store, name, mismatch, option)
+    return convert(transcoder, source.input, source.model_dump(), name)
+
+
+def refuse_mismatch(
+    found: Mapping[str, Any], store: Store, name: str, mismatch: bool, option: str = ON_PURPOSE
+) -> list[str]:
+    """What a transcoder's own `source` contradicts in the store's, in words; `InputError` unless `mismatch` allows it.
+
+    Names of models are for people: another name alone is told on standard error, where no digest decides.
+    """
+    source = store.manifest.source
+    differing = _differing(found, source)
+    if differing and not mismatch:
+        raise InputError(
+            f"{name}: does not belong to {store.path}: {'; '.join(differing)}; use the store that it was trained on, "
+            f"or measure it here on purpose with {option}"
+        )
+    known, model = found.get("weights_sha256"), found.get("model")
+    if not known and isinstance(model, str) and _last(model) != _last(source.model):
+        tqdm.write(
+            f"note: {name}: says that it is of the model {model!r:.80}, the store of {source.model!r:.80}; without "
+            "a digest of the weights this is not checked",
+            file=sys.stderr,
+        )
+    return differing
+
+
+def _differing(found: Mapping[str, Any], source: Source) -> list[str]:
+    """Layer, weights and hooks that a record knows and that are not the store's; hooks only within one layer."""
+    block = source.input_hook.removesuffix(INPUT_HOOKS[source.input])
+    expected = {
+        "layer": source.layer,
+        "weights_sha256": source.weights_sha256,
+        "output_hook": source.output_hook,
+    }
+    if (kind := found.get("input")) in INPUT_HOOKS:
+        expected["input_hook"] = block + INPUT_HOOKS[kind]
+    differing = {key: found[key] for key, value in expected.items() if found.get(key) not in (None, value)}
+    if "layer" in differing:
+        differing = {key: value for key, value in differing.items() if not key.endswith("hook")}
+    said = [
+        f"{_WORDS[key]} {_short(value)}, there {_short(expected[key])}" for key, value in differing.items()
+    ]
+    if "weights_sha256" in differing and found.get("dtype", source.dtype) != source.dtype:
+        said.append(f"model.dtype {found['dtype']}, there {source.dtype}, which alone changes the digest")
+    return said
+
+
+_WORDS = {
+    "layer": "it is of layer",
+    "weights_sha256": "the language model's weights are",
+    "input_hook": "it reads",
+    "output_hook": "it predicts",
+}
+
+
+def _short(value: Any) -> str:
+    """A digest's first digits; anything else as it is."""
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else f"{text:.80}"
+
+
+def _last(model: str) -> str:
+    """What two spellings of a model's name have in common: gemma-2-2b of google/gemma-2-2b."""
+    return PurePath(model).name.lower().removesuffix(".gguf")
 
 
 def convert(transcoder: Transcoder, wanted: Convention, norm: Mapping[str, Any], name: str) -> Transcoder:

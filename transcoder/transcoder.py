@@ -46,6 +46,9 @@ class Transcoder:
 
     acts = relu(pre) * (pre > threshold),  pre = inputs W_enc^T + b_enc
     output = acts W_dec + b_dec (+ inputs W_skip^T)
+
+    Inputs and activations have any leading shape, [n, D_in], [batch, tokens, D_in] or [D_in], and any floating dtype;
+    what comes back has the same leading shape, in the weights' float32.
     """
 
     parameters: Parameters
@@ -97,32 +100,44 @@ class Transcoder:
         head = "<tr><th>prefix</th><th>latents</th><th>threshold</th></tr>"
         return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
 
-    def pre_activations(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
+    def pre_activations(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
         """inputs W_enc^T + b_enc."""
-        return torch.addmm(self.b_enc, inputs, self.W_enc.T)
+        pre = torch.addmm(self.b_enc, self._rows("inputs", inputs, self.d_in), self.W_enc.T)
+        return pre.view(*inputs.shape[:-1], self.d_sae)
 
-    def encode(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n F"]:
+    def encode(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
         """Activations; zero where the pre-activation is not above the threshold, or not positive."""
         pre = self.pre_activations(inputs)
         return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
 
-    def base_output(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+    def base_output(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b D_out"]:
         """The output with no latent active: b_dec (+ inputs W_skip^T)."""
+        rows = self._rows("inputs", inputs, self.d_in)
         if self.W_skip is None:
-            return self.b_dec.expand(len(inputs), -1)
-        return torch.addmm(self.b_dec, inputs, self.W_skip.T)
+            return self.b_dec.expand(*inputs.shape[:-1], -1)
+        return torch.addmm(self.b_dec, rows, self.W_skip.T).view(*inputs.shape[:-1], self.d_out)
 
-    def decode(self, acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D_out"]:
+    def decode(self, acts: Float[Tensor, "*b F"]) -> Float[Tensor, "*b D_out"]:
         """The latents' part of the output and the bias; a skip connection is added by calling."""
-        return torch.addmm(self.b_dec, acts, self.W_dec)
+        outputs = torch.addmm(self.b_dec, self._rows("acts", acts, self.d_sae), self.W_dec)
+        return outputs.view(*acts.shape[:-1], self.d_out)
 
-    def __call__(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
+    def __call__(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b D_out"]:
         """The reconstructed outputs of raw inputs, the skip connection included."""
-        return torch.cat([self._outputs(rows) for rows in inputs.split(ROWS_PER_BLOCK)])
+        rows = self._rows("inputs", inputs, self.d_in)
+        outputs = torch.cat([self._outputs(block) for block in rows.split(ROWS_PER_BLOCK)])
+        return outputs.view(*inputs.shape[:-1], self.d_out)
 
     def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
         entries = entries_above(self.pre_activations(inputs), self.thresholds[-1])
         return decode(entries, self.W_dec, self.base_output(inputs))
+
+    def _rows(self, what: str, values: Tensor, width: int) -> Float[Tensor, "n D"]:
+        """Any leading shape as rows, in the weights' dtype; raises `InputError` for another width or for no floats."""
+        if not values.ndim or values.shape[-1] != width or not values.is_floating_point():
+            kind = str(values.dtype).removeprefix("torch.")
+            raise InputError(f"{what}: expected floats [..., {width}], found {kind} {list(values.shape)}")
+        return values.reshape(-1, width).to(self.W_enc.dtype)
 
     def prefix(self, g: int) -> "Transcoder":
         """Prefix `g` as a complete, narrower transcoder with its own threshold; -1 is the last.

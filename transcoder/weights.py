@@ -78,7 +78,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            header = file.metadata() or {}
+            if "format_version" not in header:
+                raise InputError(f"{path}: {_foreign(set(file.keys()))}")
+            metadata = {key: json.loads(text) for key, text in header.items()}
             _check_format(path, metadata)
             for key in RECORDS & metadata.keys():
                 if not isinstance(metadata[key], dict):
@@ -86,6 +89,17 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, metadata
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _foreign(names: set[str]) -> str:
+    """What to say of a safetensors file that this project has not written, by the names of its tensors."""
+    read = "read are runs of this project, SAELens' directories and Gemma Scope's params.npz"
+    if "activation_function.threshold" in names:
+        return (
+            f"a layer of a circuit-tracer set, which is not read; bring in what it was exported from: {read}"
+        )
+    shown = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
+    return f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); {read}"
 
 
 def _check_format(path: Path, metadata: dict[str, Any]) -> None:

@@ -22,7 +22,13 @@ class Rows:
 
 
 def random_coder(
-    d_in: int, d_out: int, ends: tuple[int, ...], seed: int = 0, skip: bool = False, per_latent: bool = False
+    d_in: int,
+    d_out: int,
+    ends: tuple[int, ...],
+    seed: int = 0,
+    skip: bool = False,
+    per_latent: bool = False,
+    layer: int = 0,
 ) -> Transcoder:
     draw = torch.Generator().manual_seed(seed)
     n_latents = ends[-1]
@@ -37,7 +43,7 @@ def random_coder(
     thresholds = 0.3 + 0.5 * torch.rand(*shape, generator=draw)
     if skip:
         parameters = replace(parameters, W_skip=torch.randn(d_out, d_in, generator=draw) / d_in)
-    return Transcoder(parameters, thresholds, ends, {"source": {"input": "normalized", "layer": 0}})
+    return Transcoder(parameters, thresholds, ends, {"source": {"input": "normalized", "layer": layer}})
 
 
 def random_rows(n: int, d_in: int, d_out: int, seed: int = 1) -> Rows:

@@ -10,12 +10,14 @@ import pytest
 
 from common.errors import InputError
 from common.settings import ROOT
-from evaluate.compare import compare, distinct_names
+from evaluate.compare import chosen, compare, distinct_names
 from evaluate.metrics.measure import measure
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store
-from tests.evaluate.runs import arguments, make_run, settings_of
+from tests.evaluate.fakes import random_coder
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
+from train.sweep import RESULTS
 from transcoder.export import export
 
 
@@ -97,3 +99,64 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert distinct_names([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
     with pytest.raises(InputError, match="given twice"):
         distinct_names([Path("/a/x"), Path("/a/x")])
+
+
+def test_other_runs_are_named_or_matched(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's name, a pattern of names, what the shell makes of a glob; what is no other run is left out and told."""
+    layer = tmp_path / "layer_0"
+    for name, seed in (("a", 0), ("b-k4", 1), ("b-k8", 2)):
+        tiny_transcoder(seed).save(layer / name)
+    (layer / "b-sweep").mkdir()
+    (layer / "b-sweep" / RESULTS).write_text("[]")
+    (layer / "b-begun").mkdir()
+    settings = settings_of(root).model_dump(mode="json")
+    (layer / "b-begun" / "settings.json").write_text(
+        json.dumps({"settings": settings, "harvest_fingerprint": "f"})
+    )
+    own, both = layer / "a", [layer / "b-k4", layer / "b-k8"]
+    assert chosen(own, ["b-k4", "b-k8"]) == both
+    assert capsys.readouterr().err == ""
+    for words in (["*"], [str(path) for path in sorted(layer.iterdir())]):
+        assert chosen(own, words) == both
+        told = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[1].rpartition("/")[2] for line in told] == ["a", "b-begun", "b-sweep"]
+        assert "it is the run itself" in told[0]
+        assert "interrupted, or still training, before its first checkpoint" in told[1]
+        assert "it is the table of a sweep" in told[2]
+    assert chosen(own, ["b-k*"]) == both
+    assert chosen(own, ["b-k4", str(layer / "b-k4"), "b-k8"]) == both
+    for words, message in (
+        (["absent"], r"compare: absent: neither a run of this layer \(a b-k4 b-k8\) nor a path"),
+        (["b-k4", "c*"], r"compare: c\*: neither a run"),
+        (["b-sweep"], "nothing is left to compare with: .*b-sweep: it is the table of a sweep"),
+        (["b-begun"], "nothing is left to compare with: .*b-begun: interrupted"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chosen(own, words)
+
+
+def test_a_runs_name_comes_before_a_path_of_the_same_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("layer_0/a", "layer_0/b", "b", "c"):
+        tiny_transcoder().save(folder)
+    own = Path("layer_0/a")
+    assert chosen(own, ["b", "./b", "c"]) == [Path("layer_0/b"), Path("b"), Path("c")]
+
+
+def test_a_run_of_another_layer_is_compared_on_purpose_only(root: Path) -> None:
+    run_dir = settings_of(root).run_dir()
+    random_coder(D_IN, D_OUT, ENDS, layer=3).save(run_dir.with_name("other"))
+    with pytest.raises(InputError, match=r"other: does not belong to .*it is of layer 3, there 0"):
+        compare(settings_of(root), ["other"])
+    values, _ = compare(settings_of(root, "--evaluate.allow_mismatch", "true"), ["other"])
+    assert {line["transcoder"] for line in values["lines"]} == {"tiny", "other"}
+    export_of_another = export(run_dir, "saelens")
+    config = json.loads((export_of_another / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = "blocks.3.ln2.hook_normalized"
+    (export_of_another / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="it is of layer 3, there 0"):
+        compare(settings_of(root), [str(export_of_another)])

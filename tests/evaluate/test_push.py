@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common import hub as address
+from evaluate.push import write
 from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.hub import TOKEN, Hub, Run
@@ -87,6 +88,40 @@ def test_neither_the_token_nor_a_local_path_is_written_anywhere(
     assert not any(str(root).encode() in data for data in published)
 
 
+def test_no_byte_of_what_is_published_names_a_path(tmp_path: Path) -> None:
+    """Model, text, first weights and cache below directories whose names are nobody's business."""
+    secret, folder = tmp_path / "secret", tmp_path / "published"
+    make_run(secret)
+    run_dir = settings_of(secret).run_dir()
+    own = Transcoder.load(run_dir)
+    source = own.metadata["source"] | {"model": f"{secret}/llama/", "dataset": "files"}
+    source["files"] = {"secret/patients.jsonl": "0" * 64}
+    settings = own.metadata["settings"]
+    settings["model"]["name"], settings["data"]["files"] = f"{secret}/llama", [f"{secret}/patients.jsonl"]
+    settings["train"]["init_from"], settings["paths"]["cache"] = f"{secret}/first", f"{secret}/cache"
+    training = {"training": {"rows": 4096, "steps": 64, "l0": [1.0, 2.0, 3.0]}, "git_commit": None}
+    replace(own, metadata=own.metadata | training | {"source": source, "settings": settings}).save(run_dir)
+    store = settings_of(secret).store_path(0)
+    metrics, _ = evaluate(settings_of(secret), ce_tokens=0)
+    metrics["provenance"] |= {"model": source["model"], "dataset": "secret/patients.jsonl"}
+    (run_dir / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    folder.mkdir()
+    assert write(run_dir, folder, "hf://me/one") == "Transcoder tiny, layer 0"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(files) == ["README.md", "settings.json", "transcoder.safetensors"]
+    for data in files.values():
+        for word in (str(tmp_path), tmp_path.name, "secret", store):
+            assert word.encode() not in data
+    card = files["README.md"].decode()
+    assert "# Transcoder of layer 0 of llama\n" in card
+    assert "base_model" not in card
+    assert "| text | `patients.jsonl` |" in card
+    write(run_dir, folder, "hf://me/one", "me/llama")
+    card = (folder / "README.md").read_text()
+    assert "base_model: me/llama" in card
+    assert json.loads((folder / "settings.json").read_text())["model"]["name"] == "me/llama"
+
+
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     return done.stderr
@@ -131,6 +166,7 @@ def test_a_store_goes_to_the_hub_and_is_read_from_there(root: Path, hub: Hub, at
     to = "hf://datasets/me/activations"
     done = at_hub("-m", "shards", "upload", "--to", to, *arguments(root))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "its manifest is there too, and says: tests/tiny"
     names = hub.repos["datasets/me/activations"]
     assert "tiny/layer_0.zarr/files.sha256" in names
     assert not any(".tmp" in name or ".harvest" in name for name in names)

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def settings(llama: Path, settings_for: Make, tmp_path: Path) -> Settings:
 
 
 def test_the_rows_of_a_harvest(settings: Settings) -> None:
-    store, transcoder = Store.of(settings), random_coder(32, 32, (4, 16))
+    store, transcoder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
     sentence = Reader(store, transcoder, "cpu")(TEXT + " " + TEXT)
     context, position = store.train.provenance(0, len(store.train))
     first = np.flatnonzero(context == 0)[np.argsort(position[context == 0])]
@@ -50,13 +51,13 @@ def test_the_rows_of_a_harvest(settings: Settings) -> None:
 def test_the_example_of_the_docs(settings: Settings) -> None:
     page = (ROOT / "docs/python.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Reader(" in block)
-    names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16))}
+    names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16), layer=1)}
     exec(code, names)
     assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)
 
 
 def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(settings: Settings) -> None:
-    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16)), "cpu")
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16), layer=1), "cpu")
     assert (
         len(reader("</s>").tokens) == len(reader.tokenizer.encode("</s>", add_special_tokens=False).ids) > 0
     )
@@ -68,7 +69,7 @@ def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(setti
 
 
 def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:
-    store, coder = Store.of(settings), random_coder(32, 32, (4, 16))
+    store, coder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
     here, there = Path(settings.model.name), tmp_path / "elsewhere" / "tiny"
     shutil.copytree(here, there)
     before, after = Reader(store, coder, "cpu")(TEXT), Reader(store, coder, "cpu", str(there))(TEXT)
@@ -77,10 +78,26 @@ def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:
         Reader(store, coder, "cpu", str(tmp_path / "nowhere"))
 
 
+def test_a_transcoder_is_bound_to_the_store(settings: Settings) -> None:
+    """One with the gain reads as its conversion does; one of another layer is refused, and reads on purpose."""
+    store, own = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
+    gain = torch.tensor(store.manifest.source.gain)
+    fed = replace(own.parameters, W_enc=own.W_enc / gain)
+    with_gain = replace(own, parameters=fed, metadata={"source": {"input": "mlp_in", "layer": 1}})
+    expected = Reader(store, own, "cpu")(TEXT).acts
+    torch.testing.assert_close(Reader(store, with_gain, "cpu")(TEXT).acts, expected, rtol=1e-4, atol=1e-4)
+    other = random_coder(32, 32, (4, 16), layer=0)
+    with pytest.raises(InputError, match=r"it is of layer 0, there 1; .*mismatch=True"):
+        Reader(store, other, "cpu")
+    assert torch.equal(Reader(store, other, "cpu", mismatch=True)(TEXT).acts, expected)
+    with pytest.raises(InputError, match="expected widths 32 -> 32"):
+        Reader(store, random_coder(16, 32, (4, 16), layer=1), "cpu", mismatch=True)
+
+
 def test_the_command(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    random_coder(32, 32, (4, 16)).save(settings.run_dir())
+    random_coder(32, 32, (4, 16), layer=1).save(settings.run_dir())
     options = [
         "--layer",
         "1",
@@ -96,5 +113,5 @@ def test_the_command(
     assert "river" in out
     assert "strongest latents" in out
     monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "a", "--run", "absent"])
-    with pytest.raises(InputError, match="no transcoder here"):
+    with pytest.raises(InputError, match="not found; train this run first"):
         evaluate.read.main()

@@ -1,5 +1,6 @@
 """From a store and a run directory on disk to metrics.json, plots and the page, through the command line."""
 
+import io
 import json
 import os
 import shutil
@@ -10,15 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from common.errors import InputError
 from common.settings import ROOT, Settings
+from evaluate.__main__ import show
 from evaluate.run import evaluate as evaluate_with
+from shards import Store
 from tests.evaluate.fakes import random_coder, random_rows
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
+from train.loop import Run, train
 from transcoder import Transcoder
+
+ALLOWED = ("--evaluate.allow_mismatch", "true")
+SMALL = (
+    *("--transcoder.d_sae", "24", "--transcoder.group_sizes", "4,6,14", "--transcoder.k", "4"),
+    *("--train.rows", "512", "--train.batch_size", "64", "--train.aux_k", "4", "--wandb.mode", "disabled"),
+)
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
@@ -193,3 +204,50 @@ def test_a_store_of_other_widths_is_refused(root: Path, tmp_path: Path) -> None:
     make_store(settings_of(root, "--harvest", "wide").store_path(0), train=rows, heldout=rows)
     with pytest.raises(InputError, match="expected widths 7 -> 5"):
         evaluate(settings_of(root, "--harvest", "wide", "--run", "tiny"))
+
+
+def test_a_run_of_another_layer_is_refused_and_measured_on_purpose(root: Path) -> None:
+    """With what was asked for in the record; without asking it is refused again."""
+    settings, on_purpose = (settings_of(root, "--run", "other", *more) for more in ((), ALLOWED))
+    random_coder(D_IN, D_OUT, ENDS, layer=3).save(settings.run_dir())
+    with pytest.raises(InputError, match=r"it is of layer 3, there 0; .*--evaluate\.allow_mismatch true"):
+        evaluate(settings)
+    assert not (settings.run_dir() / "evaluation").exists()
+    metrics, fresh = evaluate(on_purpose)
+    assert fresh
+    assert metrics["provenance"]["mismatch"] == ["it is of layer 3, there 0"]
+    with pytest.raises(InputError, match="it is of layer 3, there 0"):
+        evaluate(settings)
+    done = command(root, "--run", "other", *ALLOWED)
+    assert "measured where it does not belong, as asked: it is of layer 3, there 0" in done.stdout
+    assert "mismatch" not in evaluate(settings_of(root))[0]["provenance"]
+
+
+def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, *SMALL)
+    make_run(tmp_path)
+    shutil.rmtree(settings.run_dir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, Store.of(settings))
+    with pytest.raises(
+        InputError, match=r"interrupted, or still .* step 8 of 8; .*evaluate\.checkpoint true"
+    ):
+        evaluate(settings)
+    asked = settings_of(tmp_path, *SMALL, "--evaluate.checkpoint", "true")
+    metrics, fresh = evaluate(asked)
+    assert fresh
+    assert metrics["provenance"]["checkpoint"] == {"step": 8, "of": 8}
+    assert (settings.run_dir() / "at_step_8" / "evaluation" / "report.html").is_file()
+    assert not (settings.run_dir() / "evaluation").exists()
+    assert not evaluate(asked)[1]
+    shown = Console(record=True, width=200, file=io.StringIO())
+    show(asked, metrics, False, shown)
+    text = shown.export_text()
+    assert "the checkpoint of step 8 of 8: training has not ended" in text
+    assert "at_step_8/evaluation/report.html" in text
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

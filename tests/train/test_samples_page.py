@@ -1,6 +1,7 @@
 """Activation samples against a plain loop, and their files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,34 @@ def test_the_command_prints_and_renders(
     monkeypatch.setattr("sys.argv", ["train.samples_page", *options, "--latents", "64"])
     with pytest.raises(InputError, match="64: expected numbers from 0, below 64"):
         samples_page.main()
+    monkeypatch.setattr("sys.argv", ["train.samples_page", *options, "--latents", "56,12", "3"])
+    samples_page.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r"^latent (\d+) \(group \d\)$", printed, re.MULTILINE) == ["56", "12", "3"]
+    page = (sampled / "activation_samples" / "samples.html").read_text()
+    assert re.findall(r"<h2>latent (\d+)", page) == ["56", "12", "3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], []),
+        (["56,12"], [56, 12]),
+        (["56,", "12"], [56, 12]),
+        (["56", "12"], [56, 12]),
+        (["56 12"], [56, 12]),
+        (["0"], [0]),
+        (["5,5,1,"], [5, 1]),
+    ],
+)
+def test_latents_are_given_with_commas_or_spaces(words: list[str], expected: list[int]) -> None:
+    assert samples_page.numbers(words) == expected
+
+
+@pytest.mark.parametrize("word", ["5-8", "five", ",", "1.5", "0x1"])
+def test_what_is_no_latent_is_named(word: str) -> None:
+    with pytest.raises(InputError, match=f"latents: '{word}': expected numbers, for example --latents 56,12"):
+        samples_page.numbers([word])
 
 
 def test_a_run_without_samples_says_so(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import torch
 from common.errors import InputError
 from common.files import whole_folder
 from common.settings import ROOT, Settings
+from tests.evaluate.fakes import random_coder
 from tests.transcoder.test_formats import layers, made
 from train import loop
 from transcoder import Transcoder
-from transcoder.export import export, export_set
+from transcoder.export import FORMATS, export, export_set
+from transcoder.formats import gemma_scope
 from transcoder.import_ import bring
 
 Make = Callable[..., Settings]
@@ -106,9 +108,9 @@ def test_circuit_tracers_set_is_every_layer_that_has_the_run(make_settings: Make
 
 @pytest.mark.parametrize("to", OTHERS)
 def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
-    settings = make_settings()
+    settings = make_settings().model_copy(update={"layers": (3,)})
     save_run(settings, made())
-    options = ["--layer", "0", "--model.name", settings.model.name]
+    options = ["--layer", "3", "--model.name", settings.model.name]
     options += ["--paths.checkpoints", str(settings.paths.checkpoints)]
 
     def run(module: str, *more: str) -> subprocess.CompletedProcess[str]:
@@ -121,6 +123,7 @@ def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
     done = run("transcoder.import_", "--run", "theirs", "--from", folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("5 -> 11 latents -> 3\n")
+    assert "layer_3.zarr: not harvested yet" in done.stdout
     found = Transcoder.load(settings.run_dir().with_name("theirs"))
     assert torch.equal(found.W_enc, made().W_enc)
     assert found.metadata["imported"]["from"] == folder
@@ -135,11 +138,63 @@ def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
 
 def test_training_leaves_an_imported_transcoder_alone(make_settings: Make, store, tmp_path: Path) -> None:
     settings = make_settings()
-    made().save(tmp_path / "theirs.safetensors")
-    bring(str(tmp_path / "theirs.safetensors"), settings.run_dir())
+    random_coder(12, 10, (11,)).save(tmp_path / "theirs.safetensors")
+    bring(str(tmp_path / "theirs.safetensors"), settings)
     with pytest.raises(InputError, match="holds a transcoder that was not trained here"):
         loop.train(settings, store)
     assert Transcoder.load(settings.run_dir()).d_sae == 11
+
+
+def test_an_import_of_another_layer_or_store_is_refused(make_settings: Make, store, tmp_path: Path) -> None:
+    """By the file's word where nothing is harvested, by the store's where it is; on purpose it is brought."""
+    settings = make_settings()
+    theirs = save_run(make_settings(run="theirs"), random_coder(12, 10, (11,)))
+    other = make_settings().model_copy(update={"layers": (1,)})
+    with pytest.raises(InputError, match=r"it is of layer 0, asked for layer 1; give --layer 0"):
+        bring(str(theirs), other)
+    assert not other.run_dir().exists()
+    own = Transcoder.load(theirs)
+    hooked = {"source": own.metadata["source"] | {"output_hook": "blocks.0.hook_resid_mid"}}
+    replace(own, metadata=hooked).save(theirs)
+    with pytest.raises(
+        InputError, match=r"it predicts blocks\.0\.hook_resid_mid, there blocks\.0\.hook_mlp_out"
+    ):
+        bring(str(theirs), settings)
+    random_coder(12, 9, (11,)).save(theirs)
+    with pytest.raises(InputError, match="expected widths 12 -> 10"):
+        bring(str(theirs), settings)
+    assert not settings.run_dir().exists()
+    random_coder(12, 10, (11,)).save(theirs)
+    on_purpose = other.model_copy(
+        update={"evaluate": other.evaluate.model_copy(update={"allow_mismatch": True})}
+    )
+    assert bring(str(theirs), on_purpose).d_sae == 11
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_was_imported_is_exported_where_its_layer_is_harvested(
+    make_settings: Make, store, tmp_path: Path, to: str
+) -> None:
+    """Gemma Scope's file knows no model and SAELens' no gain; the store does. Without it the export says what lacks."""
+    settings = make_settings()
+    theirs = gemma_scope.write(tmp_path / "theirs", *random_coder(12, 10, (11,)).saved())
+    bring(str(theirs), settings)
+    if to == "circuit_tracer":
+        made_folder = export_set(settings)
+    else:
+        made_folder = export(settings.run_dir(), to)
+        own, found = Transcoder.load(settings.run_dir()), Transcoder.load(made_folder)
+        assert torch.equal(found.W_enc, own.W_enc)
+    assert any(made_folder.iterdir())
+    bare = make_settings(run="bare")
+    gated = {"source": {"input": "mlp_in", "layer": 0}}
+    replace(random_coder(12, 10, (11,)), metadata=gated).save(bare.run_dir())
+    with pytest.raises(InputError, match=r"bare: source\.gain is not known of this imported transcoder"):
+        export_set(bare) if to == "circuit_tracer" else export(bare.run_dir(), to)
+    if to != "gemma_scope":
+        random_coder(12, 10, (11,)).save(bare.run_dir())
+        with pytest.raises(InputError, match=r"bare: source\.model is not known"):
+            export_set(bare) if to == "circuit_tracer" else export(bare.run_dir(), to)
 
 
 def test_a_finished_run_has_all_that_an_export_needs(make_settings: Make, store) -> None:

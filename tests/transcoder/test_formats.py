@@ -98,6 +98,7 @@ def test_saelens_keeps_the_skip_connection_and_says_where_it_belongs(tmp_path: P
         "dataset_path": "tests/text",
         "layer": 3,
         "input": "normalized",
+        "weights_sha256": None,
         "harvest_fingerprint": "f" * 64,
         "prefix_ends": [2, 5, 11],
         "git_commit": None,
@@ -124,7 +125,7 @@ def layers(*numbers: int, **changes: object) -> list[Transcoder]:
 
 def test_circuit_tracer_is_one_file_per_layer_and_a_config(tmp_path: Path) -> None:
     saved = [transcoder.saved() for transcoder in layers(4, 0, 1, 2, 3)]
-    circuit_tracer.write(tmp_path, saved, "tiny/demo")
+    circuit_tracer.write(tmp_path, saved, "demo")
     assert (tmp_path / "config.yaml").read_text() == (
         'model_name: "tests/tiny"\n'
         'model_kind: "transcoder_set"\n'
@@ -262,3 +263,39 @@ def test_a_saelens_configuration_we_cannot_honour_is_named(
     (folder / "cfg.json").unlink()
     with pytest.raises(InputError, match=r"cfg\.json: not found"):
         Transcoder.load(folder)
+
+
+def test_a_circuit_tracer_set_and_other_tools_files_are_named(tmp_path: Path) -> None:
+    """Our own export of a set, one of its layers, a language model, a pickle."""
+    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in layers(0, 1)], "x", partial=True)
+    for path in (folder, folder / "layer_1.safetensors"):
+        with pytest.raises(InputError, match=r"layer_\d\.safetensors: a layer of a circuit-tracer set"):
+            Transcoder.load(path)
+    save_file({"model.embed": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"found none: another tool's file \(model\.embed\); read are runs"):
+        Transcoder.load(tmp_path / "model.safetensors")
+    (tmp_path / "ae.pt").write_bytes(b"\x80\x02")
+    with pytest.raises(InputError, match=r"ae\.pt: a pickle, which is not read"):
+        Transcoder.load(tmp_path / "ae.pt")
+
+
+def test_layers_of_a_set_are_alike_by_the_weights_digest_and_not_by_name(tmp_path: Path) -> None:
+    """A model moved between two harvests is the same; another one of the same name is not."""
+    same = [layers(0, weights_sha256="a" * 64)[0], layers(1, weights_sha256="a" * 64, model="moved/tiny")[0]]
+    circuit_tracer.write(tmp_path / "same", [t.saved() for t in same], "x", partial=True)
+    other = [layers(0, weights_sha256="a" * 64)[0], layers(1, weights_sha256="b" * 64)[0]]
+    with pytest.raises(InputError, match="model: layer 0 has aaaa"):
+        circuit_tracer.write(tmp_path / "other", [t.saved() for t in other], "x", partial=True)
+
+
+def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:
+    folder = gemma_scope.write(tmp_path, *made().saved())
+    hooks = {"input_hook": "blocks.3.ln2.hook_normalized", "output_hook": "blocks.3.hook_mlp_out"}
+    assert Transcoder.load(folder).metadata["source"] == {"input": "normalized", "layer": 3, **hooks}
+    moved = (folder / "params.npz").rename(tmp_path / "params.npz")
+    assert Transcoder.load(moved).metadata["source"] == {"input": "normalized"}
+
+
+def test_saelens_keeps_the_digest_of_the_language_models_weights(tmp_path: Path) -> None:
+    folder = saelens.write(tmp_path, *made(weights_sha256="a" * 64).saved())
+    assert Transcoder.load(folder).metadata["source"]["weights_sha256"] == "a" * 64

@@ -116,7 +116,7 @@ def test_what_is_no_transcoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a readable safetensors file"):
         Transcoder.load(file)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="expected matryoshka-transcoder version 1, found None"):
+    with pytest.raises(InputError, match="version 1, found none: another tool's file \\(a\\); read are"):
         Transcoder.load(file)
 
 
@@ -131,3 +131,40 @@ def test_first_values() -> None:
     again, other = (initialise(400, 50, mean, skip=True, seed=seed) for seed in (1, 2))
     assert torch.equal(first.W_enc, again.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(5,), (20, 5), (4, 5, 5), (2, 2, 5, 5), (0, 5), (3, 0, 5)])
+def test_any_leading_shape_and_floating_dtype(shape: tuple[int, ...], dtype: torch.dtype, skip: bool) -> None:
+    """As activations come out of a model's cache: the same rows one by one, in float32."""
+    t = made(skip)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = x.reshape(-1, 5).float()
+    acts, outputs = t.encode(x), t(x)
+    assert (acts.shape, outputs.shape) == ((*shape[:-1], 11), (*shape[:-1], 3))
+    assert acts.dtype == outputs.dtype == torch.float32
+    assert torch.equal(acts.reshape(-1, 11), t.encode(rows))
+    assert torch.equal(outputs.reshape(-1, 3), t(rows))
+    assert torch.equal(t.pre_activations(x).reshape(-1, 11), t.pre_activations(rows))
+    assert torch.equal(t.base_output(x).reshape(-1, 3), t.base_output(rows))
+    narrowed = acts.to(dtype)
+    assert torch.equal(t.decode(narrowed).reshape(-1, 3), t.decode(narrowed.reshape(-1, 11).float()))
+    assert t.prefix(0)(x).shape == (*shape[:-1], 3)
+
+
+def test_views_that_are_not_contiguous_and_a_gradient() -> None:
+    t = made(skip=True)
+    x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0).requires_grad_()
+    t(x).sum().backward()
+    t.encode(x[:, ::2]).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(t.encode(x.bfloat16()[:, ::2]), t.encode(x.bfloat16())[:, ::2])
+
+
+@pytest.mark.parametrize("call", [Transcoder.encode, Transcoder.__call__, Transcoder.pre_activations])
+def test_what_is_no_input_is_refused(call) -> None:
+    with pytest.raises(InputError, match=r"inputs: expected floats \[\.\.\., 5\], found float32 \[4, 3\]"):
+        call(made(), torch.zeros(4, 3))
+    with pytest.raises(InputError, match=r"acts: expected floats \[\.\.\., 11\], found float32 \[4, 5\]"):
+        made().decode(torch.zeros(4, 5))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import hub
 from common.errors import InputError
+from train import record
 from transcoder import weights
 from transcoder.formats import gemma_scope, saelens
 
@@ -29,6 +30,7 @@ WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Pat
     "gemma_scope": gemma_scope.write,
 }
 """By FORMAT; each writes below a directory and returns the one to load. A set of layers: circuit_tracer.py."""
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 BESIDE = ("settings.json", saelens.CONFIG_NAME)
 """What a transcoder's directory holds besides the weights."""
 
@@ -44,7 +46,14 @@ def weights_file(path: Path) -> Path:
     """The file of weights in a directory, or `path` itself; raises `InputError` when there is none."""
     files = [path / name for name in READERS] if path.is_dir() else [path]
     found = next((file for file in files if file.is_file()), None)
+    if found is not None and found.suffix in PICKLES:
+        raise InputError(
+            f"{found}: a pickle, which is not read; save its tensors as SAELens' or Gemma Scope's files"
+        )
     if found is None:
+        record.refuse_unfinished(path)
+        if (path / "config.yaml").is_file() and (layers := sorted(path.glob("layer_*.safetensors"))):
+            return layers[0]  # circuit-tracer's set: its reader says what it is
         raise InputError(
             f"{path}: no transcoder here; expected {weights.FILE_NAME} (a run of ours), {gemma_scope.FILE_NAME} "
             f"(Gemma Scope) or {saelens.FILE_NAME} (SAELens)"

@@ -20,12 +20,12 @@ from transcoder import weights
 def write(
     folder: Path,
     layers: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
-    scan: str,
+    name: str,
     partial: bool = False,
 ) -> Path:
     """Write one file per layer and config.yaml into `folder`, which is returned.
 
-    `layers` are (tensors, metadata) in any order; `scan` names the set in the tool's graphs. `partial`: layers
+    `layers` are (tensors, metadata) in any order; `name` names the set in the tool's graphs. `partial`: layers
     0 to N of a deeper model, which the tool loads as transcoders but cannot trace a whole model with.
     Raises `InputError` naming the layers that are missing, or the layer that does not fit the others.
     """
@@ -38,7 +38,7 @@ def write(
         "model_kind": "transcoder_set",
         "feature_input_hook": _without_layer(first["input_hook"]),
         "feature_output_hook": _without_layer(first["output_hook"]),
-        "scan": scan,
+        "scan": f"{str(first['model']).rpartition('/')[2].lower()}/{name}",
     }
     for layer, (tensors, metadata) in sorted(numbered.items()):
         stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}
@@ -64,7 +64,7 @@ def _check_alike(numbered: Mapping[int, tuple[Mapping[str, Tensor], Mapping[str,
     def kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
         source = metadata["source"]
         return {
-            "model": source["model"],
+            "model": source.get("weights_sha256") or source["model"],  # a name is for people
             "input hook": _without_layer(source["input_hook"]),
             "output hook": _without_layer(source["output_hook"]),
             "latents": len(tensors["W_enc"]),

@@ -6,6 +6,7 @@ nor layer; its path does. Layout as documented at https://huggingface.co/google/
 """
 
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.files import write_whole
+from common.hooks import INPUT_HOOKS
 from transcoder import weights
 
 FILE_NAME = "params.npz"
@@ -50,7 +52,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     thresholds = checked.pop("threshold").clamp_min(0)[None]  # activations pass a ReLU as well
     tensors = {**checked, "W_enc": W_enc.T.contiguous(), "thresholds": thresholds}
-    return tensors, {"prefix_ends": (d_sae,), "source": {"input": "normalized"}}
+    return tensors, {"prefix_ends": (d_sae,), "source": {"input": "normalized"} | _layer(path)}
+
+
+def _layer(path: Path) -> dict[str, Any]:
+    """Layer and hooks, by Gemma Scope's directories: layer_17/width_16k/average_l0_12/params.npz."""
+    found = re.search(r"layer_(\d+)/width_[^/]+/average_l0_[^/]+/[^/]+$", path.absolute().as_posix())
+    if found is None:
+        return {}
+    block = f"blocks.{int(found[1])}"
+    hooks = {"input_hook": f"{block}.{INPUT_HOOKS['normalized']}", "output_hook": f"{block}.hook_mlp_out"}
+    return {"layer": int(found[1]), **hooks}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:

@@ -85,7 +85,9 @@ def _source(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: hook_name: expected blocks.N. with {' or '.join(kinds)} (an MLP's input), found {hook}"
         )
     source = {"model": metadata.get("model_name"), "layer": int(parts[1]), "input": kinds[parts[2]]}
-    return source | {"input_hook": hook, "output_hook": metadata.get("hook_name_out")}
+    source |= {"input_hook": hook, "output_hook": metadata.get("hook_name_out")}
+    digest = metadata.get("weights_sha256")  # of one that this project has written
+    return source | ({"weights_sha256": digest} if isinstance(digest, str) else {})
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -128,6 +130,7 @@ def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return known | {
         "layer": source["layer"],
         "input": source["input"],
+        "weights_sha256": source.get("weights_sha256"),
         "harvest_fingerprint": metadata.get("harvest_fingerprint"),
         "prefix_ends": metadata["prefix_ends"],
         "git_commit": metadata.get("git_commit"),
