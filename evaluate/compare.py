@@ -68,7 +68,9 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
         for g, line in enumerate(prefixes)
     ]
     kept = ("model", "layer", "input_hook", "output_hook", "split", "store_fingerprint", "metrics_version")
-    provenance = {key: job.provenance[key] for key in kept}
+    provenance = {
+        key: job.provenance[key] for key in (*kept, "checkpoint", "mismatch") if key in job.provenance
+    }
     provenance["weights_sha256"] = {
         name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)
     }

@@ -289,7 +289,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
         {"activation_function.threshold": torch.zeros(1)}, "layer_0.safetensors"
     ),
     "a pickle": lambda: write("ae.pt", b"\x80\x02"),
-    "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64)).save(RUN),
+    "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64), layer=1).save(RUN),
     "the store was harvested again": harvested_again,
     "settings.json is damaged": lambda: write(RUN / "settings.json", "{"),
     "settings.json of another version": lambda: edit('"order_seed"', '"order_sead"', RUN / "settings.json"),

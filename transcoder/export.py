@@ -20,8 +20,8 @@ from transcoder.transcoder import Transcoder
 FORMATS = (*WRITERS, "circuit_tracer")
 
 
-NEEDED = {"saelens": ("model", "input_hook", "output_hook")}
-NEEDED["circuit_tracer"] = (*NEEDED["saelens"], "n_layers")
+HOOKS = ("model", "input_hook", "output_hook")
+NEEDED: dict[str, tuple[str, ...]] = {"saelens": HOOKS, "circuit_tracer": (*HOOKS, "n_layers")}
 """What a format says of the language model, as keys of a store's source."""
 
 

@@ -31,7 +31,7 @@ def public_name(model: str) -> str:
         r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/", path.absolute().as_posix() + "/"
     ):
         return "/".join(cached.groups())
-    return _said_by(path / "config.json") or _words(Path(os.path.normpath(path.absolute())).name)
+    return _said_by(path / "config.json") or _words(last_part(os.path.normpath(path.absolute())))
 
 
 def _said_by(config: Path) -> str | None:

@@ -45,6 +45,7 @@ def model_in(folder: Path, name_or_path: object = None) -> Path:
         ("secret/Bob's model", "Bob_s_model"),
         ("/gone/secret/llama", "llama"),
         ("~/secret/llama", "llama"),
+        (r"C:\Users\alice\llama", "llama"),
         ("{tmp}/secret/Qwen3-0.6B.Q4.gguf", "Qwen3-0.6B.Q4"),
         ("secret/tiny.GGUF", "tiny"),
         ("{tmp}/hub/models--google--gemma-2-2b/snapshots/0a1b", "google/gemma-2-2b"),

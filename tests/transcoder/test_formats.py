@@ -298,4 +298,5 @@ def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:
 
 def test_saelens_keeps_the_digest_of_the_language_models_weights(tmp_path: Path) -> None:
     folder = saelens.write(tmp_path, *made(weights_sha256="a" * 64).saved())
-    assert Transcoder.load(folder).metadata["source"]["weights_sha256"] == "a" * 64
+    for path in (folder, folder / "cfg.json", folder / "sae_weights.safetensors"):
+        assert Transcoder.load(path).metadata["source"]["weights_sha256"] == "a" * 64

@@ -44,6 +44,7 @@ def fetched(path: str | Path) -> Path:
 
 def weights_file(path: Path) -> Path:
     """The file of weights in a directory, or `path` itself; raises `InputError` when there is none."""
+    path = path.parent if path.name == saelens.CONFIG_NAME else path
     files = [path / name for name in READERS] if path.is_dir() else [path]
     found = next((file for file in files if file.is_file()), None)
     if found is not None and found.suffix in PICKLES:
