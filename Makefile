@@ -5,17 +5,41 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
-PY     := $(VENV)/bin/python
+
+# What is asked for is what is typed after make: a RUN, TEXT or PREFIX of the environment was meant for something else.
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES
+KNOWN := $(ASKED) PYTHON VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
+typed = $(filter command override,$(firstword $(origin $(1))))
+asked = $(if $(call typed,$(1)),$(value $(1)))
+$(foreach name,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),\
+	$(error $(name)=... is no variable of this Makefile; expected $(ASKED) VENV PYTHON)))
+
+empty :=
+space := $(empty) $(empty)
+define NEWLINE
+
+
+endef
+export NEWLINE
+
+# The shell passes values on as single words whatever they hold: quotes, a $, lines. A recipe is one line for make.
+quote   = '$(subst $(NEWLINE),'"$$NEWLINE"',$(subst ','\'',$(1)))'
+# A value that begins with - is not taken for an option.
+option  = $(if $(call asked,$(1)),$(2)$(if $(filter -%,$(firstword $(call asked,$(1)))),=, )$(call quote,$(call asked,$(1))))
+spliced = $(subst $(NEWLINE), ,$(call asked,$(1)))
+MORE    = $(call option,RUN,--run) $(call option,HARVEST,--harvest) $(call spliced,ARGS)
+OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(MORE)
+
+# Environments may lie in places with spaces: with \ for make (the names that end in _), in quotes for the shell.
+home   = $(if $(filter ~/%,$(firstword $(1))),$(HOME)$(patsubst ~%,%,$(1)),$(1))
+VENV_  := $(subst $(space),\ ,$(VENV))
+PEERS_ := $(subst $(space),\ ,$(PEERS))
+AUDIT_ := $(subst $(space),\ ,$(AUDIT))
+PY     := $(call quote,$(call home,$(VENV))/bin/python)
 PIP    := $(PY) -m pip --disable-pip-version-check -q
 
-# The shell passes values on as single words whatever they hold, a $ too.
-quote   = '$(subst ','\'',$(1))'
-option  = $(if $(value $(1)),$(2) $(call quote,$(value $(1))))
-OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(call option,RUN,--run) \
-          $(call option,HARVEST,--harvest) $(ARGS)
-
-export TOKENIZERS_PARALLELISM = true
-export WANDB_SILENT = true
+export TOKENIZERS_PARALLELISM ?= true
+export WANDB_SILENT ?= true
 
 # Without a target, or as `make help`: what there is. The lines of README's table, not the installation's.
 help:
@@ -25,34 +49,37 @@ help:
 	@echo 'make verify LAYER=17             reads and checks every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     trains; sweep: every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make runs|stores                 tables of what there is; LAYER=17 for those of a layer'
 	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
 	@echo 'make export|import|push|upload   other tools, the hub, object stores'
 	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep samples evaluate compare read export import push bench bench-storage soak audit \
+        train sweep runs stores samples evaluate compare read export import push bench bench-storage soak audit \
         lint format clean
 
+DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
-	@$(PY) -m harvest --profile demo $(ARGS)
-	@$(PY) -m train --profile demo $(ARGS)
-	@$(PY) -m evaluate --profile demo $(ARGS)
+	$(if $(call asked,PROFILE),$(error make demo is PROFILE=demo; leave PROFILE out, or name the stages one by one))
+	@$(RANKS) harvest $(DEMO)
+	@$(RANKS) train $(DEMO)
+	@$(PY) -m evaluate $(DEMO)
 
 # A process for each core, up to four, one thread in each: 7 min 13 s on two cores instead of 12 min 45 s one by one.
 test: install-dev install-embedded lint
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not peers" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow and not peers" $(call spliced,ARGS)
 
 # What is slow: 50 kills of a harvest, several processes, the browser; and the peers. `test` first.
 test-all: install-dev install-embedded test-peers
-	@$(PY) -m pytest -q -m slow $(ARGS)
+	@$(PY) -m pytest -q -m slow $(call spliced,ARGS)
 
 # Our exports loaded by the tools they are for, in an environment of their own ($(PEERS)).
 test-peers: install-dev install-embedded install-peers
-	@PEERS=$(PEERS) $(PY) -m pytest -q -m peers $(ARGS)
+	@PEERS=$(call quote,$(PEERS)) $(PY) -m pytest -q -m peers $(call spliced,ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-RANKS = $(PY) -m $(if $(NPROC),launch $(call quote,$(NPROC)))
+RANKS = $(PY) -m $(if $(call asked,NPROC),launch $(call quote,$(call asked,NPROC)))
 
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)
@@ -72,6 +99,12 @@ train: install
 sweep: install
 	@$(PY) -m train.sweep $(OPTIONS)
 
+runs: install
+	@$(PY) -m evaluate.listing $(OPTIONS)
+
+stores: install
+	@$(PY) -m shards.listing $(OPTIONS)
+
 samples: install
 	@$(PY) -m train.samples_page $(OPTIONS)
 
@@ -79,7 +112,7 @@ evaluate: install
 	@$(PY) -m evaluate $(OPTIONS)
 
 compare: install
-	@$(PY) -m evaluate.compare $(if $(WITH),--with $(WITH)) $(OPTIONS)
+	@$(PY) -m evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
 # TEXT="a sentence"
 read: install
@@ -110,12 +143,13 @@ bench-storage: install install-embedded
 
 # Train, evaluate and resume, killed at random instants, for MINUTES; fails where a byte differs or memory grows.
 soak: install-dev
-	@$(PY) -m bench.soak --minutes $(or $(MINUTES),60) $(ARGS)
+	@$(PY) -m bench.soak --minutes $(call quote,$(or $(call asked,MINUTES),60)) $(call spliced,ARGS)
 
 # Known vulnerabilities of the pinned versions. --strict: a package nothing is known of fails, and is not passed over.
-audit: $(AUDIT)/.installed
-	@$(AUDIT)/bin/python -m pip_audit --strict -r constraints.txt --no-deps --disable-pip --progress-spinner off \
-		2> $(AUDIT)/said || { cat $(AUDIT)/said >&2; grep -q '^Found' $(AUDIT)/said || \
+audit: $(AUDIT_)/.installed
+	@at=$(call quote,$(call home,$(AUDIT))); \
+		"$$at/bin/python" -m pip_audit --strict -r constraints.txt --no-deps --disable-pip --progress-spinner off \
+		2> "$$at/said" || { cat "$$at/said" >&2; grep -q '^Found' "$$at/said" || \
 		echo "audit: NOT done: pypi.org did not give its advisories to this machine; run it where it does" >&2; exit 1; }
 
 lint: install-dev
@@ -134,39 +168,38 @@ clean:
 # Installation: torch first (a bare torch pulls gigabytes of CUDA), then the rest at the versions the tests
 # passed with. An environment that has a torch keeps it (Colab: VENV=/usr/local). No-ops when up to date.
 
-install: $(VENV)/.installed
-install-dev: $(VENV)/.installed-dev
-install-embedded: $(VENV)/.installed-embedded
-install-peers: $(PEERS)/.installed
+install: $(VENV_)/.installed
+install-dev: $(VENV_)/.installed-dev
+install-embedded: $(VENV_)/.installed-embedded
+install-peers: $(PEERS_)/.installed
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+python = $(call quote,$(call home,$(PYTHON)))
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV)"
+$(VENV_)/bin/python:
+	$(python) -m venv $(call quote,$(call home,$(VENV)))
+
+$(VENV_)/.installed: pyproject.toml constraints.txt | $(VENV_)/bin/python
+	@echo installing into $(call quote,$(VENV))
 	@$(PIP) install 'pip>=25.1'
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
-	@grep -v '^torch==' constraints.txt > $(VENV)/.constraints
-	@$(PIP) install -c $(VENV)/.constraints --group run
-	@touch $@
+	@grep -v '^torch==' constraints.txt > $(call quote,$(call home,$(VENV)))/.constraints
+	@$(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints --group run
+	@touch $(call quote,$(call home,$(VENV)))/.installed
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@$(PIP) install -c $(VENV)/.constraints --group dev
-	@touch $@
+$(VENV_)/.installed-dev: $(VENV_)/.installed
+	@$(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints --group dev
+	@touch $(call quote,$(call home,$(VENV)))/.installed-dev
 
-$(VENV)/.installed-embedded: embedded.txt $(VENV)/.installed
+$(VENV_)/.installed-embedded: embedded.txt $(VENV_)/.installed
 	@$(PIP) install --no-deps --require-hashes -r embedded.txt
-	@touch $@
+	@touch $(call quote,$(call home,$(VENV)))/.installed-embedded
 
-$(PEERS)/.installed: peers.txt
-	@echo "installing the tools that the exports are for into $(PEERS)"
-	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install 'pip>=25.1'
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install "$$(grep '^torch==' peers.txt)"
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check -q install -r peers.txt
-	@touch $@
+$(PEERS_)/.installed: peers.txt
+	@echo installing the tools that the exports are for into $(call quote,$(PEERS))
+	@at=$(call quote,$(call home,$(PEERS))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \
+		pip() { "$$at/bin/python" -m pip --disable-pip-version-check -q install "$$@"; }; \
+		pip 'pip>=25.1'; pip "$$(grep '^torch==' peers.txt)"; pip -r peers.txt; touch "$$at/.installed"
 
-$(AUDIT)/.installed:
-	@test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
-	@$(AUDIT)/bin/python -m pip --disable-pip-version-check -q install 'pip-audit>=2.10'
-	@touch $@
+$(AUDIT_)/.installed:
+	@at=$(call quote,$(call home,$(AUDIT))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \
+		"$$at/bin/python" -m pip --disable-pip-version-check -q install 'pip-audit>=2.10'; touch "$$at/.installed"

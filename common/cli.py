@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import ENVIRONMENT, InputError
-from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, validated
+from common.settings import ROOT, SECTIONS, Model, Settings, nearest, run_name, validated
 
 PIPELINE_TOML = ROOT / "pipeline.toml"
 
@@ -177,8 +177,9 @@ def _name(what: str, text: str | None) -> str | None:
 
 
 def _run_name(base: Settings, settings: Settings) -> str:
-    """Profile (or "default"), then every training setting that the command line changed."""
-    return "-".join([settings.profile or "default", *changes(base, settings)])[:100]
+    """Profile (or "default"), then every training setting that the command line changed, by its short name."""
+    first = re.sub(r"[^A-Za-z0-9._+=-]", "_", settings.profile or "default")
+    return _name("run", run_name(first, base, settings)) or "default"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

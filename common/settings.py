@@ -4,6 +4,7 @@
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from pydantic import (
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
+"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
 
 
 class Section(BaseModel):
@@ -258,10 +262,10 @@ class Sweep(Section):
 
 
 class Wandb(Section):
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    """offline writes below the run directory and never asks for a key."""
-    project: str = "matryoshka-transcoder"
-    """Project the runs are logged to."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """offline writes below the run directory and never asks for a key; auto: WANDB_MODE, WANDB_DISABLED, or offline."""
+    project: str | None = None
+    """Project the runs are logged to; none: WANDB_PROJECT, or matryoshka-transcoder."""
 
 
 class Evaluate(Section):
@@ -348,21 +352,50 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
+SHORT = {
+    "group_sizes": "groups",
+    "warmup_steps": "warmup",
+    "dead_after_rows": "dead",
+    "density_limit": "density",
+}
+"""What a setting is called in a run's name, where that is not its own name."""
+NAME_LENGTH = 80
+"""Longest automatic name; of what is beyond it, a digest stands for all that differs."""
+
+
+def run_name(first: str, base: Settings, settings: Settings) -> str:
+    """`first` and what `settings` change of `base`, whole; of a long name what fits, and a digest of all."""
+    parts = changes(base, settings)
+    name = "-".join([first, *parts])
+    if len(name) <= NAME_LENGTH:
+        return name
+    digest = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8]
+    kept = list(parts)
+    while kept and len("-".join([first, *kept, digest])) > NAME_LENGTH:
+        kept.pop()
+    return "-".join([first, *kept, digest])
+
+
 def changes(base: Settings, settings: Settings) -> list[str]:
-    """Key and value, as parts of a name, of every training setting that differs from `base`."""
+    """Key and value, as parts of a name, of every setting that decides a run's weights and differs from `base`."""
     return [
-        f"{key}{_short(value)}"
+        f"{SHORT.get(key, key)}{_short(value)}"
         for section in ("transcoder", "train")
         for key, value in getattr(settings, section)
-        if value != getattr(getattr(base, section), key)
+        if key not in FREE and value != getattr(getattr(base, section), key)
     ]
 
 
 def _short(value: Any) -> str:
     items = value if isinstance(value, tuple) else (value,)
     return re.sub(
-        r"[^A-Za-z0-9._+=]", "_", "_".join(f"{x:g}" if isinstance(x, float) else str(x) for x in items)
+        r"[^A-Za-z0-9._+=]", "_", "_".join(_number(x) if isinstance(x, float) else str(x) for x in items)
     )
+
+
+def _number(value: float) -> str:
+    """The shorter of the ways to write it that lose nothing."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def validated(values: Any, source: str) -> Settings:

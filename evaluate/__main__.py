@@ -24,13 +24,24 @@ def main() -> None:
     )
     settings, given = load(made)
     from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
+    from train import log
 
+    log.check(settings.wandb)
+    if not given.run:
+        from evaluate.listing import chosen
+
+        settings, line = chosen(settings)
+        if line:
+            print(line)
     metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
+    if fresh:
+        log.log_evaluation(settings.run_dir(), settings, metrics)
     show(settings, metrics, fresh, Console())
 
 
 def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
+    from train.log import where
     from train.record import went_on
 
     table = table_of(
@@ -75,6 +86,8 @@ def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Cons
     plain(console, f"store  {settings.store_path(settings.layer)}")
     plain(console, f"run    {run_dir}")
     plain(console, f"report {run_dir / 'evaluation' / 'report.html'}")
+    for line in where(run_dir):
+        plain(console, line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """JSON of an evaluation: read with one-line errors, written whole or not at all."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,43 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
         return None
     return metrics if "provenance" in metrics else None
+
+
+def kept_place(folder: Path, metrics: dict[str, Any]) -> Path:
+    """Where a complete evaluation goes when `folder` is needed for one of other rows: named after what was asked."""
+    asked, language = metrics["provenance"], metrics.get("cross_entropy") or {}
+    tokens = asked.get("cross_entropy_tokens", 0) if language.get("skipped", "") is None else 0
+    words = f"{asked.get('split')}-{asked.get('rows')}_rows-{tokens}_tokens-{asked.get('store_fingerprint', '')[:8]}"
+    return folder.with_name("evaluations") / words
+
+
+def find(folder: Path, provenance: dict[str, Any]) -> Path | None:
+    """The complete evaluation of just this provenance: `folder`, or one that is kept; none where there is none."""
+    for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
+        done = finished(each)
+        if done is not None and done["provenance"] == provenance:
+            return each
+    return None
+
+
+def make_room(folder: Path, metrics: dict[str, Any] | None = None) -> None:
+    """Keep the evaluation in `folder` if it is none that `metrics` (none: any) are the answer to the same question as.
+
+    The caller holds the run's lock. What was kept of the same question before gives way.
+    """
+    done = finished(folder)
+    if done is None or (metrics is not None and kept_place(folder, done) == kept_place(folder, metrics)):
+        return
+    kept = kept_place(folder, done)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(exist_ok=True)
+    folder.replace(kept)
+    print(f"the evaluation that was in {folder} is kept in {kept}", file=sys.stderr)
+
+
+def bring_back(kept: Path, folder: Path) -> None:
+    """Put a kept evaluation where the present one stands, which is kept in its turn."""
+    make_room(folder)
+    if folder.exists():
+        shutil.rmtree(folder)  # what a killed evaluation has left
+    kept.replace(folder)

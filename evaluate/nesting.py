@@ -14,8 +14,8 @@ from shards import Store
 from train.record import identity
 from transcoder.weights import FILE_NAME, read_metadata
 
-MAY_DIFFER = {"transcoder.group_sizes", "train.log_every", "train.heldout_every", "train.sample_every"}
-"""Settings that a run without nesting need not have in common with the one that it is a baseline for."""
+MAY_DIFFER = {"transcoder.group_sizes"}
+"""What a run without nesting need not have in common with the one that it is a baseline for."""
 
 
 def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | None:
@@ -29,19 +29,21 @@ def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | N
     if own is None or len(own["transcoder.group_sizes"]) == 1:
         return None
     wanted = {"store_fingerprint": store.manifest.fingerprint, "split": settings.evaluate.split, "rows": rows}
-    for folder in sorted(run_dir.parent.glob("*/evaluation")):
-        other = _trained_with(folder.parent, store)
+    runs = run_dir.parent
+    for folder in sorted([*runs.glob("*/evaluation"), *runs.glob("*/evaluations/*")]):
+        sibling = runs / folder.relative_to(runs).parts[0]
+        other = _trained_with(sibling, store)
         if other is None or len(other["transcoder.group_sizes"]) != 1 or _differ(own, other):
             continue
         metrics = _metrics(folder)
-        if metrics is not None and _is_of(metrics["provenance"], wanted, folder.parent / FILE_NAME):
+        if metrics is not None and _is_of(metrics["provenance"], wanted, sibling / FILE_NAME):
             numbers = {
                 key: value
                 for key, value in metrics["prefixes"][0].items()
                 if isinstance(value, int | float | None)
             }
             return numbers | {
-                "run": folder.parent.name,
+                "run": sibling.name,
                 "weights_sha256": metrics["provenance"]["weights_sha256"],
             }
     return None

@@ -1,6 +1,7 @@
 """The evaluation of one run, in a straight line: store and weights in, metrics.json, plots and page out."""
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from common.files import locked, remove_asides, sha256
 from common.progress import progress
 from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.files import METRICS_VERSION, finished, read_lines, write_json
+from evaluate.files import METRICS_VERSION, bring_back, find, finished, make_room, read_lines, write_json
 from evaluate.metrics.baselines import fit_ridge
 from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.metrics.language import measure_language
@@ -55,15 +56,21 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
     Nothing is done again when weights, store, settings, the sibling without nesting and the code that measures are
-    those of the last time.
+    those of the last time. An evaluation of another split, store, number of rows, or with the cross-entropy that this
+    one is without, is kept in <run>/evaluations, and is back in its place when it is asked for again.
     `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
     """
     job = prepare(settings, ce_tokens)
     flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
     job = replace(job, provenance=job.provenance | {"one_group_sha256": flat and flat["weights_sha256"]})
-    done = finished(job.folder)
-    if done is not None and done["provenance"] == job.provenance:
-        return done, False
+    done = find(job.folder, job.provenance)
+    if done is not None and done != job.folder:
+        with _lock(job):
+            done = find(job.folder, job.provenance)  # another evaluation may have moved it
+            if done is not None and done != job.folder:
+                bring_back(done, job.folder)
+    if done is not None and (metrics := finished(job.folder)) is not None:
+        return metrics, False
     coder, trained = load_coder(job), _trained(job.run_dir)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
     select = training_selection(trained["selection"], trained["k"]) if trained else None
@@ -71,10 +78,15 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     metrics["baselines"] |= {"one_group": flat} if flat else {}
     language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
     metrics["cross_entropy"] = language.cross_entropy
-    with locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it"):
+    with _lock(job):
         remove_asides(job.folder)
+        make_room(job.folder, metrics)
         _write(job, metrics, replace(made, promoted=language.promoted), log)
     return metrics, True
+
+
+def _lock(job: Job) -> AbstractContextManager[None]:
+    return locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it")
 
 
 def prepare(settings: Settings, ce_tokens: int) -> Job:

@@ -315,6 +315,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
 
 ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "no GPU where one is asked for": lambda patch: patch.setattr(torch.cuda, "device_count", lambda: 0),
+    "a WANDB_MODE that W&B does not have": lambda patch: patch.setenv("WANDB_MODE", "of"),
     "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
     "a batch that three processes cannot share": lambda patch: patch.setenv("WORLD_SIZE", "3"),
 }

@@ -231,3 +231,48 @@ def test_exit_code_2_and_no_traceback() -> None:
         == "error: command line: unknown option --train.lrr; did you mean --train.lr?; --help-all lists every option\n"
     )
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ((), "default"),
+        (("--train.lr", "1.2345678e-4"), "default-lr0.00012345678"),
+        (("--train.log_every", "7", "--train.sample_every", "0", "--train.checkpoint_every", "9"), "default"),
+        (
+            (
+                "--transcoder.d_sae=5120",
+                "--transcoder.group_sizes=320,640,1280,2880",
+                "--train.dead_after_rows=9",
+            ),
+            "default-d_sae5120-groups320_640_1280_2880-dead9",
+        ),
+    ],
+)
+def test_a_run_is_named_after_what_decides_its_weights(argv: tuple[str, ...], name: str) -> None:
+    assert settings("--layer", "3", *argv).run == name
+
+
+def test_a_long_name_ends_in_a_digest_of_all_that_differs() -> None:
+    groups = ",".join(["100"] * 20)
+    long = (
+        "--layer",
+        "3",
+        "--train.lr",
+        "1e-3",
+        "--transcoder.d_sae",
+        "2000",
+        "--transcoder.group_sizes",
+        groups,
+    )
+    names = [settings(*long, "--train.seed", seed).run for seed in ("1", "2", "1")]
+    assert names[0] == names[2] != names[1]
+    assert all(re.fullmatch(r"default-d_sae2000-[0-9a-f]{8}", name) for name in names)
+
+
+def test_a_profiles_name_does_not_lead_a_run_elsewhere(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text('[profile."my best".train]\nseed = 1\n[profile.".."]\nlayers = [1]\n')
+    assert settings("--layer", "3", "--profile", "my best", toml=toml).run == "my_best"
+    with pytest.raises(InputError, match=r"run: '\.\.' is not a name"):
+        settings("--layer", "3", "--profile", "..", toml=toml)

@@ -9,6 +9,7 @@ def main() -> None:
 
     from train import record
     from train.finish import summary
+    from train.log import where
     from transcoder.weights import read_metadata
 
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
@@ -24,7 +25,7 @@ def main() -> None:
         train(settings, Store.of(settings))
 
     Console().print(summary(read_metadata(run_dir)))
-    print(f"store {store_path}\nrun   {run_dir}")
+    print(f"store {store_path}\nrun   {run_dir}", *where(run_dir), sep="\n")
 
 
 if __name__ == "__main__":

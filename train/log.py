@@ -1,9 +1,12 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar, Weights & Biases."""
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import secrets
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,16 +16,58 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from common.errors import InputError
+from common.files import write_whole
 from common.progress import progress
 from common.settings import Settings, Wandb
 
+MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""WANDB_MODE, with its older words -> wandb.mode."""
+PROJECT = "matryoshka-transcoder"
+ARTIFACT_NAME = 128
+"""Longest name that W&B takes."""
+
+
+def mode_of(wandb: Wandb) -> str:
+    """online, offline or disabled: what settings ask for, else what WANDB_DISABLED or WANDB_MODE do, else offline.
+
+    Raises `InputError` for a WANDB_MODE that W&B does not have.
+    """
+    if wandb.mode != "auto":
+        return wandb.mode
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "").strip().lower() or "offline"
+    if asked not in MODES:
+        raise InputError(
+            f"WANDB_MODE: expected {', '.join(MODES)}, found {asked!r}; unset it, or give --wandb.mode"
+        )
+    return MODES[asked]
+
+
+def project_of(wandb: Wandb) -> str:
+    """The project of the settings, else WANDB_PROJECT, else ours."""
+    return wandb.project or os.environ.get("WANDB_PROJECT", "").strip() or PROJECT
+
 
 def check(wandb: Wandb) -> None:
-    """Raise `InputError` when W&B is asked for and its package is not installed."""
-    if wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+    """Raise `InputError` when W&B is asked for and its package is not installed, or it would refuse the project."""
+    mode = mode_of(wandb)
+    if mode == "disabled":
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"wandb.mode: {wandb.mode} asked for, but the package wandb is not installed; "
+            f"wandb.mode: {mode} asked for, but the package wandb is not installed; "
             "run make install, or give --wandb.mode disabled"
+        )
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", project := project_of(wandb)):
+        raise InputError(
+            f"wandb.project: {project!r} is no name of a project; W&B takes up to 128 characters without / \\ # ? % :"
         )
 
 
@@ -35,9 +80,7 @@ class Log:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "metrics.jsonl").open("a")
         self._bar = progress(settings.run, total, "rows", done=rows)
-        self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
-        self._online = settings.wandb.mode == "online"
-        self._wandb = _start_wandb(run_dir, self._name, settings, config)
+        self._wandb = WandbRun(run_dir, settings, config)
 
     def step(self, rows: int) -> None:
         """Move the bar on by the rows of a step."""
@@ -57,69 +100,143 @@ class Log:
             f"dead {values['dead_features_percentage']:.1f}%",
             refresh=False,
         )
-        self._to_wandb(lambda run: run.log(dict(values), step=values["step"]))
+        self._wandb.send(lambda run: run.log(dict(values), step=values["step"]))
 
     def artifact(self, file: Path) -> None:
         """Keep the finished weights with the W&B run."""
-
-        def upload(run: Any) -> None:
-            import wandb
-
-            artifact = wandb.Artifact(f"{self._name}-weights", type="model")
-            artifact.add_file(str(file))
-            run.log_artifact(artifact)
-
-        if self._online:
-            self._to_wandb(upload)
+        self._wandb.artifact(file)
 
     def close(self) -> None:
         """End the bar, the file and the W&B run."""
         self._bar.close()
         self._file.close()
-        self._to_wandb(lambda run: run.finish())
+        self._wandb.close()
 
-    def _to_wandb(self, send: Any) -> None:
-        if self._wandb is None:
+
+class WandbRun:
+    """A W&B run that goes on wherever this project's run does; nothing where W&B is disabled or has failed."""
+
+    def __init__(self, run_dir: Path, settings: Settings, config: Mapping[str, Any]) -> None:
+        self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
+        self._mode = mode_of(settings.wandb)
+        self._run = _start(run_dir, self._name, self._mode, project_of(settings.wandb), config)
+
+    def send(self, what: Any) -> None:
+        """Call `what` with W&B's run, if there is one."""
+        if self._run is None:
             return
         try:
-            send(self._wandb)
+            what(self._run)
         except Exception as error:  # a service of others must not end hours of training
-            self._wandb = None
-            tqdm.write(f"W&B failed, training goes on without it: {error}", file=sys.stderr)
+            self._run = None
+            tqdm.write(f"W&B failed, the work goes on without it: {error}", file=sys.stderr)
+
+    def artifact(self, file: Path) -> None:
+        """Upload a file of weights, where W&B is online."""
+
+        def upload(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(artifact_name(f"{self._name}-weights"), type="model")
+            artifact.add_file(str(file))
+            run.log_artifact(artifact)
+
+        if self._mode == "online":
+            self.send(upload)
+
+    def close(self) -> None:
+        """End the run."""
+        self.send(lambda run: run.finish())
+
+
+def artifact_name(name: str) -> str:
+    """`name` where W&B takes it; else with _ for what it refuses, and a digest that keeps two names apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    if plain == name and len(name) <= ARTIFACT_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: ARTIFACT_NAME - 9]}-{digest}"
 
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _start_wandb(run_dir: Path, name: str, settings: Settings, config: Mapping[str, Any]) -> Any:
-    """A W&B run below the run directory, or None; never asks for a key."""
-    if settings.wandb.mode == "disabled":
+def _start(run_dir: Path, name: str, mode: str, project: str, config: Mapping[str, Any]) -> Any:
+    """W&B's run, below the run directory where WANDB_DIR says nothing else, or None; never asks for a key."""
+    if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
 
-        return wandb.init(
-            project=settings.wandb.project,
-            name=name,
+        run = wandb.init(
+            project=project,
+            name=name[:ARTIFACT_NAME],
+            group=os.environ.get("WANDB_RUN_GROUP") or None,  # a sweep's, or the user's own
             id=_wandb_id(run_dir),
             resume="allow",
-            mode=settings.wandb.mode,
-            dir=str(run_dir),
+            mode=mode,
+            dir=str(_directory(run_dir)),
             reinit="create_new",  # a sweep logs several runs from one process
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=60),
         )
+        if url := getattr(run, "url", None):  # none offline; W&B itself is silent
+            tqdm.write(f"W&B   {url}", file=sys.stderr)
+        return run
     except Exception as error:  # no key, no network, no disk: the run goes on
-        tqdm.write(f"W&B did not start, training goes on without it: {error}", file=sys.stderr)
+        tqdm.write(f"W&B did not start, the work goes on without it: {error}", file=sys.stderr)
         return None
+
+
+def _directory(run_dir: Path) -> Path:
+    return Path(os.environ.get("WANDB_DIR") or run_dir)
 
 
 def _wandb_id(run_dir: Path) -> str:
     """The same id whenever this run goes on, so that W&B shows one run and not its pieces."""
     file = run_dir / "wandb" / "id"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(6))
+    if not file.exists() or not file.read_text().strip():
+        write_whole(file, secrets.token_hex(6).encode())
     return file.read_text()
+
+
+def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]) -> None:
+    """Give an evaluation's numbers to the W&B run of the training, as evaluation/<split>/... of its summary."""
+    made = WandbRun(run_dir, settings, {})
+    made.send(lambda run: run.summary.update(evaluation_numbers(metrics)))
+    made.close()
+
+
+def evaluation_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Every number of every prefix, by a flat name."""
+    split = metrics["provenance"]["split"]
+    found: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
+    for g, prefix in enumerate(metrics["prefixes"]):
+        language = prefix.get("cross_entropy") or {}
+        numbers = prefix | {f"cross_entropy/{key}": value for key, value in language.items()}
+        found |= {
+            f"evaluation/{split}/{key}/prefix_{g}": value
+            for key, value in numbers.items()
+            if isinstance(value, int | float)
+        }
+    return found
+
+
+def where(*run_dirs: Path) -> list[str]:
+    """For each of these runs that has an offline log, the line that says where it is, and how W&B gets it.
+
+    A run that was interrupted has a piece for each time it went on, all of one id, and `wandb sync` sends them as
+    one run, in the order in which they began.
+    """
+    python, lines = Path(sys.executable), []
+    with suppress(ValueError):
+        python = python.relative_to(Path.cwd())
+    for run_dir in run_dirs:
+        file = run_dir / "wandb" / "id"
+        pieces = _directory(run_dir) / "wandb"
+        if file.exists() and next(pieces.glob(f"offline-run-*-{file.read_text()}"), None):
+            path = f"{shlex.quote(str(pieces))}/offline-run-*-{file.read_text()}"
+            lines.append(f"W&B   {shlex.quote(str(python))} -m wandb sync {path}")
+    return lines

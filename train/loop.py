@@ -152,7 +152,7 @@ class Run:
         self._waited += waited
         if self.log is not None and state.step == max(1, self.recipe.steps // 4):
             self._warn(dead, values)
-        if state.samples is not None and state.step % train.sample_every == 0:
+        if state.samples is not None and train.sample_every and state.step % train.sample_every == 0:
             state.samples.collect(*_everyones(values.entries, batch, self.peers))
         probes = state.step % train.heldout_every == 0 or self.done
         if self.log is not None:

@@ -9,19 +9,17 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import write_whole
-from common.settings import ROOT, Settings, validated
+from common.settings import FREE, ROOT, Settings, validated
 from transcoder import weights
 
 FILE_NAME = "settings.json"
-FREE = {"train.checkpoint_every"}
-"""Settings that may change under the same name: they decide nothing about weights and metrics."""
 
 
 def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     """Setting -> value, of everything that decides a run's weights, sizes as numbers of latents."""
     d_sae, groups = settings.transcoder.resolve(d_in)
     values = {"layer": settings.layer, "model.name": settings.model.name}
-    values |= {f"train.{key}": value for key, value in settings.train if f"train.{key}" not in FREE}
+    values |= {f"train.{key}": value for key, value in settings.train if key not in FREE}
     values |= {f"transcoder.{key}": value for key, value in settings.transcoder}
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
 

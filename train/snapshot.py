@@ -11,11 +11,11 @@ from common.settings import Settings
 from shards import Store
 from train import checkpoint, record
 from train.finish import calibrated, calibration_inputs, raw_transcoder
-from train.recipe import Recipe
+from train.recipe import Recipe, initialise
 from train.state import State
 from transcoder import weights
 from transcoder.selection import select_batch, select_rows
-from transcoder.transcoder import Transcoder, initialise
+from transcoder.transcoder import Transcoder
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -69,7 +69,7 @@ def _restored(run_dir: Path, settings: Settings, recipe: Recipe, store: Store, d
     zeros = torch.zeros(source.d_out, dtype=torch.float64)
     fresh = initialise(source.d_in, objective.d_sae, zeros, skip=skip, seed=0)
     sampled = settings.train.sample_every > 0
-    state = State.start(fresh.map(lambda each: each.to(device)), len(objective.prefix_ends), sampled)
+    state = State.start(fresh.map(lambda each: each.to(device)), objective.prefix_ends, sampled)
     while True:
         before = checkpoint.latest(run_dir)
         try:

@@ -104,7 +104,17 @@ class State:
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""
+        device = self.last_fired.device
+        if (
+            self.samples is None and "samples.values" in tensors
+        ):  # train.sample_every is 0 now: what there is stays
+            self.samples = Samples(len(self.last_fired), device)
+        unsampled = not any(
+            name.startswith("samples.") for name in tensors
+        )  # it was 0 then: collected from here on
         for name, tensor in self.tensors().items():
+            if unsampled and name.startswith("samples."):
+                continue
             found = tensors.get(name)
             if found is None or found.shape != tensor.shape:
                 shape = "none" if found is None else list(found.shape)

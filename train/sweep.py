@@ -5,6 +5,7 @@ The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-
 """
 
 import json
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from common.files import write_whole
 from common.settings import Settings
 from shards import Store
 from train import record
+from train.log import where
 from transcoder.weights import read_metadata
 
 RESULTS = "results.json"
@@ -36,6 +38,10 @@ def combinations(settings: Settings, d_in: int) -> list[Settings]:
         _one(settings, dict(zip(lists, values, strict=True)), d_in) for values in product(*lists.values())
     ]
     names = [one.run for one in made]
+    if longest := max(names, key=len)[100:]:
+        raise InputError(
+            f"sweep: the runs' names are {len(longest)} characters too long; give a shorter RUN=name"
+        )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"sweep: two runs would be called {twice}; list each value once")
@@ -63,7 +69,7 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
         raise InputError(f"sweep: {pipeline.first_mistake(error)}") from error
     except ValueError as error:
         raise InputError(f"sweep: {error}") from error
-    name = "-".join([settings.run, *pipeline.changes(plain, made)])[:100]
+    name = pipeline.run_name(settings.run, plain, made)
     return made.model_copy(update={"run": name})
 
 
@@ -112,17 +118,22 @@ def main() -> None:
     store = Store.of(settings)
     runs = combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one) is None]
+    folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
         from train.loop import train_together
 
         share_cores()
+        os.environ.setdefault(
+            "WANDB_RUN_GROUP", f"{settings.model_slug}-layer_{settings.layer}-{folder.name}"[:128]
+        )
         train_together(waiting, store)
-    folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     Console().print(report(runs, folder))
     print(f"runs {folder.parent}")
     if (folder / "sweep.png").exists():
         print(f"plot {folder / 'sweep.png'}")
+    for line in where(*(one.run_dir() for one in runs)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,18 @@ def arguments(root: Path, *more: str) -> list[str]:
         "--paths.checkpoints",
         str(root / "checkpoints"),
     ]
-    return ["--layer", "0", "--run", "tiny", "--model.name", "tests/tiny", *paths, *more]
+    return [
+        "--layer",
+        "0",
+        "--run",
+        "tiny",
+        "--model.name",
+        "tests/tiny",
+        "--wandb.mode",
+        "disabled",
+        *paths,
+        *more,
+    ]
 
 
 def settings_of(root: Path, *more: str) -> Settings:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from common.errors import InputError
 from common.settings import ROOT, Settings
 from evaluate.__main__ import show
+from evaluate.files import bring_back, find, finished, make_room, write_json
 from evaluate.run import evaluate as evaluate_with
 from shards import Store
 from tests.evaluate.fakes import random_coder, random_rows
@@ -87,10 +88,58 @@ def test_again_does_nothing_and_a_change_measures_again(root: Path) -> None:
     assert evaluate(settings_of(root))[1]
 
 
-def test_the_train_split_on_request(root: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_train_split_on_request_and_the_other_is_kept(root: Path) -> None:
+    evaluate(settings_of(root))
+    run_dir = settings_of(root).run_dir()
+    heldout = contents(run_dir / "evaluation")
     metrics, fresh = evaluate(settings_of(root, "--evaluate.split", "train"))
     assert fresh
     assert (metrics["rows"], metrics["provenance"]["split"]) == (2000, "train")
+    train = contents(run_dir / "evaluation")
+    (kept,) = (run_dir / "evaluations").glob("heldout-1500_rows-*")
+    assert contents(kept) == heldout
+    metrics, fresh = evaluate(settings_of(root))
+    assert not fresh
+    assert (metrics["rows"], contents(run_dir / "evaluation")) == (1500, heldout)
+    (kept,) = (run_dir / "evaluations").glob("train-*")
+    assert contents(kept) == train
+
+
+OTHERS: list[dict[str, object]] = [{"split": "train"}, {"rows": 3}, {"store_fingerprint": "d" * 64}]
+OTHERS += [{"cross_entropy_tokens": 512}, {"skipped": "no model"}]
+"""How an evaluation differs from the one that is there, which has the cross-entropy."""
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_an_evaluation_of_something_else_is_kept(other: dict, tmp_path: Path) -> None:
+    """Another split, number of rows, harvest, or without the cross-entropy; the same with newer weights gives way."""
+
+    def of(**changes: object) -> dict:
+        asked = {
+            "split": "heldout",
+            "rows": 9,
+            "store_fingerprint": "a" * 64,
+            "cross_entropy_tokens": 64,
+            **changes,
+        }
+        return {"cross_entropy": {"skipped": asked.pop("skipped", None)}, "provenance": asked}
+
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    write_json(folder / "metrics.json", of(weights_sha256="old"))
+    make_room(folder, of(weights_sha256="new"))
+    assert finished(folder) == of(weights_sha256="old")
+    make_room(folder, of(**other))
+    assert not folder.exists()
+    (kept,) = (tmp_path / "evaluations").iterdir()
+    assert finished(kept) == of(weights_sha256="old")
+    assert find(folder, of(weights_sha256="old")["provenance"]) == kept
+    bring_back(kept, folder)
+    assert finished(folder) == of(weights_sha256="old")
 
 
 def test_the_document_of_outputs_names_every_key(root: Path) -> None:

@@ -1,7 +1,9 @@
 """metrics.jsonl always; W&B when it works."""
 
 import json
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,18 @@ from typing import Any
 
 import pytest
 
-from common.settings import Settings
-from train.log import Log
+from common.errors import InputError
+from common.settings import Settings, Wandb
+from train.log import (
+    Log,
+    artifact_name,
+    check,
+    evaluation_numbers,
+    log_evaluation,
+    mode_of,
+    project_of,
+    where,
+)
 
 LINE = {"step": 1, "loss": 0.5, "fvu": None, "l0_norm": 3.0, "dead_features_percentage": 0.0}
 
@@ -20,7 +32,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, fails: str = "") -> None:
         super().__init__("wandb")
-        self.fails, self.given, self.logged = fails, {}, []
+        self.fails, self.given, self.logged, self.summary, self.artifacts = fails, {}, [], {}, []
         self.Settings = dict
 
     def init(self, **given: Any) -> "FakeWandb":
@@ -34,6 +46,12 @@ class FakeWandb(types.ModuleType):
 
     def finish(self) -> None:
         self._may_fail("finish")
+
+    def Artifact(self, name: str, **_: str) -> Any:  # noqa: N802
+        return types.SimpleNamespace(name=name, add_file=lambda path: None)
+
+    def log_artifact(self, artifact: Any) -> None:
+        self.artifacts.append(artifact.name)
 
     def _may_fail(self, what: str) -> None:
         if self.fails == what:
@@ -81,3 +99,124 @@ def test_disabled_means_wandb_is_not_touched(logged: Callable[..., list[dict]]) 
     fake = FakeWandb()
     logged(fake, "disabled")
     assert fake.given == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "around", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "Online"}, "online"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": ""}, "offline"),
+        ("auto", {"WANDB_DISABLED": "true"}, "disabled"),
+        ("auto", {"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "disabled"),
+        ("auto", {"WANDB_DISABLED": "false", "WANDB_MODE": "online"}, "online"),
+        ("offline", {"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "offline"),
+    ],
+)
+def test_the_environment_decides_where_settings_ask_nothing(
+    asked: str, around: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    assert mode_of(Wandb.model_validate({"mode": asked})) == mode
+
+
+def test_names_that_wandb_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "no")
+    with pytest.raises(
+        InputError, match="WANDB_MODE: expected online, run, offline, dryrun, disabled, found 'no'"
+    ):
+        mode_of(Wandb())
+    monkeypatch.setenv("WANDB_PROJECT", "a:b")
+    assert project_of(Wandb()) == "a:b"
+    assert project_of(Wandb(project="mine")) == "mine"
+    with pytest.raises(InputError, match=r"wandb\.project: 'a:b' is no name of a project"):
+        check(Wandb(mode="offline"))
+
+
+def test_an_artifact_has_a_name_that_wandb_takes() -> None:
+    """Whatever the run is called; what W&B itself says of the names is asked."""
+    from wandb import Artifact
+
+    names = [
+        "gpt2-layer_0-a-weights",
+        "gpt2-layer_0-lr=3e-4-weights",
+        "gpt2-layer_0-lr+3e-4-weights",
+        "m'y x" + "y" * 200,
+    ]
+    made = [artifact_name(name) for name in names]
+    assert made[0] == names[0]
+    assert len(set(made)) == 4
+    assert [Artifact(name, type="model").name for name in made] == made
+    with pytest.raises(ValueError, match="Invalid name"):
+        Artifact(names[1], type="model")
+
+
+def test_the_weights_of_any_run_are_uploaded(
+    tmp_path: Path, make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    log = Log(tmp_path, make_settings(run="lr=3e-4", wandb__mode="online"), {}, rows=0, total=1)
+    log.artifact(tmp_path / "transcoder.safetensors")
+    log.close()
+    assert fake.artifacts == [artifact_name("tiny-layer_0-lr=3e-4-weights")]
+
+
+def test_evaluation_adds_its_numbers_to_the_run_that_trained(
+    logged: Callable[..., list[dict]],
+    tmp_path: Path,
+    make_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = FakeWandb(), FakeWandb()
+    logged(first)
+    monkeypatch.setitem(sys.modules, "wandb", second)
+    prefix = {
+        "fvu": 0.5,
+        "l0_histogram": [1],
+        "over_10_percent_verdict": "good",
+        "cross_entropy": {"kl": 0.1},
+    }
+    metrics = {
+        "rows": 7,
+        "provenance": {"split": "heldout"},
+        "prefixes": [prefix, {"fvu": 0.25, "cross_entropy": None}],
+    }
+    log_evaluation(tmp_path / "run", make_settings(wandb__mode="offline"), metrics)
+    assert second.given["id"] == first.given["id"]
+    assert (
+        second.summary
+        == evaluation_numbers(metrics)
+        == {
+            "evaluation/heldout/rows": 7,
+            "evaluation/heldout/fvu/prefix_0": 0.5,
+            "evaluation/heldout/cross_entropy/kl/prefix_0": 0.1,
+            "evaluation/heldout/fvu/prefix_1": 0.25,
+        }
+    )
+
+
+def test_a_resumed_offline_run_is_one_run_of_several_pieces_and_the_line_names_them(
+    tmp_path: Path, make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With W&B itself, which writes a piece each time; what `wandb sync` would send is asked of it."""
+    run_dir = tmp_path / "a run"
+    assert where(run_dir) == []
+    for _ in range(2):
+        log = Log(run_dir, make_settings(wandb__mode="offline"), {"a": 1}, rows=0, total=10)
+        log.metrics(LINE)
+        log.close()
+        time.sleep(1)  # a piece is named after its second
+    (line,) = where(run_dir)
+    command = line.removeprefix("W&B   ").strip()
+    done = subprocess.run(["sh", "-c", f"{command} --dry-run"], capture_output=True, text=True, check=True)
+    assert "Would sync 2 run(s)" in done.stdout + done.stderr
+    run_id = (run_dir / "wandb" / "id").read_text()
+    pieces = sorted(run_dir.glob("wandb/offline-run-*"))
+    assert [path.name.rsplit("-", 1)[1] for path in pieces] == [run_id, run_id]
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    assert where(run_dir) == []

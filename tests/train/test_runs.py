@@ -110,6 +110,39 @@ def test_a_stopped_run_continues_bit_identically(
     assert_same_run(settings.run_dir(), finished)
 
 
+def interrupted(settings: Settings, store: Store, stop: int) -> None:
+    """Train until step `stop`, where a checkpoint is written, as after Ctrl-C."""
+    run = Run(settings, store, torch.device("cpu"))
+    batches = store.train.loader(64, epochs=None).batches()
+    for _ in range(stop):
+        run.feed(next(batches), 64, 0.0)
+    run.save()
+    batches.close()
+    assert run.log is not None
+    run.log.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 3), (0, 5), (5, 0)])
+def test_what_is_logged_and_sampled_may_change_while_a_run_goes_on(
+    make_settings: Make, store: Store, finished: Path, before: int, after: int
+) -> None:
+    """The weights are those of the uninterrupted run; samples stay, or are collected from then on."""
+    interrupted(make_settings(train__sample_every=before), store, 60)
+    again = make_settings(
+        train__log_every=7, train__heldout_every=30, train__sample_every=after, train__checkpoint_every=50
+    )
+    train(again, store)
+    own, others = tensors(again.run_dir()), tensors(finished)
+    assert all(torch.equal(own[name], others[name]) for name in own)
+    lines = metrics(again.run_dir())
+    assert [line["step"] for line in lines if line["step"] > 60] == [63, 70, 77, 84, 90, 91, 96]
+    assert [line["step"] for line in lines if "heldout_fvu/prefix_2" in line] == [40, 90, 96]
+    assert record.finished(again.run_dir(), make_settings()) is not None
+    samples = (again.run_dir() / "activation_samples/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 64
+    assert any(json.loads(line)["samples"] for line in samples)
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:

@@ -1,6 +1,7 @@
 """Every combination in one pass, each as if it were alone."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ def test_combinations_are_named_after_what_differs(base: Settings) -> None:
     made = sweep.combinations(swept(base, **WANTED), d_in=12)
     assert [one.run for one in made] == [
         "s-lr0.001",
-        "s-d_sae128-group_sizes16_32_80-lr0.001",
+        "s-d_sae128-groups16_32_80-lr0.001",
         "s",
-        "s-d_sae128-group_sizes16_32_80",
+        "s-d_sae128-groups16_32_80",
     ]
     assert made[1].transcoder.group_sizes == (16, 32, 80)
     nested = sweep.combinations(swept(base, group_sizes=("4x", "1x/3x")), d_in=12)
@@ -64,7 +65,10 @@ def test_a_sweep_from_the_command_line(
 ) -> None:
     options = command(base, "--sweep.lr", "1e-3,3e-3", "--sweep.skip", "false,true")[3:]
     monkeypatch.setattr("sys.argv", ["train.sweep", *options])
+    monkeypatch.setenv("WANDB_RUN_GROUP", "")  # undone at the end
+    monkeypatch.delenv("WANDB_RUN_GROUP")
     sweep.main()
+    assert os.environ["WANDB_RUN_GROUP"] == "tiny-layer_0-s-sweep"
     printed = capsys.readouterr().out
     assert "4 runs, 0 of them already trained" in printed
     folder = base.run_dir().with_name("s-sweep")

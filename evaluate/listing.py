@@ -1,0 +1,135 @@
+"""python -m evaluate.listing [--layer 17]: every run below paths.checkpoints, one line each."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.settings import Settings
+from evaluate.files import finished
+from evaluate.report.console import number_of
+from shards.listing import print_table, size_of
+from train import checkpoint, record
+from transcoder import weights
+
+COLUMNS = (
+    "model",
+    "layer",
+    "run",
+    "rows",
+    "latents",
+    "k",
+    "rate",
+    "FVU",
+    "L0",
+    "dead %",
+    "evaluated",
+    "size",
+)
+
+
+def runs_of(checkpoints: Path, layers: tuple[int, ...] = ()) -> Iterator[Path]:
+    """Run directories, finished or begun, of these layers (none: of all), by model, layer and name."""
+    found = [*checkpoints.glob("transcoder/*/layer_*/*/")]
+    for run_dir in sorted(found, key=lambda path: (path.parts[-3], _layer(path), path.name)):
+        there = any((run_dir / name).is_file() for name in (weights.FILE_NAME, record.FILE_NAME))
+        if there and (not layers or _layer(run_dir) in layers):
+            yield run_dir
+
+
+def _layer(run_dir: Path) -> int:
+    text = run_dir.parts[-2].removeprefix("layer_")
+    return int(text) if text.isdecimal() else -1
+
+
+def line_of(run_dir: Path) -> dict[str, str]:
+    """What the table says of a run; of one that cannot be read, why in the last column but one."""
+    line = dict.fromkeys(COLUMNS, "-")
+    line |= {
+        "model": run_dir.parts[-3],
+        "layer": run_dir.parts[-2].removeprefix("layer_"),
+        "run": run_dir.name,
+    }
+    line["size"] = size_of(run_dir)
+    try:
+        line |= _trained(run_dir) if (run_dir / weights.FILE_NAME).is_file() else _begun(run_dir)
+    except (InputError, OSError, ValueError, LookupError, TypeError) as error:
+        line["evaluated"] = f"cannot be read: {error}"
+    return line
+
+
+def _trained(run_dir: Path) -> dict[str, str]:
+    """Of a finished or imported run: what its header says, and the evaluation's numbers where there is one of it."""
+    header = weights.read_metadata(run_dir)
+    asked, held = header.get("settings") or {}, header.get("heldout") or {}
+    line = _asked(asked, header.get("used") or {}) | {"latents": f"{header['prefix_ends'][-1]:,}"}
+    if trained := header.get("training"):
+        line["rows"] = f"{trained['rows']:,}"
+    if held.get("rows"):
+        line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
+    line["evaluated"] = "no" if asked else "no (imported)"
+    metrics = finished(run_dir / "evaluation")
+    if metrics is None:
+        return line
+    if (run_dir / weights.FILE_NAME).stat().st_mtime > (
+        run_dir / "evaluation" / "metrics.json"
+    ).stat().st_mtime:
+        return line | {"evaluated": "before it was trained on"}
+    last, split = metrics["prefixes"][-1], metrics["provenance"]["split"]
+    line |= _numbers(last["fvu"], last["l0"], last["dead_fraction"])
+    return line | {"evaluated": "yes" if split == "heldout" else f"on {split} rows"}
+
+
+def _begun(run_dir: Path) -> dict[str, str]:
+    """Of a run without weights yet: how far its checkpoint is."""
+    said = json.loads((run_dir / record.FILE_NAME).read_text(encoding="utf-8"))
+    line = _asked(said["settings"], said.get("used") or {})
+    wanted, folder = said["settings"]["train"]["rows"], checkpoint.latest(run_dir)
+    state: dict[str, Any] = (
+        json.loads((folder / "state.json").read_text()) if folder else {"rows": 0, "step": 0}
+    )
+    line["rows"] = f"{state['rows']:,} of {wanted:,}"
+    return line | {"evaluated": f"interrupted at step {state['step']:,}"}
+
+
+def _asked(settings: dict[str, Any], used: dict[str, Any]) -> dict[str, str]:
+    if not settings:
+        return {}
+    rate = used.get("lr", settings["train"].get("lr"))
+    line = {"k": str(settings["transcoder"]["k"]), "latents": str(settings["transcoder"]["d_sae"])}
+    return line | {"rate": "auto" if rate is None else f"{rate:.3g}"}
+
+
+def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
+    return {"FVU": number_of(fvu), "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
+
+
+def chosen(settings: Settings) -> tuple[Settings, str | None]:
+    """Settings of the run to evaluate where no name was given, and the line that says which.
+
+    The run that profile and training settings name, if it is there; else the newest finished one of the layer.
+    """
+    folder = settings.run_dir().parent
+    age = {path.parent.name: path.stat().st_mtime for path in folder.glob(f"*/{weights.FILE_NAME}")}
+    if not age:
+        return settings, None
+    newest = max(age, key=lambda name: (age[name], name))
+    if settings.run != "default" and settings.run in age:
+        later = "" if settings.run == newest else f"; the newest is {newest} (RUN={newest})"
+        return settings, f"run {settings.run}, by its settings{later}"
+    other = f" of {len(age)}; RUN=name takes another" if len(age) > 1 else ""
+    line = f"run {newest}, the newest of layer {settings.layer}{other}"
+    return settings.model_copy(update={"run": newest}), line
+
+
+def main() -> None:
+    settings, given = load(parser("evaluate.listing", __doc__ or ""))
+    folder = settings.paths.checkpoints
+    lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if given.layer else ())]
+    print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,111 @@
+"""python -m shards.listing [--layer 17]: every store below paths.activations, finished or begun, one line each."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from shards.layout import COMMIT, WORK
+from shards.manifest import SPLITS, read_manifest
+from shards.remote import is_url
+
+COLUMNS = (
+    "model",
+    "layer",
+    "harvest",
+    "rows",
+    "held-out",
+    "width",
+    "storage",
+    "input",
+    "cost FVU",
+    "state",
+    "size",
+)
+
+
+def stores_of(activations: Path, layers: tuple[int, ...] = ()) -> list[tuple[Path, int, str]]:
+    """(directory, layer, name of the harvest) of the stores of these layers (none: of all), by model, layer, name."""
+    found = []
+    for path in activations.glob("*/layer_*.zarr"):
+        match = re.fullmatch(r"layer_(\d+)(?:_(.+))?\.zarr", path.name)
+        if match and path.is_dir() and (not layers or int(match[1]) in layers):
+            found.append((path, int(match[1]), match[2] or ""))
+    return sorted(found, key=lambda each: (each[0].parent.name, *each[1:]))
+
+
+def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
+    """What the table says of a store; of one that cannot be read, why in the column of its state."""
+    line = dict.fromkeys(COLUMNS, "-") | {
+        "model": path.parent.name,
+        "layer": str(layer),
+        "harvest": harvest or "-",
+    }
+    line["size"] = size_of(path)
+    if not (path / COMMIT).is_file():
+        windows = len([*(path / WORK / "records").glob("*.json")])
+        return line | {"state": f"unfinished, {windows} windows of 32,768 rows"}
+    try:
+        manifest = read_manifest(path)
+    except InputError as error:
+        return line | {"state": f"cannot be read: {error}"}
+    source, train = manifest.source, manifest.splits["train"]
+    rows, heldout = (f"{manifest.splits[split].rows:,}" for split in SPLITS)
+    line |= {"rows": rows, "held-out": heldout, "width": f"{source.d_in} -> {source.d_out}"}
+    if train.inputs and train.outputs:
+        line["cost FVU"] = f"{train.inputs.quantisation_fvu:.1e} / {train.outputs.quantisation_fvu:.1e}"
+    return line | {"storage": source.storage, "input": source.input, "state": "complete"}
+
+
+def size_of(folder: Path) -> str:
+    """Bytes of all files below, links not followed, in the unit that reads best."""
+    total = 0.0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += Path(root, name).lstat().st_size
+            except FileNotFoundError:  # a file that another process was writing
+                continue
+    for unit in ("B", "kB", "MB", "GB"):
+        if total < 1000:
+            return f"{total:.0f} {unit}" if unit == "B" else f"{total:.3g} {unit}"
+        total /= 1000
+    return f"{total:.3g} TB"
+
+
+def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:
+    """The lines as a table that cuts nothing: long words are folded, a file or pipe has room; `nothing` if none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not lines:
+        print(nothing)
+        return
+    table = Table()
+    for column in columns:
+        words = column in ("model", "run", "harvest", "evaluated", "state", "storage", "input")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(line[column]) for column in columns))
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=240)
+    console.print(table)
+
+
+def main() -> None:
+    settings, given = load(parser("shards.listing", __doc__ or ""))
+    where = settings.paths.activations
+    if is_url(where):
+        raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")
+    stores = stores_of(Path(where), settings.layers if given.layer else ())
+    print_table(
+        [line_of(*each) for each in stores], COLUMNS, f"no stores in {where}; harvest one (make harvest)"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

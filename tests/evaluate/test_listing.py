@@ -1,0 +1,126 @@
+"""make runs and make stores; which run is evaluated where none is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from evaluate import listing
+from evaluate.__main__ import main as evaluate_main
+from shards import listing as stores
+from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_run(tmp_path)
+    return tmp_path
+
+
+def shown(
+    main: object, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
+) -> str:
+    paths = [
+        "--paths.activations",
+        str(root / "activations"),
+        "--paths.checkpoints",
+        str(root / "checkpoints"),
+    ]
+    monkeypatch.setattr("sys.argv", ["x", *paths, *more])
+    monkeypatch.delenv("COLUMNS", raising=False)
+    main()  # type: ignore[operator]
+    return capsys.readouterr().out
+
+
+def evaluation(run_dir: Path, split: str = "heldout") -> None:
+    """Of numbers that no other file has."""
+    prefix = {"fvu": 0.123, "l0": 4.5, "dead_fraction": 0.25}
+    values = {"prefixes": [prefix], "provenance": {"split": split}, "files": []}
+    (run_dir / "evaluation").mkdir(exist_ok=True)
+    (run_dir / "evaluation" / "metrics.json").write_text(json.dumps(values))
+
+
+def test_runs_of_every_kind(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = settings_of(root).run_dir()
+    line = listing.line_of(tiny)
+    expected = {"model": "tiny", "layer": "0", "run": "tiny", "k": "4", "latents": "24", "evaluated": "no"}
+    assert {key: line[key] for key in expected} == expected
+    evaluation(tiny)
+    line = listing.line_of(tiny)
+    assert [line[key] for key in ("FVU", "L0", "dead %", "evaluated")] == ["0.123", "4.5", "25.0", "yes"]
+    evaluation(tiny, "train")
+    assert listing.line_of(tiny)["evaluated"] == "on train rows"
+    os.utime(tiny / "evaluation" / "metrics.json", (0, 0))
+    assert listing.line_of(tiny)["evaluated"] == "before it was trained on"
+
+    tiny_transcoder().save(tiny.with_name("imported"))
+    begun = tiny.with_name("begun") / "state"
+    (begun / "step_30").mkdir(parents=True)
+    (begun / "latest").write_text("step_30\n")
+    (begun / "step_30" / "state.json").write_text(json.dumps({"step": 30, "rows": 30_720}))
+    (begun.parent / "settings.json").write_text((tiny / "settings.json").read_text())
+    (tiny.with_name("damaged")).mkdir()
+    (tiny.with_name("damaged") / "settings.json").write_text("{")
+    (tiny.with_name("s-sweep")).mkdir()  # a sweep's table is no run
+    printed = shown(listing.main, root, monkeypatch, capsys)
+    assert "no (imported)" in printed
+    assert "interrupted at step 30" in printed
+    assert "30,720 of 15,000,000" in printed
+    assert "cannot be read: Expecting property name" in printed
+    assert "sweep" not in printed
+    assert len([line for line in printed.splitlines() if "│" in line]) == 4
+    assert "no runs in" in shown(listing.main, root, monkeypatch, capsys, "--layer", "1")
+
+
+def test_layers_are_in_their_order_and_only_those_asked_for(tmp_path: Path) -> None:
+    for layer in (10, 9, 2):
+        tiny_transcoder().save(tmp_path / "transcoder" / "m" / f"layer_{layer}" / "a")
+    assert [path.parts[-2] for path in listing.runs_of(tmp_path)] == ["layer_2", "layer_9", "layer_10"]
+    assert [path.parts[-2] for path in listing.runs_of(tmp_path, (9,))] == ["layer_9"]
+
+
+def test_stores(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    activations = root / "activations" / "tiny"
+    (activations / "layer_2_my_own.zarr" / ".harvest" / "records").mkdir(parents=True)
+    (activations / "layer_2_my_own.zarr" / ".harvest" / "records" / "train-000000.json").write_text("{}")
+    printed = shown(stores.main, root, monkeypatch, capsys)
+    (whole, begun) = (line.split("│") for line in printed.splitlines() if "│" in line)
+    assert [cell.strip() for cell in whole[1:9]] == [
+        *("tiny", "0", "-", "2,000", "1,500", "6 -> 5", "float32", "normalized"),
+    ]
+    assert whole[10].strip() == "complete"
+    assert [cell.strip() for cell in begun[1:4]] == ["tiny", "2", "my_own"]
+    assert begun[10].strip() == "unfinished, 1 windows of 32,768 rows"
+    (activations / "layer_0.zarr" / "zarr.json").write_text("{")
+    assert "cannot be read: " in shown(stores.main, root, monkeypatch, capsys, "--layer", "0")
+
+
+def test_evaluate_without_a_name_takes_the_newest_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = settings_of(root).run_dir()
+    for name, age in (("default", 1000), ("newer", 2000), ("tiny", 500)):
+        tiny_transcoder().save(tiny.with_name(name))
+        os.utime(tiny.with_name(name) / "transcoder.safetensors", (age, age))
+    unnamed = settings_of(root).model_copy(update={"run": "default"})
+    chosen, line = listing.chosen(unnamed)
+    assert (chosen.run, line) == ("newer", "run newer, the newest of layer 0 of 3; RUN=name takes another")
+    asked, line = listing.chosen(unnamed.model_copy(update={"run": "tiny"}))  # as a profile's name is
+    assert (asked.run, line) == ("tiny", "run tiny, by its settings; the newest is newer (RUN=newer)")
+    assert listing.chosen(unnamed.model_copy(update={"run": "default-k7"}))[0].run == "newer"
+    elsewhere = unnamed.model_copy(update={"layers": (5,)})
+    assert listing.chosen(elsewhere) == (elsewhere, None)
+
+    seen = []
+    monkeypatch.setattr("evaluate.run.evaluate", lambda settings, _: seen.append(settings.run) or ({}, False))
+    monkeypatch.setattr("evaluate.__main__.show", lambda *_: None)
+    words = arguments(root)
+    monkeypatch.setattr("sys.argv", ["x", *words[:2], *words[4:]])
+    evaluate_main()
+    monkeypatch.setattr("sys.argv", ["x", *words])
+    evaluate_main()
+    assert seen == ["newer", "tiny"]
+    assert capsys.readouterr().out.count("run newer, the newest of layer 0") == 1

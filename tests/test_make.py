@@ -1,0 +1,126 @@
+"""What make hands to a stage: the words that were typed, whatever they hold, and nothing of the environment."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common.settings import ROOT
+
+STAND_IN = """#!/bin/sh
+for word in "$@"; do printf '%s\\0' "$word"; done >> "$SAID"
+printf '\\0' >> "$SAID"
+"""
+"""A Python that writes down what it was called with: words that end in a zero byte, an empty one after each call."""
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment in a place with spaces, an apostrophe and brackets, installed by its stamps."""
+    made = tmp_path / "Bob's  new (2) venv"
+    (made / "bin").mkdir(parents=True)
+    (made / "bin" / "python").write_text(STAND_IN)
+    (made / "bin" / "python").chmod(0o755)
+    for name in (".installed", ".installed-dev", ".installed-embedded"):
+        (made / name).touch()
+    return made
+
+
+def make(venv: Path, *typed: str, **around: str) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
+    """The calls that `make typed` makes, as words, and how it ended; `around`: the environment."""
+    said = venv.parent / "said"
+    said.write_bytes(b"")
+    own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "ARGS"}
+    command = ["make", "-f", str(ROOT / "Makefile"), f"VENV={venv}", *typed]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=own | around | {"SAID": str(said)}
+    )
+    calls = said.read_bytes().decode().split("\0\0")[:-1]
+    return [call.split("\0") for call in calls], done
+
+
+TEXTS = [
+    "two\nlines",
+    "a\n\n- list\n@ and + at a line's start\n\tand a tab",
+    'it\'s $5, $(shell id) ${HOME} `id` "quoted" #1 * \\\\ % ; & | < > !',
+    "trailing backslash \\",
+    "-5 degrees",
+    "--help",
+    "naïve 日本語 🙂",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_arrives_as_it_was_typed(text: str, venv: Path) -> None:
+    calls, done = make(venv, "read", "LAYER=3", f"TEXT={text}", "RUN=a")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [["--text", text], [f"--text={text}"]][text.startswith("-")]
+    assert calls == [["-m", "evaluate.read", *said, "--layer", "3", "--run", "a"]]
+
+
+def test_args_are_words_of_the_shell_on_any_number_of_lines(venv: Path) -> None:
+    typed = "ARGS=--a 'x $5 y'\n--b \"$HOME\"\n"
+    calls, _ = make(venv, "train", "LAYER=8\n12", typed, HOME="/my home")
+    assert calls == [["-m", "train", "--layer", "8\n12", "--a", "x $5 y", "--b", "/my home"]]
+
+
+def test_the_environment_has_no_say(venv: Path) -> None:
+    names = (
+        "LAYER",
+        "PROFILE",
+        "RUN",
+        "HARVEST",
+        "NPROC",
+        "ARGS",
+        "TO",
+        "TEXT",
+        "WITH",
+        "FORMAT",
+        "PREFIX",
+        "FROM",
+        "REPO",
+    )
+    around = dict.fromkeys(names, "of the environment")
+    for target, module in {
+        "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "transcoder.export",
+        "compare": "evaluate.compare", "import": "transcoder.import_", "push": "evaluate.push",
+        "runs": "evaluate.listing",
+        "stores": "shards.listing", "sweep": "train.sweep",
+    }.items():  # fmt: skip
+        assert make(venv, target, **around)[0] == [["-m", module]]
+    assert make(venv, "upload", **around)[0] == [["-m", "shards", "upload"]]
+    assert make(venv, "export", "PREFIX=0", **around)[0] == [["-m", "transcoder.export", "--prefix", "0"]]
+
+
+def test_demo_takes_run_and_layer(venv: Path) -> None:
+    calls, _ = make(venv, "demo", "RUN=x", "LAYER=3", "ARGS=--train.lr 1e-3")
+    options = ["--profile", "demo", "--layer", "3", "--run", "x", "--train.lr", "1e-3"]
+    assert calls == [["-m", stage, *options] for stage in ("harvest", "train", "evaluate")]
+    calls, done = make(venv, "demo", "PROFILE=guide")
+    assert (calls, done.returncode) == ([], 2)
+    assert "make demo is PROFILE=demo" in done.stderr
+
+
+def test_a_misspelt_variable_stops_make(venv: Path) -> None:
+    calls, done = make(venv, "train", "LAYER=3", "RUM=x")
+    assert (calls, done.returncode) == ([], 2)
+    assert "RUM=... is no variable of this Makefile; expected LAYER PROFILE RUN" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_environment_in_a_place_with_spaces_is_made_and_kept(venv: Path) -> None:
+    """Its Python is called by its whole name; stamps tell what is installed."""
+    assert make(venv, "install-dev", "install-embedded")[0] == []
+    (venv / ".installed-dev").unlink()
+    calls, done = make(venv, "install-dev")
+    assert done.returncode == 0, done.stderr
+    assert calls[0][-2:] == ["--group", "dev"]
+    assert str(venv / ".constraints") in calls[0]
+    assert (venv / ".installed-dev").is_file()
+
+
+def test_help_lists_every_target_of_the_readme(venv: Path) -> None:
+    shown = make(venv, "help")[1].stdout
+    for target in ("runs", "stores", "train", "evaluate", "read"):
+        assert target in shown
