@@ -20,6 +20,7 @@ from common.errors import ENVIRONMENT, InputError, first_line
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
+from shards.store import as_harvested
 
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
@@ -229,7 +230,7 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
         raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    as_harvested(tokenizer.backend_tokenizer)
     return tokenizer
 
 
