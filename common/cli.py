@@ -127,9 +127,25 @@ def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         if text is None or not key:
             continue
         is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
-        value = [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
+        value = _list(text, names=option == "data.files") if is_list else text
         asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
     return asked
+
+
+def _list(text: str, names: bool) -> list[Any]:
+    """A list as pipeline.toml has it, ["a,b.jsonl", "c.txt"], or what is between commas.
+
+    Of names, brackets that make no list of strings are a part: text[1].jsonl.
+    """
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            values = tomllib.loads(f"list = {text}")["list"]
+        except tomllib.TOMLDecodeError:
+            values = []
+        if values and all(isinstance(value, str) for value in values):
+            return values
+        text = text if names else text[1:-1]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

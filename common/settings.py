@@ -61,9 +61,13 @@ class Data(Section):
     revision: str | None = None
     """Hub revision of the dataset."""
     text_column: str = "text"
-    """Column that holds the text."""
+    """Column that holds the text; meta.text: text of the object meta; one of chats goes through the chat template."""
     files: tuple[str, ...] = ()
-    """Local .jsonl, .json, .parquet or .txt files, read in this order instead of data.dataset."""
+    """Local files, directories or patterns, read in this order instead of data.dataset; kinds: README.md."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What <eos> in a text is: text, its characters; parse, the token, which gives no row. Chats need parse."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row without a readable text does: stop the harvest, or be left out and counted."""
     pack: Literal["document", "concat"] = "document"
     """document: contexts of one document, shorter ones and remainders left out; concat: documents joined."""
 

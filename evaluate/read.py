@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.settings import Model
 from shards import Store
 from shards.layout import kept_mask
-from shards.store import read_tokenizer
+from shards.store import as_harvested, read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
 
@@ -66,17 +66,24 @@ class Reader:
             }
         )
         self.model = language_model(asked, self.source)
-        self.tokenizer = read_tokenizer(store.tokenizer_path)
-        self.tokenizer.encode_special_tokens = True  # as in a harvest: "<bos>" in a text is text
+        self.tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), self.source.special_tokens)
 
     def __call__(self, text: str) -> Sentence:
         """Run `text` through the model; it is cut where the store's contexts end.
 
-        Raises `InputError` for a text without a token.
+        Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
         """
         source = self.source
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
+            ) from error
         start = [] if source.bos_token_id is None else [source.bos_token_id]
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if source.special_tokens == "parse" and ids[:1] == start:
+            ids = ids[1:]  # every context begins with one
         if not ids:
             raise InputError("text: nothing to read; give some words")
         whole = torch.tensor([start + ids])

@@ -111,7 +111,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         "layer": source.layer,
         "input_hook": source.input_hook,
         "output_hook": source.output_hook,
-        "dataset": ", ".join(source.files) or source.dataset,
+        "dataset": source.dataset,
         "split": settings.evaluate.split,
         "rows": n_rows,
         "cross_entropy_tokens": ce_tokens,

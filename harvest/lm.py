@@ -20,6 +20,7 @@ from common.hooks import INPUT_HOOKS, OUTPUT_HOOK, Convention
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
+from shards.store import as_harvested
 
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
 
@@ -227,7 +228,7 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
         raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    as_harvested(tokenizer.backend_tokenizer)
     return tokenizer
 
 

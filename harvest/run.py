@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.progress import progress
-from common.settings import Settings
+from common.settings import Data, Settings
 from harvest import lm, ranks
-from harvest.text import Special, documents, is_heldout, local_files, pack_splits
+from harvest.files import found_files
+from harvest.text import Packed, Skipped, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
@@ -24,7 +25,7 @@ from shards.manifest import SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
-from shards.store import Store
+from shards.store import Store, as_harvested
 from shards.writer import ContextWriter, StoreWriter, Text
 
 
@@ -61,7 +62,7 @@ def requested(settings: Settings) -> dict[str, Any]:
     inputs, outputs = STORAGES[asked.storage].compressors
     if asked.compressor != "auto":
         inputs = outputs = Compressor(asked.compressor).name
-    files = local_files(data)
+    files = found_files(data).read
     request = {
         "model": settings.model.name,
         "revision": settings.model.revision,
@@ -71,7 +72,8 @@ def requested(settings: Settings) -> dict[str, Any]:
         "dataset_revision": None if files else data.revision,
         "dataset_split": None if files else data.split,
         "text_column": data.text_column,
-        "files": {path.name: sha256(path) for path in files},
+        "files": [sha256(path) for path in files],
+        "special_tokens": data.special_tokens,
         "pack": data.pack,
         "context_length": asked.context_length,
         "heldout_fraction": asked.heldout_fraction,
@@ -89,7 +91,7 @@ def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> 
     found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
     if found is None:
         return False
-    if differing := [key for key in request if request[key] != found.get(key, request[key])]:
+    if differing := [key for key in request if not _same(found.get(key, request[key]), request[key])]:
         listed = "; ".join(
             f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in differing
         )
@@ -101,17 +103,25 @@ def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> 
     return writer.complete
 
 
+def _same(there: Any, asked: Any) -> bool:
+    """Whether a store was harvested with what is asked; a store of before has its files by name, in no order."""
+    return sorted(there.values()) == sorted(asked) if isinstance(there, dict) else there == asked
+
+
 def _harvest(
     settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], where: str, force: bool
 ) -> None:
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
-    special = Special.of(tokenizer, settings.data.pack)
+    special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
     first, stores = ranks.rank() == 0, list(writers.values())
     # Before the text pass: what is wrong with the model shows before anything is written.
     model = lm.load(settings.model, where, tokenizer)
     of_model = _of_model(model, special)
     _check_fit(settings, model, tokenizer)
-    sources = [_source(settings, model, layer, request | of_model) for layer in writers]
+    sources = [
+        _source(settings, model, layer, request | of_model | _files_as_begun(writer))
+        for layer, writer in writers.items()
+    ]
     if first:
         _text_pass(settings, stores, request, tokenizer, special)
     ranks.barrier()
@@ -125,6 +135,11 @@ def _harvest(
     ranks.barrier()
     for layer, writer in writers.items() if first else ():
         _summary(layer, writer.root, writer.finish())
+
+
+def _files_as_begun(writer: StoreWriter) -> dict[str, Any]:
+    """An unfinished store of before notes its files by name; they were compared (`_same`), and stay as they are."""
+    return {"files": writer.request["files"]} if writer.request else {}
 
 
 # -- text ----------------------------------------------------------------------------------------------
@@ -143,7 +158,7 @@ def _text_pass(
         return
     first, *others = lacking
     first.clear()
-    asked = settings.harvest
+    asked, data = settings.harvest, settings.data
     contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
     with progress("text", asked.rows, "tokens") as bar:
 
@@ -153,19 +168,17 @@ def _text_pass(
                 bar.update(min(kept, asked.rows - bar.n))
 
         heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
-        texts = documents(settings.data)
+        as_harvested(tokenizer.backend_tokenizer, data.special_tokens)  # TransformerLens has had it
+        strings, skipped = SpecialStrings(tokenizer), Skipped()
+        texts = strings.watch(documents(data, tokenizer, skipped))
         packed = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
-    if packed.unused:
-        tqdm.write(
-            f"{packed.unused:,} of {packed.documents:,} documents are shorter than a context and were left out; "
-            "data.pack concat joins them"
-        )
+    _tell_of_text(data, packed, strings, skipped)
     digests = {split: writer.finish() for split, writer in contexts.items()}
     counts = {split: writer.contexts for split, writer in contexts.items()}
     tokenizer_digest = write_whole(
         first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
     )
-    text = Text(packed.rows, counts, digests, tokenizer_digest)
+    text = Text(packed.rows, counts, digests, tokenizer_digest, skipped.rows)
     for other in others:
         other.clear()
         for split in SPLITS:
@@ -173,6 +186,31 @@ def _text_pass(
         write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
     for writer in lacking:
         writer.finish_text(request, text)
+
+
+def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: Skipped) -> None:
+    """Print what the text pass left out, and what may not be as it was meant."""
+    files = found_files(data)
+    if len(files.read) > len(data.files) or files.left_out:
+        others = f"; left out: {', '.join(map(str, files.left_out[:9]))}" if files.left_out else ""
+        tqdm.write(
+            f"text: {len(files.read)} files, {files.read[0]} to {files.read[-1]}{others}", file=sys.stderr
+        )
+    if packed.unused:
+        tqdm.write(
+            f"{packed.unused:,} of {packed.documents:,} documents are shorter than a context and were left out; "
+            "data.pack concat joins them"
+        )
+    if skipped.rows:
+        tqdm.write(
+            f"bad rows that were skipped: {skipped.rows:,}; the first: {skipped.first}", file=sys.stderr
+        )
+    if strings.documents and data.special_tokens == "text":
+        tqdm.write(
+            f"{strings.documents:,} of {strings.read:,} documents hold the name of a special token (the first: "
+            f"{strings.first}), which stays text; data.special_tokens parse makes it the token",
+            file=sys.stderr,
+        )
 
 
 # -- model ---------------------------------------------------------------------------------------------

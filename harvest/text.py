@@ -5,105 +5,181 @@ Shapes: C contexts, T tokens of a context.
 
 import hashlib
 import itertools
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import InputError, first_line
+from common.errors import ENVIRONMENT, InputError, first_line
 from common.settings import Data
-from harvest.embedded import text_files
+from harvest.files import Bad, Row, file_rows, found_files, not_unicode, pick
 from shards.layout import kept_mask
 from shards.manifest import SPLITS
 
 DOCUMENTS_AT_ONCE = 256
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+TODAY = datetime(2024, 7, 26)
+"""What a chat template that asks gets for today's date (Llama's own default): a harvest does not depend on its day."""
+DATES = ("-d", "-m", "-I", "-H", *"aAbBcdFHIjmMpSTuUVwWxXyYzZ")
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in DATES)
+    + " }}{% endmacro +%}"
+)
+"""Before a template: strftime_now is a function of its own then, in place of transformers' (which takes no other)."""
 
 
-def local_files(data: Data) -> list[Path]:
-    """The local files the text comes from; empty for a hub dataset. Raises `InputError` naming a bad one."""
-    if not data.files and data.dataset.startswith("embedded/"):
-        return list(text_files(data.dataset))
-    paths = [Path(name) for name in data.files]
-    for path in paths:
-        if path.is_dir():
-            raise InputError(f"data.files: {path} is a directory; name the files in it, separated by commas")
-        if not path.is_file():
-            raise InputError(f"data.files: no such file {path}")
-        if path.suffix not in READERS:
-            raise InputError(
-                f"data.files: {path}: expected one of {', '.join(READERS)}, found {path.suffix!r}"
-            )
-    return paths
+# -- documents -----------------------------------------------------------------------------------------
 
 
-def documents(data: Data) -> Iterator[str]:
-    """Texts in the dataset's own order; a line of a .txt file is a document.
+@dataclass
+class Skipped:
+    """Rows that gave no text, under data.on_bad_row skip."""
+
+    rows: int = 0
+    first: str = ""
+    """Where the first was, and what was wrong with it."""
+
+
+def documents(
+    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, skipped: Skipped | None = None
+) -> Iterator[str]:
+    """Texts in the dataset's own order; a line of a .txt file is a document. Bad rows are counted in `skipped`.
 
     Raises `InputError` when the dataset cannot be opened or read, or has no such column: another dataset is
-    never a silent fallback.
+    never a silent fallback. So does a bad row, where data.on_bad_row is stop or where a file has no other.
     """
-    files = local_files(data)
-    column = data.text_column
+    skipped = skipped or Skipped()
+    files = found_files(data).read
+    none = True
     for source in files or [None]:
         where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
-        for number, row in enumerate(_rows(data, source, where)):
-            if column not in row:
-                raise InputError(
-                    f"{where}: no column {column!r}; expected data.text_column among {', '.join(row)}"
-                )
-            text = row[column]
-            if not isinstance(text, str):
-                raise InputError(f"{where}: row {number}: column {column!r} is not text but {text!r:.60}")
-            yield text
+        rows, good = 0, False
+        for rows, row in enumerate(_read_rows(data, source, where), 1):  # noqa: B007
+            text = _text(row.value, data, tokenizer)
+            if not isinstance(text, Bad):
+                none, good = False, True
+                yield text
+                continue
+            why = f"{where}: {row.place}: {text.why}"
+            if data.on_bad_row == "stop":
+                raise InputError(why)
+            skipped.rows, skipped.first = skipped.rows + 1, skipped.first or why
+        if rows and not good:
+            raise InputError(f"all {rows:,} rows are bad; the first: {skipped.first}")
+        if not rows and (not source or str(source) in map(str, map(Path, data.files))):
+            raise InputError(f"{where}: cannot be read: it is empty")
+    if none:
+        raise InputError(f"data.files {', '.join(data.files)}: all {len(files)} files are empty")
 
 
-def _rows(data: Data, file: Path | None, where: str) -> Iterator[dict[str, object]]:
-    import datasets
+def _text(value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None) -> str | Bad:
+    """A row's text; of a chat, what the model's template makes of it."""
+    if isinstance(value, Bad):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        value = _chat(value, data, tokenizer)
+        if isinstance(value, Bad):
+            return value
+    if not isinstance(value, str):
+        chat = ", nor a chat of role and content," if isinstance(value, list) and value != [] else ""
+        return Bad(f"column {data.text_column!r} is not text{chat} but {value!r:.60}")
+    if why := not_unicode(value):
+        return Bad(f"column {data.text_column!r}: {why}")
+    return value
 
-    datasets.disable_progress_bars()
+
+def _chat(messages: list[dict[str, Any]], data: Data, tokenizer: PreTrainedTokenizerFast | None) -> str | Bad:
+    column = f"column {data.text_column!r}"
+    if data.special_tokens != "parse":
+        raise InputError(
+            f"data.text_column: {data.text_column} holds chats, whose template writes special tokens; "
+            'give data.special_tokens = "parse"'
+        )
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(
+            f"data.text_column: {data.text_column} holds chats, but this model's tokenizer has no chat template; "
+            "give another column, or a model that is trained on chats"
+        )
+    # A .parquet gives every message the keys of all, None where it has none of its own; templates ask for the key.
+    chat = [{key: given for key, given in each.items() if given is not None} for each in messages]
+    if empty := [each for each in chat if not each.keys() & {"content", "tool_calls"}]:
+        return Bad(f"{column}: a message of role {empty[0]['role']!r:.20} has no content")
     try:
-        if file:
-            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is said below
-            opened = datasets.load_dataset(
-                READERS[file.suffix], data_files=str(file), split="train", streaming=True
-            )
-        else:
-            opened = datasets.load_dataset(
-                data.dataset, name=data.name, revision=data.revision, split=data.split, streaming=True
-            )
-        if data.text_column in (opened.column_names or []):
-            opened = opened.select_columns([data.text_column])
-        yield from opened
+        template = FIXED_DATE + tokenizer.get_chat_template()
+        made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except Exception as error:  # a template is a program, and raises what it likes
+        return Bad(f"{column}: the chat template refuses it: {first_line(error)}")
+    return str(made)
+
+
+def _read_rows(data: Data, file: Path | None, where: str) -> Iterator[Row]:
+    try:
+        yield from file_rows(file, data.text_column) if file else _hub_rows(data)
     except InputError:
         raise
-    except Exception as error:  # datasets raises what its readers and its HTTP library raise
-        cause = error.__cause__ or error
+    except Exception as error:  # readers and the HTTP library raise whatever a bad file makes them
+        if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+            raise
+        cause = error if file else error.__cause__ or error
         message = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
         if "BuilderConfig" in message:
             message += f" (data.name is {data.name!r}; give --data.name)"
-        raise InputError(f"{where}: cannot be read: {(file and _bad_line(file)) or message}") from error
+        if "too much memory for decoding" in message:
+            message += "; unpack it before (zstd -d --long=31)"
+        if "cast" in message.lower():
+            message += (
+                "; download its files and give them as data.files: of these only data.text_column is read"
+            )
+        raise InputError(f"{where}: cannot be read: {message}") from error
 
 
-def _bad_line(file: Path) -> str | None:
-    """Number of the first line that is no UTF-8, or no JSON object where it should be, and why; none of a .parquet."""
-    if READERS[file.suffix] == "parquet":
-        return None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode()
-                if file.suffix == ".jsonl" and line.strip() and not isinstance(json.loads(text), dict):
-                    return f"line {number}: expected a JSON object, found {text.strip()!r:.60}"
-            except json.JSONDecodeError as error:
-                return f"line {number}, column {error.colno}: {error.msg}"
-            except UnicodeDecodeError as error:
-                return f"line {number}: {error}"
-    return None
+def _hub_rows(data: Data) -> Iterator[Row]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    opened = datasets.load_dataset(
+        data.dataset, name=data.name, revision=data.revision, split=data.split, streaming=True
+    )
+    for name in (data.text_column, data.text_column.split(".")[0]):
+        if name in (opened.column_names or []):
+            opened = opened.select_columns([name])
+            break
+    for number, row in enumerate(opened):
+        value = pick(row, data.text_column)
+        if number == 0 and isinstance(value, Bad):
+            raise InputError(f"data.dataset {data.dataset}: {value.why}")
+        yield Row(f"row {number}", value)
+
+
+class SpecialStrings:
+    """Documents that hold, as plain characters, what the tokenizer has a special token for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        words = sorted({*tokenizer.all_special_tokens, *_special(tokenizer).values()})
+        self._found = re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")
+        self.read, self.documents = 0, 0
+        self.first = ""
+
+    def watch(self, texts: Iterable[str]) -> Iterator[str]:
+        """The same texts, counted as they pass."""
+        for self.read, text in enumerate(texts, 1):
+            if found := self._found.search(text):
+                self.documents, self.first = self.documents + 1, self.first or found[0]
+            yield text
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Every token that a tokenizer marks as special; more than transformers' list, which has the named ones."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.special}
+
+
+# -- contexts ------------------------------------------------------------------------------------------
 
 
 def is_heldout(text: str, fraction: float, seed: int) -> bool:
@@ -124,6 +200,8 @@ class Packer:
     bos: int | None
     separator: int | None
     """None: documents are packed one by one."""
+    parsed: bool = False
+    """A text may have a BOS of its own, as chat templates write it: no context begins with two."""
     _carry: list[int] = field(default_factory=list)
 
     def add(self, tokens: list[int]) -> Iterator[np.ndarray]:
@@ -132,6 +210,9 @@ class Packer:
         stream = tokens if self.separator is None else [*self._carry, *tokens, self.separator]
         start = 0
         while start + body <= len(stream):
+            if self.parsed and stream[start] == self.bos:
+                start += 1
+                continue
             head = [] if self.bos is None else [self.bos]
             yield np.array(head + stream[start : start + body], np.int32)
             start += body
@@ -145,10 +226,15 @@ class Special:
     bos: int | None
     separator: int | None
     dropped: list[int]
+    parsed: bool = False
+    """Whether special tokens in the text are tokens."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, pack: str) -> "Special":
-        """A tokenizer's own; raises `InputError` when `pack` is concat and no token can separate documents."""
+    def of(cls, tokenizer: PreTrainedTokenizerFast, pack: str, parsed: bool = False) -> "Special":
+        """A tokenizer's own; raises `InputError` when `pack` is concat and no token can separate documents.
+
+        `parsed`: special tokens are parsed in the text, and all that can occur there are dropped.
+        """
         bos = _id(tokenizer, tokenizer.bos_token)
         separator = None
         if pack == "concat":
@@ -157,7 +243,8 @@ class Special:
                 raise InputError(
                     'data.pack: this tokenizer has no separator token; use data.pack = "document"'
                 )
-        return cls(bos, separator, sorted(set(tokenizer.all_special_ids)))
+        dropped = {*tokenizer.all_special_ids, *(_special(tokenizer) if parsed else ())}
+        return cls(bos, separator, sorted(dropped), parsed)
 
 
 def _id(tokenizer: PreTrainedTokenizerFast, token: object) -> int | None:
@@ -188,7 +275,7 @@ def pack_splits(
 
     Train's rows are cut to `rows`. Raises `InputError` when the text ends before.
     """
-    packers = {split: Packer(length, special.bos, special.separator) for split in SPLITS}
+    packers = {s: Packer(length, special.bos, special.separator, special.parsed) for s in SPLITS}
     kept, documents, unused = dict.fromkeys(SPLITS, 0), 0, 0
     stream = iter(texts)
     while block := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):

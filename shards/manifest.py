@@ -60,8 +60,10 @@ class Source(Record):
     dataset_revision: str | None
     dataset_split: str | None
     text_column: str
-    files: dict[str, str]
-    """File name -> sha256, when the text came from local files."""
+    files: list[str] | dict[str, str]
+    """sha256 of each local file, in the order of reading, twice if read twice. Once it was file name -> sha256."""
+    special_tokens: Literal["text", "parse"] = "text"
+    """What a special token's name in a text became: its characters, or the token."""
     pack: Literal["document", "concat"]
     context_length: int
     bos_token_id: int | None
@@ -124,6 +126,8 @@ class Manifest(Record):
     source: Source
     fingerprint: str
     tokenizer_sha256: str
+    bad_rows: int = 0
+    """Rows of the text that were skipped (data.on_bad_row)."""
     splits: dict[str, Split]
 
     def to_json(self) -> dict[str, Any]:

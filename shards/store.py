@@ -86,6 +86,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path}: not a readable tokenizer ({error}); harvest this store again") from error
 
 
+def as_harvested(tokenizer: Tokenizer, special_tokens: str = "text") -> Tokenizer:
+    """The tokenizer as a harvest uses it: a text gives all of its tokens and no others, the same every time.
+
+    A tokenizer.json may cut and pad, and BPE may drop merges at random: settings of some training, not of the text.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    tokenizer.encode_special_tokens = special_tokens == "text"
+    return tokenizer
+
+
 def _check_digest(path: Path, expected: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: missing, though files.sha256 lists it; make verify tells more")

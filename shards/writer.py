@@ -49,6 +49,8 @@ class Text:
     contexts: dict[str, int]
     contexts_sha256: dict[str, str]
     tokenizer_sha256: str
+    bad_rows: int = 0
+    """Rows of the text that were skipped."""
 
 
 class StoreWriter:
@@ -162,6 +164,7 @@ class StoreWriter:
             contexts={name: split.contexts for name, split in manifest.splits.items()},
             contexts_sha256={name: split.contexts_sha256 for name, split in manifest.splits.items()},
             tokenizer_sha256=manifest.tokenizer_sha256,
+            bad_rows=manifest.bad_rows,
         )
         with self.lock():
             write_whole(self.work / "lost.json", dumps(lost))
@@ -221,6 +224,7 @@ class StoreWriter:
             source=self.source,
             fingerprint=digest([self.source.fingerprint, contexts]),
             tokenizer_sha256=text.tokenizer_sha256,
+            bad_rows=text.bad_rows,
             splits=splits,
         )
         write_whole(self.root / "zarr.json", dumps(group_metadata({"manifest": manifest.to_json()})))

@@ -5,6 +5,7 @@ and an unfinished one of layer 2, a trained and evaluated run `a`.
 """
 
 import fcntl
+import gzip
 import importlib
 import json
 import shutil
@@ -198,6 +199,8 @@ W = RUN / weights.FILE_NAME
 SAMPLES = RUN / "activation_samples" / "samples.jsonl"
 TINY = MODEL / "model.safetensors"
 
+CHAT = '{"messages": [{"role": "user", "content": "one"}]}'
+
 MISTAKES: dict[str, Callable[[], object]] = {
     # settings
     "a bracket is missing": lambda: edit("[train]", "[train"),
@@ -243,8 +246,8 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "another model under the same name": lambda: other_model("llama", intermediate_size=48),
     "no GGUF file": lambda: write("models/tiny.gguf", "a web page"),
     # text
-    "a directory": lambda: Path("texts").mkdir(),
-    "a file of another kind": lambda: write("text.csv", "text"),
+    "a directory without text": lambda: Path("texts").mkdir(),
+    "a file of another kind": lambda: write("text.tsv", "text"),
     "a broken line": lambda: documents('{"text": "one"}', '{"text": "two}', '{"text": "three"}'),
     "a column of numbers": lambda: documents('{"text": 1}', '{"text": 2}'),
     "a text that is null": lambda: documents('{"text": "one"}', '{"text": null}'),
@@ -254,6 +257,16 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "documents of one token only": lambda: documents(*['{"text": "a"}'] * 9),
     "bytes that are not UTF-8": lambda: documents('{"text": "one"}', b'{"text": "caf\xe9"}'),
     "a .txt that is not UTF-8": lambda: write("text.txt", b"one\ncaf\xe9\n"),
+    "half an emoji": lambda: documents('{"text": "one"}', '{"text": "two\\ud83d"}'),
+    "a .csv whose text is not quoted": lambda: write("text.csv", "text\none, two\n"),
+    "a .txt that is UTF-16": lambda: write("text.txt", "one".encode("utf-16")),
+    "a packed file whose name does not say so": lambda: documents(gzip.compress(b"{}")),
+    "a packed file that is cut short": lambda: write("text.txt.gz", gzip.compress(b"one")[:-8]),
+    "a pointer of Git LFS": lambda: write(
+        "text.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    ),
+    "chats without their special tokens": lambda: documents(CHAT),
+    "chats for a model without a template": lambda: documents(CHAT),
     "a .parquet that is none": lambda: write("text.parquet", "PAR1"),
     # stores
     "the harvest's plan is damaged": lambda: write(UNFINISHED / ".harvest/plan.json", "{"),

@@ -63,6 +63,8 @@ def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(setti
     )
     with pytest.raises(InputError, match="text: nothing to read"):
         reader("")
+    with pytest.raises(InputError, match="text: not UTF-8, or half of a surrogate pair, at its character 4"):
+        reader("caf\udce9")
     length = len(reader.tokenizer.encode(TEXT * 9, add_special_tokens=False).ids)
     long = reader(TEXT * 9)
     assert (len(long.tokens), long.left_out) == (31, length - 31)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import harvest.run as run
 from common.errors import InputError
+from common.files import sha256
 from common.settings import Settings
 from harvest.run import harvest
 from shards import Store
@@ -90,7 +91,7 @@ def test_the_manifest_says_what_was_harvested(gemma: Path, corpus: Path, setting
     assert (source.layer, source.n_layers, source.dtype, source.input) == (1, 3, "float32", "normalized")
     assert source.input_hook == "blocks.1.ln2.hook_normalized"
     assert source.output_hook == "blocks.1.hook_mlp_out"
-    assert list(source.files) == [corpus.name]
+    assert source.files == [sha256(corpus)]
     assert (source.bos_token_id, source.separator_token_id, source.dropped_token_ids) == (0, 1, [0, 1, 2])
     assert len(source.gain) == source.d_in == source.d_out == 32
     for split in manifest.splits.values():

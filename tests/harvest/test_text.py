@@ -26,6 +26,14 @@ def test_concat_packing_joins_with_the_separator() -> None:
     assert packed == [[0, 5, 6, 7], [0, 8, 1, 1], [0, 9, 10, 1]]
 
 
+def test_a_texts_own_bos_gives_way_to_the_contexts() -> None:
+    """Where a context begins with it; elsewhere it is a token of the text (SmolLM2's begins every turn of a chat)."""
+    documents = ([0, 5, 0, 6], [0, 7, 8])
+    assert pack(Packer(3, 0, separator=1, parsed=True), *documents) == [[0, 5, 0], [0, 6, 1], [0, 7, 8]]
+    assert pack(Packer(3, 0, separator=1), *documents) == [[0, 0, 5], [0, 0, 6], [0, 1, 0], [0, 7, 8]]
+    assert pack(Packer(3, 0, separator=None, parsed=True), *documents) == [[0, 5, 0], [0, 7, 8]]
+
+
 def test_without_a_bos_token() -> None:
     assert pack(Packer(3, bos=None, separator=None), [5, 6, 7, 8, 9, 10, 11]) == [[5, 6, 7], [8, 9, 10]]
 
@@ -131,10 +139,18 @@ def test_documents_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl: cannot be read: "),
-        ("a.jsonl", '{"body": "x"}\n', "a.jsonl: no column 'text'; expected data.text_column among body"),
-        ("a.jsonl", json.dumps({"text": 3}) + "\n", "a.jsonl: row 0: column 'text' is not text but 3"),
-        ("a.csv", "text\nx\n", "a.csv: expected one of .jsonl, .json, .parquet, .txt, found '.csv'"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl: line 2, column 10: Expecting value"),
+        (
+            "a.jsonl",
+            '{"body": "x"}\n',
+            "a.jsonl: line 1: no column 'text'; expected data.text_column among body",
+        ),
+        ("a.jsonl", json.dumps({"text": 3}) + "\n", "a.jsonl: line 1: column 'text' is not text but 3"),
+        (
+            "a.tsv",
+            "text\nx\n",
+            "a.tsv: expected .jsonl, .json, .csv, .txt (these also as .gz or .zst) or .parquet, found",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, line: str) -> None:

@@ -1,0 +1,314 @@
+"""Local files: which are read in which order, what of each row, and the line for what cannot be read."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.cli import load, parser
+from common.errors import InputError
+from common.settings import Data
+from harvest.files import found_files
+from harvest.lm import load_tokenizer
+from harvest.text import Skipped, documents
+from tests.models import save_tokenizer, write_jsonl
+
+
+def texts(*files: Path, **data: object) -> list[str]:
+    return list(documents(Data.model_validate({"files": [str(file) for file in files], **data})))
+
+
+def refused(*files: Path, **data: object) -> str:
+    with pytest.raises(InputError) as stopped:
+        texts(*files, **data)
+    assert "\n" not in str(stopped.value)
+    return str(stopped.value).removeprefix("data.files ")
+
+
+def written(path: Path, data: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def table(path: Path, **columns: object) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+# -- names ---------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_exists_is_that_file(tmp_path: Path) -> None:
+    """And a pattern only where it does not: text[1].jsonl beside text1.jsonl, and beside nothing."""
+    one = write_jsonl(tmp_path / "text1.jsonl", ["another"])
+    name = tmp_path / "text[1].jsonl"
+    assert texts(name) == ["another"]
+    write_jsonl(name, ["asked for"])
+    assert texts(name) == ["asked for"]
+    assert texts(one, name, one) == ["another", "asked for", "another"]
+    for odd in ("a*b.jsonl", "a?.jsonl", "a,b.jsonl", "ä {x} %20.jsonl", "https:/x.jsonl", "-.jsonl"):
+        assert texts(written(tmp_path / odd, json.dumps({"text": odd}))) == [odd]
+
+
+def test_directories_and_patterns_in_the_order_of_paths(tmp_path: Path) -> None:
+    for name in ("d/b.jsonl", "d/a.jsonl", "d/in/c.jsonl", "d/.hidden.jsonl", "d/.git/x.jsonl", "e/z.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(written(tmp_path / name, ""), [name])
+    written(tmp_path / "d/README.md", "no text")
+    (tmp_path / "d/linked").symlink_to(tmp_path / "e")
+    (tmp_path / "e/round").symlink_to(tmp_path / "d")
+    found = ["d/a.jsonl", "d/b.jsonl", "d/in/c.jsonl", "e/z.jsonl"]
+    assert texts(tmp_path / "d") == found
+    assert found_files(Data(files=(str(tmp_path / "d"),))).left_out == [tmp_path / "d/README.md"]
+    assert texts(tmp_path / "d/*.jsonl") == found[:2]
+    assert texts(tmp_path / "d/**/[bc].jsonl") == found[1:3]
+    assert texts(tmp_path / "d/b.jsonl", tmp_path / "d/a.jsonl") == [found[1], found[0]]
+
+
+def test_names_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("state.json", "data-00000-of-00001.arrow"):
+        written(tmp_path / "saved" / name, "{}")
+    (tmp_path / "broken/a.jsonl").parent.mkdir()
+    (tmp_path / "broken/a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for name, line in {
+        "none.jsonl": "no such file {}",
+        "none*.jsonl": "no such file {}, and as a pattern it matches none",
+        "empty": "{}: none of its 0 files is .jsonl, .json, .csv, .txt (these also as .gz or .zst) or .parquet",
+        "pipe.jsonl": "{} is not a regular file, or a link to none; copy its text into one",
+        "broken": "{}/a.jsonl is not a regular file, or a link to none",
+        "saved": "{} is what save_to_disk() wrote; write it with to_parquet() instead",
+    }.items():
+        assert refused(tmp_path / name) == f"data.files: {line.format(tmp_path / name)}"
+    with pytest.raises(InputError, match=r"^data\.files: a name is empty"):
+        list(documents(Data(files=("",))))
+    with pytest.raises(InputError, match=r"^data\.dataset: .* is on this disk, .* \(--data\.files "):
+        list(documents(Data(dataset=str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ("text[1].jsonl", ("text[1].jsonl",)),
+        ("texts[1]", ("texts[1]",)),
+        ("[1]", ("[1]",)),
+        ("[a],[b]", ("[a]", "[b]")),
+        ("a.txt, b.txt", ("a.txt", "b.txt")),
+        ('["a,b.txt", "[c]"]', ("a,b.txt", "[c]")),
+    ],
+)
+def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
+    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+
+
+# -- formats -------------------------------------------------------------------------------------------
+
+
+def test_every_format_gives_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a byte order mark, packed, in capitals, and what looks like a date or a number is text."""
+    expected = ["2020-01-01", "12", 'a "quoted", text\u2028on', "true", "1e5 \U0001f600", "", " last "]
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(expected))
+    rows = [{"n": None, "text": text} for text in expected]
+    quoted = "".join(f'{i},"{text}"\r\n' for i, text in enumerate(t.replace('"', '""') for t in expected))
+    made = {
+        "a.jsonl": lines,
+        "a.txt": "\n".join(expected),
+        "crlf.txt": "\r\n".join(expected) + "\r\n",
+        "lines.json": "\n" + lines,
+        "list.json": json.dumps(rows),
+        "pretty.json": json.dumps(rows, indent=2, ensure_ascii=False),
+        "jq.json": "\n".join(json.dumps(row, indent=1) for row in rows),
+        "a.csv": f"id,text\r\n{quoted}",
+    }
+    for name, text in made.items():
+        for file, data in {
+            name: text.encode(),
+            f"bom-{name.upper()}": b"\xef\xbb\xbf" + text.encode(),
+            f"{name}.gz": gzip.compress(text[:40].encode()) + gzip.compress(text[40:].encode()),
+            f"{name}.zst": b"".join(
+                pa.compress(part.encode(), "zstd", asbytes=True) for part in (text[:40], text[40:])
+            ),
+        }.items():
+            assert texts(written(tmp_path / file, data)) == expected, file
+    assert texts(table(tmp_path / "a.parquet", n=range(7), text=expected)) == expected
+    large = pa.array(expected, pa.large_string()).dictionary_encode()
+    assert texts(table(tmp_path / "b.parquet", text=large)) == expected
+
+
+def test_a_quoted_text_of_several_lines(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.csv", 'text,n\n"one\ntwo, ""three""",1\n\n' + "x" * 200_000 + ",2\n")
+    assert texts(file) == ['one\ntwo, "three"', "x" * 200_000]
+
+
+def test_files_that_were_joined(tmp_path: Path) -> None:
+    """Each began with a byte order mark."""
+    mark = b"\xef\xbb\xbf"
+    assert texts(written(tmp_path / "a.txt", mark + b"one\n" + mark + b"two\n")) == ["one", "two"]
+    line = mark + b'{"text": "one"}\n'
+    assert texts(written(tmp_path / "a.jsonl", line + line)) == ["one", "one"]
+
+
+def test_other_columns_may_be_anything(tmp_path: Path) -> None:
+    """Types that change, keys that come late, numbers that no type holds, above the 10 MB that were once a block."""
+    pad, others = "x" * 1000, [1, "a", None, [1, "b"], {"c": [{}]}, 1e400, "2020-01-01", "\ud800"]
+    rows = [
+        {"meta": others[i % 8], "text": f"{i} {pad}"} | ({"late": i} if i > 9500 else {})
+        for i in range(12_000)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines[7] = lines[7].replace('"\\ud800"', "9" * 5000)
+    file = written(tmp_path / "a.jsonl", "\n".join(lines).encode() + b'\n{"text": "end", "url": "caf\xe9"}\n')
+    assert file.stat().st_size > 12_000_000
+    assert texts(file) == [row["text"] for row in rows] + ["end"]
+
+
+def test_columns_within_others(tmp_path: Path) -> None:
+    file = written(
+        tmp_path / "a.jsonl", '{"meta": {"text": "in"}, "n": 1}\n{"meta.text": "flat", "meta": {"text": 1}}'
+    )
+    assert texts(file, text_column="meta.text") == ["in", "flat"]
+    columns = {"n": [1, 2], "meta": [{"text": "in", "id": 1}, {"text": "two", "id": 2}]}
+    assert texts(table(tmp_path / "a.parquet", **columns), text_column="meta.text") == ["in", "two"]
+    flat = table(tmp_path / "b.parquet", **columns, **{"meta.text": ["flat", "two"]})
+    assert texts(flat, text_column="meta.text") == ["flat", "two"]
+    assert texts(written(tmp_path / "a.csv", "meta.text\nx\n"), text_column="meta.text") == ["x"]
+
+
+# -- rows that are bad ---------------------------------------------------------------------------------
+
+BAD = {
+    '{"text": "two}': ", column 10: Unterminated string starting at",
+    "[1]": ": expected a JSON object, found [1]",
+    '{"texts": "x", "meta": {"a": 1}}': ": no column 'text'; expected data.text_column among texts, meta.a",
+    '{"te\\nxt": 1}': ": no column 'text'; expected data.text_column among 'te\\nxt'",
+    '{"text": null}': ": column 'text' is not text but None",
+    '{"text": ["a", "b"]}': ": column 'text' is not text, nor a chat of role and content, but ['a', 'b']",
+    '{"text": "a \\ud83d b"}': ": column 'text': a lone surrogate \\ud83d at its character 3",
+    b'{"text": "caf\xe9"}': ": column 'text': byte 0xe9, which is not UTF-8, or a lone surrogate \\udce9 at its "
+    "character 4",
+    '{"text": ' + "[" * 100_000: ": its values are nested too deeply",
+}
+
+
+@pytest.mark.parametrize(("bad", "why"), BAD.items(), ids=range(len(BAD)))
+def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, bad: str | bytes, why: str) -> None:
+    bad = bad.encode() if isinstance(bad, str) else bad
+    file = written(tmp_path / "a.jsonl", b'{"text": "one"}\n\n' + bad + b'\n{"text": "four \\ud83d\\ude00"}')
+    place = "line 3" + why
+    assert refused(file) == f"{file}: {place}"
+    skipped = Skipped()
+    data = Data(files=(str(file),), on_bad_row="skip")
+    assert list(documents(data, skipped=skipped)) == ["one", "four \U0001f600"]
+    assert skipped == Skipped(1, f"data.files {file}: {place}")
+
+
+def test_bad_rows_of_the_other_formats(tmp_path: Path) -> None:
+    columns = written(tmp_path / "a.csv", 'id,text\n1,a, b\n2,"good"\n3,"x"y\n4,caf\xe9\n'.encode("latin-1"))
+    assert refused(columns) == f"{columns}: line 2: 3 fields, expected 2; a text with commas is quoted"
+    assert texts(columns, on_bad_row="skip") == ["good"]
+    rows = table(tmp_path / "a.parquet", text=["a", None, "b"])
+    assert refused(rows) == f"{rows}: row 1: column 'text' is not text but None"
+    assert texts(rows, on_bad_row="skip") == ["a", "b"]
+    text = written(tmp_path / "a.txt", b"one\ncaf\xe9\nthree")
+    assert refused(text).startswith(f"{text}: line 2: column 'text': byte 0xe9, which is not UTF-8, ")
+    assert texts(text, on_bad_row="skip") == ["one", "three"]
+
+
+def test_a_file_of_nothing_but_bad_rows_is_refused(tmp_path: Path) -> None:
+    """A column that is misspelt is no bad row."""
+    file = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    line = refused(file, text_column="content", on_bad_row="skip")
+    assert line == (
+        f"all 2 rows are bad; the first: data.files {file}: line 1: no column 'content'; "
+        "expected data.text_column among text"
+    )
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """Whatever data.on_bad_row is: what comes after is not known."""
+    packed = gzip.compress(b'{"text": "one"}\n' * 9999)
+    strings = pa.compress(b'{"text": "one"}\n' * 9999, "zstd", asbytes=True)
+    for name, data, why in (
+        ("empty.jsonl", b"", "it is empty"),
+        ("blank.jsonl", b"\n \n", "it is empty"),
+        ("empty.csv", b"text\n", "it is empty"),
+        ("bom.txt", b"\xef\xbb\xbf", "it is empty"),
+        ("packed.jsonl", packed, "it is compressed by gzip; its name must end in .gz"),
+        ("packed.txt", strings, "it is compressed by zstd; its name must end in .zst"),
+        ("plain.txt.gz", b"text", "Not a gzipped file (b'te')"),
+        ("cut.jsonl.gz", packed[:-20], "Compressed file ended before the end-of-stream marker was reached"),
+        ("cut.jsonl.zst", strings[:-9], "Truncated compressed stream"),
+        ("wide.txt", "text".encode("utf-16"), "it is UTF-16; expected UTF-8, convert it"),
+        ("wide.csv", "text".encode("utf-16-le"), "it holds zero bytes; expected text in UTF-8"),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "it is a pointer of Git LFS, not the file",
+        ),
+        ("b.parquet", b"PAR1", "Parquet file size is 4 bytes"),
+        ("a.json", b'[{"text": "a"},\n{"text": }]', "line 2, column 10: Expecting value"),
+        ("open.csv", b'text\na\n"b\nc\n', "line 3: unexpected end of data"),
+        ("twice.csv", b"text,text\na,b\n", "column 'text' is there twice"),
+        ("other.csv", b"body;n\na;1\n", "no column 'text'; expected data.text_column among body;n"),
+    ):
+        file = written(tmp_path / name, data)
+        assert refused(file, on_bad_row="skip").startswith(f"{file}: cannot be read: {why}"), name
+    nothing = table(tmp_path / "none.parquet", text=pa.array([], pa.string()))
+    assert refused(nothing) == f"{nothing}: cannot be read: it is empty"
+    other = table(tmp_path / "other.parquet", meta=[{"a": 1}], chat=[[{"role": "user"}]])
+    assert refused(other).endswith("no column 'text'; expected data.text_column among meta.a, chat")
+
+
+def test_empty_parts_of_a_directory_are_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    table(tmp_path / "d/part-0.parquet", text=pa.array([], pa.string()))
+    assert refused(tmp_path / "d") == f"{tmp_path / 'd'}: all 1 files are empty"
+    table(tmp_path / "d/part-1.parquet", text=["a"])
+    assert texts(tmp_path / "d") == ["a"]
+
+
+# -- chats ---------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "\n{% if strftime_now is defined %} {% endif %}{{ bos_token }}{{ strftime_now('%-d %b %Y') }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if m.tool_calls is defined %}!{% endif %}<eos>{% endfor %}"
+)
+
+
+def test_chats_go_through_the_models_template(tmp_path: Path) -> None:
+    """The year is the same on every day; a key that only another message of the .parquet has is not there."""
+    save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), None)
+    chat = [{"role": "user", "content": "red <eos>"}, {"role": "bot", "content": "blue"}]
+    file = written(tmp_path / "a.jsonl", json.dumps({"messages": chat}))
+    rows = table(tmp_path / "a.parquet", messages=pa.array([[{**m, "tool_calls": None} for m in chat]]))
+
+    def rendered(file: Path, special_tokens: str = "parse") -> list[str]:
+        data = {"files": [str(file)], "text_column": "messages", "special_tokens": special_tokens}
+        return list(documents(Data.model_validate(data), tokenizer))
+
+    with pytest.raises(
+        InputError, match=r"^data\.text_column: messages holds chats, but .* has no chat template; "
+    ):
+        rendered(file)
+    tokenizer.chat_template = TEMPLATE
+    for each in (file, rows):
+        assert rendered(each) == ["\n <bos>26 Jul 2024<user>red <eos><eos><bot>blue<eos>"]
+    with pytest.raises(InputError, match=r"holds chats, .* give data\.special_tokens = \"parse\""):
+        rendered(file, "text")
+    written(file, json.dumps({"messages": [{"role": "user", "content": None}]}))
+    with pytest.raises(
+        InputError, match=r"line 1: column 'messages': a message of role 'user' has no content"
+    ):
+        rendered(file)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    written(file, json.dumps({"messages": chat}))
+    with pytest.raises(InputError, match=r"line 1: .*: the chat template refuses it: roles must alternate"):
+        rendered(file)
