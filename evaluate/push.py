@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.files import sha256
 from evaluate.files import finished
 from evaluate.report.report import FILTERS, PAGE
+from train import record
 from transcoder import Transcoder, weights
 
 
@@ -90,6 +91,7 @@ def main() -> None:
     )
     settings, given = load(made)
     address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
+    record.refuse_another_model(settings.run_dir(), settings)
     push(settings.run_dir(), address)
     print(address)
 

@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import InputError
 from common.files import write_whole
 from common.settings import ROOT, Settings, validated
+from shards.identity import differs
 from transcoder import weights
 
 FILE_NAME = "settings.json"
@@ -20,7 +21,9 @@ FREE = {"train.checkpoint_every"}
 def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     """Setting -> value, of everything that decides a run's weights, sizes as numbers of latents."""
     d_sae, groups = settings.transcoder.resolve(d_in)
-    values = {"layer": settings.layer, "model.name": settings.model.name}
+    values: dict[str, Any] = {
+        "layer": settings.layer
+    }  # the model is compared by its weights, not by its name
     values |= {f"train.{key}": value for key, value in settings.train if f"train.{key}" not in FREE}
     values |= {f"transcoder.{key}": value for key, value in settings.transcoder}
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
@@ -74,9 +77,24 @@ def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
     if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
     refuse_another(run_dir, settings, None)
+    refuse_another_model(run_dir, settings)
     metadata = weights.read_metadata(run_dir)
     done = validated(metadata["settings"], str(run_dir / weights.FILE_NAME))
     return metadata if done.train.rows == settings.train.rows else None
+
+
+def refuse_another_model(run_dir: Path, settings: Settings) -> None:
+    """Raise `InputError` when there is a finished run that is of another model than is asked for.
+
+    Run directories are named after the last part of the model's name, which two models may share. What was imported
+    from another tool has no settings, and passes.
+    """
+    metadata = weights.read_metadata(run_dir) if (run_dir / weights.FILE_NAME).is_file() else {}
+    if metadata.get("settings") and (other := differs(settings.model, metadata.get("source") or {})):
+        raise InputError(
+            f"{run_dir}: holds a run of another model than is asked for ({other}); "
+            "give another name (RUN=name), or --model.name of this run"
+        )
 
 
 @cache

@@ -20,6 +20,7 @@ from common.settings import first_mistake
 from shards import Store
 from shards.layout import SHARD_ROWS
 from shards.store import read_tokenizer
+from train import record
 from train.activation_samples import Samples
 
 AROUND = 16
@@ -163,6 +164,7 @@ def main() -> None:
     made.add_argument("--latents", type=int, nargs="+", help="which to show; otherwise a selection")
     settings, given = load(made)
     run_dir = settings.run_dir()
+    record.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))
     wanted = set(given.latents or range(0, total, max(1, total // RENDERED)))
     if beyond := [latent for latent in wanted if not 0 <= latent < total]:

@@ -11,6 +11,7 @@ from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import whole_folder
 from common.settings import Settings
+from train import record
 from transcoder import weights
 from transcoder.formats import WRITERS, circuit_tracer
 from transcoder.gain import convert
@@ -37,6 +38,8 @@ def export_set(settings: Settings, prefix: int | None = None, partial: bool = Fa
     folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
     runs = [folder / settings.run for folder in folders]
     layers = [exported(run, prefix).saved() for run in runs if (run / weights.FILE_NAME).is_file()]
+    for run in runs:
+        record.refuse_another_model(run, settings)
     if not layers:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
     name = settings.run + _suffix(prefix)
@@ -77,6 +80,7 @@ def main() -> None:
     if given.format == "circuit_tracer":
         print(export_set(settings, given.prefix, given.partial))
     else:
+        record.refuse_another_model(settings.run_dir(), settings)
         print(export(settings.run_dir(), given.format, given.prefix))
 
 

@@ -1,0 +1,125 @@
+"""Which model a harvest is of: its weights tell, whatever it is called; and tokens that it has no embedding for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from common.errors import InputError
+from common.files import read_commit
+from common.settings import Model
+from harvest.run import harvest, plan_only
+from shards import Store
+from shards.identity import differs
+from tests.harvest.test_run import Make, change_weights, stopped_after
+from tests.models import sentences, write_jsonl
+
+
+def test_a_model_is_known_by_its_weights_not_by_its_name(
+    llama: Path,
+    settings_for: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Spelt another way, moved, linked, in several files: the same. Of the same name, or replaced in place: another."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, tmp_path / "a/checkpoint-1000")
+    (path,) = harvest(settings_for(Path("a/checkpoint-1000")))
+    for name in ("./a/checkpoint-1000", "a/checkpoint-1000/", str(tmp_path / "a/../a/checkpoint-1000")):
+        settings = settings_for(Path("a"), "--model.name", name)
+        assert harvest(settings) == [path]
+        Store.of(settings)
+    Path("a").rename("b")
+    moved = settings_for(Path("b/checkpoint-1000"))
+    assert harvest(moved) == [path]
+    assert Store.of(moved).path == path
+    assert Store.of(settings_for(Path("a/checkpoint-1000"))).path == path  # not here any more: by its name
+    assert capsys.readouterr().out.count("is already harvested") == 4
+
+    in_parts(Path("b/checkpoint-1000"))
+    assert harvest(moved) == [path]
+    other = settings_for(shutil.copytree(llama, Path("other/checkpoint-1000")))
+    change_weights(Path("other/checkpoint-1000"))
+    for refused in (harvest, Store.of, plan_only):
+        with pytest.raises(
+            InputError, match=r"model: there 'a/checkpoint-1000' with weights \w{12}\.\.\., asked 'other/"
+        ):
+            refused(other)
+    change_weights(shutil.copytree("other/checkpoint-1000", Path("a/checkpoint-1000")))
+    for refused in (harvest, Store.of):
+        with pytest.raises(
+            InputError, match=r"the weights in a/checkpoint-1000: there \w{12}\.\.\., now \w{12}"
+        ):
+            refused(settings_for(Path("a/checkpoint-1000")))
+
+
+def in_parts(model: Path) -> None:
+    """The same weights in two files and an index, as large models come, beside a copy that transformers passes over."""
+    weights = load_file(model / "model.safetensors")
+    names = sorted(weights)
+    files = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, model / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+
+
+def test_an_unfinished_harvest_goes_on_with_the_moved_model(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+    with stopped_after(1):
+        harvest(settings_for(llama))
+    moved = shutil.copytree(llama, tmp_path / "elsewhere" / llama.name)
+    (path,) = harvest(settings_for(moved))
+    assert read_commit(path) == read_commit(whole)
+
+
+def test_another_revision_is_another_model() -> None:
+    found = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), found) is None
+    said = "model.revision: there 'step1000', asked 'step2000'"
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), found) == said
+    assert differs(Model(name="other/pythia-70m", revision="step1000"), found) is not None
+
+
+# -- tokens without an embedding -----------------------------------------------------------------------
+
+
+def with_token(llama: Path, directory: Path, **token: Any) -> Path:
+    """A model whose tokenizer has one token more than its embedding."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shutil.copytree(llama, directory))
+    tokenizer.add_special_tokens(token) if "bos_token" in token else tokenizer.add_tokens(token["words"])
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("token", [{"bos_token": "<s>"}, {"words": ["<tool>"]}], ids=str)
+def test_a_token_without_an_embedding_and_mended(
+    token: dict[str, Any], llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    """As the beginning of every context, or as a word of the text."""
+    directory = with_token(llama, tmp_path / "added", **token)
+    text = write_jsonl(tmp_path / "text.jsonl", [f"{text} <tool>" for text in sentences(200)])
+    settings = settings_for(directory, "--data.files", str(text))
+    with pytest.raises(
+        InputError, match=r"its embedding has 320 rows and none for token 320 \('(<s>|<tool>)'\)"
+    ):
+        harvest(settings)
+    assert not Path(settings.store_path(1)).exists()
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(321)
+    model.save_pretrained(directory)
+    assert len(Store.open(harvest(settings)[0]).train) == 2000
+
+
+def test_a_padding_token_without_an_embedding_is_never_fed(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    harvest(settings_for(with_token(llama, tmp_path / "padded", words=["neverwritten"])))
