@@ -97,6 +97,7 @@ def main() -> None:
     )
     settings, given = load(made)
     address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
+    weights.refuse_another_model(settings.run_dir(), settings)
     push(settings.run_dir(), address, settings.model.public_name)
     print(address)
 

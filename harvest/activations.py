@@ -16,6 +16,14 @@ from shards.manifest import Source
 from shards.reader import Contexts
 from shards.writer import WindowRows
 
+OVERFLOW = {
+    "float16": "float16 ends at 65,504: give --model.dtype bfloat16, or float32 where there is no bfloat16 (and "
+    "HARVEST=name once a window is written)",
+    "bfloat16": "the model's weights hold it, or this text drives it there",
+    "float32": "the model's weights hold it, or this text drives it there",
+}
+"""What to say of an activation that is not finite, by the precision it was computed in."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -103,6 +111,6 @@ def _rows_of(caught: dict[str, torch.Tensor], name: str, batch: Positions, sourc
         row = int((~finite).nonzero()[0])
         raise InputError(
             f"layer {source.layer}, {name}: NaN or infinity in context {batch.first_context + batch.context[row]} "
-            f"position {batch.position[row]} with model.dtype {source.dtype}; float16 overflows, try bfloat16"
+            f"position {batch.position[row]} with model.dtype {source.dtype}; {OVERFLOW[source.dtype]}"
         )
     return rows.numpy()

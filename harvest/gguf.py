@@ -1,6 +1,6 @@
 """Quantised .gguf files as plain Hugging Face directories, converted once into `.cache/`."""
 
-import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,26 +9,39 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from common.errors import ENVIRONMENT, InputError, first_line
-from common.files import locked, whole_folder
+from common.files import locked, sha256, whole_folder
 from common.settings import ROOT
+from harvest.sealed import sealed
 
 CACHE = ROOT / ".cache"
+ORIGIN = "unpacked_from.txt"
+"""In an unpacked directory: the path of its file, whose older content is not kept beside it."""
 
 
 def directory_of(file: Path) -> Path:
-    """The model in `file`, unpacked to float32; a file that changed in size or date is converted again."""
-    try:
-        size, changed = file.stat().st_size, file.stat().st_mtime_ns
-    except OSError:
-        raise InputError(f"model.name: no such file {file}") from None
+    """The model in `file`, unpacked to float32; known by its content, wherever it lies and whatever its date.
+
+    What an older content of the same file was unpacked to is removed: 517 MB for the demo's model.
+    """
+    if not file.is_file():
+        raise InputError(f"model.name: no such file {file}")
     with file.open("rb") as opened:
         if (begins := opened.read(4)) != b"GGUF":
             raise InputError(
                 f"model.name: {file}: cannot be read as GGUF: expected GGUF at its beginning, found {begins!r}; "
                 "give a Hugging Face directory of this model"
             )
-    digest = hashlib.sha256(f"{file.resolve()} {size} {changed}".encode()).hexdigest()
-    return cached(CACHE / "gguf" / f"{file.stem}-{digest[:16]}", lambda directory: convert(file, directory))
+    return cached(CACHE / "gguf" / sha256(file)[:32], lambda directory: _unpack(file, directory))
+
+
+def _unpack(file: Path, directory: Path) -> None:
+    with sealed(network=False):
+        convert(file, directory)
+    origin = str(file.resolve())
+    for other in (CACHE / "gguf").glob(f"*/{ORIGIN}"):
+        if other.read_text(encoding="utf-8") == origin:
+            shutil.rmtree(other.parent)
+    (directory / ORIGIN).write_text(origin, encoding="utf-8")
 
 
 def cached(directory: Path, make: Callable[[Path], None]) -> Path:
@@ -54,7 +67,7 @@ def convert(file: Path, directory: Path) -> None:
     tqdm.write(f"{file}: unpacking, once", file=sys.stderr)
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -62,6 +75,7 @@ def convert(file: Path, directory: Path) -> None:
             # Else the weights stay in their blocks where a kernel for those is installed.
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # the readers of transformers and gguf raise whatever a bad byte makes them
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:

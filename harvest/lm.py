@@ -5,7 +5,6 @@ Shapes: b contexts, T positions, D model width.
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from common.hooks import INPUT_HOOKS, OUTPUT_HOOK, Convention
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
+from harvest.sealed import sealed
+from shards.identity import directory_sha256, is_gguf
 from shards.store import as_harvested
 
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
@@ -135,7 +136,8 @@ class LanguageModel:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.bridge.original_model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            # reshape: a tensor without dimensions (Apertus' activation) cannot be viewed as bytes
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -165,8 +167,13 @@ def locate(model: Model) -> str:
     """
     if model.name in MODELS or model.name.startswith("embedded/"):
         return str(model_directory(model.name))
-    if model.name.endswith(".gguf"):
+    if is_gguf(model.name):
         return str(gguf.directory_of(Path(model.name)))
+    if Path(model.name).is_file():
+        raise InputError(
+            f"model.name: {model.name} is a file that is no .gguf; expected a directory with config.json, a tokenizer "
+            "and .safetensors, or a .gguf file"
+        )
     if Path(model.name).is_dir():
         if not (Path(model.name) / "config.json").is_file():
             raise InputError(
@@ -220,9 +227,10 @@ def _locate_on_hub(model: Model) -> str:
 def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
     """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        with sealed(network=not Path(where).is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a bad file makes it
-        why = first_line(error)
+        why = _why(error)
         if Path(where).is_dir() and not (Path(where) / "tokenizer.json").is_file():
             why = "there is no tokenizer.json beside the weights; copy it there"
         raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
@@ -232,13 +240,47 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def width(where: str, revision: str | None) -> int:
-    """Model width D, from its configuration alone."""
+def _why(error: Exception) -> str:
+    """What `transformers` raised, in one line; a model that has code of its own in words of ours."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own (auto_map), which is never run; "
+            "expected a model whose model_type transformers knows"
+        )
+    return first_line(error)
+
+
+class Shape(NamedTuple):
+    """What a model's configuration says without its weights."""
+
+    width: int
+    n_layers: int
+
+
+def shape(where: str, revision: str | None) -> Shape:
+    """Model width D and number of layers, from its configuration alone."""
     try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
+        with sealed(network=not Path(where).is_dir()):
+            config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+        text = config.get_text_config()
+        return Shape(text.hidden_size, text.num_hidden_layers)
     except Exception as error:  # transformers raises whatever a bad file makes it
-        raise InputError(f"model {where}: its config.json cannot be read: {first_line(error)}") from error
-    return config.get_text_config().hidden_size
+        raise InputError(f"model {where}: its config.json cannot be read: {_why(error)}") from error
+
+
+def check_layers(layers: Iterable[int], n_layers: int, name: str) -> None:
+    """Raise `InputError` for the first of these layers that the model does not have."""
+    if absent := [layer for layer in layers if layer >= n_layers]:
+        raise InputError(f"layer: {absent[0]} asked for, but {name} has layers 0 to {n_layers - 1}")
+
+
+def files_sha256(where: str, revision: str | None) -> str | None:
+    """`directory_sha256` of the model at `where` (see `locate`); of a hub's, of the files that loading it has left."""
+    if not Path(where).is_dir():
+        import huggingface_hub
+
+        where = huggingface_hub.snapshot_download(where, revision=revision, local_files_only=True)
+    return directory_sha256(Path(where))
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
@@ -249,39 +291,43 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
     transformers_logging.disable_progress_bar()
-    if Path(where).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local model needs no pings
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import source
 
+    # An image processor is no use to a text, and where its files are missing, pip is run for torchvision.
+    source.load_modality_processor = lambda *_, **__: None
     try:
         # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
         # numbers and says so in a warning, and because it would read pickles.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=model.revision,
-            dtype=dtype,
-            attn_implementation="eager",  # Gemma-2 has no other; the loss is then the same for all
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # to be told of them
-            output_loading_info=True,
-        )
-        hf_model, info = loaded
-        if wrong := sorted(info["mismatched_keys"]):
-            name, found, expected = wrong[0]
-            raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
-        bridge = TransformerBridge.boot_transformers(
-            where,
-            device=str(device),
-            dtype=dtype,
-            hf_model=hf_model.to(device),
-            tokenizer=tokenizer,
-            **({"revision": model.revision} if model.revision else {}),
-        )
+        with sealed(network=not Path(where).is_dir()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where,
+                revision=model.revision,
+                dtype=dtype,
+                attn_implementation="eager",  # Gemma-2 has no other; the loss is then the same for all
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # to be told of them
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+            hf_model, info = loaded
+            if wrong := sorted(info["mismatched_keys"]):
+                name, found, expected = wrong[0]
+                raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
+            bridge = TransformerBridge.boot_transformers(
+                where,
+                device=str(device),
+                dtype=dtype,
+                hf_model=hf_model.to(device),
+                tokenizer=tokenizer,
+                trust_remote_code=False,
+                **({"revision": model.revision} if model.revision else {}),
+            )
     except Exception as error:  # transformers and the bridge raise whatever a bad file makes them
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
-        raise InputError(f"model {model.name}: cannot be loaded: {first_line(error)}") from error
+        raise InputError(f"model {model.name}: cannot be loaded: {_why(error)}") from error
     bridge.eval()
     return LanguageModel(bridge, model.name)

@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.progress import progress
-from common.settings import Data, Settings
+from common.settings import Data, Model, Settings
 from harvest import lm, ranks
 from harvest.files import found_files
 from harvest.text import Packed, Skipped, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
+from shards.identity import differs, model_sha256
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
-from shards.manifest import SPLITS, Manifest, Source
+from shards.manifest import NAMES, SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
@@ -34,11 +35,8 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
 
     Raises `InputError` for whatever the user can mend; a killed or failed run leaves resumable stores.
     """
-    if not settings.layers:
-        raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
     request = requested(settings)
-    writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
-    todo = {layer: writer for layer, writer in writers.items() if not _already_there(writer, layer, request)}
+    todo = _todo(settings, request)
     if todo:
         where = lm.locate(settings.model)  # before anything is written
         ranks.join()
@@ -47,7 +45,19 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
                 stack.enter_context(writer.lock())
             _harvest(settings, todo, request, where, force)
         ranks.leave()
-    return [writer.root for writer in writers.values()]
+    return [_local(settings.store_path(layer)) for layer in settings.layers]
+
+
+def _todo(settings: Settings, request: dict[str, Any]) -> dict[int, StoreWriter]:
+    """The stores that are still to be written, by layer; raises `InputError` where another one has a place."""
+    if not settings.layers:
+        raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
+    writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
+    return {
+        layer: writer
+        for layer, writer in writers.items()
+        if not _already_there(writer, layer, settings.model, request)
+    }
 
 
 def _local(path: str) -> Path:
@@ -66,6 +76,7 @@ def requested(settings: Settings) -> dict[str, Any]:
     request = {
         "model": settings.model.name,
         "revision": settings.model.revision,
+        "model_sha256": model_sha256(settings.model),
         "input": asked.input,
         "dataset": "files" if data.files else data.dataset,
         "dataset_name": None if files else data.name,
@@ -86,17 +97,18 @@ def requested(settings: Settings) -> dict[str, Any]:
     return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
 
 
-def _already_there(writer: StoreWriter, layer: int, request: dict[str, Any]) -> bool:
-    """Whether the complete store was asked for; raises `InputError` when another one has its place."""
+def _already_there(writer: StoreWriter, layer: int, model: Model, request: dict[str, Any]) -> bool:
+    """Whether the complete store was asked for; raises `InputError` when another one has its place.
+
+    One without a window is no obstacle: it is begun anew.
+    """
     found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
-    if found is None:
+    if found is None or not writer.has_rows:
         return False
-    if differing := [key for key in request if not _same(found.get(key, request[key]), request[key])]:
-        listed = "; ".join(
-            f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in differing
-        )
+    if differing := _differing(model, request, found):
         raise InputError(
-            f"{writer.root}: holds another harvest ({listed}); give HARVEST=name for a second one, or remove it"
+            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name for a second one, "
+            "or remove it"
         )
     if writer.complete:
         tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
@@ -108,6 +120,15 @@ def _same(there: Any, asked: Any) -> bool:
     return sorted(there.values()) == sorted(asked) if isinstance(there, dict) else there == asked
 
 
+def _differing(model: Model, request: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """In what another harvest was asked for than the one that is there; of the model its weights tell, not its name."""
+    other_model = differs(model, found)
+    keys = [key for key in request.keys() - NAMES if not _same(found.get(key, request[key]), request[key])]
+    return [other_model] * bool(other_model) + [
+        f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in request if key in keys
+    ]
+
+
 def _harvest(
     settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], where: str, force: bool
 ) -> None:
@@ -116,14 +137,17 @@ def _harvest(
     first, stores = ranks.rank() == 0, list(writers.values())
     # Before the text pass: what is wrong with the model shows before anything is written.
     model = lm.load(settings.model, where, tokenizer)
-    of_model = _of_model(model, special)
-    _check_fit(settings, model, tokenizer)
+    _check_fit(settings, model, tokenizer, special)
+    files = request["model_sha256"] or lm.files_sha256(where, settings.model.revision)
+    of_model = _of_model(model, special, files)
     sources = [
-        _source(settings, model, layer, request | of_model | _files_as_begun(writer))
+        _source(settings, model, layer, request | of_model | _files_as_begun(writer, request))
         for layer, writer in writers.items()
     ]
     if first:
-        _text_pass(settings, stores, request, tokenizer, special)
+        for writer, source in zip(stores, sources, strict=True):
+            _begin_anew(writer, settings.model, request, source)
+        _text_pass(settings, stores, request, tokenizer, special, model.tokens)
     ranks.barrier()
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(source, create=first)
@@ -137,9 +161,18 @@ def _harvest(
         _summary(layer, writer.root, writer.finish())
 
 
-def _files_as_begun(writer: StoreWriter) -> dict[str, Any]:
-    """An unfinished store of before notes its files by name; they were compared (`_same`), and stay as they are."""
-    return {"files": writer.request["files"]} if writer.request else {}
+def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, Any]:
+    """An unfinished store of before notes its files by name; where they are the same files, they stay as noted."""
+    begun = writer.request
+    return {"files": begun["files"]} if begun and _same(begun["files"], request["files"]) else {}
+
+
+def _begin_anew(writer: StoreWriter, model: Model, request: dict[str, Any], source: Source) -> None:
+    """Forget what was begun otherwise than it is asked for now, where no window of it was written."""
+    if writer.has_rows or (begun := writer.request) is None:
+        return
+    if _differing(model, request, begun) or writer.begun_otherwise(source):
+        writer.forget()
 
 
 # -- text ----------------------------------------------------------------------------------------------
@@ -151,8 +184,12 @@ def _text_pass(
     request: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     special: Special,
+    known: int,
 ) -> None:
-    """Leave the same contexts and tokenizer in every store that has none yet."""
+    """Leave the same contexts and tokenizer in every store that has none yet.
+
+    Raises `InputError` for a token that the model's embedding, of `known` rows, does not know.
+    """
     lacking = [writer for writer in writers if writer.request is None]
     if not lacking:
         return
@@ -163,6 +200,8 @@ def _text_pass(
     with progress("text", asked.rows, "tokens") as bar:
 
         def emit(split: str, context: np.ndarray, kept: int) -> None:
+            if (largest := int(context.max())) >= known:
+                raise _no_embedding(settings.model.name, tokenizer, largest, known)
             contexts[split].append(context)
             if split == "train":
                 bar.update(min(kept, asked.rows - bar.n))
@@ -216,9 +255,10 @@ def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: 
 # -- model ---------------------------------------------------------------------------------------------
 
 
-def _of_model(model: lm.LanguageModel, special: Special) -> dict[str, Any]:
-    """What all layers' `Source` have in common, beside what was asked for."""
+def _of_model(model: lm.LanguageModel, special: Special, files: str | None) -> dict[str, Any]:
+    """What all layers' `Source` have in common, beside what was asked for; `files`: the digest of the model's files."""
     return {
+        "model_sha256": files,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sha256": model.weights_sha256(),
         "n_layers": model.n_layers,
@@ -233,8 +273,10 @@ def _of_model(model: lm.LanguageModel, special: Special) -> dict[str, Any]:
     }
 
 
-def _check_fit(settings: Settings, model: lm.LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise `InputError` when the model has no such positions, or no embedding of the tokenizer's own tokens."""
+def _check_fit(
+    settings: Settings, model: lm.LanguageModel, tokenizer: PreTrainedTokenizerFast, special: Special
+) -> None:
+    """Raise `InputError` when the model has no such positions, or no embedding of the tokens that it will be fed."""
     length, ids = settings.harvest.context_length, tokenizer.backend_tokenizer.get_vocab_size(False)
     if model.positions is not None and length > model.positions:
         raise InputError(
@@ -247,12 +289,24 @@ def _check_fit(settings: Settings, model: lm.LanguageModel, tokenizer: PreTraine
             f"model {model.name}: its tokenizer has {ids} tokens, but its embedding {model.tokens}; "
             "the tokenizer is another model's"
         )
+    for token in (special.bos, special.separator):
+        if token is not None and token >= model.tokens:
+            raise _no_embedding(model.name, tokenizer, token, model.tokens)
+
+
+def _no_embedding(name: str, tokenizer: PreTrainedTokenizerFast, token: int, known: int) -> InputError:
+    """Of a token that was added to a tokenizer, where the embedding was not made larger."""
+    word = tokenizer.backend_tokenizer.id_to_token(token)
+    return InputError(
+        f"model {name}: its embedding has {known} rows and none for token {token} ({word!r}), which was added to its "
+        f"tokenizer; give it one (model.resize_token_embeddings({token + 1}) in transformers, then save_pretrained), "
+        "or take the token out of the tokenizer"
+    )
 
 
 def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dict[str, Any]) -> Source:
     """What is harvested from `layer`; raises `InputError` when the model has no such layer or hook points."""
-    if layer >= model.n_layers:
-        raise InputError(f"layer: {layer} asked for, but {model.name} has layers 0 to {model.n_layers - 1}")
+    lm.check_layers([layer], model.n_layers, model.name)
     input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
     model.check_hooks((input_hook, output_hook))
     gain = model.gain(layer)
@@ -280,15 +334,12 @@ def _versions() -> dict[str, str]:
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
-    roots = {layer: _local(settings.store_path(layer)) for layer in settings.layers}
-    todo = {layer: root for layer, root in roots.items() if not StoreWriter(root).complete}
-    for layer, root in roots.items():
-        if layer not in todo:
-            tqdm.write(f"layer {layer}: {root} is already harvested")
+    todo = {layer: writer.root for layer, writer in _todo(settings, requested(settings)).items()}
     if not todo:
         return
-    width, asked = 2 * lm.width(lm.locate(settings.model), settings.model.revision), settings.harvest
-    plans = [estimate(width, asked.storage, asked.expected_rows, root) for root in todo.values()]
+    shape, asked = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
+    lm.check_layers(todo, shape.n_layers, settings.model.name)
+    plans = [estimate(2 * shape.width, asked.storage, asked.expected_rows, root) for root in todo.values()]
     for layer, plan in zip(todo, plans, strict=True):
         tqdm.write(f"layer {layer}: {plan}")
     if missing := shortage(plans):
@@ -301,9 +352,10 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
     for writer, plan in zip(writers, plans, strict=True):
         tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
     if (missing := shortage(plans)) and not force:
+        begun = " and ".join(str(writer.root) for writer in writers if writer.has_rows)
         raise InputError(
             f"{settings.paths.activations}: the harvest {missing}; "
-            "lower harvest.rows, move paths.activations, or give --force"
+            f"{f'remove {begun} and ' if begun else ''}lower harvest.rows, move paths.activations, or give --force"
         )
 
 

@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 
 
+NAMES = frozenset({"model", "revision", "model_sha256"})
+"""Of a `Source`: what the model was called and lay in. Its weights' digest decides which one it is."""
 Vector = Annotated[list[float], Field(repr=False)]
 """One number per dimension; left out where a notebook shows a manifest."""
 
@@ -40,6 +42,9 @@ class Source(Record):
     model: str
     revision: str | None
     weights_sha256: str
+    """Digest of the model in memory: parameters and buffers by name, of `dtype`."""
+    model_sha256: str | None = None
+    """Digest of the model's files, by which another place of them is known (shards/identity.py); None: older stores."""
     dtype: str
     """Of the model's weights and forward pass."""
     layer: int
@@ -84,8 +89,8 @@ class Source(Record):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all of it: two harvests with one fingerprint ask for the same rows."""
-        return digest(self.model_dump())
+        """sha256 of all of it but names: two harvests with one fingerprint ask for the same rows."""
+        return digest(self.model_dump(exclude=set(NAMES)))
 
 
 class Moments(Record):

@@ -14,9 +14,10 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import Settings
 from shards.commit import read_commit
+from shards.identity import differs
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
-from shards.manifest import SPLITS, Manifest, read_manifest
+from shards.manifest import NAMES, SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, open_array, read_lines
 from shards.remote import CACHE, CACHE_BYTES, Files, files_of
 from shards.storage import STORAGES
@@ -59,8 +60,27 @@ class Store:
 
     @classmethod
     def of(cls, settings: Settings) -> "Store":
-        """The store that a stage of these settings works on."""
-        return cls.open(settings.store_path(settings.layer), settings.paths.cache, settings.paths.cache_bytes)
+        """The store that a stage of these settings works on; raises what `open` and `check_asked` do."""
+        store = cls.open(
+            settings.store_path(settings.layer), settings.paths.cache, settings.paths.cache_bytes
+        )
+        store.check_asked(settings)
+        return store
+
+    def check_asked(self, settings: Settings) -> None:
+        """Raise `InputError` when this store is of another layer, or of another model than the settings ask for.
+
+        The store's directory is named after the last part of the model's name, which two models may share.
+        """
+        asked, source = (settings.model, settings.layer), self.manifest.source
+        differing = [f"layer: there {source.layer}, asked {asked[1]}"] * (source.layer != asked[1])
+        if other_model := differs(asked[0], source.model_dump(include={*NAMES})):
+            differing.insert(0, other_model)
+        if differing:
+            raise InputError(
+                f"{self.path}: is another store than the one asked for ({'; '.join(differing)}); harvest that one "
+                "(make harvest), or give --model.name, --model.revision, --layer and HARVEST of this one"
+            )
 
     @property
     def tokenizer_path(self) -> Path:

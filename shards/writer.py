@@ -33,7 +33,7 @@ from shards.layout import (
     split_number,
     windows,
 )
-from shards.manifest import SPLITS, Manifest, Source, Split, digest, read_manifest
+from shards.manifest import NAMES, SPLITS, Manifest, Source, Split, digest, read_manifest
 from shards.order import permutation
 from shards.reader import Contexts, MappedArray
 from shards.remote import LocalFiles
@@ -95,6 +95,23 @@ class StoreWriter:
         except ValueError as error:
             raise InputError(f"{path}: damaged ({error}); remove {self.root} and harvest again") from error
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a window that a later run would keep."""
+        return self.complete or (self.work / "lost.json").is_file() or any(self.work.glob("records/*.json"))
+
+    @property
+    def beside(self) -> str:
+        """What another setting needs beside itself where windows would be lost, as the end of a line of advice."""
+        return " and HARVEST=name (windows of this one are written)" if self.has_rows else ""
+
+    def forget(self) -> None:
+        """Forget an unfinished harvest that has no window."""
+        assert not self.has_rows
+        for name in ("source.json", "plan.json"):
+            (self.work / name).unlink(missing_ok=True)
+        self.clear()
+
     def clear(self) -> None:
         """Remove what an interrupted text pass left (never a complete store)."""
         assert not self.complete
@@ -127,7 +144,13 @@ class StoreWriter:
         self.source = source
         self._arrays = {s: split_arrays(source, s, self.text.rows[s], self.text.contexts[s]) for s in SPLITS}
         if (begun := self._read_work("source.json")) is not None:
-            self._check_same_source(begun)
+            if differing := self.begun_otherwise(source):
+                raise InputError(
+                    f"{self.root}: begun with {differing}; finish it as it was begun, remove it, or give HARVEST=name"
+                )
+            # The model keeps the name it was begun with: the finished bytes do not depend on who goes on.
+            names = {key: begun[key] for key in NAMES if key in begun}
+            self.source = source.model_copy(update=names)
             return
         if not create:
             return
@@ -137,14 +160,14 @@ class StoreWriter:
                 write_whole(self.root / array.path / "zarr.json", dumps(array.metadata()))
         write_whole(self.work / "source.json", dumps(source.model_dump()))
 
-    def _check_same_source(self, theirs: dict[str, Any]) -> None:
-        ours = self.source.model_dump()
-        for key in ours:
+    def begun_otherwise(self, source: Source) -> str | None:
+        """The first key in which the unfinished harvest was begun with another source, and both values."""
+        theirs, ours = self._read_work("source.json"), source.model_dump(exclude=set(NAMES))
+        by_cause = sorted(ours, key="weights_sha256".__eq__)  # another precision changes the weights too
+        for key in by_cause if theirs is not None else ():
             if ours[key] != theirs.get(key):
-                raise InputError(
-                    f"{self.root}: begun with {key} {_brief(theirs.get(key))}, now {_brief(ours[key])}; "
-                    "finish it as it was begun, remove it, or give HARVEST=name"
-                )
+                return f"{key} {_brief(theirs.get(key))}, now {_brief(ours[key])}"
+        return None
 
     def missing(self) -> list[tuple[str, int]]:
         """(split, window) pairs that are still to be written, in order."""
@@ -207,7 +230,7 @@ class StoreWriter:
             raise InputError(
                 f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
                 f"{moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
-                "give another harvest.storage, or raise the limit"
+                f"give another harvest.storage{self.beside}, or raise the limit"
             )
 
     def finish(self) -> Manifest:

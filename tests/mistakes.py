@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from common import cli
 from common.cli import run_stage
@@ -163,6 +164,23 @@ def larger_tokenizer() -> None:
     in_json(MODEL / "tokenizer.json", model=model | {"vocab": model["vocab"] | more})
 
 
+def with_a_window() -> None:
+    """The unfinished harvest, as if its first window were written: it is not begun anew."""
+    (UNFINISHED / ".harvest/records").mkdir()
+    write(UNFINISHED / ".harvest/records/train-000000.json", "{}")
+
+
+def own_code() -> None:
+    in_json(MODEL / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    write(MODEL / "own.py", "raise SystemExit('the model ran its code')")
+
+
+def other_bos() -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(MODEL)
+
+
 def recommitted() -> None:
     """The store's list of digests, made anew: what was changed passes for what was harvested."""
     write(STORE / "files.sha256", commit_text({name: sha256(STORE / name) for name in store_files(STORE)}))
@@ -243,7 +261,18 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "weights that hold NaN (the unfinished store stays)": lambda: nan_in(
         "model.layers.0.mlp.down_proj.weight", TINY
     ),
-    "another model under the same name": lambda: other_model("llama", intermediate_size=48),
+    "another model under the same name (a window is written)": lambda: [
+        other_model("llama", intermediate_size=48),
+        with_a_window(),
+    ],
+    "an unfinished store of other settings (a window is written)": with_a_window,
+    "code of its own in config.json": own_code,
+    "code of its own in config.json (a plan)": own_code,
+    "weights replaced after a harvest": lambda: nan_in("model.layers.0.mlp.down_proj.weight", TINY),
+    "weights replaced after a harvest (a new run)": lambda: nan_in(
+        "model.layers.0.mlp.down_proj.weight", TINY
+    ),
+    "a token was added, its embedding was not": other_bos,
     "no GGUF file": lambda: write("models/tiny.gguf", "a web page"),
     # text
     "a directory without text": lambda: Path("texts").mkdir(),

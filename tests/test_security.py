@@ -62,10 +62,24 @@ def hazards(source: str) -> list[str]:
             found.append(called)
         if called == "importlib.import_module" and str(first).split(".")[0] in MODULES:
             found.append(str(first))
+        # Without the argument transformers asks on the terminal, and `yes |` answers.
+        if (
+            isinstance(node.func, ast.Attribute)
+            and _loads(node.func, names)
+            and "trust_remote_code" not in given
+        ):
+            found.append(called)
         for name, value in given.items():
             if name in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is KEYWORDS[name]):
                 found.append(f"{name}={ast.unparse(value)}")
     return found
+
+
+def _loads(function: ast.Attribute, names: dict[str, str]) -> bool:
+    """Whether this loads what a model's directory or the hub says: AutoX.from_pretrained and TransformerBridge's."""
+    owner = _dotted(function.value, names).rpartition(".")[2]
+    loads = owner.startswith("Auto") and function.attr in ("from_pretrained", "from_config")
+    return loads or function.attr == "boot_transformers"
 
 
 def _dotted(node: ast.expr, names: dict[str, str]) -> str:
@@ -100,6 +114,9 @@ def _dotted(node: ast.expr, names: dict[str, str]) -> str:
         "import subprocess\nsubprocess.run('ls', shell=True)",
         "from subprocess import Popen\nPopen('ls', shell=bool(1))",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "from transformers import AutoConfig\nAutoConfig.from_pretrained(name)",
+        "import transformers\ntransformers.AutoTokenizer.from_pretrained(name, revision=revision)",
+        "TransformerBridge.boot_transformers(name, hf_model=model)",
         "import shutil\nshutil.unpack_archive(path)",
     ],
 )

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,16 +268,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
 
 
 def _check_store(settings: Settings, store: Store) -> None:
-    """Refuse a store of another model or layer, or one that cannot give such batches to all processes.
-
-    A model given as a directory has no name to compare.
-    """
-    asked, source = (settings.model.name, settings.layer), store.manifest.source
-    if source.layer != asked[1] or (source.model != asked[0] and not Path(asked[0]).is_dir()):
-        raise InputError(
-            f"{store.path}: expected activations of {asked[0]} layer {asked[1]}, found {source.model} layer "
-            f"{source.layer}; harvest it (make harvest), or give --model.name and --layer of this store"
-        )
+    """Refuse a store of another model or layer, or one that cannot give such batches to all processes."""
+    store.check_asked(settings)
     store.train.loader(settings.train.batch_size, world=world())
 
 

@@ -18,7 +18,9 @@ FILE_NAME = "settings.json"
 def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     """Setting -> value, of everything that decides a run's weights, sizes as numbers of latents."""
     d_sae, groups = settings.transcoder.resolve(d_in)
-    values = {"layer": settings.layer, "model.name": settings.model.name}
+    values: dict[str, Any] = {
+        "layer": settings.layer
+    }  # the model is compared by its weights, not by its name
     values |= {f"train.{key}": value for key, value in settings.train if key not in FREE}
     values |= {f"transcoder.{key}": value for key, value in settings.transcoder}
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
@@ -117,6 +119,7 @@ def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
     if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
     refuse_another(run_dir, settings, None)
+    weights.refuse_another_model(run_dir, settings)
     metadata = weights.read_metadata(run_dir)
     done = validated(metadata["settings"], str(run_dir / weights.FILE_NAME))
     return metadata if done.train.rows == settings.train.rows else None

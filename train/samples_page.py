@@ -23,6 +23,7 @@ from shards.layout import SHARD_ROWS
 from shards.store import read_tokenizer
 from train import record
 from train.activation_samples import Samples
+from transcoder import weights
 
 AROUND = 16
 """Tokens shown before and after."""
@@ -184,6 +185,7 @@ def main() -> None:
     )
     settings, given = load(made)
     run_dir, asked = settings.run_dir(), numbers(given.latents)
+    weights.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))
     wanted = asked or [*range(0, total, max(1, total // RENDERED))]
     if beyond := [latent for latent in wanted if not 0 <= latent < total]:

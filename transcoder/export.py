@@ -50,6 +50,7 @@ def export_set(settings: Settings, prefix: int | None = None, partial: bool = Fa
     layers = []
     for run in runs:
         if (run / weights.FILE_NAME).is_file():
+            weights.refuse_another_model(run, settings)
             transcoder = exported(run, prefix, called)
             _refuse_unknown(run, transcoder, "circuit_tracer")
             layers.append(transcoder.saved())
@@ -108,6 +109,7 @@ def main() -> None:
     if given.format == "circuit_tracer":
         print(export_set(settings, given.prefix, given.partial))
     else:
+        weights.refuse_another_model(settings.run_dir(), settings)
         print(export(settings.run_dir(), given.format, given.prefix, settings.model.public_name))
 
 

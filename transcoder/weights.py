@@ -15,6 +15,8 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.files import publish
+from common.settings import Settings
+from shards.identity import differs
 
 FILE_NAME = "transcoder.safetensors"
 FORMAT = "matryoshka-transcoder"
@@ -126,3 +128,17 @@ def check_shape(path: Path, name: str, tensor: Tensor | None, expected: tuple[in
             f"found {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         )
     return tensor
+
+
+def refuse_another_model(run_dir: Path, settings: Settings) -> None:
+    """Raise `InputError` when there is a finished run that is of another model than is asked for.
+
+    Run directories are named after the last part of the model's name, which two models may share. What was imported
+    from another tool has no settings, and passes.
+    """
+    metadata = read_metadata(run_dir) if (run_dir / FILE_NAME).is_file() else {}
+    if metadata.get("settings") and (other := differs(settings.model, metadata.get("source") or {})):
+        raise InputError(
+            f"{run_dir}: holds a run of another model than is asked for ({other}); "
+            "give another name (RUN=name), or --model.name of this run"
+        )

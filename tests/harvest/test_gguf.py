@@ -143,15 +143,20 @@ def test_a_harvest_of_a_file_and_its_directory_are_the_same_rows(
         assert torch.equal(ours_, theirs)
 
 
-def test_a_file_is_converted_once_and_again_when_it_changes(llama: Path, tmp_path: Path) -> None:
+def test_a_file_is_converted_once_and_again_when_it_changes(llama: Path, tmp_path: Path, cache: Path) -> None:
     file = write_gguf(llama, tmp_path / "tiny.gguf")
     model = Model(name=str(file))
     first = lm.locate(model)
     written = Path(first, "model.safetensors").stat().st_mtime_ns
     assert lm.locate(model) == first
+    file.touch()  # the content decides, not the date or the place
+    renamed = file.rename(tmp_path / "TINY.GGUF")
+    assert lm.locate(Model(name=str(renamed))) == first
     assert Path(first, "model.safetensors").stat().st_mtime_ns == written
-    write_gguf(llama, file, quantise="mlp")
-    assert lm.locate(model) != first
+    write_gguf(llama, renamed.rename(file), quantise="mlp")
+    second = lm.locate(model)
+    assert second != first
+    assert [str(path) for path in (cache / "gguf").iterdir()] == [second]  # 517 MB, of a real one
 
 
 def test_files_that_are_no_whole_model(llama: Path, tmp_path: Path, cache: Path) -> None:

@@ -1,202 +1,125 @@
-"""Which text a store is of: what a harvest asks for again, and what the tokenizer's own settings may not change."""
+"""Which model a harvest is of: its weights tell, whatever it is called; and tokens that it has no embedding for."""
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import InputError
-from common.files import read_commit, sha256
-from common.settings import Settings
-from evaluate.read import Reader
-from harvest.run import harvest
+from common.files import read_commit
+from common.settings import Model
+from harvest.run import harvest, plan_only
 from shards import Store
-from shards.writer import StoreWriter
-from tests.evaluate.fakes import random_coder
+from shards.identity import differs
+from tests.harvest.test_run import Make, change_weights, stopped_after
 from tests.models import sentences, write_jsonl
 
-Make = Callable[..., Settings]
 
-
-@pytest.fixture
-def two(tmp_path: Path) -> tuple[Path, Path]:
-    """Files of one name in two directories."""
-    for name, seed in (("a", 0), ("b", 1)):
-        (tmp_path / name).mkdir()
-        write_jsonl(tmp_path / name / "text.jsonl", sentences(100, seed=seed))
-    return tmp_path / "a/text.jsonl", tmp_path / "b/text.jsonl"
-
-
-def given(*files: Path) -> tuple[str, str]:
-    return "--data.files", ",".join(map(str, files))
-
-
-def test_a_store_is_of_its_files_contents_in_their_order(
-    llama: Path, settings_for: Make, two: tuple[Path, Path], tmp_path: Path
+def test_a_model_is_known_by_its_weights_not_by_its_name(
+    llama: Path,
+    settings_for: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Not of their names: a copy elsewhere is the same text, the same name elsewhere is not."""
-    first, second = two
-    (path,) = harvest(settings_for(llama, *given(first, second), rows=1000))
-    assert Store.open(path).manifest.source.files == [sha256(first), sha256(second)]
-    for files in (
-        [second, first],
-        [first],
-        [first, second, second],
-        [first, first, second],
-        [second, second],
-    ):
-        with pytest.raises(InputError, match=r"holds another harvest \(files: there "):
-            harvest(settings_for(llama, *given(*files), rows=1000))
-    copy = shutil.copy(first, tmp_path / "renamed.jsonl")
-    assert harvest(settings_for(llama, *given(copy, second), rows=1000)) == [path]
-    (tmp_path / "one").mkdir()
-    shutil.copy(first, tmp_path / "one/0.jsonl")
-    shutil.copy(second, tmp_path / "one/1.jsonl")
-    assert harvest(settings_for(llama, *given(tmp_path / "one"), rows=1000)) == [path]
+    """Spelt another way, moved, linked, in several files: the same. Of the same name, or replaced in place: another."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, tmp_path / "a/checkpoint-1000")
+    (path,) = harvest(settings_for(Path("a/checkpoint-1000")))
+    for name in ("./a/checkpoint-1000", "a/checkpoint-1000/", str(tmp_path / "a/../a/checkpoint-1000")):
+        settings = settings_for(Path("a"), "--model.name", name)
+        assert harvest(settings) == [path]
+        Store.of(settings)
+    Path("a").rename("b")
+    moved = settings_for(Path("b/checkpoint-1000"))
+    assert harvest(moved) == [path]
+    assert Store.of(moved).path == path
+    assert Store.of(settings_for(Path("a/checkpoint-1000"))).path == path  # not here any more: by its name
+    assert capsys.readouterr().out.count("is already harvested") == 4
+
+    in_parts(Path("b/checkpoint-1000"))
+    assert harvest(moved) == [path]
+    other = settings_for(shutil.copytree(llama, Path("other/checkpoint-1000")))
+    change_weights(Path("other/checkpoint-1000"))
+    for refused in (harvest, Store.of, plan_only):
+        with pytest.raises(
+            InputError, match=r"model: there 'a/checkpoint-1000' with weights \w{12}\.\.\., asked 'other/"
+        ):
+            refused(other)
+    change_weights(shutil.copytree("other/checkpoint-1000", Path("a/checkpoint-1000")))
+    for refused in (harvest, Store.of):
+        with pytest.raises(
+            InputError, match=r"the weights in a/checkpoint-1000: there \w{12}\.\.\., now \w{12}"
+        ):
+            refused(settings_for(Path("a/checkpoint-1000")))
+
+
+def in_parts(model: Path) -> None:
+    """The same weights in two files and an index, as large models come, beside a copy that transformers passes over."""
+    weights = load_file(model / "model.safetensors")
+    names = sorted(weights)
+    files = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, model / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+
+
+def test_an_unfinished_harvest_goes_on_with_the_moved_model(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
+    with stopped_after(1):
+        harvest(settings_for(llama))
+    moved = shutil.copytree(llama, tmp_path / "elsewhere" / llama.name)
+    (path,) = harvest(settings_for(moved))
+    assert read_commit(path) == read_commit(whole)
+
+
+def test_another_revision_is_another_model() -> None:
+    found = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), found) is None
+    said = "model.revision: there 'step1000', asked 'step2000'"
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), found) == said
+    assert differs(Model(name="other/pythia-70m", revision="step1000"), found) is not None
+
+
+# -- tokens without an embedding -----------------------------------------------------------------------
+
+
+def with_token(llama: Path, directory: Path, **token: Any) -> Path:
+    """A model whose tokenizer has one token more than its embedding."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shutil.copytree(llama, directory))
+    tokenizer.add_special_tokens(token) if "bos_token" in token else tokenizer.add_tokens(token["words"])
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("token", [{"bos_token": "<s>"}, {"words": ["<tool>"]}], ids=str)
+def test_a_token_without_an_embedding_and_mended(
+    token: dict[str, Any], llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    """As the beginning of every context, or as a word of the text."""
+    directory = with_token(llama, tmp_path / "added", **token)
+    text = write_jsonl(tmp_path / "text.jsonl", [f"{text} <tool>" for text in sentences(200)])
+    settings = settings_for(directory, "--data.files", str(text))
     with pytest.raises(
-        InputError, match=r"holds another harvest \(special_tokens: there 'text', asked 'parse'\)"
+        InputError, match=r"its embedding has 320 rows and none for token 320 \('(<s>|<tool>)'\)"
     ):
-        harvest(settings_for(llama, *given(first, second), "--data.special_tokens", "parse", rows=1000))
+        harvest(settings)
+    assert not Path(settings.store_path(1)).exists()
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(321)
+    model.save_pretrained(directory)
+    assert len(Store.open(harvest(settings)[0]).train) == 2000
 
 
-def test_an_unfinished_store_of_before_goes_on(
-    llama: Path, settings_for: Make, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_a_padding_token_without_an_embedding_is_never_fed(
+    llama: Path, settings_for: Make, tmp_path: Path
 ) -> None:
-    """It noted its files by name, in no order, and nothing of special tokens or bad rows."""
-    settings = settings_for(llama, *given(*two), rows=1000)
-    with monkeypatch.context() as patch:
-        patch.setattr(StoreWriter, "write_window", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            harvest(settings)
-    work = Path(settings.store_path(1)) / ".harvest"
-    files = {"z.jsonl": sha256(two[0]), "a.jsonl": sha256(two[1])}
-    plan, source = (json.loads((work / name).read_text()) for name in ("plan.json", "source.json"))
-    plan["request"]["files"] = source["files"] = files
-    del plan["text"]["bad_rows"]
-    (work / "plan.json").write_text(json.dumps(plan))
-    (work / "source.json").write_text(json.dumps(source))
-    (path,) = harvest(settings)
-    assert Store.open(path).manifest.source.files == files
-    assert harvest(settings) == [path]
-    with pytest.raises(InputError, match="holds another harvest"):
-        harvest(settings_for(llama, *given(two[0]), rows=1000))
-
-
-def test_skipped_rows_are_counted(
-    llama: Path, corpus: Path, settings_for: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The store is the one of the good rows alone, but for the file's digest and the count."""
-    lines = corpus.read_text().splitlines()
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text("\n".join([lines[0], "{", *lines[1:20], '{"text": 1}', *lines[20:]]))
-    with pytest.raises(InputError, match=r"bad\.jsonl: line 2, column 2: "):
-        harvest(settings_for(llama, *given(bad)))
-    assert not Path(settings_for(llama).store_path(1)).exists()
-    store = Store.open(harvest(settings_for(llama, *given(bad), "--data.on_bad_row", "skip"))[0])
-    assert store.manifest.bad_rows == 2
-    line = f"bad rows that were skipped: 2; the first: data.files {bad}: line 2, column 2: "
-    assert line in capsys.readouterr().err
-    good = Store.open(harvest(settings_for(llama, "--harvest", "good"))[0])
-    assert good.manifest.bad_rows == 0
-    for split in ("train", "heldout"):
-        assert good.manifest.splits[split] == store.manifest.splits[split]
-
-
-# -- the tokenizer's own settings ----------------------------------------------------------------------
-
-
-def changed(model: Path, folder: Path, change: Callable[[Any], None]) -> Path:
-    """A copy of the model whose tokenizer.json was changed."""
-    shutil.copytree(model, folder)
-    values = json.loads((folder / "tokenizer.json").read_text())
-    change(values)
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    return folder
-
-
-def cuts_and_pads(values: Any) -> None:
-    """As training scripts leave it, and drops merges at random."""
-    values["truncation"] = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    pad = {"pad_id": 2, "pad_type_id": 0, "pad_token": "<pad>", "direction": "Left", "pad_to_multiple_of": 64}
-    values["padding"] = {"strategy": {"Fixed": 64}, **pad}
-    values["model"]["dropout"] = 0.5
-    pieces = [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    ids = {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}
-    values["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": pieces,
-        "pair": pieces,
-        "special_tokens": ids,
-    }
-
-
-def test_a_tokenizer_that_cuts_and_pads_has_no_say(llama: Path, settings_for: Make, tmp_path: Path) -> None:
-    plain = Store.open(harvest(settings_for(llama))[0])
-    other = changed(llama, tmp_path / "other/tiny-llama", cuts_and_pads)
-    options = ("--paths.activations", str(tmp_path / "others"))
-    store = Store.open(harvest(settings_for(other, *options))[0])
-    assert store.manifest.splits == plain.manifest.splits
-    kept = Tokenizer.from_file(str(store.tokenizer_path))
-    assert (kept.truncation, kept.padding, kept.model.dropout) == (None, None, None)
-
-
-def test_make_read_has_the_whole_text_too(llama: Path, settings_for: Make) -> None:
-    """Of a store whose tokenizer.json cuts, as those of before do."""
-    store = Store.open(harvest(settings_for(llama))[0])
-    coder, text = random_coder(32, 32, (8, 24)), "the red river sings and the blue stone falls"
-    expected = Reader(store, coder)(text)
-    values = json.loads(store.tokenizer_path.read_text())
-    cuts_and_pads(values)
-    store.tokenizer_path.write_text(json.dumps(values))
-    found = Reader(store, coder)(text)
-    assert found.tokens == expected.tokens
-    assert found.inputs.equal(expected.inputs)
-    assert "".join(found.tokens) == text
-
-
-# -- special tokens in the text ------------------------------------------------------------------------
-
-
-def test_special_tokens_are_text_and_announced_or_parsed(
-    llama: Path, settings_for: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    texts = [f"<bos>{text}<eos> after it" if i % 2 else text for i, text in enumerate(sentences(300))]
-    file = write_jsonl(tmp_path / "chats.jsonl", texts)
-    text = Store.open(harvest(settings_for(llama, *given(file)))[0])
-    line = "128 of 256 documents hold the name of a special token (the first: <bos>), which stays text; "
-    assert f"{line}data.special_tokens parse makes it the token\n" in capsys.readouterr().err
-    parsed = Store.open(
-        harvest(settings_for(llama, *given(file), "--data.special_tokens", "parse", "--harvest", "parsed"))[0]
-    )
-    assert "special token" not in capsys.readouterr().err
-    tokens = {name: store.train.contexts[:] for name, store in (("text", text), ("parsed", parsed))}
-    assert (tokens["parsed"][:, 1] != 0).all()  # the text's own BOS gives way to the context's
-    assert (tokens["parsed"][:, 2:] == 0).any()
-    assert (tokens["parsed"] == 1).mean() > 1.4 * (tokens["text"] == 1).mean() > 0
-    context, position = parsed.train.provenance(0, len(parsed.train))
-    assert not np.isin(tokens["parsed"][context, position], [0, 1, 2]).any()
-    coder = random_coder(32, 32, (8, 24))
-    assert Reader(parsed, coder)("<bos>red<eos> blue").tokens == Reader(text, coder)("red blue").tokens
-    assert "".join(Reader(text, coder)("red<eos>").tokens) == "red<eos>"
-
-
-def test_chats_are_harvested_as_the_model_reads_them(llama: Path, settings_for: Make, tmp_path: Path) -> None:
-    template = "{{ bos_token }}{% for m in messages %}<pad>{{ m.role }} {{ m.content }}<eos>{% endfor %}"
-    model = changed(llama, tmp_path / "chat/tiny-llama", lambda _: None)
-    (model / "chat_template.jinja").write_text(template)
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in sentences(200)]
-    file = tmp_path / "chats.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--data.text_column", "messages", "--data.special_tokens", "parse", "--data.pack", "document")
-    (path,) = harvest(settings_for(model, *given(file), *options, rows=1000))
-    store = Store.open(path)
-    contexts = store.train.contexts[:]
-    assert (contexts[:, :2] == [0, 2]).all()
-    tokenizer = Tokenizer.from_file(str(store.tokenizer_path))
-    assert {tokenizer.decode(context[2:6].tolist())[:5] for context in contexts} == {"user "}
-    assert read_commit(path)
+    harvest(settings_for(with_token(llama, tmp_path / "padded", words=["neverwritten"])))

@@ -1,18 +1,21 @@
 """Whole harvests of tiny models: what lands in the store, and what survives being stopped."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import harvest.run as run
@@ -22,6 +25,7 @@ from common.settings import Settings
 from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
+from shards.identity import directory_sha256
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 
@@ -200,15 +204,85 @@ def test_stopped_in_the_text_pass_and_continued(
     assert read_commit(path) == read_commit(whole)
 
 
-def test_a_partial_store_of_another_harvest_is_refused(
-    llama: Path, settings_for: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(StoreWriter, "write_window", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.usefixtures("small_windows")
+def test_a_partial_store_of_another_harvest_is_refused(llama: Path, settings_for: Make) -> None:
+    with stopped_after(1):
         harvest(settings_for(llama))
-    monkeypatch.undo()
     with pytest.raises(InputError, match="holds another harvest"):
         harvest(settings_for(llama, rows=1500))
+    with pytest.raises(
+        InputError, match=r'begun with dtype "float32", now "bfloat16"; .* or give HARVEST=name'
+    ):
+        harvest(settings_for(llama, "--model.dtype", "bfloat16"))
+
+
+def change_weights(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+@contextlib.contextmanager
+def stopped_after(windows: int) -> Iterator[None]:
+    """Ctrl-C when so many windows are written."""
+    write, calls = StoreWriter.write_window, []
+
+    def stops(self: StoreWriter, *args: Any) -> None:
+        calls.append(args[:2])
+        if len(calls) > windows:
+            raise KeyboardInterrupt
+        write(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoreWriter, "write_window", stops)
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    assert len(calls) > windows
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        ("--model.dtype", "bfloat16"),
+        ("--harvest.storage", "float32"),
+        ("--harvest.rows", "1500"),
+        ("--harvest.seed", "7"),
+        ("--data.pack", "document"),
+        ("--harvest.input", "mlp_in"),
+        ("--harvest.context_length", "16"),
+    ],
+    ids=lambda then: then[0],
+)
+def test_begun_without_a_window_and_asked_for_otherwise(
+    then: tuple[str, str], llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    """What a line advises works as it is typed: nothing was harvested yet, so it is begun anew."""
+    with stopped_after(0):
+        harvest(settings_for(llama))
+    (path,) = harvest(settings_for(llama, *then))
+    (whole,) = harvest(settings_for(llama, *then, "--paths.activations", str(tmp_path / "whole")))
+    assert read_commit(path) == read_commit(whole)
+
+
+def test_begun_without_a_window_with_weights_that_were_mended(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "mine")
+    with stopped_after(0):
+        harvest(settings_for(model))
+    change_weights(model)
+    (path,) = harvest(settings_for(model))
+    assert Store.open(path).manifest.source.model_sha256 == directory_sha256(model)
+
+
+def test_a_store_to_be_repaired_is_not_begun_anew(llama: Path, settings_for: Make) -> None:
+    (path,) = harvest(settings_for(llama))
+    before = read_commit(path)
+    StoreWriter(path).uncommit([("train", 0)])
+    with pytest.raises(InputError, match="holds another harvest"):
+        harvest(settings_for(llama, rows=1500))
+    assert harvest(settings_for(llama)) == [path]
+    assert read_commit(path) == before
 
 
 def test_a_second_harvest_into_one_store_is_refused(llama: Path, settings_for: Make) -> None:

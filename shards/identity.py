@@ -1,0 +1,110 @@
+"""Which model a store or a run is of: its weights tell; the name that it was loaded by is for people."""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from common.files import sha256
+from common.settings import Model
+
+INDEX = "model.safetensors.index.json"
+
+
+def model_sha256(model: Model) -> str | None:
+    """Digest of the weights in the directory or .gguf file that is asked for; None for a name."""
+    path = Path(model.name)
+    if path.is_dir():
+        return directory_sha256(path)
+    return sha256(path) if is_gguf(model.name) and path.is_file() else None
+
+
+def is_gguf(name: str) -> bool:
+    """Whether this is the name of a .gguf file, in capitals or not."""
+    return name.lower().endswith(".gguf") and not Path(name).is_dir()
+
+
+def directory_sha256(directory: Path) -> str | None:
+    """Digest of every tensor in a model directory by name, type, shape and bytes, however many files hold them.
+
+    None where there is no such file.
+    """
+    files = weight_files(directory)
+    try:
+        stats = [path.stat() for path in files]
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file, though {INDEX} names it") from error
+    dates = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+    return _digest(tuple(files), dates) if files else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The .safetensors files that transformers reads; others may lie beside them (Mistral's consolidated ones)."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    try:
+        index = json.loads((directory / INDEX).read_bytes())
+        return sorted({directory / Path(name).name for name in index["weight_map"].values()})
+    except OSError:
+        return sorted(directory.glob("*.safetensors"))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory / INDEX}: cannot be read: {error}") from error
+
+
+@cache
+def _digest(files: tuple[Path, ...], _: Any) -> str:
+    """As long as size and dates of the files stay, they are read once; 1.3 s for 517 MB."""
+    where = {name: (path, header) for path in files for name, header in _tensors(path).items()}
+    digest = hashlib.sha256()
+    for name, (path, (dtype, shape, start, stop)) in sorted(where.items()):
+        digest.update(f"{name} {dtype} {shape}".encode())
+        if stop > start:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                digest.update(memoryview(mapped)[start:stop])
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Name -> (type, shape, first byte, byte after the last) of each tensor; raises `InputError` for another file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError(f"its header would have {length:,} bytes")
+            header = json.loads(file.read(length))
+        return {
+            name: (entry["dtype"], entry["shape"], *(8 + length + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a whole .safetensors file: {error}") from error
+
+
+def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
+    """In what the model `asked` for is another one than that of `found` (a store's or a run's source); None: the same.
+
+    Where both have weights at hand these decide: a directory may be moved, renamed, or named another way. A name of
+    the hub, or a directory that is not on this machine, is compared by name.
+    """
+    if (digest := found.get("model_sha256")) and (own := model_sha256(asked)):
+        if own == digest:
+            return None
+        if found.get("model") == asked.name:
+            return f"the weights in {asked.name}: there {digest[:12]}..., now {own[:12]}..."
+        return (
+            f"model: there {found.get('model')!r} with weights {digest[:12]}..., "
+            f"asked {asked.name!r} with {own[:12]}..."
+        )
+    names = [str(found.get("model")), asked.name]
+    if names[0] != names[1] and len({os.path.realpath(name) for name in names}) > 1:
+        return f"model: there {names[0]!r}, asked {names[1]!r}"
+    revisions = [found.get("revision"), asked.revision]
+    if revisions[0] != revisions[1] and not Path(asked.name).exists():
+        return f"model.revision: there {revisions[0]!r}, asked {revisions[1]!r}"
+    return None
