@@ -3,7 +3,6 @@
 Every function is called by all of them, in the same order. Alone, they cost nothing.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from shards.processes import meet, world
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,13 @@ class Peers:
 ALONE = Peers()
 
 
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[Peers]:
     """The processes that torchrun started (gloo on CPU, nccl on CUDA), or this one alone."""
     if world() == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    meet("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Peers(dist.get_rank(), world())
     finally:

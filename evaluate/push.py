@@ -40,7 +40,7 @@ def push(run_dir: Path, address: str) -> None:
     published = replace(transcoder, metadata=transcoder.metadata | {"settings": settings})
     with tempfile.TemporaryDirectory() as folder:
         published.save(folder)
-        Path(folder, "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+        Path(folder, "settings.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         Path(folder, "README.md").write_text(card(published, metrics, address), encoding="utf-8")
         hub.upload(
             Path(folder),

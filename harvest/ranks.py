@@ -1,30 +1,18 @@
-"""Several processes, started by torchrun: who am I, and wait for the others."""
-
-import os
+"""Several processes on one harvest: who am I, and wait for the others."""
 
 import torch.distributed as dist
 
+from shards.processes import meet, rank, wait, world
 
-def rank() -> int:
-    """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+__all__ = ["barrier", "join", "leave", "rank", "world"]
 
 
 def join() -> None:
     """Meet the other processes; on the CPU side only, whatever device the model is on."""
-    if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+    meet("gloo")
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
-    if world() > 1:
-        dist.barrier()
+barrier = wait
 
 
 def leave() -> None:

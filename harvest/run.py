@@ -191,6 +191,7 @@ def _of_model(model: lm.LanguageModel, special: Special) -> dict[str, Any]:
         "dropped_token_ids": special.dropped,
         "shard_rows": SHARD_ROWS,
         "chunk_rows": CHUNK_ROWS,
+        "offsets": True,
         "versions": _versions(),
     }
 
@@ -272,7 +273,7 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
 def _summary(layer: int, root: Path, manifest: Manifest) -> None:
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
-    costs = [f"{m.quantisation_fvu:.1e}" for m in (train.inputs, train.outputs) if m]
+    costs = [m.cost for m in (train.inputs, train.outputs) if m]
     tqdm.write(
         f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
         f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",

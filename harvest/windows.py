@@ -4,6 +4,7 @@ A window is compressed and written by background threads while the model fills t
 per layer waits, so memory does not grow with the harvest.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -53,9 +54,9 @@ def run_windows(
             _wait(writing)
             if turn == 1:
                 after_first()
-            limit = asked.max_quantisation_fvu
+            limits = asked.max_quantisation_fvu, asked.max_dimension_fvu
             writing = [
-                pool.submit(writer.write_window, split, number, rows, limit)
+                pool.submit(writer.write_window, split, number, rows, *limits)
                 for writer, rows in zip(here, filled, strict=True)
             ]
         _wait(writing)
@@ -64,10 +65,14 @@ def run_windows(
 def _after_the_model() -> None:
     """Give this thread a tenth of the model's share of the processors; without it a harvest on two cores is 3 % slower.
 
-    Only Linux has priorities of threads.
+    Only Linux has priorities of threads. Where the process has a lower one already (nice -n 19), or the kernel leaves
+    no choice, the thread keeps what it has.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        lower = max(10, os.getpriority(os.PRIO_PROCESS, thread))  # raising it again takes root
+        with contextlib.suppress(OSError):  # a container's seccomp
+            os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 def _all_windows(writer: StoreWriter) -> Iterator[Window]:

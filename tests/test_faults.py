@@ -68,3 +68,44 @@ def test_a_reader_that_leaves() -> None:
             process.stdout.close()
             said = process.stderr.read()
         assert (process.returncode, said) == (141, b"")
+
+
+SAYS = "import sys, stage\ndef main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
+WRITES = "    open('out', 'w').write('x')\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"), [("2>&-", "caf\u00e9 \u4e2d\n"), (">&-", ""), ("<&- >&- 2>&-", "")]
+)
+def test_closed_standard_streams(closed: str, said: str, tmp_path: Path) -> None:
+    """What is printed goes nowhere, least of all into the first file that is opened."""
+    code = (
+        f"{SAYS}{WRITES}    import subprocess\n    subprocess.run(['echo', 'child'])\nstage.run_stage(main)\n"
+    )
+    (tmp_path / "stage_.py").write_text(code.replace("    print('caf", "    print('caf", 1), encoding="utf-8")
+    line = f"'{sys.executable}' '{tmp_path}/stage_.py' {closed}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.decode().replace("child\n", "") == said
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "x"
+
+
+def test_standard_error_on_a_full_disk() -> None:
+    """The line cannot be read there, but the exit code can."""
+    code = f"{SAYS}    raise stage.InputError('no')\nstage.run_stage(main)\n"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False
+        )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("latin-1", b"caf\xe9 \\u4e2d\n"), ("ascii", b"caf\\xe9 \\u4e2d\n")]
+)
+def test_a_terminal_that_lacks_a_character(encoding: str, said: bytes) -> None:
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    code = f"{SAYS}stage.run_stage(main)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, b"said\n")

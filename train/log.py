@@ -33,7 +33,7 @@ class Log:
         self, run_dir: Path, settings: Settings, config: Mapping[str, Any], *, rows: int, total: int
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = progress(settings.run, total, "rows", done=rows)
         self._name = f"{settings.model_slug}-layer_{settings.layer}-{settings.run}"
         self._online = settings.wandb.mode == "online"
@@ -121,5 +121,5 @@ def _wandb_id(run_dir: Path) -> str:
     file = run_dir / "wandb" / "id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(6))
-    return file.read_text()
+        file.write_text(secrets.token_hex(6), encoding="utf-8")
+    return file.read_text(encoding="utf-8")

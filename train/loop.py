@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from common.device import pick_device
 from common.errors import InputError
 from common.files import locked, remove_asides
-from common.processes import ALONE, Peers, joined, world
+from common.processes import ALONE, Peers, joined
 from common.settings import Settings
 from shards import Batch, Store
+from shards.processes import world
 from train import checkpoint, log, memory, record
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.log import Log

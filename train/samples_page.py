@@ -119,7 +119,7 @@ def read(run_dir: Path) -> Iterator[Line]:
     file = run_dir / "activation_samples" / "samples.jsonl"
     if not file.is_file():
         raise InputError(f"{file}: no samples; train with train.sample_every above 0")
-    with file.open() as lines:
+    with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield LINE.validate_json(line)
@@ -169,7 +169,7 @@ def main() -> None:
         raise InputError(f"latents: {beyond[0]}: expected numbers from 0, below {total}")
     chosen = [line for line in read(run_dir) if line["latent"] in wanted]
     file = run_dir / "activation_samples" / "samples.html"
-    file.write_text(render(chosen))
+    file.write_text(render(chosen), encoding="utf-8")
     shown = (line for line in chosen if given.latents or line["samples"])
     for line in islice(shown, None if given.latents else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")

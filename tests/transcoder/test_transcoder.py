@@ -1,5 +1,7 @@
 """The transcoder as other stages use it, and its file."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,17 @@ def test_first_values() -> None:
     again, other = (initialise(400, 50, mean, skip=True, seed=seed) for seed in (1, 2))
     assert torch.equal(first.W_enc, again.W_enc)
     assert not torch.equal(first.W_enc, other.W_enc)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_says_who_reads_the_weights(umask: int, tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600, which a colleague, a web server or a container's user cannot read."""
+    old = os.umask(umask)
+    try:
+        made().save(tmp_path / "run")
+        made().save(tmp_path / "run")  # over a file that is there
+    finally:
+        os.umask(old)
+    files = list((tmp_path / "run").iterdir())
+    assert [file.name for file in files] == ["transcoder.safetensors"]
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o666 & ~umask
