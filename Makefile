@@ -100,10 +100,10 @@ sweep: install
 	@$(PY) -m train.sweep $(OPTIONS)
 
 runs: install
-	@$(PY) -m evaluate.listing $(OPTIONS)
+	@$(PY) -m evaluate.runs $(OPTIONS)
 
 stores: install
-	@$(PY) -m shards.listing $(OPTIONS)
+	@$(PY) -m evaluate.stores $(OPTIONS)
 
 samples: install
 	@$(PY) -m train.samples_page $(OPTIONS)

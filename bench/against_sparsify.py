@@ -60,7 +60,7 @@ def theirs(python: Path, rows: Path, recipe: Recipe, optimizer: str, lr: str) ->
     numbers = (objective.d_sae, objective.k, recipe.train.batch_size, recipe.steps, recipe.warmup)
     command = [str(python), "-P", str(SCRIPT), str(rows), str(out), *map(str, numbers), optimizer, lr]
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
@@ -98,7 +98,7 @@ def main() -> None:
             rows_of(store, settings, file)
             for optimizer, lr in WAYS:
                 results[name][f"{optimizer} {lr}"] = theirs(python, file, recipe, optimizer, lr)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(table(results))
 
 

@@ -49,6 +49,7 @@ def batches_of(group: dict[str, np.ndarray]) -> Iterator[tuple[torch.Tensor, tor
             values = torch.from_numpy(group[f"{side}s"][:, cut]).to(torch.float32)
             values *= torch.from_numpy(group[f"{side}_scales"])[:, None, :]
             values *= torch.from_numpy(group[f"{side}_row_scales"][:, cut])[:, :, None]
+            values += torch.from_numpy(group[f"{side}_offsets"])[:, None, :]
             pair.append(values.reshape(BATCH, -1))
         yield pair[0], pair[1]
 
@@ -65,7 +66,8 @@ def over_zarr(store: Store, groups: int) -> int:
             for name in names
         }
         for side in SIDES:
-            read[f"{side}_scales"] = np.stack([_lines(opened, f"{side}_scales", c, 1)[0] for c in chunks])
+            for name in (f"{side}_scales", f"{side}_offsets"):
+                read[name] = np.stack([_lines(opened, name, c, 1)[0] for c in chunks])
         rows += sum(len(inputs) for inputs, _ in batches_of(read))
     return rows
 
@@ -81,7 +83,7 @@ class InMemory:
 
     def __init__(self, split: StoreSplit, groups: int) -> None:
         self._groups = chunk_groups(len(split) // CHUNK_ROWS, GROUP, 0, 0)[:groups]
-        names = [f"{side}{kind}" for side in SIDES for kind in ("s", "_row_scales", "_scales")]
+        names = [f"{side}{kind}" for side in SIDES for kind in ("s", "_row_scales", "_scales", "_offsets")]
         self._readers = {name: split.readers[name] for name in names}
         self._payloads = {
             (name, int(chunk)): _payload(reader, int(chunk))
@@ -105,7 +107,7 @@ class InMemory:
                     crc32c(payload)
                     codec.decode(payload, buffer[slot])
             group = {
-                n: b[:, 0] if n.endswith("_scales") and "row" not in n else b
+                n: b[:, 0] if n.endswith(("_scales", "_offsets")) and "row" not in n else b
                 for n, b in self._buffers.items()
             }
             rows += sum(len(inputs) for inputs, _ in batches_of(group))
@@ -169,7 +171,7 @@ def main() -> None:
     results = Path("bench/results/loader.json")
     results.parent.mkdir(exist_ok=True)
     found = {name: median(rates[name]) for name in rates} | {"GiB": gibs}
-    results.write_text(json.dumps(found, indent=1) + "\n")
+    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def main() -> None:
         results[name] = trained(settings, given.ce_tokens)
         if given.one_group:
             results[name]["one_group"] = trained(not_nested(settings), 0)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(table(results))
 
 

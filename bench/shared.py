@@ -72,7 +72,7 @@ def rows_per_second(way: dict[str, str], beside: bool) -> float:
             [sys.executable, "-m", "bench.shared", "child"],
             env=env,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
         )
     return float(done.stdout)

@@ -100,7 +100,7 @@ def prepared(root: Path, steps: int) -> Soak:
 def run(soak: Soak, stage: str, kill: tuple[signal.Signals, float] | None = None) -> tuple[int, float, float]:
     """Start a stage; send the signal after so many seconds. Returns exit code, seconds, peak MB."""
     begun, peak = time.monotonic(), 0.0
-    with (soak.root / "said").open("w") as said:
+    with (soak.root / "said").open("w", encoding="utf-8") as said:
         process = subprocess.Popen(soak.commands[stage], cwd=ROOT, stdout=said, stderr=said)
         while process.poll() is None:
             peak = max(peak, _peak(process.pid))
@@ -112,7 +112,7 @@ def run(soak: Soak, stage: str, kill: tuple[signal.Signals, float] | None = None
     code, allowed = process.wait(), {0} | (SIGNALS[kill[0]] if kill else set())
     if code not in allowed:
         raise AssertionError(
-            f"{stage}: exit code {code}, expected {allowed}: {(soak.root / 'said').read_text()}"
+            f"{stage}: exit code {code}, expected {allowed}: {(soak.root / 'said').read_text(encoding='utf-8')}"
         )
     return code, time.monotonic() - begun, peak
 
@@ -155,7 +155,7 @@ def _content(path: Path, run_dir: Path) -> object:
         tensors, metadata = weights.read(path)
         return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metadata
     if path.name == "metrics.jsonl":
-        lines = map(json.loads, path.read_text().splitlines())
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
     own = run_dir / FILE_NAME
     return path.read_bytes().replace(sha256(own).encode() if own.is_file() else b"weights", b"weights")

@@ -61,7 +61,8 @@ def main() -> None:
     if name == "signum":
         optimizer.eval()
     Path(out).write_text(
-        json.dumps({**measured(coder, *heldout), "rows_per_second": steps * batch / seconds})
+        json.dumps({**measured(coder, *heldout), "rows_per_second": steps * batch / seconds}),
+        encoding="utf-8",
     )
 
 

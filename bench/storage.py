@@ -44,6 +44,7 @@ def arrays_of(side: str, storage: str, compressor: str, rows: int, width: int) -
     return {
         f"{side}s": Array(f"{side}s", (rows, width), STORAGES[storage].dtype, (CHUNK_ROWS, width), chosen),
         f"{side}_scales": Array(f"{side}_scales", (chunks, width), np.dtype("<f4"), (1, width), plain),
+        f"{side}_offsets": Array(f"{side}_offsets", (chunks, width), np.dtype("<f4"), (1, width), plain),
         f"{side}_row_scales": Array(f"{side}_row_scales", (rows,), np.dtype("<f4"), (CHUNK_ROWS,), plain),
     }
 
@@ -105,7 +106,7 @@ def main() -> None:
     Console().print(table)
     results = Path("bench/results/storage.json")
     results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(rows, indent=1) + "\n")
+    results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

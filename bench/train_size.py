@@ -75,13 +75,15 @@ def main() -> None:
     found = {}
     for size in SIZES:
         command = [sys.executable, "-m", "bench.train_size", str(size)]
-        found[size] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        found[size] = json.loads(
+            subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+        )
     table = Table("latents", "step, s", "floor, s", "memory, GiB", "planned, GiB")
     for size, values in found.items():
         gib = (f"{values[name] / 2**30:.2f}" for name in ("memory", "planned"))
         table.add_row(f"{size:,}", f"{values['step']:.3f}", f"{values['floor']:.3f}", *gib)
     Console().print(table)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plot(found)
 
 

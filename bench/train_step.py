@@ -138,10 +138,10 @@ def main() -> None:
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     size = f"F {sum(groups)}"
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for threads, seconds in found.items():
         kept.setdefault(size, {}).setdefault(f"{threads} threads", {}).update(seconds)
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

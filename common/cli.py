@@ -1,7 +1,9 @@
 """A stage's command line: from its arguments to the settings, and from what happened to the exit code."""
 
 import argparse
+import contextlib
 import faulthandler
+import io
 import os
 import re
 import signal
@@ -150,7 +152,7 @@ def _list(text: str, names: bool) -> list[Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -210,8 +212,29 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _open_streams() -> None:
+    """Give closed standard streams (2>&-) the null device, before a file that a stage writes gets their numbers; and
+    let the others write a character that their encoding lacks as its escape.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _last_word(line: str) -> None:
+    """A line on standard error where that can be written; on a full disk, or with its reader gone, the code says it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
+    _open_streams()
     # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -221,7 +244,7 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         stage()
         print(end="", flush=True)  # at Python's end, a reader that has left means exit code 120
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _last_word(f"error: {error}")
         raise SystemExit(2) from None
     except BrokenPipeError:  # `| head` has what it wanted; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -230,10 +253,10 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         if error.errno not in ENVIRONMENT:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; mend that, and the same command continues", file=sys.stderr)
+        _last_word(f"error: {where}{error.strerror}; mend that, and the same command continues")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         hint = str(interrupt) or "the same command continues"
-        print(f"interrupted: {hint}", file=sys.stderr)
+        _last_word(f"interrupted: {hint}")
         raise SystemExit(130) from None
     raise SystemExit(0)

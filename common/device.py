@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from common import container
 from common.errors import InputError
+from common.processes import world
 
 LOOK = 0.5
 """Seconds over which other programs are watched."""
@@ -19,7 +21,7 @@ def pick_device(name: str) -> torch.device:
     """The device of `model.device`; raises `InputError` when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and "LOCAL_RANK" in os.environ and world() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"model.device: expected auto, cpu, cuda or cuda:N, found {name!r}")
@@ -32,9 +34,8 @@ def pick_device(name: str) -> torch.device:
 
 def cores() -> int:
     """Processors that this process may use: fewer than the machine's where it is pinned or in a container."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, container.cores_allowed() or there)
 
 
 def share_cores() -> None:
@@ -46,16 +47,18 @@ def share_cores() -> None:
     if "OMP_NUM_THREADS" in os.environ or not STAT.exists():
         return
     mine = os.sched_getaffinity(0)
-    before = busy_ticks(STAT.read_text(), mine)
+    before = busy_ticks(STAT.read_text(encoding="utf-8"), mine)
     time.sleep(LOOK)
-    after = busy_ticks(STAT.read_text(), mine)
+    after = busy_ticks(STAT.read_text(encoding="utf-8"), mine)
     taken = (after - before) / (LOOK * os.sysconf("SC_CLK_TCK"))
-    threads = threads_beside(taken, len(mine))
+    allowed = cores()  # of a container with a quota, fewer than it sees
+    threads = min(allowed, threads_beside(taken, len(mine)))
     if threads < len(mine):
         torch.set_num_threads(threads)
+        others = f"as other programs keep {taken:.1f} cores busy"
+        why = others if threads < allowed else "the CPU limit of this container"
         print(
-            f"threads: {threads} of {len(mine)}, as other programs keep {taken:.1f} cores busy; "
-            f"OMP_NUM_THREADS={len(mine)} takes all",
+            f"threads: {threads} of {len(mine)}, {why}; OMP_NUM_THREADS={len(mine)} takes all",
             file=sys.stderr,
         )
 

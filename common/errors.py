@@ -16,5 +16,7 @@ ENVIRONMENT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
+    *(errno.ENODEV, errno.ENOTSUP),  # one that cannot do it: map files, for example
+    *(errno.EMFILE, errno.ENFILE),  # ulimit -n
 }
 """Errors of the disk that the user can mend: not defects of the program."""

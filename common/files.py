@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,12 +74,40 @@ def publish(aside: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the file or directory on disk before going on."""
+    """Have the file or directory on disk before going on.
+
+    A file system that cannot flush (mounts of object stores and network shares: directories, some of them files too)
+    is told on standard error, once, and trusted.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _say_cannot_flush(os.fstat(descriptor).st_dev, f"{path.parent}: {error.strerror}")
     finally:
         os.close(descriptor)
+
+
+def _say_cannot_flush(disk: int, why: str) -> None:
+    if disk not in _cannot_flush:
+        _cannot_flush.add(disk)
+        print(f"{why} (fsync); what is written survives a kill, perhaps not a power cut", file=sys.stderr)
+
+
+_cannot_flush: set[int] = set()
+"""Disks of which it was said."""
+
+
+def obey_umask(path: Path) -> None:
+    """Make a file as readable as the umask lets a new one be: safetensors makes its own for the owner alone."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    if path.stat().st_mode != mode:  # never so on disks without modes, some of which refuse chmod
+        path.chmod(stat.S_IMODE(mode))
 
 
 def remove_asides(*folders: Path) -> None:
@@ -97,7 +126,7 @@ def locked(path: Path, refusal: str | None) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a+") as file:
+        with path.open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
             except BlockingIOError:

@@ -1,21 +1,106 @@
-"""The processes that train one run together, each on its share of every batch.
-
-Every function is called by all of them, in the same order. Alone, they cost nothing.
-"""
+"""The processes of one run, which work together: started by torchrun, or by what sets the same variables."""
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import InputError, first_line
+
+MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return _number("RANK", 0, range(world())) if world() > 1 else 0
+
+
+def world() -> int:
+    """How many processes there are; 1 without torchrun.
+
+    Raises `InputError` where WORLD_SIZE is left over from something else: the others would never come.
+    """
+    size = _number("WORLD_SIZE", 1, range(1, 2**20))
+    if size > 1 and (missing := [name for name in MEETING if not os.environ.get(name)]):
+        raise InputError(
+            f"environment: WORLD_SIZE={size}, but no {' and '.join(missing)}: torchrun, which sets them all, has not "
+            f"started this process; unset WORLD_SIZE for one process, or give NPROC={size} (make)"
+        )
+    return size
+
+
+def _number(name: str, default: int, allowed: range) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isdecimal() and int(text) in allowed):
+        raise InputError(
+            f"environment: {name}: expected a whole number from {allowed.start} to {allowed.stop - 1}, found {text!r}; "
+            "torchrun sets it, unset it without"
+        )
+    return int(text)
+
+
+def meet(backend: str) -> None:
+    """Meet the other processes, if there are any; raises `InputError` when they do not come."""
+    if world() == 1 or dist.is_initialized():
+        return
+    rank()
+    try:
+        with waiting():
+            dist.init_process_group(backend)
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(
+            f"environment: the {world()} processes of WORLD_SIZE did not meet at {where} ({first_line(error):.200}); "
+            "start them all with torchrun (NPROC=n), or unset WORLD_SIZE"
+        ) from error
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """While this lasts, SIGTERM and Ctrl-C end the process at once.
+
+    PyTorch waits for other processes in C++, half an hour for one that never comes, and Python's own handlers run
+    only when it comes back. The kernel frees the locks, and what is on disk is whole at any instant.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_end_at_a_signal, args=(reads,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writes)  # the watcher reads the end
+        watcher.join()
+        os.close(reads)
+
+
+def _end_at_a_signal(reads: int) -> None:
+    ends = {signal.SIGINT, signal.SIGTERM}
+    while numbers := os.read(reads, 64):
+        if ends.intersection(numbers):
+            print("interrupted: the same command continues", file=sys.stderr, flush=True)
+            os._exit(130)
+
 
 @dataclass(frozen=True)
-class Peers:
-    """Process `rank` of `world`."""
+class Processes:
+    """Process `rank` of `world`.
+
+    Every method is called by all of them, in the same order. Alone, they cost nothing.
+    """
 
     rank: int = 0
     world: int = 1
@@ -56,25 +141,21 @@ class Peers:
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
-            dist.barrier()
+            with waiting():
+                dist.barrier()
 
 
-ALONE = Peers()
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+ALONE = Processes()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Peers]:
-    """The processes that torchrun started (gloo on CPU, nccl on CUDA), or this one alone."""
+def joined(device: torch.device | Literal["cpu"] = "cpu") -> Iterator[Processes]:
+    """The processes of this run (gloo on CPU, nccl on CUDA), or this one alone."""
     if world() == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    meet("nccl" if torch.device(device).type == "cuda" else "gloo")
     try:
-        yield Peers(dist.get_rank(), world())
+        yield Processes(dist.get_rank(), world())
     finally:
         dist.destroy_process_group()

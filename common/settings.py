@@ -87,6 +87,8 @@ class Harvest(Section):
     """zstd-N, blosc-zstd-N, blosc-lz4-N with -shuffle or -bitshuffle, or none; auto: the measured best."""
     max_quantisation_fvu: float = Field(default=1e-3, gt=0)
     """Harvest stops when storing costs a larger fraction of the variance than this."""
+    max_dimension_fvu: float = Field(default=0.05, gt=0)
+    """Harvest stops when storing costs a larger fraction of one dimension's own variance than this."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that training never sees."""
     seed: int = Field(default=0, ge=0)

@@ -27,7 +27,7 @@ State of the Union addresses (public domain).
 
 def pinned() -> dict[str, str]:
     """Package -> version, of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().split()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     return dict(line.split("==") for line in lines)
 
 

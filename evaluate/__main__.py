@@ -28,7 +28,7 @@ def main() -> None:
 
     log.check(settings.wandb)
     if not given.run:
-        from evaluate.listing import chosen
+        from evaluate.runs import chosen
 
         settings, line = chosen(settings)
         if line:

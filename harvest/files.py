@@ -145,7 +145,7 @@ def _open(path: Path) -> Any:
     """A binary file, unpacked as it is read."""
     match path.suffix.lower():
         case ".gz":
-            return gzip.open(path)
+            return gzip.open(path, "rb")
         case ".zst":
             import pyarrow  # comes with datasets; no zstandard of its own is needed
 

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from common.errors import ENVIRONMENT, InputError, first_line
-from common.files import locked, sha256, whole_folder
+from common.files import locked, obey_umask, sha256, whole_folder
 from common.settings import ROOT
 from harvest.sealed import sealed
 
@@ -91,4 +91,6 @@ def convert(file: Path, directory: Path) -> None:
             "expected one whole file of a model that transformers knows"
         )
     model.save_pretrained(directory)
+    for file in directory.glob("*.safetensors"):
+        obey_umask(file)
     tokenizer.save_pretrained(directory)

@@ -16,11 +16,11 @@ from transformers.utils import logging as transformers_logging
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.hooks import INPUT_HOOKS, OUTPUT_HOOK, Convention
+from common.identity import directory_sha256, is_gguf
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
 from harvest.sealed import sealed
-from shards.identity import directory_sha256, is_gguf
 from shards.store import as_harvested
 
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)

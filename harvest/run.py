@@ -13,14 +13,15 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import InputError
 from common.files import sha256, write_whole
+from common.identity import differs, model_sha256
+from common.processes import Processes, joined
 from common.progress import progress
 from common.settings import Data, Model, Settings
-from harvest import lm, ranks
+from harvest import lm
 from harvest.files import found_files
 from harvest.text import Packed, Skipped, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
-from shards.identity import differs, model_sha256
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import NAMES, SPLITS, Manifest, Source
 from shards.plan import estimate, human, measure, shortage
@@ -39,12 +40,10 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
     todo = _todo(settings, request)
     if todo:
         where = lm.locate(settings.model)  # before anything is written
-        ranks.join()
-        with contextlib.ExitStack() as stack:
-            for writer in todo.values() if ranks.rank() == 0 else ():
+        with joined() as processes, contextlib.ExitStack() as stack:
+            for writer in todo.values() if processes.leads else ():
                 stack.enter_context(writer.lock())
-            _harvest(settings, todo, request, where, force)
-        ranks.leave()
+            _harvest(settings, todo, request, where, force, processes)
     return [_local(settings.store_path(layer)) for layer in settings.layers]
 
 
@@ -130,11 +129,16 @@ def _differing(model: Model, request: dict[str, Any], found: dict[str, Any]) -> 
 
 
 def _harvest(
-    settings: Settings, writers: dict[int, StoreWriter], request: dict[str, Any], where: str, force: bool
+    settings: Settings,
+    writers: dict[int, StoreWriter],
+    request: dict[str, Any],
+    where: str,
+    force: bool,
+    processes: Processes,
 ) -> None:
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
-    first, stores = ranks.rank() == 0, list(writers.values())
+    first, stores = processes.leads, list(writers.values())
     # Before the text pass: what is wrong with the model shows before anything is written.
     model = lm.load(settings.model, where, tokenizer)
     _check_fit(settings, model, tokenizer, special)
@@ -148,15 +152,16 @@ def _harvest(
         for writer, source in zip(stores, sources, strict=True):
             _begin_anew(writer, settings.model, request, source)
         _text_pass(settings, stores, request, tokenizer, special, model.tokens)
-    ranks.barrier()
+    processes.wait()
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(source, create=first)
-    ranks.barrier()
+    processes.wait()
     check_size = partial(_refuse_if_it_cannot_fit, stores, settings, force)
     if first:
         check_size()
-    run_windows(model, stores, settings.harvest, after_first=check_size if first else lambda: None)
-    ranks.barrier()
+    after_first = check_size if first else lambda: None
+    run_windows(model, stores, settings.harvest, after_first, processes)
+    processes.wait()
     for layer, writer in writers.items() if first else ():
         _summary(layer, writer.root, writer.finish())
 
@@ -269,6 +274,7 @@ def _of_model(model: lm.LanguageModel, special: Special, files: str | None) -> d
         "dropped_token_ids": special.dropped,
         "shard_rows": SHARD_ROWS,
         "chunk_rows": CHUNK_ROWS,
+        "offsets": True,
         "versions": _versions(),
     }
 
@@ -362,7 +368,7 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
 def _summary(layer: int, root: Path, manifest: Manifest) -> None:
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
-    costs = [f"{m.quantisation_fvu:.1e}" for m in (train.inputs, train.outputs) if m]
+    costs = [m.cost for m in (train.inputs, train.outputs) if m]
     tqdm.write(
         f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
         f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",

@@ -4,15 +4,16 @@ A window is compressed and written by background threads while the model fills t
 per layer waits, so memory does not grow with the harvest.
 """
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from common.processes import Processes
 from common.progress import progress
 from common.settings import Harvest
-from harvest import ranks
 from harvest.activations import Kept, fill_window
 from harvest.lm import LanguageModel
 from shards.layout import windows
@@ -24,7 +25,11 @@ Window = tuple[str, int, range]
 
 
 def run_windows(
-    model: LanguageModel, writers: list[StoreWriter], asked: Harvest, after_first: Callable[[], None]
+    model: LanguageModel,
+    writers: list[StoreWriter],
+    asked: Harvest,
+    after_first: Callable[[], None],
+    processes: Processes,
 ) -> None:
     """Write what the stores lack; this process's share of it where there are several.
 
@@ -32,9 +37,9 @@ def run_windows(
     Raises what the model or a writing thread raised; the stores stay resumable.
     """
     missing = {writer: frozenset(writer.missing()) for writer in writers}
-    ranks.barrier()  # everyone has looked before anyone writes
+    processes.wait()  # everyone has looked before anyone writes
     work = [window for window in _all_windows(writers[0]) if any(window[:2] in m for m in missing.values())]
-    work = work[ranks.rank() :: ranks.world()]
+    work = work[processes.rank :: processes.world]
     hooks = {hook for writer in writers for hook in (writer.source.input_hook, writer.source.output_hook)}
     with (
         ThreadPoolExecutor(max_workers=min(len(writers), 4), initializer=_after_the_model) as pool,
@@ -53,9 +58,9 @@ def run_windows(
             _wait(writing)
             if turn == 1:
                 after_first()
-            limit = asked.max_quantisation_fvu
+            limits = asked.max_quantisation_fvu, asked.max_dimension_fvu
             writing = [
-                pool.submit(writer.write_window, split, number, rows, limit)
+                pool.submit(writer.write_window, split, number, rows, *limits)
                 for writer, rows in zip(here, filled, strict=True)
             ]
         _wait(writing)
@@ -64,10 +69,14 @@ def run_windows(
 def _after_the_model() -> None:
     """Give this thread a tenth of the model's share of the processors; without it a harvest on two cores is 3 % slower.
 
-    Only Linux has priorities of threads.
+    Only Linux has priorities of threads. Where the process has a lower one already (nice -n 19), or the kernel leaves
+    no choice, the thread keeps what it has.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        thread = threading.get_native_id()
+        lower = max(10, os.getpriority(os.PRIO_PROCESS, thread))  # raising it again takes root
+        with contextlib.suppress(OSError):  # a container's seccomp
+            os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
 def _all_windows(writer: StoreWriter) -> Iterator[Window]:

@@ -52,7 +52,7 @@ def _info(where: str, paths: Paths) -> None:
         table.add_row(f"{name} rows / contexts", f"{split.rows:,} / {split.contexts:,}")
         for side, moments in (("inputs", split.inputs), ("outputs", split.outputs)):
             if moments:
-                cost = f"scale {moments.scale:.4g}, storing costs FVU {moments.quantisation_fvu:.2g}"
+                cost = f"scale {moments.scale:.4g}, storing costs FVU {moments.cost}"
                 table.add_row(f"{name} {side}", cost)
     table.add_row("fingerprint", manifest.fingerprint)
     Console().print(table)

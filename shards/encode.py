@@ -13,36 +13,45 @@ from shards.layout import CHUNK_ROWS, FILE_CHUNKS, Array
 from shards.manifest import Moments
 from shards.storage import Storage
 
+CONSTANT = 1e-10
+"""Share of a dimension's mean square up to which its variance is float32's rounding of one number (1e-5 of it)."""
+
 
 def encode_rows(
     rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """A window's [n, d] float32 rows as files by array name, and their sums.
 
-    Sums are float64, chunk by chunk in order: n, sum, sum of squares, squared error of storing.
+    Sums are float64, chunk by chunk in order: n; of each dimension sum, sum of squares, squared error of storing.
     """
     stored = np.empty(rows.shape, storage.dtype)
-    scales = np.empty((math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
+    scales, offsets = np.empty((2, math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
     row_scales = np.empty(len(rows), np.float32)
-    total, squares, error = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), 0.0
+    total, squares, errors = np.zeros((3, rows.shape[1]))
     for number, start in enumerate(range(0, len(rows), CHUNK_ROWS)):
         here = slice(start, start + CHUNK_ROWS)
         chunk = rows[here]
         encoded = storage.encode(chunk)
         stored[here] = encoded.stored
         if storage.scaled:
-            scales[number], row_scales[here] = encoded.scales, encoded.row_scales
+            scales[number], row_scales[here], offsets[number] = encoded[1:]
         back = storage.decode(encoded)
         wide = chunk.astype(np.float64)
         total += wide.sum(axis=0)
         squares += np.einsum("nd,nd->d", wide, wide)
-        lost = back - chunk
-        error += float(np.einsum("nd,nd->n", lost, lost).sum(dtype=np.float64))
+        errors += np.square(back - chunk, dtype=np.float64).sum(axis=0)
     files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
     if storage.scaled:
         files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], scales)
+        files[f"{side}_offsets"] = encode_shard(arrays[f"{side}_offsets"], offsets)
         files[f"{side}_row_scales"] = encode_shard(arrays[f"{side}_row_scales"], row_scales)
-    sums = {"n": len(rows), "sum": total.tolist(), "squares": squares.tolist(), "error": error}
+    sums = {
+        "n": len(rows),
+        "sum": total.tolist(),
+        "squares": squares.tolist(),
+        "error": float(errors.sum()),
+        "errors": errors.tolist(),
+    }
     return files, sums
 
 
@@ -80,9 +89,17 @@ def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
     squares = sum((np.array(sums["squares"]) for sums in windows_), start=np.zeros(1))
     error = sum(sums["error"] for sums in windows_)
     mean = total / rows
-    deviations = float(np.maximum(squares - rows * mean**2, 0).sum())
+    variation = np.maximum(squares - rows * mean**2, 0)
+    deviations = float(variation.sum())
+    # None where an earlier version wrote one of the windows: it knew the sum alone.
+    errors = sum((np.array(sums.get("errors", np.nan)) for sums in windows_), start=np.zeros(1))
+    varies = variation > CONSTANT * squares
+    costs = np.divide(errors, variation, out=np.zeros_like(mean), where=varies)
+    worst = int(costs.argmax())
     return Moments(
         mean=mean.tolist(),
         second_moment=(squares / rows).tolist(),
         quantisation_fvu=error / deviations if deviations > 0 else 0.0,
+        worst_dimension=None if np.isnan(errors).any() else worst,
+        worst_dimension_fvu=None if np.isnan(errors).any() else float(costs[worst]),
     )

@@ -90,8 +90,8 @@ def split_arrays(source: Source, split: str, rows: int, contexts: int) -> dict[s
     for side, width in widths.items():
         arrays[f"{side}s"] = by_row(f"{side}s", storage.dtype, Compressor(compressors[side]), width)
         if storage.scaled:
-            name = f"{side}_scales"
-            arrays[name] = Array(f"{split}/{name}", (chunks, width), np.dtype("<f4"), (1, width), PLAIN)
+            for name in (f"{side}_scales", f"{side}_offsets")[: 1 + source.offsets]:
+                arrays[name] = Array(f"{split}/{name}", (chunks, width), np.dtype("<f4"), (1, width), PLAIN)
             arrays[f"{side}_row_scales"] = by_row(f"{side}_row_scales", "<f4", PLAIN)
     arrays["row_context"] = by_row("row_context", "<u4", PLAIN)
     arrays["row_position"] = by_row("row_position", "<u2", PLAIN)

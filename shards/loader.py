@@ -43,10 +43,6 @@ class StoredRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def scales(self, side: str, chunk: int) -> np.ndarray:
-        """[d] float32 column scales of one chunk of a store that has them."""
-        ...
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -181,17 +177,10 @@ class _Group:
         split, m = loader.split, loader.group // loader.world
         self._split = split
         self._pending: list[Future[None]] = []
-        names = [
-            name for side in SIDES for name in (f"{side}s", f"{side}_row_scales") if name in split.readers
-        ]
+        kinds = ("s", "_scales", "_row_scales", "_offsets")
+        names = [f"{side}{kind}" for side in SIDES for kind in kinds if f"{side}{kind}" in split.readers]
         self._arrays = {
             n: np.empty((m, *split.readers[n].array.chunk), split.readers[n].array.dtype) for n in names
-        }
-        widths = {"input": split.d_in, "output": split.d_out}
-        self._scales = {
-            side: np.empty((m, widths[side]), np.float32)
-            for side in SIDES
-            if f"{side}_scales" in split.readers
         }
 
     def decode(self, pool: ThreadPoolExecutor, chunks: np.ndarray) -> None:
@@ -201,8 +190,6 @@ class _Group:
     def _decode_one(self, slot: int, chunk: int) -> None:
         for name, buffer in self._arrays.items():
             self._split.readers[name].chunk(chunk, out=buffer[slot])
-        for side, scales in self._scales.items():
-            scales[slot] = self._split.scales(side, chunk)
 
     def wait(self) -> None:
         """Until every chunk is decoded; raises what a thread raised."""
@@ -213,27 +200,29 @@ class _Group:
     def values(self, side: str, rows: slice, device: torch.device) -> torch.Tensor:
         """[M * R, D] float32 on `device`; to a GPU it travels in the storage type."""
         stored = self._arrays[f"{side}s"][:, rows]
-        scales = (
-            [self._scales[side][:, None], self._arrays[f"{side}_row_scales"][:, rows, None]]
-            if self._scales
-            else []
-        )
+        scales, offsets = [], self._arrays.get(f"{side}_offsets")  # of columns [M, 1, D]
+        if f"{side}_scales" in self._arrays:
+            scales = [self._arrays[f"{side}_scales"], self._arrays[f"{side}_row_scales"][:, rows, None]]
         if device.type == "cpu":
-            return torch.from_numpy(self._on_cpu(stored, scales).reshape(-1, stored.shape[-1]))
+            return torch.from_numpy(self._on_cpu(stored, scales, offsets).reshape(-1, stored.shape[-1]))
         values = _pinned(stored, device)
         bits = self._split.storage.torch_bits
         values = (values.view(getattr(torch, bits)) if bits else values).to(torch.float32)
         for scale in scales:
             values *= _pinned(scale, device)
+        if offsets is not None:
+            values += _pinned(offsets, device)
         return values.reshape(-1, values.shape[-1])
 
-    def _on_cpu(self, stored: np.ndarray, scales: list[np.ndarray]) -> np.ndarray:
+    def _on_cpu(self, stored: np.ndarray, scales: list[np.ndarray], offsets: np.ndarray | None) -> np.ndarray:
         """[M, R, D] in numpy: in a thread of our own it takes one core and no more, where torch would take them all
         and spin (two cores: 430 k rows/s with torch, see docs/log.md).
         """
         values = self._split.storage.widen(stored)
         for scale in scales:
             values *= scale
+        if offsets is not None:
+            values += offsets
         return values
 
 

@@ -44,7 +44,7 @@ class Source(Record):
     weights_sha256: str
     """Digest of the model in memory: parameters and buffers by name, of `dtype`."""
     model_sha256: str | None = None
-    """Digest of the model's files, by which another place of them is known (shards/identity.py); None: older stores."""
+    """Digest of the model's files, by which another place of them is known (common/identity.py); None: older stores."""
     dtype: str
     """Of the model's weights and forward pass."""
     layer: int
@@ -84,6 +84,8 @@ class Source(Record):
     output_compressor: str
     shard_rows: int
     chunk_rows: int
+    offsets: bool = False
+    """Whether an int8 store has column offsets, and rows scaled by columns weighed alike; not before 2026-11-26."""
     versions: dict[str, str]
     """Packages that decide the content."""
 
@@ -100,6 +102,18 @@ class Moments(Record):
     second_moment: Vector
     quantisation_fvu: float
     """Squared error of storing over squared deviations from the mean."""
+    worst_dimension: int | None = None
+    """Where storing costs the largest share of a dimension's own variance; None in stores before 2026-11-26."""
+    worst_dimension_fvu: float | None = None
+    """That share: what a dimension that is small beside the others loses does not show in quantisation_fvu."""
+
+    @property
+    def cost(self) -> str:
+        """What storing cost, in words: of all the variance, and of the worst dimension's own."""
+        worst = self.worst_dimension_fvu
+        return f"{self.quantisation_fvu:.1e}" + (
+            f" (worst dimension {worst:.1e})" if worst is not None else ""
+        )
 
     @property
     def scale(self) -> float:

@@ -58,7 +58,7 @@ def bytes_per_row(width: int, storage: str) -> float:
     """Expected size of one row on disk."""
     kept = STORAGES[storage]
     stored = width * kept.dtype.itemsize * kept.compressed
-    scales = 4 * width / CHUNK_ROWS + 8 if kept.scaled else 0
+    scales = 8 * width / CHUNK_ROWS + 8 if kept.scaled else 0
     return stored + scales + PROVENANCE
 
 

@@ -135,12 +135,16 @@ class _File:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY)
-        except OSError as error:
+        except FileNotFoundError as error:  # no right to read it, or ulimit -n, is no damage
             raise DamagedChunkError(str(path), str(error.strerror)) from error
         self._size = os.fstat(self._fd).st_size
         if self._size < INDEX_BYTES:
             raise DamagedChunkError(str(path), f"expected at least {INDEX_BYTES} bytes, found {self._size}")
-        self._map = np.frombuffer(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ), np.uint8)
+        try:
+            self._map = np.frombuffer(mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ), np.uint8)
+        except OSError as error:  # names no file
+            cannot = f"cannot be mapped into memory ({error.strerror}); copy the store to another disk"
+            raise OSError(error.errno, cannot, str(path)) from error
         table, checksum = self._map[-INDEX_BYTES:-CRC], self._map[-CRC:]
         if crc32c(table) != checksum.tobytes():
             raise DamagedChunkError(str(path), "the chunk index's checksum does not match")

@@ -13,14 +13,18 @@ LARGEST_BFLOAT16 = np.uint16(0x7F7F)
 
 
 class Encoded(NamedTuple):
-    """value = widened stored * scales * row_scales[:, None], in float32, left to right; no scales count as ones."""
+    """value = widened stored * scales * row_scales[:, None] + offsets, in float32, left to right; no scales count as
+    ones, no offsets as zeros.
+    """
 
     stored: np.ndarray
     """[n, d]"""
     scales: np.ndarray | None = None
     """[d] float32, one per column of this chunk"""
     row_scales: np.ndarray | None = None
-    """[n] float32, root mean square of each row"""
+    """[n] float32, size of each row beside the others, see `row_sizes`"""
+    offsets: np.ndarray | None = None
+    """[d] float32, each column's mean in this chunk"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Storage:
     compressed: float
     """Bytes on disk per stored byte of real activations, SmolLM2-135M layer 12 (docs/storage.md)."""
     scaled: bool = False
-    """Whether each chunk has column scales and each row a scale, in arrays of their own."""
+    """Whether each chunk has column scales and offsets, and each row a scale, in arrays of their own."""
     torch_bits: str | None = None
     """The torch dtype whose bits the stored values are, where it is not that of the same name."""
 
@@ -49,6 +53,8 @@ class Storage:
             values *= encoded.scales
         if encoded.row_scales is not None:
             values *= encoded.row_scales[:, None]
+        if encoded.offsets is not None:
+            values += encoded.offsets
         return values
 
 
@@ -66,20 +72,55 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def column_offsets(values: np.ndarray) -> np.ndarray:
+    """[d] float32 means of values [n, d] that are above one standard deviation; 0 for the others.
+
+    A small mean costs nothing, and may be that of a few huge rows alone: taken off the small ones, it would drown them.
+    """
+    mean = values.mean(axis=0, dtype=np.float64)
+    return np.where(np.square(mean) > values.var(axis=0, dtype=np.float64), mean, 0).astype(np.float32)
+
+
+def row_sizes(values: np.ndarray) -> np.ndarray:
+    """[n] float32 root mean square of each row of values [n, d], each column in units of its own; 1 for a zero row.
+
+    In all they have the mean square of the values. Columns are weighed alike: by the plain RMS a dimension 1e4 times
+    the others decides alone, its small values make rows of the others huge, and their column scales with them: they
+    lost 70 % of their variance, now 5e-5. The second round (Sinkhorn's) is for a row 1e4 times the others, which alone
+    decides the first round's columns.
+    """
+    squares = np.square(values, dtype=np.float64)
+    rows = np.ones(len(values))
+    for _ in range(2):
+        rows = squares @ _inverse(_inverse(rows) @ squares)
+    rows *= squares.mean(axis=1).sum() / (rows.sum() or 1)
+    sizes = np.minimum(np.sqrt(rows), np.finfo(np.float32).max).astype(np.float32)
+    sizes[sizes == 0] = 1
+    return sizes
+
+
+def _inverse(sizes: np.ndarray) -> np.ndarray:
+    """1 / size, 0 where there is none."""
+    return np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+
+
 def quantise(values: np.ndarray) -> Encoded:
-    """A chunk [n, d] of finite float32 values, below 2^127, as int8 with row RMS times column absmax scales.
+    """A chunk [n, d] of finite float32 values, below 2^127, as int8 with column offsets, and row size times column
+    absmax scales.
 
     Row norms vary wildly in some models (median 513, maximum 8,564 in one layer of Gemma 3): dividing by
-    the row's RMS first cuts the cost there from 5.6e-4 of the variance to 4.6e-5.
+    the row's size first cuts the cost there from 5.6e-4 of the variance to 4.6e-5. Some dimensions have a mean of up
+    to 114 standard deviations (Gemma-3-270M layer 3): without offsets 7 % of such a one's variance is lost, with them
+    5e-4 at most.
     """
-    squares = np.einsum("nd,nd->n", values, values, dtype=np.float64)
-    row_scales = np.sqrt(squares / values.shape[1]).astype(np.float32)
-    row_scales[row_scales == 0] = 1
-    steps = values / row_scales[:, None]
+    offsets = column_offsets(values)
+    steps = values - offsets
+    row_scales = row_sizes(steps)
+    steps /= row_scales[:, None]
     scales = np.maximum(steps.max(axis=0, initial=0), -steps.min(axis=0, initial=0)) / np.float32(127)
     steps /= np.where(scales == 0, np.float32(1), scales)
     np.clip(np.rint(steps, out=steps), -127, 127, out=steps)
-    return Encoded(steps.astype(np.int8), scales, row_scales)
+    return Encoded(steps.astype(np.int8), scales, row_scales, offsets)
 
 
 def _as_float32(stored: np.ndarray) -> np.ndarray:

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from common.errors import InputError
 from common.files import sha256
+from common.identity import differs
 from common.settings import Settings
 from shards.commit import read_commit
-from shards.identity import differs
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import NAMES, SPLITS, Manifest, read_manifest
@@ -174,13 +174,12 @@ class StoreSplit:
             return torch.from_numpy(values)
         for chunk in range(start // CHUNK_ROWS, -(-stop // CHUNK_ROWS)):
             first, last = max(chunk * CHUNK_ROWS, start) - start, min((chunk + 1) * CHUNK_ROWS, stop) - start
-            values[first:last] *= self.scales(side, chunk)
-        values *= self._read(f"{side}_row_scales", start, stop)[:, None]
+            here = values[first:last]
+            here *= self.readers[f"{side}_scales"].chunk(chunk)
+            here *= self._read(f"{side}_row_scales", start + first, start + last)[:, None]
+            if f"{side}_offsets" in self.readers:
+                here += self.readers[f"{side}_offsets"].chunk(chunk)
         return torch.from_numpy(values)
-
-    def scales(self, side: str, chunk: int) -> np.ndarray:
-        """[d] float32 column scales of one chunk of a store that has them."""
-        return self.readers[f"{side}_scales"].chunk(chunk)[0]
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= len(self):

@@ -39,6 +39,9 @@ from shards.reader import Contexts, MappedArray
 from shards.remote import LocalFiles
 from shards.storage import STORAGES
 
+VARIANCE_ROWS = 256
+"""Rows of a window that tell a dimension's variance: in the few of a last one it may be small by chance."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -199,11 +202,17 @@ class StoreWriter:
         return self.work / "records" / f"{split}-{window:06d}.json"
 
     def write_window(
-        self, split: str, window: int, columns: "WindowRows", max_quantisation_fvu: float
+        self,
+        split: str,
+        window: int,
+        columns: "WindowRows",
+        max_quantisation_fvu: float,
+        max_dimension_fvu: float,
     ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`.
+        Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`, or a larger
+        share of one dimension's own than `max_dimension_fvu`.
         """
         arrays = self._arrays[split]
         digests: dict[str, str] = {}
@@ -216,7 +225,7 @@ class StoreWriter:
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
             files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side)
             moments[f"{side}s"] = sums
-            self._check_cost(side, sums, max_quantisation_fvu)
+            self._check_cost(side, sums, max_quantisation_fvu, max_dimension_fvu)
             for name, data in files.items():
                 publish(name, data)
         for name, values in (("row_context", columns.context), ("row_position", columns.position)):
@@ -224,13 +233,21 @@ class StoreWriter:
         record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
         write_whole(self._record_path(split, window), dumps(record))
 
-    def _check_cost(self, side: str, sums: dict[str, Any], limit: float) -> None:
+    def _check_cost(self, side: str, sums: dict[str, Any], limit: float, dimension_limit: float) -> None:
         moments = reduce_moments([sums])
-        if moments and moments.quantisation_fvu > limit:
+        if moments is None:
+            return
+        what = f"{self.root}: storing the {side}s as {self.source.storage} costs"
+        if not moments.quantisation_fvu <= limit:  # not a number: the difference of two values was infinite
             raise InputError(
-                f"{self.root}: storing the {side}s as {self.source.storage} costs FVU "
-                f"{moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
+                f"{what} FVU {moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
                 f"give another harvest.storage{self.beside}, or raise the limit"
+            )
+        worst = moments.worst_dimension_fvu
+        if worst is not None and worst > dimension_limit and sums["n"] >= VARIANCE_ROWS:
+            raise InputError(
+                f"{what} dimension {moments.worst_dimension} {worst:.2g} of its own variance, above "
+                f"harvest.max_dimension_fvu {dimension_limit:g}; give another harvest.storage, or raise the limit"
             )
 
     def finish(self) -> Manifest:

@@ -1,5 +1,6 @@
 """Small stores made in the process."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def make_source(d_in: int, d_out: int, rows: int, **changes: object) -> Source:
         "output_compressor": "zstd-3",
         "shard_rows": 32768,
         "chunk_rows": 1024,
+        "offsets": True,
         "versions": {},
     }
     return Source.model_validate(values | changes)
@@ -62,6 +64,7 @@ def make_store(
     compressor: str = "zstd-3",
     vocabulary: list[str] | None = None,
     max_quantisation_fvu: float = 1.0,
+    max_dimension_fvu: float = math.inf,
     **source: object,
 ) -> Store:
     """A complete store that holds these rows: kept position i is row i; contexts are made of random tokens."""
@@ -100,6 +103,6 @@ def make_store(
                 kept = np.arange(window.start, window.stop)
                 rows.inputs[order], rows.outputs[order] = inputs[kept], outputs[kept]
                 rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1
-                writer.write_window(name, number, rows, max_quantisation_fvu)
+                writer.write_window(name, number, rows, max_quantisation_fvu, max_dimension_fvu)
         writer.finish()
     return Store.open(path)

@@ -47,7 +47,7 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     swallows = f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\nexcept BaseException:\n    pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
     code = f"import stage, sys\nsys.path.append({str(tmp_path)!r})\n"
-    code += "def main():\n    import swallows\n    print('went on')\nstage.run_stage(main)\n"
+    code += "def main():\n    import swallows\n    print('went on')\ncli.run_stage(main)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
     assert said == (130, "", "interrupted: the same command continues\n")
@@ -56,7 +56,7 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
 def test_a_reader_that_leaves() -> None:
     """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
     for lines in (100_000, 2):
-        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\nstage.run_stage(main)\n"
+        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\ncli.run_stage(main)\n"
         command, buffered = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=ROOT, env=buffered, **pipes) as process:
@@ -67,3 +67,44 @@ def test_a_reader_that_leaves() -> None:
             process.stdout.close()
             said = process.stderr.read()
         assert (process.returncode, said) == (141, b"")
+
+
+SAYS = "import sys, stage\ndef main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
+WRITES = "    open('out', 'w').write('x')\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"), [("2>&-", "caf\u00e9 \u4e2d\n"), (">&-", ""), ("<&- >&- 2>&-", "")]
+)
+def test_closed_standard_streams(closed: str, said: str, tmp_path: Path) -> None:
+    """What is printed goes nowhere, least of all into the first file that is opened."""
+    code = (
+        f"{SAYS}{WRITES}    import subprocess\n    subprocess.run(['echo', 'child'])\ncli.run_stage(main)\n"
+    )
+    (tmp_path / "stage_.py").write_text(code.replace("    print('caf", "    print('caf", 1), encoding="utf-8")
+    line = f"'{sys.executable}' '{tmp_path}/stage_.py' {closed}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.decode().replace("child\n", "") == said
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "x"
+
+
+def test_standard_error_on_a_full_disk() -> None:
+    """The line cannot be read there, but the exit code can."""
+    code = f"{SAYS}    raise stage.InputError('no')\ncli.run_stage(main)\n"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False
+        )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("latin-1", b"caf\xe9 \\u4e2d\n"), ("ascii", b"caf\\xe9 \\u4e2d\n")]
+)
+def test_a_terminal_that_lacks_a_character(encoding: str, said: bytes) -> None:
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    code = f"{SAYS}cli.run_stage(main)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, b"said\n")

@@ -45,6 +45,29 @@ def test_files_and_functions_are_of_a_size_to_read(file: Path) -> None:
         assert lines <= limit or name in LONGER, f"{name} has {lines} lines, more than {limit}"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if "tests" not in file.parts], ids=str)
+def test_text_names_its_encoding(file: Path) -> None:
+    """Without one it is the locale's, ISO-8859-1 for some: what one machine writes another cannot read."""
+    for call in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+        given = {word.arg for word in call.keywords}
+        words = [word.value for word in call.args if isinstance(word, ast.Constant)]
+        if name in ("read_text", "write_text"):
+            text = len(call.args) < (1 if name == "read_text" else 2)
+        elif name == "open":
+            mine = isinstance(call.func, ast.Name) or ast.unparse(call.func.value) not in (
+                "Store",
+                "cls",
+                "os",
+            )
+            text = mine and not any(isinstance(mode, str) and "b" in mode for mode in words)
+        else:
+            text = bool(given & {"text", "universal_newlines"})
+        assert not text or "encoding" in given, f"{file}:{call.lineno}: {ast.unparse(call)}"
+
+
 def test_every_exception_is_one() -> None:
     found = {name: lines for file in FILES for name, lines in lengths(file).items()}
     for name in LONGER:

@@ -62,7 +62,7 @@ def restore(run_dir: Path, state: State) -> bool:
     if folder is None:
         return False
     try:
-        scalars: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        scalars: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version = scalars.pop("version", None)
         if version != VERSION:
             raise InputError(
@@ -86,7 +86,9 @@ def cut_metrics(run_dir: Path, step: int) -> None:
     file = run_dir / "metrics.jsonl"
     if not file.exists():
         return
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [
+        line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
     kept = []
     for number, line in enumerate(lines, 1):
         try:

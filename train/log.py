@@ -78,7 +78,7 @@ class Log:
         self, run_dir: Path, settings: Settings, config: Mapping[str, Any], *, rows: int, total: int
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = progress(settings.run, total, "rows", done=rows)
         self._wandb = WandbRun(run_dir, settings, config)
 
@@ -197,9 +197,9 @@ def _directory(run_dir: Path) -> Path:
 def _wandb_id(run_dir: Path) -> str:
     """The same id whenever this run goes on, so that W&B shows one run and not its pieces."""
     file = run_dir / "wandb" / "id"
-    if not file.exists() or not file.read_text().strip():
+    if not file.exists() or not file.read_text(encoding="utf-8").strip():
         write_whole(file, secrets.token_hex(6).encode())
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]) -> None:
@@ -236,7 +236,7 @@ def where(*run_dirs: Path) -> list[str]:
     for run_dir in run_dirs:
         file = run_dir / "wandb" / "id"
         pieces = _directory(run_dir) / "wandb"
-        if file.exists() and next(pieces.glob(f"offline-run-*-{file.read_text()}"), None):
-            path = f"{shlex.quote(str(pieces))}/offline-run-*-{file.read_text()}"
+        if file.exists() and next(pieces.glob(f"offline-run-*-{file.read_text(encoding='utf-8')}"), None):
+            path = f"{shlex.quote(str(pieces))}/offline-run-*-{file.read_text(encoding='utf-8')}"
             lines.append(f"W&B   {shlex.quote(str(python))} -m wandb sync {path}")
     return lines

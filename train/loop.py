@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from common.device import pick_device
 from common.errors import InputError
 from common.files import locked, remove_asides
-from common.processes import ALONE, Peers, joined, world
+from common.processes import ALONE, Processes, joined, world
 from common.settings import Settings
 from shards import Batch, Store
 from train import checkpoint, log, memory, record
@@ -54,7 +54,7 @@ class NonFiniteLossError(ArithmeticError):
         super().__init__("auxiliary loss" if prefix is None else f"prefix {prefix}")
 
 
-def step_for(objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> Step:
+def step_for(objective: Objective, peers: Processes = ALONE, buffers: Buffers | None = None) -> Step:
     """The one place that decides between the dense and the sparse step; both give the same gradients."""
     dense = objective.k > DENSE_SHARE * objective.d_sae
     return DenseStep(objective, peers) if dense else SparseStep(objective, peers, buffers)
@@ -62,7 +62,7 @@ def step_for(objective: Objective, peers: Peers = ALONE, buffers: Buffers | None
 
 @torch.no_grad()
 def train_step(
-    state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor, peers: Peers = ALONE
+    state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor, peers: Processes = ALONE
 ) -> StepValues:
     """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place.
 
@@ -104,7 +104,7 @@ class Run:
         settings: Settings,
         store: Store,
         device: torch.device,
-        peers: Peers = ALONE,
+        peers: Processes = ALONE,
         buffers: Buffers | None = None,
     ) -> None:
         self.settings, self.store, self.peers = settings, store, peers
@@ -227,7 +227,7 @@ class Run:
         self.peers.wait()
 
 
-def _everyones(entries: Entries, batch: Batch, peers: Peers) -> tuple[Entries, Tensor]:
+def _everyones(entries: Entries, batch: Batch, peers: Processes) -> tuple[Entries, Tensor]:
     """The active entries of all processes, and the stored row number of each of their rows."""
     numbers = torch.from_numpy(batch.rows).to(entries.rows.device)
     rows = entries.rows + peers.rank * len(numbers)
@@ -288,7 +288,7 @@ def _check_memory(wanted: list[Settings], store: Store, device: torch.device) ->
     memory.check(state, on_top, device)
 
 
-def _feed_all(runs: list[Run], store: Store, peers: Peers) -> None:
+def _feed_all(runs: list[Run], store: Store, peers: Processes) -> None:
     first = min(runs, key=lambda run: run.state.step)
     train, state = first.settings.train, first.state
     loader = store.train.loader(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from common import container
 from common.errors import InputError
 from train.activation_samples import PER_LATENT
 from train.step.losses import Objective
@@ -37,14 +38,16 @@ def passing(objective: Objective, d_in: int, d_out: int, batch: int) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free for this process; none where that cannot be told."""
+    """Bytes that are free for this process, the machine's or its container's; none where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
-    free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(free.split()[1]) * 1024
+    lines = meminfo.read_text(encoding="utf-8").splitlines()
+    free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    left = container.memory_left()
+    return free if left is None else min(free, left)
 
 
 def check(state: int, on_top: int, device: torch.device) -> None:

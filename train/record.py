@@ -50,7 +50,7 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
             )
         return
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         old = identity(validated(record["settings"], "written by another version"), record["d_in"])
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(
@@ -139,7 +139,7 @@ def git_commit() -> str | None:
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=10,
             check=True,
         )

@@ -126,7 +126,7 @@ def read(run_dir: Path) -> Iterator[Line]:
                 f"{run_dir}: {stands}; its samples are written when it ends (the same make train)"
             )
         raise InputError(f"{file}: no samples; train with train.sample_every above 0")
-    with file.open() as lines:
+    with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield LINE.validate_json(line)
@@ -193,7 +193,7 @@ def main() -> None:
     found = {line["latent"]: line for line in read(run_dir) if line["latent"] in set(wanted)}
     chosen = [found[latent] for latent in wanted]
     file = run_dir / "activation_samples" / "samples.html"
-    file.write_text(render(chosen))
+    file.write_text(render(chosen), encoding="utf-8")
     shown = (line for line in chosen if asked or line["samples"])
     for line in islice(shown, None if asked else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")

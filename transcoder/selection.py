@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from common.processes import ALONE, Peers
+from common.processes import ALONE, Processes
 from transcoder.entries import Entries
 
 SAMPLE = 1 << 16
@@ -32,7 +32,7 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
     return values.kthvalue(len(values) - k + 1).values
 
 
-def candidates(values: Float[Tensor, " n"], k: int, peers: Peers = ALONE) -> Int[Tensor, " m"]:
+def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) -> Int[Tensor, " m"]:
     """Ascending positions of positive values, among them all that are at least the k-th largest positive one.
 
     A strided sample guesses a cut that about 1.25 k values exceed. If fewer than k do, a quarter of the guess is
@@ -55,7 +55,7 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Peers = ALONE) -> Int
     return positions
 
 
-def _total(count: int, device: torch.device, peers: Peers) -> int:
+def _total(count: int, device: torch.device, peers: Processes) -> int:
     """The sum of all peers' counts."""
     if peers.world == 1:
         return count
@@ -102,7 +102,7 @@ Values = Callable[[Tensor], Tensor]
 
 
 def select_batch(
-    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Processes = ALONE
 ) -> tuple[Entries, Tensor]:
     """Batch top-k (Bussmann et al. 2024): every positive pre-activation at least as large as the (k*B)-th largest.
 
@@ -125,7 +125,7 @@ def select_batch(
 
 
 def select_rows(
-    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Peers = ALONE
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Processes = ALONE
 ) -> tuple[Entries, Tensor]:
     """Per-row top-k (Gao et al. 2024): in each row every positive value at least as large as its k-th largest.
 

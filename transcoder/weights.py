@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import publish
+from common.files import obey_umask, publish
+from common.identity import differs
 from common.settings import Settings
-from shards.identity import differs
 
 FILE_NAME = "transcoder.safetensors"
 FORMAT = "matryoshka-transcoder"
@@ -41,10 +41,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in its place. Raises `OSError` naming it where the disk refuses: safetensors'
-    own class of errors does not tell a full disk from a defect.
+    """Write a safetensors file in its place, as readable as the umask lets a new file be. Raises `OSError` naming it
+    where the disk refuses: safetensors' own class of errors does not tell a full disk from a defect.
     """
-    path.touch()  # save_file alone would make it readable for its owner only
     try:
         save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -52,6 +51,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+    obey_umask(path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 import harvest.run as run
 from common.errors import InputError
 from common.files import sha256
+from common.identity import directory_sha256
 from common.settings import Settings
 from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
-from shards.identity import directory_sha256
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 

@@ -1,6 +1,9 @@
 """What stock zarr-python reads is what we read; what is damaged is refused."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,7 +16,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import InputError
+from common.errors import ENVIRONMENT, InputError
 from common.files import sha256
 from shards import Store
 from shards.commit import commit_text, read_commit
@@ -80,9 +83,12 @@ def decoded(arrays: dict[str, np.ndarray], side: str, storage: str) -> np.ndarra
         return from_bfloat16(stored)
     if not STORAGES[storage].scaled:
         return stored.astype(np.float32)
-    scales, row_scales = arrays[f"{side}_scales"], arrays[f"{side}_row_scales"]
+    scales, row_scales, offsets = (arrays[f"{side}_{name}"] for name in ("scales", "row_scales", "offsets"))
     chunks = [slice(i, i + 1024) for i in range(0, len(stored), 1024)]
-    parts = [stored[c].astype(np.float32) * scales[i] * row_scales[c, None] for i, c in enumerate(chunks)]
+    parts = [
+        stored[c].astype(np.float32) * scales[i] * row_scales[c, None] + offsets[i]
+        for i, c in enumerate(chunks)
+    ]
     return np.concatenate(parts) if parts else np.zeros(stored.shape, np.float32)
 
 
@@ -226,7 +232,9 @@ def test_damaged_metadata_is_refused_at_once(
     assert line in str(stopped.value)
 
 
-@pytest.mark.parametrize("array", ["inputs", "input_scales", "output_row_scales", "outputs"])
+@pytest.mark.parametrize(
+    "array", ["inputs", "input_scales", "output_row_scales", "output_offsets", "outputs"]
+)
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
@@ -290,3 +298,78 @@ def test_open_files_are_bounded(store: Store) -> None:
     reader.chunk(0)
     reader.chunk(33)
     assert list(reader._files) == [0, 1]
+
+
+def test_a_store_without_offsets_is_read(tmp_path: Path) -> None:
+    """Bytes that the version of 2026-11-25 wrote: 1,100 + 20 rows, int8 with scales by rows' plain size."""
+    shutil.unpack_archive(Path(__file__).with_name("without_offsets.tar.xz"), tmp_path, filter="data")
+    old = Store.open(tmp_path / "layer_0.zarr")
+    assert not old.manifest.source.offsets
+    moments = old.manifest.splits["train"].outputs
+    assert moments is not None
+    assert moments.worst_dimension_fvu is None
+    inputs, outputs = old.train.rows(0, 1100)
+    assert inputs[1099].tolist() == [-0.24091242253780365, 0.9820712208747864, -1.278151512145996]
+    assert outputs[0].tolist() == [43.641639709472656, 51.90853500366211]
+    assert float(outputs.double().sum()) == 110469.76231956482
+    batch, _ = next(iter(old.train.loader(8, seed=0)))
+    assert any(torch.equal(batch[0], row) for row in inputs)
+
+
+def test_the_worst_dimension_is_reported_and_guarded(tmp_path: Path) -> None:
+    """bfloat16 has 256 steps from 1024 to 2048 of 4 each: the last dimension, 1500 +- 1, is all but lost."""
+    inputs, outputs = random_rows(2000)
+    inputs[:, 5] = 1500 + np.random.default_rng(0).normal(size=2000)
+    made = make_store(tmp_path / "a.zarr", (inputs, outputs), random_rows(0), "bfloat16")
+    moments = made.manifest.splits["train"].inputs
+    assert moments is not None
+    assert moments.worst_dimension == 5
+    stored = made.train.rows(0, 2000)[0][:, 5].double()
+    context, position = made.train.provenance(0, 2000)
+    true = torch.from_numpy(inputs[context.astype(int) * 15 + position - 1, 5]).double()
+    loss = float((stored - true).square().sum() / (true - true.mean()).square().sum())
+    assert moments.worst_dimension_fvu == pytest.approx(loss, rel=1e-6)
+    assert loss > 0.5
+    assert moments.quantisation_fvu < 1e-3
+    line = r"storing the inputs as bfloat16 costs dimension 5 [\d.]+ of its own variance, above harvest.max_dimension"
+    for limit, rows in ((0.05, 2000), (0.05, 255)):  # of few rows the variance may be small by chance
+        part = inputs[:rows], outputs[:rows]
+        if rows == 2000:
+            with pytest.raises(InputError, match=line):
+                make_store(tmp_path / "b.zarr", part, random_rows(0), "bfloat16", max_dimension_fvu=limit)
+        else:
+            make_store(tmp_path / "c.zarr", part, random_rows(0), "bfloat16", max_dimension_fvu=limit)
+    inputs[:, 5] = 1501  # constant, and no value of bfloat16: nothing varies that could be lost
+    made = make_store(
+        tmp_path / "d.zarr", (inputs, outputs), random_rows(0), "bfloat16", max_dimension_fvu=0.05
+    )
+    assert made.manifest.splits["train"].inputs
+    assert made.manifest.splits["train"].inputs.worst_dimension != 5
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "said"),
+    [
+        ("os.open", errno.EMFILE, "Too many open files"),
+        ("os.open", errno.EACCES, "Permission denied"),
+        (
+            "mmap.mmap",
+            errno.ENODEV,
+            "cannot be mapped into memory (No such device); copy the store to another disk",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_no_damage(
+    store: Store, call: str, number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make verify ARGS=--repair` would harvest again what is whole."""
+    opened = Store.open(store.path)
+
+    def refuses(*where: object, **_: object) -> None:
+        raise OSError(number, os.strerror(number), where[0] if call == "os.open" else None)
+
+    monkeypatch.setattr(call, refuses)
+    with pytest.raises(OSError, match=re.escape(said)) as stopped:
+        opened.train.rows(0, 10)
+    assert stopped.value.errno in ENVIRONMENT  # one line, exit code 2
+    assert str(stopped.value.filename).startswith(str(store.path / "train"))

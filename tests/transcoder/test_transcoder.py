@@ -1,5 +1,7 @@
 """The transcoder as other stages use it, and its file."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,17 @@ def test_what_is_no_input_is_refused(call) -> None:
         call(made(), torch.zeros(4, 3))
     with pytest.raises(InputError, match=r"acts: expected floats \[\.\.\., 11\], found float32 \[4, 5\]"):
         made().decode(torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_the_umask_says_who_reads_the_weights(umask: int, tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600, which a colleague, a web server or a container's user cannot read."""
+    old = os.umask(umask)
+    try:
+        made().save(tmp_path / "run")
+        made().save(tmp_path / "run")  # over a file that is there
+    finally:
+        os.umask(old)
+    files = list((tmp_path / "run").iterdir())
+    assert [file.name for file in files] == ["transcoder.safetensors"]
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o666 & ~umask

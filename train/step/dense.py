@@ -6,7 +6,7 @@ Shapes: B rows, D_in, D_out, F latents, G groups.
 import torch
 from torch import Tensor
 
-from common.processes import ALONE, Peers
+from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, aux_loss, nested_loss
 from transcoder.selection import SELECT
@@ -16,7 +16,7 @@ from transcoder.transcoder import Parameters
 class DenseStep:
     """Forward and backward over all latents of all rows."""
 
-    def __init__(self, objective: Objective, peers: Peers = ALONE) -> None:
+    def __init__(self, objective: Objective, peers: Processes = ALONE) -> None:
         self.objective, self.peers = objective, peers
 
     def __call__(

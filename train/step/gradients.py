@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.processes import Peers
+from common.processes import Processes
 
 
 class Block(NamedTuple):
@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
     blocks: Callable[[], Iterator[Block]]
     """Every latent once, in order. May be called again as long as no block was used to change parameters."""
 
-    def over(self, peers: Peers) -> "Gradients":
+    def over(self, peers: Processes) -> "Gradients":
         """The sum of all processes' gradients."""
         if peers.world == 1:
             return self

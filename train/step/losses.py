@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from common.processes import ALONE, Peers
+from common.processes import ALONE, Processes
 from transcoder.entries import Entries
 
 
@@ -38,10 +38,10 @@ class Objective:
 def prefix_weights(n: int) -> tuple[float, ...]:
     """Weights of the losses of n prefixes, coarsest first; they sum to 1.
 
-    In proportion 1.15, 1, ..., 1, 2.1. The whole dictionary counts about twice: equal weights cost it more by being
-    nested, a larger one gains it nothing more (docs/log.md). The first prefix has the fewest latents and is read first.
+    In proportion 1.1, 1, ..., 1, 1.3. The whole dictionary counts a third more: equal weights cost it more by being
+    nested (docs/log.md). The first prefix has the fewest latents and is read first.
     """
-    shares = [1.15, *[1.0] * (n - 2), 2.1][-n:]
+    shares = [1.1, *[1.0] * (n - 2), 1.3][-n:]
     return tuple(share / sum(shares) for share in shares)
 
 
@@ -96,7 +96,7 @@ def aux_loss(
     *,
     aux_k: int,
     coefficient: float,
-    peers: Peers = ALONE,
+    peers: Processes = ALONE,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents explain what the living ones left over.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from common.processes import ALONE, Peers
+from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, nested_loss
 from transcoder.entries import Entries
@@ -54,7 +54,9 @@ class Buffers:
 class SparseStep:
     """Forward and backward with one dense product, the encoder's."""
 
-    def __init__(self, objective: Objective, peers: Peers = ALONE, buffers: Buffers | None = None) -> None:
+    def __init__(
+        self, objective: Objective, peers: Processes = ALONE, buffers: Buffers | None = None
+    ) -> None:
         self.objective, self.peers = objective, peers
         self._buffers = buffers or Buffers()
 
@@ -253,7 +255,7 @@ def _aux(
     residual: Tensor,
     dead: Tensor,
     objective: Objective,
-    peers: Peers,
+    peers: Processes,
 ) -> tuple[Tensor, DeadGradients]:
     """`aux_loss` (Gao et al. 2024) on the dead latents' pre-activations [B, N], and its gradients by their rows.
 

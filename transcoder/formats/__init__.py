@@ -13,7 +13,6 @@ from torch import Tensor
 
 from common import hub
 from common.errors import InputError
-from train import record
 from transcoder import weights
 from transcoder.formats import gemma_scope, saelens
 
@@ -52,7 +51,11 @@ def weights_file(path: Path) -> Path:
             f"{found}: a pickle, which is not read; save its tensors as SAELens' or Gemma Scope's files"
         )
     if found is None:
-        record.refuse_unfinished(path)
+        if (path / "settings.json").is_file():
+            raise InputError(
+                f"{path}: interrupted, or still training: the weights are written at the end; the same make train goes "
+                "on, and make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
+            )
         if (path / "config.yaml").is_file() and (layers := sorted(path.glob("layer_*.safetensors"))):
             return layers[0]  # circuit-tracer's set: its reader says what it is
         raise InputError(

@@ -208,9 +208,9 @@ def test_bfloat16_changes_the_selection_at_most(selection: str) -> None:
     ("n", "expected"),
     [
         (1, (1.0,)),
-        (2, (1.15 / 3.25, 2.1 / 3.25)),
-        (3, (1.15 / 4.25, 1 / 4.25, 2.1 / 4.25)),
-        (4, (1.15 / 5.25, 1 / 5.25, 1 / 5.25, 0.4)),
+        (2, (1.1 / 2.4, 1.3 / 2.4)),
+        (3, (1.1 / 3.4, 1 / 3.4, 1.3 / 3.4)),
+        (4, (0.25, 1 / 4.4, 1 / 4.4, 1.3 / 4.4)),
     ],
 )
 def test_weights_of_the_prefixes(n: int, expected: tuple[float, ...]) -> None:

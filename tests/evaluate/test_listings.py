@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluate import listing
+from evaluate import runs as listing
+from evaluate import stores
 from evaluate.__main__ import main as evaluate_main
-from shards import listing as stores
 from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
 
 

@@ -1,4 +1,4 @@
-"""python -m shards.listing [--layer 17]: every store below paths.activations, finished or begun, one line each."""
+"""python -m evaluate.stores [--layer 17]: every store below paths.activations, finished or begun, one line each."""
 
 import os
 import re
@@ -97,7 +97,7 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 
 
 def main() -> None:
-    settings, given = load(parser("shards.listing", __doc__ or ""))
+    settings, given = load(parser("evaluate.stores", __doc__ or ""))
     where = settings.paths.activations
     if is_url(where):
         raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")

@@ -1,4 +1,4 @@
-"""python -m evaluate.listing [--layer 17]: every run below paths.checkpoints, one line each."""
+"""python -m evaluate.runs [--layer 17]: every run below paths.checkpoints, one line each."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from common.errors import InputError
 from common.settings import Settings
 from evaluate.files import finished
 from evaluate.report.console import number_of
-from shards.listing import print_table, size_of
+from evaluate.stores import print_table, size_of
 from train import checkpoint, record
 from transcoder import weights
 
@@ -88,7 +88,7 @@ def _begun(run_dir: Path) -> dict[str, str]:
     line = _asked(said["settings"], said.get("used") or {})
     wanted, folder = said["settings"]["train"]["rows"], checkpoint.latest(run_dir)
     state: dict[str, Any] = (
-        json.loads((folder / "state.json").read_text()) if folder else {"rows": 0, "step": 0}
+        json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else {"rows": 0, "step": 0}
     )
     line["rows"] = f"{state['rows']:,} of {wanted:,}"
     return line | {"evaluated": f"interrupted at step {state['step']:,}"}
@@ -125,7 +125,7 @@ def chosen(settings: Settings) -> tuple[Settings, str | None]:
 
 
 def main() -> None:
-    settings, given = load(parser("evaluate.listing", __doc__ or ""))
+    settings, given = load(parser("evaluate.runs", __doc__ or ""))
     folder = settings.paths.checkpoints
     lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if given.layer else ())]
     print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")
