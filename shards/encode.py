@@ -17,9 +17,9 @@ from shards.storage import Storage
 def encode_rows(
     rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """A window's [n, d] float32 rows as files by array name, and their sums.
+    """(files by array name, sums) of a window's rows [n, d] float32.
 
-    Sums are float64, chunk by chunk in order: n, sum, sum of squares, squared error of storing.
+    The sums are float64, added chunk by chunk: n, sum, sum of squares, squared error of storing.
     """
     stored = np.empty(rows.shape, storage.dtype)
     scales = np.empty((math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
@@ -32,12 +32,11 @@ def encode_rows(
         stored[here] = encoded.stored
         if storage.scaled:
             scales[number], row_scales[here] = encoded.scales, encoded.row_scales
-        back = storage.decode(encoded)
-        wide = chunk.astype(np.float64)
-        total += wide.sum(axis=0)
-        squares += np.einsum("nd,nd->d", wide, wide)
-        lost = back - chunk
-        error += float(np.einsum("nd,nd->n", lost, lost).sum(dtype=np.float64))
+        values = chunk.astype(np.float64)
+        total += values.sum(axis=0)
+        squares += np.einsum("nd,nd->d", values, values)
+        deviation = storage.decode(encoded) - chunk
+        error += float(np.einsum("nd,nd->n", deviation, deviation).sum(dtype=np.float64))
     files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
     if storage.scaled:
         files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], scales)
@@ -47,7 +46,7 @@ def encode_rows(
 
 
 def encode_chunk(array: Array, values: np.ndarray) -> bytes:
-    """`values`, padded with zeros to a full chunk, compressed, with its checksum."""
+    """The bytes of a chunk: `values`, padded with zeros to full shape and compressed, then their checksum."""
     full = np.ascontiguousarray(values, dtype=array.dtype)
     if full.shape != array.chunk:
         padded = np.zeros(array.chunk, array.dtype)
@@ -59,7 +58,8 @@ def encode_chunk(array: Array, values: np.ndarray) -> bytes:
 
 
 def encode_shard(array: Array, values: np.ndarray) -> bytes:
-    """A file's lines: inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
+    """The bytes of a file: its chunks, the index of their (offset, length) pairs, its checksum (sharding codec 1.0)."""
+    # An absent chunk has both its numbers at their largest.
     index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
     parts: list[bytes] = []
     offset = 0
@@ -71,14 +71,14 @@ def encode_shard(array: Array, values: np.ndarray) -> bytes:
     return b"".join([*parts, table, crc32c(table)])
 
 
-def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
-    """Sums of windows, added in window order -> moments; None when there are no rows."""
-    rows = sum(sums["n"] for sums in windows_)
+def reduce_moments(windows: list[dict[str, Any]]) -> Moments | None:
+    """The moments of a split from the sums of its windows, added in their order; None if there are no rows."""
+    rows = sum(sums["n"] for sums in windows)
     if rows == 0:
         return None
-    total = sum((np.array(sums["sum"]) for sums in windows_), start=np.zeros(1))
-    squares = sum((np.array(sums["squares"]) for sums in windows_), start=np.zeros(1))
-    error = sum(sums["error"] for sums in windows_)
+    total = sum((np.array(sums["sum"]) for sums in windows), start=np.zeros(1))
+    squares = sum((np.array(sums["squares"]) for sums in windows), start=np.zeros(1))
+    error = sum(sums["error"] for sums in windows)
     mean = total / rows
     deviations = float(np.maximum(squares - rows * mean**2, 0).sum())
     return Moments(
