@@ -20,7 +20,7 @@ CONSTANT = 1e-10
 def encode_rows(
     rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """A window's [n, d] float32 rows as files by array name, and their sums.
+    """(files by array name, sums) of a window's rows [n, d] float32.
 
     Sums are float64, chunk by chunk in order: n; of each dimension sum, sum of squares, squared error of storing.
     """
@@ -56,7 +56,7 @@ def encode_rows(
 
 
 def encode_chunk(array: Array, values: np.ndarray) -> bytes:
-    """`values`, padded with zeros to a full chunk, compressed, with its checksum."""
+    """The bytes of a chunk: `values`, padded with zeros to full shape and compressed, then their checksum."""
     full = np.ascontiguousarray(values, dtype=array.dtype)
     if full.shape != array.chunk:
         padded = np.zeros(array.chunk, array.dtype)
@@ -68,7 +68,8 @@ def encode_chunk(array: Array, values: np.ndarray) -> bytes:
 
 
 def encode_shard(array: Array, values: np.ndarray) -> bytes:
-    """A file's lines: inner chunks, then the index of (offset, length) pairs and its checksum (sharding codec 1.0)."""
+    """The bytes of a file: its chunks, the index of their (offset, length) pairs, its checksum (sharding codec 1.0)."""
+    # An absent chunk has both its numbers at their largest.
     index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
     parts: list[bytes] = []
     offset = 0
@@ -80,14 +81,14 @@ def encode_shard(array: Array, values: np.ndarray) -> bytes:
     return b"".join([*parts, table, crc32c(table)])
 
 
-def reduce_moments(windows_: list[dict[str, Any]]) -> Moments | None:
-    """Sums of windows, added in window order -> moments; None when there are no rows."""
-    rows = sum(sums["n"] for sums in windows_)
+def reduce_moments(windows: list[dict[str, Any]]) -> Moments | None:
+    """The moments of a split from the sums of its windows, added in their order; None if there are no rows."""
+    rows = sum(sums["n"] for sums in windows)
     if rows == 0:
         return None
-    total = sum((np.array(sums["sum"]) for sums in windows_), start=np.zeros(1))
-    squares = sum((np.array(sums["squares"]) for sums in windows_), start=np.zeros(1))
-    error = sum(sums["error"] for sums in windows_)
+    total = sum((np.array(sums["sum"]) for sums in windows), start=np.zeros(1))
+    squares = sum((np.array(sums["squares"]) for sums in windows), start=np.zeros(1))
+    error = sum(sums["error"] for sums in windows)
     mean = total / rows
     variation = np.maximum(squares - rows * mean**2, 0)
     deviations = float(variation.sum())

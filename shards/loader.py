@@ -1,9 +1,9 @@
-"""Reader + order -> prefetched, dequantised batches on the device that trains; resumable position.
+"""Reader + order -> shuffled, dequantised batches on the training device, decoded ahead, from any position.
 
-An epoch's full chunks are permuted and cut into groups of M; a batch takes B/M consecutive rows of each chunk
-of its group, so it mixes M windows' worth of text while every file is read chunk by chunk. A group is decoded
-ahead by threads (numcodecs releases the GIL) into one of two buffers that are reused; it stays in the storage
-type until a batch is cut from it, which another thread does.
+The full chunks of an epoch are permuted and cut into groups of M. A batch takes B/M consecutive rows of each chunk
+of its group, so it mixes the text of M windows, and every file is still read chunk by chunk. Threads decode the next
+group (numcodecs releases the GIL) into one of two buffers that are reused. A group keeps the storage type until
+another thread cuts a batch from it.
 
 Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D width.
 """
@@ -33,39 +33,39 @@ SIDES = ("input", "output")
 
 
 class StoredRows(Protocol):
-    """What a loader needs of a `shards.StoreSplit`."""
+    """The part of a `shards.StoreSplit` that a loader needs."""
 
     d_in: int
     d_out: int
     storage: Storage
     readers: dict[str, ChunkReader]
-    """By array."""
+    """Readers by array name."""
 
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch, and where it comes from."""
+    """One training batch and its place."""
 
     inputs: torch.Tensor
     """[B, D_in] float32"""
     outputs: torch.Tensor
     """[B, D_out] float32"""
     rows: np.ndarray
-    """[B] int64: where each row is in the stored split"""
+    """[B] int64: number of each row in the stored split"""
     epoch: int
     index: int
     """Number of the batch in its epoch."""
 
 
 class Loader:
-    """Iterator of (inputs, outputs); `batches()` also tells rows and position.
+    """Iterator of (inputs, outputs); `batches()` gives rows and position too.
 
-    The order is a pure function of (seed, epoch, number of chunks): starting at any (epoch, batch) gives the
-    batches that an uninterrupted pass gives there. `batch_size` counts all ranks' rows; rank r of n reads
-    chunks r::n of each group, so the ranks' batches together are the one-process batch.
-    Raises `InputError` when the split is too small for a batch, and whatever a decoding thread raised.
+    The order is a pure function of (seed, epoch, number of chunks). A start at any (epoch, batch) gives the
+    batches that an uninterrupted pass gives there. `batch_size` counts the rows of all ranks. Rank r of n reads
+    chunks r::n of each group, so the batches of all ranks together are the batch of one process.
+    Raises `InputError` if the split is too small for a batch, and any error of a decoding thread.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Loader:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of one pass; the rows of the last, unfilled group are left out."""
+        """Batches of one pass, without the rows of the last, incomplete group."""
         return self.chunks // self.group * self.batches_per_group
 
     def __len__(self) -> int:
-        """Batches still to come; an endless loader has no length."""
+        """Number of remaining batches; an endless loader has no length."""
         if not self._bounded:
             raise TypeError("an endless loader has no length")
         return int(self.stop_epoch - self.start_epoch) * self.batches_per_epoch - self.start_batch
@@ -114,7 +114,7 @@ class Loader:
             yield batch.inputs, batch.outputs
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Threads decode the next group while others cut batches from the group at hand, AHEAD of the caller."""
+        """Yields batches. Threads decode the next group; others cut AHEAD batches from the current one."""
         current, following = _Group(self), _Group(self)
         cut: deque[Future[Batch]] = deque()
         with (
@@ -127,7 +127,7 @@ class Loader:
                 current.decode(decoders, turn.chunks)
             while turn is not None:
                 next_turn = next(turns, None)
-                wait(cut)  # they read the buffers that are decoded into now
+                wait(cut)  # these batches read the buffers that `following` will overwrite
                 if next_turn is not None:
                     following.decode(decoders, next_turn.chunks)
                 current.wait()
@@ -192,13 +192,13 @@ class _Group:
             self._split.readers[name].chunk(chunk, out=buffer[slot])
 
     def wait(self) -> None:
-        """Until every chunk is decoded; raises what a thread raised."""
+        """Wait until every chunk is decoded. Raises the error of a thread that failed."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
 
     def values(self, side: str, rows: slice, device: torch.device) -> torch.Tensor:
-        """[M * R, D] float32 on `device`; to a GPU it travels in the storage type."""
+        """[M * R, D] float32 on `device`. The copy to a GPU is in the storage type."""
         stored = self._arrays[f"{side}s"][:, rows]
         scales, offsets = [], self._arrays.get(f"{side}_offsets")  # of columns [M, 1, D]
         if f"{side}_scales" in self._arrays:
@@ -215,8 +215,8 @@ class _Group:
         return values.reshape(-1, values.shape[-1])
 
     def _on_cpu(self, stored: np.ndarray, scales: list[np.ndarray], offsets: np.ndarray | None) -> np.ndarray:
-        """[M, R, D] in numpy: in a thread of our own it takes one core and no more, where torch would take them all
-        and spin (two cores: 430 k rows/s with torch, see docs/log.md).
+        """[M, R, D] float32, computed in numpy: it takes one core in this thread. Torch would take all cores and spin
+        (430 k rows/s on two cores, see docs/log.md).
         """
         values = self._split.storage.widen(stored)
         for scale in scales:
@@ -227,12 +227,12 @@ class _Group:
 
 
 def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on a GPU, by way of pinned memory."""
+    """A copy on a GPU, through pinned memory."""
     return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
 
 
 def _group_size(chunks: int, batch_size: int, world: int) -> int:
-    """The largest M <= 32 that the split can fill, that divides the batch and that the ranks divide."""
+    """M: the largest number up to 32 that the split can fill, that divides the batch and that the ranks divide."""
     for size in range(min(GROUP_CHUNKS, chunks), 0, -1):
         if batch_size % size == 0 and size % world == 0 and batch_size // size <= CHUNK_ROWS:
             return size

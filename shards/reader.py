@@ -1,7 +1,7 @@
-"""Memory-mapped, verified chunk access; no shuffling.
+"""Verified chunks of memory-mapped files; no shuffling.
 
-The fast path reads exactly the layout that `layout.Array.metadata` describes. An array whose metadata says
-anything else (another codec chain, say) is read through zarr-python, with a warning that says so.
+The fast path reads exactly the layout that `layout.Array.metadata` describes. zarr-python reads an array with
+other metadata (another codec chain, say), with a warning.
 """
 
 import json
@@ -23,13 +23,13 @@ from shards.remote import Files, LocalFiles
 CRC = 4
 INDEX_BYTES = 16 * FILE_CHUNKS + CRC
 CORE_CODECS = {"bytes", "zstd", "blosc", "gzip", "crc32c", "transpose", "sharding_indexed"}
-"""What zarr-python may run on a store's bytes: any package can register another codec, one that unpickles too."""
+"""Codecs that zarr-python may run on a store's bytes. Any package can register another, also one that unpickles."""
 OPEN_FILES = 40
-"""Maps kept per array: a loader's group of 32 chunks may lie in 32 files."""
+"""Maps kept open per array: the 32 chunks of a loader's group may be in 32 files."""
 
 
 class DamagedChunkError(InputError):
-    """A chunk whose bytes are missing or not the ones that were written; `what` says which without the place."""
+    """A chunk whose bytes are missing or differ from those written; `what` is the message without the place."""
 
     def __init__(self, place: str, what: str) -> None:
         self.what = what
@@ -42,32 +42,32 @@ class ChunkReader(Protocol):
     array: Array
 
     def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Decoded chunk `number` at full chunk shape, into `out` where given.
+        """Decoded chunk `number` at full chunk shape, written into `out` if it is not None.
 
-        Rows of a last chunk beyond the array's shape are padding. Raises `InputError` naming the file, the
-        chunk and the rows when bytes are missing or damaged.
+        Rows of the last chunk beyond the array's shape are padding. Raises `InputError` with the file, the
+        chunk and the rows if bytes are missing or damaged.
         """
         ...
 
 
 def open_array(files: Files, array: Array) -> ChunkReader:
-    """The fast reader where the metadata is the known one, zarr-python's otherwise (local stores only)."""
+    """The fast reader if the array's metadata is that of this version, otherwise zarr-python's (local stores only)."""
     path = files.local(f"{array.path}/zarr.json")
     try:
-        found = json.loads(path.read_bytes())
+        metadata = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     expected = array.metadata()
     for key in ("shape", "data_type"):
-        if found.get(key) != expected[key]:
-            raise InputError(f"{path}: {key}: expected {expected[key]}, found {found.get(key)}")
-    if all(found.get(key) == expected[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs")):
+        if metadata.get(key) != expected[key]:
+            raise InputError(f"{path}: {key}: expected {expected[key]}, found {metadata.get(key)}")
+    if all(metadata.get(key) == expected[key] for key in ("chunk_grid", "chunk_key_encoding", "codecs")):
         return MappedArray(files, array)
     if not isinstance(files, LocalFiles):
         raise InputError(
             f"{files.where}/{array.path}: layout unknown to the fast reader; copy the store here"
         )
-    if unknown := _codec_names(found.get("codecs")) - CORE_CODECS:
+    if unknown := _codec_names(metadata.get("codecs")) - CORE_CODECS:
         raise InputError(
             f"{path}: codec {unknown.pop()}: expected those of zarr's core: {', '.join(sorted(CORE_CODECS))}"
         )
@@ -76,7 +76,7 @@ def open_array(files: Files, array: Array) -> ChunkReader:
 
 
 def _codec_names(codecs: Any) -> set[str]:
-    """Every codec of a zarr.json's list, those inside a shard too; an entry that is none by its repr."""
+    """Names of all codecs in a zarr.json's list and inside its shards; of an entry that is no codec, its repr."""
     names = set()
     for codec in codecs if isinstance(codecs, list) else [codecs]:
         names.add(str(codec.get("name")) if isinstance(codec, dict) else repr(codec))
@@ -87,7 +87,7 @@ def _codec_names(codecs: Any) -> set[str]:
 
 
 class MappedArray:
-    """Chunks straight from memory-mapped files; safe to call from several threads."""
+    """Chunks from memory-mapped files. Several threads may call it."""
 
     def __init__(self, files: Files, array: Array) -> None:
         self.array = array
@@ -129,7 +129,7 @@ class MappedArray:
 
 
 class _File:
-    """One mapped file: its index parsed once, its length looked at before every chunk."""
+    """One mapped file. Its index is parsed once, its length checked before every chunk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,8 +151,8 @@ class _File:
         self._index = np.frombuffer(table.tobytes(), "<u8").reshape(-1, 2)
 
     def payload(self, inner: int) -> np.ndarray:
-        """A chunk's compressed bytes, checksum verified; raises `ValueError` saying what is wrong."""
-        # A mapping that reaches beyond a shortened file kills the process with SIGBUS: look first.
+        """A chunk's compressed bytes, after its checksum is verified. Raises `ValueError` that says what is wrong."""
+        # Reading a mapping beyond the end of a shortened file kills the process with SIGBUS: check the length first.
         if (size := os.fstat(self._fd).st_size) != self._size:
             raise ValueError(f"the file's length changed from {self._size} to {size} bytes")
         offset, length = (int(x) for x in self._index[inner])
@@ -169,7 +169,7 @@ class _File:
 
 
 class ZarrArray:
-    """The same chunks through zarr-python: the reference, and the way for layouts it alone knows."""
+    """The same chunks through zarr-python: the reference, and the reader of all other layouts."""
 
     def __init__(self, root: Path, array: Array) -> None:
         import zarr
@@ -193,7 +193,7 @@ class ZarrArray:
 
 
 def read_lines(reader: ChunkReader, lines: range) -> np.ndarray:
-    """Lines of an array along its first axis, chunk by chunk."""
+    """Lines of an array along its first axis, read chunk by chunk."""
     array, size = reader.array, reader.array.chunk[0]
     out = np.empty((len(lines), *array.shape[1:]), array.dtype)
     for chunk in range(lines.start // size, -(-lines.stop // size)):
@@ -204,7 +204,7 @@ def read_lines(reader: ChunkReader, lines: range) -> np.ndarray:
 
 
 class Contexts:
-    """[C, T] int32 token ids; indexed with a number, a slice or an array of numbers."""
+    """[C, T] int32 token ids. The index is a number, a slice or an array of numbers."""
 
     def __init__(self, reader: ChunkReader) -> None:
         self._reader = reader
@@ -214,10 +214,10 @@ class Contexts:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        wanted = np.atleast_1d(np.arange(len(self))[key])
-        out = np.empty((len(wanted), self.shape[1]), np.int32)
+        numbers = np.atleast_1d(np.arange(len(self))[key])
+        out = np.empty((len(numbers), self.shape[1]), np.int32)
         size = self._reader.array.chunk[0]
-        for chunk in np.unique(wanted // size):
-            here = wanted // size == chunk
-            out[here] = self._reader.chunk(int(chunk))[wanted[here] - chunk * size]
+        for chunk in np.unique(numbers // size):
+            here = numbers // size == chunk
+            out[here] = self._reader.chunk(int(chunk))[numbers[here] - chunk * size]
         return out[0] if isinstance(key, int | np.integer) else out

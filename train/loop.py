@@ -71,8 +71,8 @@ def train_step(
     x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     dead = state.dead(recipe.train.dead_after_rows)
     values, gradients = step(state.parameters, x, y, dead)
-    if not torch.isfinite(values.loss):
-        bad = (~torch.isfinite(values.squared_errors)).nonzero()
+    if not torch.isfinite(values.loss):  # sync: nothing may change after an infinite loss
+        bad = (~torch.isfinite(values.squared_errors)).nonzero()  # sync: only on the way to an error
         raise NonFiniteLossError(int(bad[0]) if len(bad) else None)
     lift = revival(dead, recipe.objective.d_sae, y.shape[1])
     lr = recipe.learning_rate(state.step)
@@ -80,9 +80,11 @@ def train_step(
     if recipe.train.density_limit is not None:
         restrain(state, recipe.train.density_limit, lr)
 
-    fired = peers.total(torch.bincount(values.entries.latents, minlength=recipe.objective.d_sae))
-    rows = len(x) * peers.world
-    state.count(values.cut.item(), fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
+    # sync: bincount looks for the largest latent
+    fired = torch.bincount(values.entries.latents, minlength=recipe.objective.d_sae)
+    fired, rows = peers.total(fired), len(x) * peers.world
+    cut = values.cut.item()  # sync: a number of the log
+    state.count(cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
     return values
 
 

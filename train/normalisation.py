@@ -1,6 +1,6 @@
-"""The space that training works in, made of the moments that every store's manifest holds.
+"""Normalised space, in which training works. It follows from the moments in a store's manifest.
 
-Shapes: B rows, D_in, D_out. `fold` takes it into the weights, `unfold` out of them.
+Shapes: B rows, D_in, D_out. `fold` puts the normalisation into the weights, `unfold` takes it out.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from shards.manifest import Moments
 from transcoder.transcoder import Parameters
 
 POWER = 0.5
-"""Of an input dimension's standard deviation, by which it is divided: between one scale for all (0) and a variance of
-1 in each (1). Measured on a list of stores, see docs/log.md."""
+"""An input dimension is divided by its standard deviation to this power. 0 is one scale for all dimensions, 1 gives
+each a variance of 1. Measured on several stores, see docs/log.md."""
 LEAST_VARIANCE = 1e-4
-"""Of a dimension, relative to the mean one: less is not made larger still, as it may be storing's noise."""
+"""Variances below this share of the mean variance count as this share: they may be quantisation noise."""
 NORMALISATION = (
     f"inputs centred, each dimension divided by its std to the power {POWER}; outputs by the std of all"
 )
@@ -28,33 +28,36 @@ class Scaling:
     """Normalised space: x = (input - mean_in) / scale_in, y = output / scale_out."""
 
     mean_in: Float[Tensor, " D_in"]
-    """Mean raw input. Most of the inputs' energy can lie in it (52 % in SmolLM2's layer 12, 97 % in Gemma-3-270M's
-    layer 9); where it was left in, Adam's first steps moved whole latents along it, to where they are negative on
-    every row."""
+    """Mean raw input. It can hold most of the inputs' energy (52 % in SmolLM2's layer 12, 97 % in Gemma-3-270M's
+    layer 9). With it in the inputs, Adam's first steps move many latents along it until they never fire."""
     scale_in: Float[Tensor, " D_in"]
-    """Of each dimension: `input_scale` of its variance."""
+    """Divisor of each dimension: `input_scale` of its variance."""
     scale_out: float
     """Root mean square of the centred outputs."""
 
     @classmethod
     def of(cls, inputs: Moments, outputs: Moments, device: torch.device | str = "cpu") -> "Scaling":
-        """From the moments of a store's train rows. Neither mean has a say in the scales."""
+        """The scaling of a store with these moments of its train rows. The scales do not depend on the means."""
         mean = torch.tensor(inputs.mean, dtype=torch.float32, device=device)
         scale_in = torch.from_numpy(input_scale(inputs.variance)).to(mean)
         return cls(mean, scale_in, float(np.sqrt(outputs.variance.mean())) or 1.0)
 
     def inputs(self, raw: Float[Tensor, "B D_in"]) -> Float[Tensor, "B D_in"]:
-        """x of raw inputs."""
+        """Raw inputs -> x."""
         return (raw - self.mean_in).div_(self.scale_in)
 
     def outputs(self, raw: Float[Tensor, "B D_out"]) -> Float[Tensor, "B D_out"]:
-        """y of raw outputs."""
+        """Raw outputs -> y."""
         return raw / self.scale_out
 
 
 def input_scale(variance: np.ndarray) -> np.ndarray:
-    """[D] float64 by which the centred input dimensions of these variances are divided: std^POWER, in such units that
-    the rows have a mean square of 1. All 1 where nothing varies.
+    """[D] float64 divisors of centred input dimensions with these variances: std^POWER, times one factor that gives
+    the rows a mean square of 1. All are 1 if nothing varies.
+
+    >>> scale = input_scale(np.array([16.0, 1.0]))  # std 4 and 1: divisors in the ratio 4^0.5 = 2
+    >>> bool(np.isclose(scale[0] / scale[1], 2.0)), bool(np.isclose(np.mean([16, 1] / scale**2), 1.0))
+    (True, True)
     """
     typical = variance.mean()
     if not typical:
@@ -65,7 +68,7 @@ def input_scale(variance: np.ndarray) -> np.ndarray:
 
 
 def fold(trained: Parameters, by: Scaling) -> Parameters:
-    """Parameters on raw activations, given those on normalised ones.
+    """Parameters on normalised activations -> the same transcoder on raw ones.
 
     With a = relu(x W_enc^T + b_enc) the raw activation is scale_out * a, so that decoder rows
     keep unit norm: output = scale_out * y = (scale_out * a) W_dec + scale_out * b_dec. The mean

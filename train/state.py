@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and its form on disk.
+"""All that changes while a run trains, and its form on disk.
 
 Shapes: F latents, G prefixes.
 """
@@ -15,44 +15,44 @@ from train.step.optimizer import Adam
 from transcoder.transcoder import Parameters
 
 THRESHOLD_AVERAGE = 0.01
-"""Weight of the newest cut in the moving average that is logged as the threshold."""
+"""Weight of the newest cut in its moving average, which is logged as the threshold."""
 DENSITY_AVERAGE = 0.02
-"""Weight of the newest batch in a latent's density: about 50 batches count."""
+"""Weight of the newest batch in a latent's density: an average over about 50 batches."""
 
 
 @dataclass
 class State:
-    """Everything that changes while a run trains."""
+    """All that changes while a run trains."""
 
     parameters: Parameters
     """In normalised space, changed in place."""
     adam: Adam
     last_fired: Tensor
-    """[F] int64: rows seen when each latent last fired."""
+    """[F] int64: number of rows seen when each latent last fired."""
     density: Tensor
-    """[F] float32: moving average of the share of a batch's rows on which each latent fires."""
+    """[F] float32: share of the rows on which each latent fires, a moving average over batches."""
     kept: Tensor
-    """[G] float64: activations below each prefix end that batch top-k kept in the last tenth of training."""
+    """[G] float64: number of activations that the selection kept in each prefix, in the last tenth of training."""
     kept_rows: int = 0
-    """Rows that `kept` was counted over."""
+    """Rows over which `kept` was counted."""
     step: int = 0
-    """Steps done."""
+    """Steps finished."""
     rows: int = 0
     """Rows seen."""
     epoch: int = 0
-    """Where the loader goes on: this epoch, and this batch of it."""
+    """The loader continues with batch `batch` of this epoch."""
     batch: int = 0
     threshold: float | None = None
     """Moving average of the cuts, in normalised space."""
 
     samples: Samples | None = None
-    """Strongest rows of each latent; none when they are not collected."""
+    """Strongest rows of each latent; None if the run collects none."""
     newest_l0: float = 0.0
     """Active latents per row in the newest step."""
 
     @classmethod
     def start(cls, parameters: Parameters, prefix_ends: Sequence[int], sampled: bool = False) -> "State":
-        """Before the first step."""
+        """The state before the first step."""
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
         density = torch.zeros(len(parameters.b_enc), device=device)
@@ -63,17 +63,17 @@ class State:
     def count(
         self, cut: float, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
     ) -> None:
-        """Take in one step's cut, how often each latent fired [F] and the number of rows.
+        """Record one step: its cut, how often each latent fired [F], the number of rows.
 
         `kept` adds up from step `counting` on.
         """
-        ends = torch.tensor(prefix_ends, device=fired.device)
+        ends = torch.tensor(prefix_ends, device=fired.device)  # sync: copied from the host
         kept = fired.double().cumsum(0)[ends - 1]
         self.density.lerp_((fired / rows).to(self.density), DENSITY_AVERAGE)
         self.last_fired = torch.where(fired > 0, self.rows + rows, self.last_fired)
         old = cut if self.threshold is None else self.threshold
         self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
-        self.newest_l0 = float(kept[-1]) / rows
+        self.newest_l0 = float(kept[-1]) / rows  # sync: a number of the log
         if self.step == counting:
             self.kept.zero_()
             self.kept_rows = 0
@@ -84,11 +84,11 @@ class State:
         self.rows += rows
 
     def dead(self, after_rows: int) -> Tensor:
-        """Indices, ascending, of the latents that have not fired for more than `after_rows` rows."""
-        return (self.last_fired < self.rows - after_rows).nonzero().squeeze(1)
+        """Ascending indices of the dead latents: those that have not fired for more than `after_rows` rows."""
+        return (self.last_fired < self.rows - after_rows).nonzero().squeeze(1)  # sync: how many are dead
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as they are saved; the tensors themselves, not copies."""
+        """The tensors to save, by name; not copies."""
         named = {f"parameters.{name}": tensor for name, tensor in self.parameters.named().items()}
         named |= {f"adam.mean.{name}": tensor for name, tensor in self.adam.mean.items()}
         named |= {f"adam.square.{name}": tensor for name, tensor in self.adam.square.items()}
@@ -98,7 +98,7 @@ class State:
         return named | {"adam.steps": self.adam.steps} | counters
 
     def scalars(self) -> dict[str, Any]:
-        """By name, as they are saved."""
+        """The numbers to save, by name."""
         names = ("kept_rows", "step", "rows", "epoch", "batch", "threshold")
         return {name: getattr(self, name) for name in names}
 
@@ -119,7 +119,7 @@ class State:
             if found is None or found.shape != tensor.shape:
                 shape = "none" if found is None else list(found.shape)
                 raise ValueError(f"tensor {name}: expected shape {list(tensor.shape)}, found {shape}")
-            tensor.copy_(found)
+            tensor.copy_(saved)
         if lacking := self.scalars().keys() - scalars.keys():
             raise ValueError(f"no value of {min(lacking)}")
         for name in self.scalars():

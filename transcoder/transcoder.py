@@ -1,5 +1,6 @@
-"""The transcoder: its parameters, and encode, decode, prefixes as other stages use them.
+"""The transcoder (Dunefsky et al. 2024, arXiv:2406.11944): its parameters, encode, decode, prefixes.
 
+Its latents are nested as in Matryoshka SAEs (Bussmann et al. 2025, arXiv:2503.17547).
 Shapes: n rows, D_in, D_out, F latents, G groups; prefix g is latents [0, prefix_ends[g]).
 """
 
@@ -22,39 +23,40 @@ ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """What training changes. In training they live in normalised space, saved they are folded."""
+    """The tensors that training changes: on normalised activations during training, on raw ones in a saved file."""
 
     W_enc: Float[Tensor, "F D_in"]
     b_enc: Float[Tensor, " F"]
     W_dec: Float[Tensor, "F D_out"]
-    """Rows of unit norm, in both spaces."""
+    """Its rows have unit norm, in training and in a saved file."""
     b_dec: Float[Tensor, " D_out"]
     W_skip: Float[Tensor, "D_out D_in"] | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """By name, without what is not there."""
+        """The tensors by name, without W_skip if there is none."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def map(self, change: Any) -> "Parameters":
-        """The same with `change` made to every tensor."""
+        """These parameters with `change` applied to every tensor."""
         return Parameters(**{name: change(tensor) for name, tensor in self.named().items()})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Transcoder:
-    """A trained transcoder of raw MLP inputs to raw MLP outputs.
+    """A trained transcoder from raw MLP inputs to raw MLP outputs.
 
     acts = relu(pre) * (pre > threshold),  pre = inputs W_enc^T + b_enc
     output = acts W_dec + b_dec (+ inputs W_skip^T)
 
     Inputs and activations have any leading shape, [n, D_in], [batch, tokens, D_in] or [D_in], and any floating dtype;
     what comes back has the same leading shape, in the weights' float32.
+    The threshold is JumpReLU's (Rajamanoharan et al. 2024, arXiv:2407.14435), calibrated after training.
     """
 
     parameters: Parameters
     thresholds: Float[Tensor, " G *F"]
-    """[G], of every prefix; the last is this transcoder's own. [G, F] where each latent has its own, as in
-    other tools' transcoders."""
+    """[G], one for each prefix; the last is the transcoder's. [G, F] if each latent has a threshold, as in other
+    tools' transcoders."""
     prefix_ends: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     """Settings, harvest fingerprint, versions and training record of the run that made it."""
@@ -67,7 +69,7 @@ class Transcoder:
 
     @property
     def threshold(self) -> float | Float[Tensor, " F"]:
-        """Its own: one number, or [F] where each latent has its own."""
+        """The threshold of the whole transcoder: one number, or [F] if each latent has one."""
         own = self.thresholds[-1]
         return own if own.ndim else float(own)
 
@@ -106,7 +108,7 @@ class Transcoder:
         return pre.view(*inputs.shape[:-1], self.d_sae)
 
     def encode(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
-        """Activations; zero where the pre-activation is not above the threshold, or not positive."""
+        """Activations: the pre-activation where it is positive and above the threshold, zero elsewhere."""
         pre = self.pre_activations(inputs)
         return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
 
@@ -155,12 +157,12 @@ class Transcoder:
         return Transcoder(narrow, own, self.prefix_ends[: g + 1], self.metadata)
 
     def to(self, device: str | torch.device) -> "Transcoder":
-        """The same on another device."""
+        """This transcoder on another device."""
         moved = self.parameters.map(lambda tensor: tensor.to(device))
         return replace(self, parameters=moved, thresholds=self.thresholds.to(device))
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by name, metadata), as every file of `transcoder.formats` is written from."""
+        """(tensors by name, metadata): all that a file of any format contains."""
         tensors = {**self.parameters.named(), "thresholds": self.thresholds}
         return tensors, {**self.metadata, "prefix_ends": self.prefix_ends}
 
@@ -196,19 +198,19 @@ class Transcoder:
 
 
 def _span(thresholds: Tensor) -> str:
-    """One number, or the smallest and largest of several."""
+    """One number if all are equal, otherwise the smallest and largest."""
     low, high = float(thresholds.min()), float(thresholds.max())
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _rising(ends: Any) -> bool:
-    """Whether these are numbers of latents, each prefix wider than the one before."""
+    """Whether these are positive whole numbers, each larger than the one before."""
     whole = isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)
     return whole and bool(ends) and list(ends) == sorted(set(ends)) and ends[0] > 0
 
 
 def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes that a file's tensors must have, from its prefix ends, W_enc's and b_dec's widths."""
+    """The shapes that a file's tensors must have, given its prefix ends and the widths of W_enc and b_dec."""
     for name in ("W_enc", "b_dec"):
         if name not in tensors:
             raise InputError(

@@ -1,27 +1,39 @@
-"""Where each latent fires: its strongest rows, an even sample of its firings, and their surroundings.
+"""Where each latent fires: its strongest rows, an even sample of its firings, and the tokens around both.
 
 Shapes: F latents, C kept entries per latent, E entries of a block, S chosen samples, T tokens of a context.
-Two passes: the first finds the rows, the second fills in what the latent does on the tokens around them.
+Two passes: the first finds the rows, the second adds the latent's activation on the tokens around them.
 Memory depends on F and C only. A row's place is context * T + position.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from shards.order import GOLDEN, mix
+from transcoder.entries import strongest
 
 N_TOP = 32
-"""Strongest rows kept per latent; several can share a context, of which one is shown."""
+"""Strongest rows kept per latent. The page shows one of each context."""
 N_EVEN = 256
-"""Even sample per latent: all of its firings when there are no more."""
+"""Rows of the even sample of a latent; all of its firings if there are fewer."""
 SHOWN_TOP, SHOWN_EVEN = 10, 8
 REACH = 16
-"""Tokens shown either side of a sample."""
+"""Tokens shown on either side of a sample."""
 BUFFER = 1 << 20
-"""Entries collected before they are merged: about 0.3 s of sorting against hundreds of blocks."""
+"""Entries collected before a merge. Sorting so many takes about 0.3 s, once in hundreds of blocks."""
 
 
 class Best:
-    """For each latent the `capacity` entries of highest rank (uint32) seen so far."""
+    """The `capacity` entries of highest rank (uint32) of each latent so far. Of equal ranks the lower place counts.
+
+    >>> best = Best(n_latents=2, capacity=1)
+    >>> values = np.array([0.5, 2.0, 1.0], np.float32)  # of latent 0, 0 and 1
+    >>> best.add(np.array([0, 0, 1]), strength(values), np.array([7, 8, 8]), values, np.array([3, 4, 4]))
+    >>> best.finish()
+    >>> best.places.tolist(), best.values.tolist(), best.bounds().tolist()
+    ([8, 8], [2.0, 1.0], [0, 1, 2])
+    """
 
     def __init__(self, n_latents: int, capacity: int) -> None:
         self.capacity = capacity
@@ -43,32 +55,31 @@ class Best:
         values: np.ndarray,
         tokens: np.ndarray,
     ) -> None:
-        """Entries of a block, [E] each. What cannot enter any more is dropped at once."""
-        good = ranks >= self._floor[latents]
-        kept = (ranks[good], latents[good].astype(np.int32), places[good], values[good], tokens[good])
-        self._waiting.append(kept)
-        self._n_waiting += len(kept[0])
+        """Add a block's entries, [E] each. Those below their latent's lowest kept rank are dropped at once."""
+        high = ranks >= self._floor[latents]
+        self._waiting.append(
+            (ranks[high], latents[high].astype(np.int32), places[high], values[high], tokens[high])
+        )
+        self._n_waiting += int(high.sum())
         if self._n_waiting > BUFFER:
             self._merge()
 
     def finish(self) -> None:
-        """After it the arrays hold the result, sorted by latent, then rank, highest first."""
+        """Merge what is left. Then the arrays hold the result, sorted by latent, then rank, highest first."""
         self._merge()
 
     def _merge(self) -> None:
         state = (self.ranks, self.latents, self.places, self.values, self.tokens)
         columns = [np.concatenate(parts) for parts in zip(state, *self._waiting, strict=True)]
-        ranks, latents = columns[0].astype(np.int64), columns[1].astype(np.int64)
-        order = np.lexsort((columns[2], (latents << 32) | (0xFFFFFFFF - ranks)))
-        latents = latents[order]
-        first = np.searchsorted(latents, np.arange(self.n_latents + 1))
-        nth = np.arange(len(latents)) - first[latents]
-        order = order[nth < self.capacity]
+        by_place = np.argsort(columns[2], kind="stable")
+        ranks, latents = (torch.from_numpy(column[by_place].astype(np.int64)) for column in columns[:2])
+        order = by_place[strongest(latents, ranks, self.capacity).numpy()]
         self.ranks, self.latents, self.places, self.values, self.tokens = (
             column[order] for column in columns
         )
-        full = np.flatnonzero(np.diff(self.bounds()) == self.capacity)
-        self._floor[full] = self.ranks[self.bounds()[full + 1] - 1]
+        bounds = self.bounds()
+        full = np.flatnonzero(np.diff(bounds) == self.capacity)
+        self._floor[full] = self.ranks[bounds[full + 1] - 1]  # the last entry of a latent has its lowest rank
         self._waiting, self._n_waiting = [], 0
 
     def bounds(self) -> np.ndarray:
@@ -77,98 +88,140 @@ class Best:
 
 
 def strength(values: np.ndarray) -> np.ndarray:
-    """[E] uint32 rank of positive float32 `values`: their bits have their order."""
+    """[E] uint32 rank of positive float32 `values`: their bits, which have the same order.
+
+    >>> strength(np.array([0.5, 1.0, 2.0])).tolist()
+    [1056964608, 1065353216, 1073741824]
+    """
     return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
 
 
 def lottery(rows: np.ndarray) -> np.ndarray:
-    """[E] uint32 rank that is an arbitrary but fixed function of the row: splitmix64's upper half.
+    """[E] uint32 rank of each row, an arbitrary but fixed function of it: the upper half of SplitMix64.
 
-    The highest ranks are an even sample, the same on every machine and for any blocks.
+    The rows of highest rank are an even sample, the same on every machine and for any blocks.
+
+    >>> lottery(np.array([0, 1, 2])).tolist()
+    [3793791033, 2433363436, 2539140574]
     """
-    x = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(32)).astype(np.uint32)
+    return (mix(rows.astype(np.uint64) + GOLDEN) >> np.uint64(32)).astype(np.uint32)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Chosen rows, sorted by latent; in each latent the strongest first, then the even sample."""
+    """The rows to show, sorted by latent; of each latent the strongest first, then the even sample."""
 
     latents: np.ndarray
     """[S] int32."""
     places: np.ndarray
     """[S] int64."""
     values: np.ndarray
-    """[S] float32 activation on the row itself."""
+    """[S] float32 activation on the row."""
     quantiles: np.ndarray
-    """[S] float32 share of the latent's firings that are weaker; NaN for the strongest ones."""
+    """[S] float32 share of the latent's firings that are weaker; NaN for the strongest rows."""
     shades: np.ndarray
-    """[S, 2 REACH + 1] float16 activation on the tokens around, 0 where it does not fire."""
+    """[S, 2 REACH + 1] float16 activation on the tokens around the row, 0 where the latent does not fire."""
 
 
 def choose(top: Best, even: Best, context_length: int) -> Samples:
     """The `SHOWN_TOP` strongest rows in distinct contexts, and `SHOWN_EVEN` at evenly spaced quantiles."""
-    strongest = _distinct_contexts(top, context_length, SHOWN_TOP)
+    peaks = _distinct_contexts(top, context_length, SHOWN_TOP)
     spread, quantiles = _evenly_spaced(even, SHOWN_EVEN)
-    latents = np.concatenate([top.latents[strongest], even.latents[spread]])
-    order = np.argsort(latents, kind="stable")
+    latents = np.concatenate([top.latents[peaks], even.latents[spread]])
+    order = np.argsort(latents, kind="stable")  # stable: the strongest rows stay before the even sample
 
-    def both(name: str) -> np.ndarray:
-        return np.concatenate([getattr(top, name)[strongest], getattr(even, name)[spread]])[order]
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(top, name)[peaks], getattr(even, name)[spread]])[order]
 
-    quantile = np.concatenate([np.full(len(strongest), np.nan), quantiles])[order].astype(np.float32)
+    quantile = np.concatenate([np.full(len(peaks), np.nan), quantiles])[order].astype(np.float32)
     shades = np.zeros((len(latents), 2 * REACH + 1), np.float16)
-    return Samples(latents[order], both("places"), both("values"), quantile, shades)
+    return Samples(latents[order], column("places"), column("values"), quantile, shades)
+
+
+def _nth_of_its_latent(latents: np.ndarray) -> np.ndarray:
+    """[E] number of each entry among those of its latent, from 0; `latents` ascending.
+
+    >>> _nth_of_its_latent(np.array([2, 2, 2, 5, 7, 7])).tolist()
+    [0, 1, 2, 0, 0, 1]
+    """
+    return np.arange(len(latents)) - np.searchsorted(latents, latents)
 
 
 def _distinct_contexts(best: Best, context_length: int, n: int) -> np.ndarray:
-    """Indices of each latent's first `n` entries that are the first of their context."""
+    """Indices of the first `n` entries of each latent, of each context the first only.
+
+    Places 41, 43 and 12 are in contexts 4, 4 and 1 of ten tokens. Entry 1 is the second of context 4:
+
+    >>> best = Best(1, 8)
+    >>> values = np.array([3, 2, 1], np.float32)
+    >>> best.add(np.zeros(3, int), strength(values), np.array([41, 43, 12]), values, np.zeros(3, int))
+    >>> best.finish()
+    >>> _distinct_contexts(best, context_length=10, n=2).tolist()
+    [0, 2]
+    """
     contexts = best.places // context_length
     _, first = np.unique(np.stack([best.latents, contexts]), axis=1, return_index=True)
-    first = np.sort(first)
-    latents = best.latents[first]
-    nth = np.arange(len(first)) - np.searchsorted(latents, latents)
-    return first[nth < n]
+    first = np.sort(first)  # unique sorts by context; the order of `best` is by latent and rank
+    return first[_nth_of_its_latent(best.latents[first]) < n]
 
 
 def _evenly_spaced(even: Best, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, quantiles) of up to `n` entries of each latent at evenly spaced ranks, strongest first."""
+    """(indices, quantiles) of up to `n` entries of each latent at evenly spaced ranks, strongest first.
+
+    Of 6 entries 2 are the middles of the two halves, ranks 1 and 4; 4.5 and 1.5 of the 6 are weaker:
+
+    >>> even = Best(1, 8)
+    >>> values = np.array([10, 60, 30, 20, 50, 40], np.float32)
+    >>> even.add(np.zeros(6, int), lottery(np.arange(6)), np.arange(6), values, np.zeros(6, int))
+    >>> even.finish()
+    >>> indices, quantiles = _evenly_spaced(even, n=2)
+    >>> even.values[indices].tolist(), quantiles.tolist()
+    ([50.0, 20.0], [0.75, 0.25])
+    """
     order = np.lexsort((even.places, -even.values, even.latents))
     bounds = even.bounds()
     counts = np.diff(bounds)
     shown = np.minimum(counts, n)
     latent = np.repeat(np.arange(even.n_latents), shown)
-    nth = np.arange(len(latent)) - np.repeat(np.cumsum(shown) - shown, shown)
+    nth = _nth_of_its_latent(latent)
+    # the middle of interval nth of `shown` equal ones over `counts` entries: (nth + 1/2) * counts / shown
     rank = ((2 * nth + 1) * counts[latent]) // (2 * shown[latent])
     quantiles = 1 - (rank + 0.5) / counts[latent]
     return order[bounds[latent] + rank], quantiles
 
 
 class Shader:
-    """The second pass: writes activations around the samples into `samples.shades`."""
+    """The second pass: writes the activations around the samples into `samples.shades`.
+
+    Latent 0 has its sample at place 5, and fires on places 5 and 6 of the same context of ten tokens:
+
+    >>> shades = np.zeros((1, 2 * REACH + 1), np.float16)
+    >>> samples = Samples(*map(np.array, ([0], [5], [2.0], [np.nan])), shades)
+    >>> Shader(samples, n_contexts=2, context_length=10).add(*map(np.array, ([0, 0, 0], [5, 6, 15], [2.0, 0.5, 9.0])))
+    >>> shades[0, REACH - 1 : REACH + 3].tolist()  # place 15 is of the next context
+    [0.0, 2.0, 0.5, 0.0]
+    """
 
     def __init__(self, samples: Samples, n_contexts: int, context_length: int) -> None:
         self.samples, self.context_length, self.n_contexts = samples, context_length, n_contexts
+        # A key is a (latent, context) pair. Several samples can have the same, at most self._most.
         keys = samples.latents * np.int64(n_contexts) + samples.places // context_length
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
         self._most = int(np.unique(keys, return_counts=True)[1].max(initial=0))
 
     def add(self, latents: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
-        """Entries of a block, [E] each."""
+        """Add a block's entries, [E] each."""
         keys = latents * np.int64(self.n_contexts) + places // self.context_length
         first = np.searchsorted(self._keys, keys)
-        for nth in range(self._most):  # samples of one latent in one context: one, rarely a few
-            at = first + nth
-            found = np.flatnonzero(
-                (at < len(self._keys)) & (self._keys[np.minimum(at, len(self._keys) - 1)] == keys)
-            )
-            sample = self._order[at[found]]
-            offset = places[found] - self.samples.places[sample] + REACH
+        for nth in range(self._most):  # the nth sample of an entry's latent and context; usually there is one
+            index = first + nth
+            inside = index < len(self._keys)
+            entry = np.flatnonzero(inside & (self._keys[np.minimum(index, len(self._keys) - 1)] == keys))
+            sample = self._order[index[entry]]
+            offset = places[entry] - self.samples.places[sample] + REACH
             near = (offset >= 0) & (offset <= 2 * REACH)
-            self.samples.shades[sample[near], offset[near]] = values[found[near]]
+            self.samples.shades[sample[near], offset[near]] = values[entry[near]]
 
 
 @dataclass(frozen=True)
@@ -184,12 +237,24 @@ class TokenWeights:
 
 
 def token_weights(even: Best) -> TokenWeights:
-    """How the firings and the activation of each latent are shared among tokens."""
+    """How the firings and the activation of each latent are divided among tokens.
+
+    Of latent 0 token 4 has two firings of together 3, token 9 one of 1:
+
+    >>> even = Best(1, 8)
+    >>> values = np.array([1, 1, 2], np.float32)
+    >>> even.add(np.zeros(3, int), lottery(np.arange(3)), np.arange(3), values, np.array([4, 9, 4]))
+    >>> even.finish()
+    >>> weights = token_weights(even)
+    >>> weights.tokens.tolist(), weights.counts.tolist(), weights.shares.tolist()
+    ([4, 9], [2, 1], [0.75, 0.25])
+    """
     order = np.lexsort((even.tokens, even.latents))
     latents, tokens = even.latents[order], even.tokens[order]
-    new = np.ones(len(order), bool)
-    new[1:] = (latents[1:] != latents[:-1]) | (tokens[1:] != tokens[:-1])
-    starts = np.flatnonzero(new)
+    # A run of equal (latent, token) pairs begins where either differs from the entry before.
+    begins = np.ones(len(order), bool)
+    begins[1:] = (latents[1:] != latents[:-1]) | (tokens[1:] != tokens[:-1])
+    starts = np.flatnonzero(begins)
     of = latents[starts]
     counts = np.diff(np.append(starts, len(order)))
     weights = np.zeros(len(starts))
@@ -201,10 +266,10 @@ def token_weights(even: Best) -> TokenWeights:
 
 
 def token_entropy(weights: TokenWeights, n_latents: int) -> np.ndarray:
-    """[F] bits: -sum over tokens of p log2 p, p the share of the sampled firings that are on that token.
+    """[F] bits: -sum over tokens of p log2 p, p being the token's share of the sampled firings.
 
-    NaN for a latent without firings. The sample is the same size for all frequent latents, so that theirs
-    compare; a latent with m < N_EVEN firings cannot exceed log2 m.
+    NaN for a latent without firings. All frequent latents have samples of one size, so their entropies compare.
+    A latent with m < N_EVEN firings cannot exceed log2 m.
     """
     total = np.bincount(weights.latents, weights=weights.counts, minlength=n_latents)
     p = weights.counts / total[weights.latents]
@@ -214,7 +279,7 @@ def token_entropy(weights: TokenWeights, n_latents: int) -> np.ndarray:
 
 def top_tokens(weights: TokenWeights, n_latents: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """(token ids [F, n], -1 where there are fewer; their shares of the latent's activation [F, n])."""
-    nth = np.arange(len(weights.latents)) - np.searchsorted(weights.latents, weights.latents)
+    nth = _nth_of_its_latent(weights.latents)
     kept = nth < n
     tokens, shares = np.full((n_latents, n), -1, np.int32), np.zeros((n_latents, n), np.float32)
     tokens[weights.latents[kept], nth[kept]] = weights.tokens[kept]

@@ -1,4 +1,4 @@
-"""The training step written plainly, with autograd: the reference for the sparse one.
+"""The training step in its simplest form, with autograd: the reference for the sparse one.
 
 Shapes: B rows, D_in, D_out, F latents, G groups.
 """
@@ -24,7 +24,7 @@ class DenseStep:
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        Values are those of all peers' rows, gradients this process's part.
+        The values cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         with torch.enable_grad():

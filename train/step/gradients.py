@@ -1,8 +1,7 @@
-"""Gradients of a training step, handed over in blocks of latents.
+"""Gradients of a training step, in blocks of latents.
 
-Nothing of the size of a weight matrix is allocated per step: a block is computed, used by the
-optimizer while it is in the cache, and forgotten. (At 18,432 x 2,304 a fresh gradient costs 0.1 s
-to allocate alone.)
+A step allocates nothing of the size of a weight matrix. A block is computed, used by the optimizer
+while it is in the cache, and freed. (At 18,432 x 2,304 the allocation of a gradient alone takes 0.1 s.)
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ class Block(NamedTuple):
     b_enc: Tensor
     W_dec: Tensor
     along: Tensor
-    """[n] <gradient of W_dec[f], W_dec[f]>: what the unit norm removes of it."""
+    """[n] <gradient of W_dec[f], W_dec[f]>: the component that the unit norm removes."""
 
     @property
     def rows(self) -> slice:
@@ -31,15 +30,15 @@ class Block(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of one training step."""
+    """The gradients of one training step."""
 
     shared: dict[str, Tensor]
-    """b_dec, and W_skip where there is one."""
+    """b_dec, and W_skip if the transcoder has one."""
     blocks: Callable[[], Iterator[Block]]
-    """Every latent once, in order. May be called again as long as no block was used to change parameters."""
+    """Yields every latent once, in order. Can be called again until a block has changed the parameters."""
 
     def over(self, peers: Processes) -> "Gradients":
-        """The sum of all processes' gradients."""
+        """These gradients summed over all processes."""
         if peers.world == 1:
             return self
 
@@ -52,7 +51,7 @@ class Gradients(NamedTuple):
         return Gradients({name: peers.total(gradient) for name, gradient in self.shared.items()}, blocks)
 
     def plus(self, b_enc: Tensor) -> "Gradients":
-        """The same, and `b_enc` [F] added to the biases' gradients."""
+        """These gradients with `b_enc` [F] added to the biases'."""
 
         def blocks() -> Iterator[Block]:
             for block in self.blocks():
@@ -62,7 +61,7 @@ class Gradients(NamedTuple):
         return Gradients(self.shared, blocks)
 
     def whole(self) -> dict[str, Tensor]:
-        """All gradients by parameter name, at their full size (tests)."""
+        """All gradients by parameter name, each in one tensor. Only tests need them so."""
         blocks = list(self.blocks())
         names = ("W_enc", "b_enc", "W_dec")
         return {name: torch.cat([getattr(block, name) for block in blocks]) for name in names} | self.shared

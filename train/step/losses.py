@@ -1,4 +1,7 @@
-"""What training minimises. Pure: nothing here changes state.
+"""The losses that training minimises. Pure: nothing here changes state.
+
+The L2 loss is nested as in Matryoshka SAEs (Bussmann et al. 2025, arXiv:2503.17547); the auxiliary loss on dead latents
+is that of Gao et al. 2024 (arXiv:2406.04093), with another scale.
 
 Shapes: B rows, D_in, D_out, F latents, G prefixes, N dead latents.
 """
@@ -16,7 +19,7 @@ from transcoder.entries import Entries
 
 @dataclass(frozen=True)
 class Objective:
-    """Everything a training step needs to know beside parameters and rows."""
+    """All that a training step needs besides parameters and rows."""
 
     prefix_ends: tuple[int, ...]
     prefix_weights: tuple[float, ...]
@@ -27,7 +30,7 @@ class Objective:
     aux_k: int
     aux_coefficient: float
     precision: str = "float32"
-    """Of the encoder product's inputs."""
+    """Precision of the encoder product's inputs: float32 or bfloat16."""
 
     @property
     def d_sae(self) -> int:
@@ -46,21 +49,21 @@ def prefix_weights(n: int) -> tuple[float, ...]:
 
 
 class StepValues(NamedTuple):
-    """What a training step measured, besides its gradients."""
+    """The measurements of a training step; the gradients are apart."""
 
     squared_errors: Float[Tensor, " G"]
     """Sum over rows and dimensions of (y_g - y)^2, float64."""
     l2_loss: Tensor
     aux_loss: Tensor
-    """Its coefficient included."""
+    """With its coefficient."""
     entries: Entries
     """The active latents."""
     cut: Tensor
-    """Smallest activation that batch top-k kept (tau)."""
+    """Smallest activation that the selection kept (tau)."""
 
     @property
     def loss(self) -> Tensor:
-        """What the gradients are of."""
+        """The loss that the gradients belong to."""
         return self.l2_loss + self.aux_loss
 
 
@@ -72,9 +75,10 @@ but 4 %, 6e-3 as many as 1.2e-3 at the same FVU."""
 def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
     """Gradient by b_enc of -REVIVAL / D_out * sum over dead latents of their bias.
 
-    A latent that is negative on every row has no gradient from the reconstruction, nor from the auxiliary loss, which
-    sees relu(pre-activation); this one brings it back to where it has. After the pre-activation loss of Anthropic's
-    Circuits Updates (January 2025), which is a hinge below the threshold; here it ends when the latent fires.
+    A latent whose pre-activation is negative on every row gets no gradient from the reconstruction, and none from the
+    auxiliary loss, which sees relu(pre-activation). This gradient raises its bias until it gets one. It follows the
+    pre-activation loss of Anthropic's Circuits Updates (January 2025), which is a hinge below the threshold; this one
+    ends when the latent fires.
     """
     return torch.zeros(d_sae, device=dead.device).index_fill_(0, dead, -REVIVAL / d_out)
 
@@ -82,8 +86,13 @@ def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
 def nested_loss(
     squared_errors: Float[Tensor, " G"], prefix_weights: tuple[float, ...], n_values: int
 ) -> Float[Tensor, ""]:
-    """sum over g of w_g * mean over batch and dimensions of (y_g - y)^2; n_values = B * D_out."""
-    weights = torch.tensor(prefix_weights, dtype=squared_errors.dtype, device=squared_errors.device)
+    """sum over g of w_g * mean over batch and dimensions of (y_g - y)^2; n_values = B * D_out.
+
+    >>> float(nested_loss(torch.tensor([49.0, 9.0]), prefix_weights=(0.25, 0.75), n_values=1))
+    19.0
+    """
+    dtype, device = squared_errors.dtype, squared_errors.device
+    weights = torch.tensor(prefix_weights, dtype=dtype, device=device)  # sync: copied from the host
     return squared_errors @ weights / n_values
 
 
@@ -98,13 +107,13 @@ def aux_loss(
     coefficient: float,
     peers: Processes = ALONE,
 ) -> Float[Tensor, ""]:
-    """How badly the dead latents explain what the living ones left over.
+    """How badly the dead latents reconstruct the error of the living ones (Gao et al. 2024, section A.2).
 
     coefficient * min(1, N / aux_k) * sum ||e_hat - e||^2 / sum ||e||^2 with e = `residual` = y - y_G
     (detached by the caller), e_hat = z W_dec, z the top min(aux_k, N) per row of the dead latents'
     relu(pre-activation). Both sums run over all rows and dimensions, so the coefficient does not
-    depend on the scale of the residual. No b_dec, no skip. Zero when the residual is.
-    The rows of the lower sum are those of all `peers`; the upper is this process's part.
+    depend on the scale of the residual. No b_dec, no skip. Zero when the residual is zero.
+    The denominator sums the rows of all `peers`, the numerator those of this process.
     """
     n_dead = len(W_enc)
     z = torch.relu(torch.addmm(b_enc, x, W_enc.T))

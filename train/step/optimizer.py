@@ -1,4 +1,4 @@
-"""Adam with a unit-norm decoder, applied to blocks of latents while their gradients are in the cache."""
+"""Adam with a unit-norm decoder, on blocks of latents while their gradients are in the cache."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,8 @@ from train.step.gradients import Gradients
 from transcoder.transcoder import Parameters
 
 BETAS = (0.9, 0.99)
-"""0.99 instead of 0.999 gives the demo 0.369 instead of 0.378 held-out FVU after 800 steps; 0.95 lets latents die."""
+"""Held-out FVU of the demo after 800 steps: 0.369 with 0.99, 0.378 with 0.999. With 0.95 latents die."""
 EPSILON = 1e-8
-
-
 DECODER_RATE = 2.0
 """Factor of the learning rate of W_dec, see `rates`."""
 GROUP_POWER = 0.25
@@ -23,15 +21,14 @@ is worth 0.5 % of the FVU, and the coarse groups fire less often; at 1 latents o
 
 
 def rates(parameters: Parameters) -> dict[str, float]:
-    """Factor of the learning rate of each parameter: sqrt(D_in) / 2 for b_enc, DECODER_RATE for W_dec, 1 otherwise.
+    """Factor of the learning rate by parameter: sqrt(D_in) / 2 for b_enc, DECODER_RATE for W_dec, 1 otherwise.
 
-    W_dec: its rows keep their unit norm, so what is too fast for the encoder is not too fast for it. Held-out FVU of
-    the demo after 600 steps at lr 5e-3: factor 0.5 0.386, 1 0.369, 2 0.362, 3 0.363, 4 0.365.
+    W_dec: its rows keep unit norm, so it bears a rate that is too high for the encoder. Held-out FVU of the demo after
+    600 steps at lr 5e-3: 0.386 with factor 0.5, 0.369 with 1, 0.362 with 2, 0.363 with 3, 0.365 with 4.
 
-    Adam moves every number by about the learning rate. In a row of W_enc D_in numbers move a
-    pre-activation together, in b_enc only one does, so at the same rate biases lag behind. Measured on
-    the demo (D_in 576, held-out FVU after 800 steps): factor 1 0.413, 5 0.403, 20 0.397; 60 0.402, with
-    19 % of the latents dead.
+    b_enc: Adam moves every number by about the learning rate. D_in numbers of a row of W_enc move a pre-activation
+    together, b_enc only one, so biases lag behind at the same rate. Held-out FVU of the demo (D_in 576) after 800
+    steps: 0.413 with factor 1, 0.403 with 5, 0.397 with 20; 0.402 with 60, and 19 % of the latents dead.
     """
     bias = parameters.W_enc.shape[1] ** 0.5 / 2
     return dict.fromkeys(parameters.named(), 1.0) | {"b_enc": bias, "W_dec": DECODER_RATE}
@@ -49,8 +46,9 @@ def group_rates(prefix_ends: Sequence[int]) -> list[float]:
 class Adam:
     """Adam's state for `parameters`, and its update of any rows of one of them.
 
-    The fused kernel reads and writes each number once; PyTorch's optimizer class calls the same
-    one, but always for whole parameters, and so needs whole gradients.
+    The fused kernel reads and writes each number once. PyTorch's optimizer class calls the same kernel, but only
+    for whole parameters, so it needs whole gradients. tests/test_private_torch.py says what to do when PyTorch
+    changes the kernel's private function.
     """
 
     def __init__(self, parameters: Parameters, prefix_ends: Sequence[int] | None = None) -> None:
@@ -110,13 +108,13 @@ def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None =
             gradient = getattr(block, name)
             adam.update_latents(name, gradient if scale == 1.0 else gradient.mul_(scale), lr, block.rows)
         renormalise(rows)
-        del block, gradient  # their memory is the next block's
+        del block, gradient  # the next block takes their memory
     for name, gradient in gradients.shared.items():
         adam.update(name, gradient if scale == 1.0 else gradient * scale, lr)
 
 
 def project(gradient: Tensor, along: Tensor, rows: Tensor) -> None:
-    """Remove from each row of `gradient`, in place, its component `along` the unit row of `rows`."""
+    """Remove in place the component of each row of `gradient` along the unit row of `rows`; `along` is its length."""
     gradient.addcmul_(rows, along[:, None], value=-1)
 
 
@@ -126,13 +124,13 @@ def renormalise(rows: Tensor) -> None:
 
 
 def clip_scale(parameters: Parameters, gradients: Gradients, clip_norm: float) -> float:
-    """min(1, clip_norm / norm of all gradients, the decoder's projected).
+    """min(1, clip_norm / norm of all gradients), the decoder's after projection.
 
-    Makes every block once more instead of keeping them: clipping is rare, memory is not.
+    Computes every block twice instead of keeping all: few runs clip, and all blocks need much memory.
     """
     squares = [gradient.double().square().sum() for gradient in gradients.shared.values()]
     for block in gradients.blocks():
         project(block.W_dec, block.along, parameters.W_dec[block.rows])
         squares += [gradient.double().square().sum() for gradient in block[1:4]]
-    norm = torch.stack(squares).sum().sqrt().item()
+    norm = torch.stack(squares).sum().sqrt().item()  # sync: only with clipping
     return min(1.0, clip_norm / norm) if norm > 0 else 1.0
