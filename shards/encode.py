@@ -93,7 +93,7 @@ def reduce_moments(windows: list[dict[str, Any]]) -> Moments | None:
     variation = np.maximum(squares - rows * mean**2, 0)
     deviations = float(variation.sum())
     # None where an earlier version wrote one of the windows: it knew the sum alone.
-    errors = sum((np.array(sums.get("errors", np.nan)) for sums in windows_), start=np.zeros(1))
+    errors = sum((np.array(sums.get("errors", np.nan)) for sums in windows), start=np.zeros(1))
     varies = variation > CONSTANT * squares
     costs = np.divide(errors, variation, out=np.zeros_like(mean), where=varies)
     worst = int(costs.argmax())

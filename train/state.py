@@ -105,13 +105,10 @@ class State:
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""
         device = self.last_fired.device
-        if (
-            self.samples is None and "samples.values" in tensors
-        ):  # train.sample_every is 0 now: what there is stays
-            self.samples = Samples(len(self.last_fired), device)
-        unsampled = not any(
-            name.startswith("samples.") for name in tensors
-        )  # it was 0 then: collected from here on
+        if self.samples is None and "samples.values" in tensors:
+            self.samples = Samples(len(self.last_fired), device)  # train.sample_every is 0 now: what there is stays
+        # Where train.sample_every was 0 then, samples are collected from here on.
+        unsampled = not any(name.startswith("samples.") for name in tensors)
         for name, tensor in self.tensors().items():
             if unsampled and name.startswith("samples."):
                 continue
@@ -119,7 +116,7 @@ class State:
             if found is None or found.shape != tensor.shape:
                 shape = "none" if found is None else list(found.shape)
                 raise ValueError(f"tensor {name}: expected shape {list(tensor.shape)}, found {shape}")
-            tensor.copy_(saved)
+            tensor.copy_(found)
         if lacking := self.scalars().keys() - scalars.keys():
             raise ValueError(f"no value of {min(lacking)}")
         for name in self.scalars():
