@@ -359,6 +359,7 @@ ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "no GPU where one is asked for": lambda patch: patch.setattr(torch.cuda, "device_count", lambda: 0),
     "a WANDB_MODE that W&B does not have": lambda patch: patch.setenv("WANDB_MODE", "of"),
     "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
+    "WORLD_SIZE is left over from another program": lambda patch: patch.setenv("WORLD_SIZE", "2"),
     "a batch that three processes cannot share": lambda patch: [
         patch.setenv(name, value)
         for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items()
