@@ -18,7 +18,3 @@ ENVIRONMENT = {
     *(errno.ENOTCONN, errno.ESTALE),  # a mounted drive that has gone
 }
 """Errors of the disk that the user can mend: not defects of the program."""
-
-
-FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
-"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""

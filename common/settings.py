@@ -17,6 +17,10 @@ from common.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
+"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
