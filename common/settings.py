@@ -28,6 +28,10 @@ FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
 """Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
 
 
+FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
+"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 

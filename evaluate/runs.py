@@ -14,7 +14,7 @@ from evaluate.stores import print_table, size_of
 from train import checkpoint, record
 from transcoder import weights
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "model",
     "layer",
     "run",

@@ -11,7 +11,7 @@ from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
 from shards.remote import is_url
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "model",
     "layer",
     "harvest",

@@ -62,9 +62,8 @@ def test_no_file_and_no_line_holds_a_secret(
     assert {"settings.json", "zarr.json", "metrics.json", "report.html", "cfg.json", "samples.html"} <= names
     logged = [data for path, data in files.items() if path.suffix == ".wandb"]
     assert len(logged) == 2  # what training logged, and evaluation
-    assert any(
-        SAID.encode() in data for data in logged
-    )  # it is not compressed: a secret would be seen as well
+    # It is not compressed: a secret would be seen as well.
+    assert any(SAID.encode() in data for data in logged)
     for secret in SECRETS.values():
         assert [str(path) for path, data in files.items() if secret.encode() in data] == []
         assert secret not in said.out + said.err

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
@@ -20,7 +20,8 @@ from common.files import write_whole
 from common.progress import progress
 from common.settings import Settings, Wandb
 
-MODES = {
+Mode = Literal["online", "offline", "disabled"]
+MODES: dict[str, Mode] = {
     "online": "online",
     "run": "online",
     "offline": "offline",
@@ -33,7 +34,7 @@ ARTIFACT_NAME = 128
 """Longest name that W&B takes."""
 
 
-def mode_of(wandb: Wandb) -> str:
+def mode_of(wandb: Wandb) -> Mode:
     """online, offline or disabled: what settings ask for, else what WANDB_DISABLED or WANDB_MODE do, else offline.
 
     Raises `InputError` for a WANDB_MODE that W&B does not have.
@@ -162,7 +163,7 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _start(run_dir: Path, name: str, mode: str, project: str, config: Mapping[str, Any]) -> Any:
+def _start(run_dir: Path, name: str, mode: Mode, project: str, config: Mapping[str, Any]) -> Any:
     """W&B's run, below the run directory where WANDB_DIR says nothing else, or None; never asks for a key."""
     if mode == "disabled":
         return None
