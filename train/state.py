@@ -106,7 +106,9 @@ class State:
         """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""
         device = self.last_fired.device
         if self.samples is None and "samples.values" in tensors:
-            self.samples = Samples(len(self.last_fired), device)  # train.sample_every is 0 now: what there is stays
+            self.samples = Samples(
+                len(self.last_fired), device
+            )  # train.sample_every is 0 now: what there is stays
         # Where train.sample_every was 0 then, samples are collected from here on.
         unsampled = not any(name.startswith("samples.") for name in tensors)
         for name, tensor in self.tensors().items():
