@@ -117,7 +117,7 @@ def _differing(model: Model, request: dict[str, Any], found: dict[str, Any]) -> 
     """In what another harvest was asked for than the one that is there; of the model its weights tell, not its name."""
     other_model = differs(model, found)
     keys = [key for key in request.keys() - NAMES if request[key] != found.get(key, request[key])]
-    return [other_model] * bool(other_model) + [
+    return ([other_model] if other_model else []) + [
         f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in request if key in keys
     ]
 
