@@ -79,7 +79,7 @@ test-peers: install-dev install-embedded install-peers
 	@PEERS=$(call quote,$(PEERS)) $(PY) -m pytest -q -m peers $(call spliced,ARGS)
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-RANKS = $(PY) -m $(if $(call asked,NPROC),launch $(call quote,$(call asked,NPROC)))
+RANKS = $(PY) -m $(if $(call asked,NPROC),common.launch $(call quote,$(call asked,NPROC)))
 
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)

@@ -295,7 +295,8 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
     from transformer_lens.model_bridge.sources.transformers import source
 
     # An image processor is no use to a text, and where its files are missing, pip is run for torchvision.
-    source.load_modality_processor = lambda *_, **__: None
+    loader: Any = source
+    loader.load_modality_processor = lambda *_, **__: None
     try:
         # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
         # numbers and says so in a warning, and because it would read pickles.

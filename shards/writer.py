@@ -165,10 +165,11 @@ class StoreWriter:
 
     def begun_otherwise(self, source: Source) -> str | None:
         """The first key in which the unfinished harvest was begun with another source, and both values."""
-        theirs, ours = self._read_work("source.json"), source.model_dump(exclude=set(NAMES))
-        if theirs is None:
+        if (theirs := self._read_work("source.json")) is None:
             return None
-        for key in sorted(ours, key="weights_sha256".__eq__):  # last: another precision changes the weights too
+        ours = source.model_dump(exclude=set(NAMES))
+        by_cause = sorted(ours, key="weights_sha256".__eq__)  # another precision changes the weights too
+        for key in by_cause:
             if ours[key] != theirs.get(key):
                 return f"{key} {_brief(theirs.get(key))}, now {_brief(ours[key])}"
         return None

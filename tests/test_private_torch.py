@@ -12,10 +12,10 @@ from evaluate.metrics.splice import _skipped
 
 PACKAGES = ("common", "harvest", "shards", "transcoder", "train", "evaluate")
 INSTEAD = {
-    "torch._fused_adam_": (
-        "train/step/optimizer.py, Adam.update: torch.optim.Adam(fused=True) calls the same function on whole tensors. "
-        "Look at torch/optim/adam.py, _fused_adam, for its new arguments; if it is gone, write the update out with "
-        "lerp_, addcmul_ and addcdiv_: tests/train/step/test_optimizer.py compares either with torch.optim.Adam"
+    "torch._fused_adamw_": (
+        "train/step/optimizer.py, Adam._step: torch.optim.AdamW(fused=True) calls the same function on whole tensors. "
+        "Look at torch/optim/adamw.py, _fused_adamw, for its new arguments; if it is gone, write the update out with "
+        "lerp_, addcmul_ and addcdiv_: tests/train/step/test_optimizer.py compares either with torch.optim.AdamW"
     ),
     "torch.ops.aten._embedding_bag_per_sample_weights_backward": (
         "train/step/sparse.py, _products: it is the gradient of embedding_bag by per_sample_weights. Look at "
@@ -46,14 +46,14 @@ def test_every_private_use_is_guarded_here() -> None:
     assert uses == set(INSTEAD), "add what to do when it changes, and a test of its form"
 
 
-def test_fused_adam() -> None:
+def test_fused_adamw() -> None:
     """One step of size lr from zero moments: m / (1 - b1) = g and v / (1 - b2) = g^2, so the step is lr * sign(g)."""
-    hint = INSTEAD["torch._fused_adam_"]
+    hint = INSTEAD["torch._fused_adamw_"]
     assert hasattr(torch, "_fused_adam_"), hint
     parameter, gradient = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, -0.1])
     mean, square, steps = torch.zeros(3), torch.zeros(3), torch.ones(())
     try:
-        torch._fused_adam_(  # type: ignore[attr-defined]
+        torch._fused_adamw_(  # type: ignore[attr-defined]
             [parameter[1:]], [gradient], [mean[1:]], [square[1:]], [], [steps], lr=0.5, beta1=0.9, beta2=0.99,
             weight_decay=0.0, eps=0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
