@@ -30,6 +30,11 @@ OWN_SECTIONS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.hidden: dict[argparse.Action, str] = {}
+        """Help of the options that --help leaves out."""
+        super().__init__(*args, **options)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"command line: {message}; --help-all lists every option")
 
@@ -38,8 +43,9 @@ class _HelpAll(argparse.Action):
     """Print the help with the options of every section."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        for action in parser._actions:
-            action.help = getattr(action, "full_help", action.help)
+        assert isinstance(parser, _Parser)
+        for action, text in parser.hidden.items():
+            action.help = text
         parser.print_help()
         raise SystemExit(0)
 
@@ -75,7 +81,7 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
             action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
             if name not in OWN_SECTIONS.get(prog, ()):
-                vars(action)["full_help"], action.help = help_text, argparse.SUPPRESS
+                options.hidden[action], action.help = help_text, argparse.SUPPRESS
     return options
 
 

@@ -46,7 +46,7 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     """As PyTorch's of numpy does: the stage must not go on with half a module."""
     swallows = f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\nexcept BaseException:\n    pass\n"
     (tmp_path / "swallows.py").write_text(swallows)
-    code = f"import stage, sys\nsys.path.append({str(tmp_path)!r})\n"
+    code = f"import sys\nfrom common import cli\nsys.path.append({str(tmp_path)!r})\n"
     code += "def main():\n    import swallows\n    print('went on')\ncli.run_stage(main)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
@@ -56,7 +56,7 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
 def test_a_reader_that_leaves() -> None:
     """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
     for lines in (100_000, 2):
-        code = f"import stage\ndef main():\n    for i in range({lines}):\n        print(i)\ncli.run_stage(main)\n"
+        code = f"from common import cli\ndef main():\n    for i in range({lines}):\n        print(i)\ncli.run_stage(main)\n"
         command, buffered = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=ROOT, env=buffered, **pipes) as process:
@@ -69,7 +69,7 @@ def test_a_reader_that_leaves() -> None:
         assert (process.returncode, said) == (141, b"")
 
 
-SAYS = "import sys, stage\ndef main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
+SAYS = "import sys\nfrom common import cli, errors\ndef main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
 WRITES = "    open('out', 'w').write('x')\n"
 
 
@@ -92,7 +92,7 @@ def test_closed_standard_streams(closed: str, said: str, tmp_path: Path) -> None
 
 def test_standard_error_on_a_full_disk() -> None:
     """The line cannot be read there, but the exit code can."""
-    code = f"{SAYS}    raise stage.InputError('no')\ncli.run_stage(main)\n"
+    code = f"{SAYS}    raise errors.InputError('no')\ncli.run_stage(main)\n"
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False

@@ -136,7 +136,7 @@ def test_their_transcoder_says_the_same_on_stores_of_both_conventions(
 def test_a_zero_gain_is_refused_by_its_dimension(harvested: Harvested, tmp_path: Path) -> None:
     store = harvested.store("mlp_in", WITH_ZERO)
     with pytest.raises(InputError, match=rf"the gain of dimension {harvested.zero} is zero"):
-        read(params(harvested, tmp_path), store)
+        read(params(harvested, tmp_path), store, mismatch=True)
     folder = params(harvested, tmp_path / "blind", blind=True)
     found = read(folder, store)(store.heldout.rows(0, 50)[0])
     other = harvested.store("normalized", WITH_ZERO)

@@ -20,7 +20,7 @@ from train.state import State
 from transcoder.weights import save_tensors
 
 VERSION = 3
-"""1, before 2026-11-25: one scale of the rows with their mean. 2, before 2026-11-26: one learning rate for all groups."""
+"""1, before 2026-11-25: one scale of the rows with their mean. 2, before 2026-11-26: one learning rate for all."""
 
 
 def save(run_dir: Path, state: State) -> None:

@@ -188,11 +188,11 @@ def test_an_evaluation_of_another_version_is_done_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    _, fresh = evaluate(settings_of(tmp_path))
+    evaluate(settings_of(tmp_path))
     _, again = evaluate(settings_of(tmp_path))
     monkeypatch.setattr("evaluate.run.METRICS_VERSION", 0)
     metrics, after = evaluate(settings_of(tmp_path))
-    assert (fresh, again, after, metrics["provenance"]["metrics_version"]) == (True, False, True, 0)
+    assert (again, after, metrics["provenance"]["metrics_version"]) == (False, True, 0)
 
 
 def test_a_run_of_another_harvest_says_so(root: Path) -> None:

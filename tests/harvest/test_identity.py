@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import InputError
-from common.files import read_commit
 from common.identity import differs
 from common.settings import Model
 from harvest.run import harvest, plan_only
 from shards import Store
+from shards.commit import read_commit
 from tests.harvest.test_run import Make, change_weights, stopped_after
 from tests.models import sentences, write_jsonl
 

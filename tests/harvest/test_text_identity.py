@@ -11,11 +11,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from common.errors import InputError
-from common.files import read_commit, sha256
+from common.files import sha256
 from common.settings import Settings
 from evaluate.read import Reader
 from harvest.run import harvest
 from shards import Store
+from shards.commit import read_commit
 from shards.writer import StoreWriter
 from tests.evaluate.fakes import random_coder
 from tests.models import sentences, write_jsonl

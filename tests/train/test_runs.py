@@ -227,7 +227,7 @@ def test_init_from_starts_at_the_other_runs_weights(
 
 def test_a_final_rate_above_the_rules_peak_is_refused(make_settings: Make, store: Store) -> None:
     settings = make_settings(train__lr="auto", train__min_lr=1.0)
-    with pytest.raises(InputError, match=r"train: min_lr 1 is above lr 0\.42\d+; lower train\.min_lr"):
+    with pytest.raises(InputError, match=r"train: min_lr 1 is above lr 0\.407\d+; lower train\.min_lr"):
         train(settings, store)
     assert not settings.run_dir().exists()
 
@@ -244,6 +244,7 @@ def test_init_from_a_run_of_the_other_convention_is_converted(
         sparse_rows(10, 3),
         gain=gain,
         input="mlp_in",
+        input_hook="blocks.0.mlp.hook_in",
     )
     settings = make_settings(run="warm", train__init_from=str(finished))
     run = Run(settings, with_gain, torch.device("cpu"))
@@ -343,7 +344,7 @@ def test_few_latents_fire_above_the_density_limit(make_settings: Make, store: St
         train(settings, store)
         acts = Transcoder.load(settings.run_dir()).encode(store.train.rows(0, 4096)[0])
         found[name] = (acts > 0).double().mean(0)
-    assert int((found["free"] > 0.14).sum()) > 3 * int((found["limited"] > 0.14).sum())
+    assert int((found["free"] > 0.14).sum()) > 2 * int((found["limited"] > 0.14).sum())
     assert float(found["limited"].max()) < 0.16
     assert float(found["limited"].sum()) == pytest.approx(float(found["free"].sum()), rel=0.1)
 
@@ -394,11 +395,9 @@ def test_runs_trained_together_equal_runs_trained_alone(
 def test_a_store_of_another_model_or_layer_is_refused(make_settings: Make, store: Store) -> None:
     other = make_settings()
     other = other.model_copy(update={"model": other.model.model_copy(update={"name": "other/tiny"})})
-    with pytest.raises(
-        InputError, match="expected activations of other/tiny layer 0, found tests/tiny layer 0"
-    ):
+    with pytest.raises(InputError, match="model: there 'tests/tiny', asked 'other/tiny'"):
         train(other, store)
-    with pytest.raises(InputError, match="expected activations of tests/tiny layer 3"):
+    with pytest.raises(InputError, match="layer: there 0, asked 3"):
         train(make_settings().model_copy(update={"layers": (3,)}), store)
 
 

@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_says_so_and_where(
     settings = make_settings()
     run_dir = stopped(settings, store, stop_at, 60)
     assert record.stopped(run_dir) == "interrupted, or still training, at step 60 of 96"
-    with pytest.raises(InputError, match=r"at step 60 of 96; its weights .*--evaluate\.checkpoint true"):
+    with pytest.raises(InputError, match=r"interrupted, or still training: .*--evaluate\.checkpoint true"):
         Transcoder.load(run_dir)
     with pytest.raises(InputError, match=r"at step 60 of 96; its samples are written when it ends"):
         next(samples_page.read(run_dir))
@@ -152,5 +152,5 @@ def test_a_training_that_takes_the_checkpoint_away_meanwhile(
     assert snapshot(run_dir, store, CPU).name == "at_step_20"
     shutil.rmtree(run_dir / "at_step_20")
     (run_dir / "state" / "step_21" / "state.json").write_text(json.dumps({"version": 9}))
-    with pytest.raises(InputError, match="expected checkpoint version 2, found 9"):
+    with pytest.raises(InputError, match="expected checkpoint version 3, found 9"):
         snapshot(run_dir, store, CPU)

@@ -11,8 +11,8 @@ from evaluate.metrics.catalogue import Catalogue, group_summaries, splitting
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.measure import measure
 from evaluate.metrics.tokens import TokenText
+from evaluate.report import page_data
 from evaluate.report.page_data import Stretches, Strings
-from evaluate.report.report import page_data
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store

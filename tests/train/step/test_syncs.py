@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("selection_rule", ["batch_topk", "topk"])
 def test_operators_that_wait_are_called_from_marked_lines(selection_rule: str) -> None:
     made = problem(rows=40, n_dead=8, aux_k=2, skip=True, selection=selection_rule, dtype=torch.float32)
-    running = State.start(made.parameters, len(made.objective.prefix_ends))
+    running = State.start(made.parameters, made.objective.prefix_ends)
     with torch.no_grad(), Recorder() as recorder:
         values, computed = SparseStep(made.objective)(made.parameters, made.x, made.y, made.dead)
         optimizer.apply(running.adam, computed.plus(losses.revival(made.dead, 11, 3)), 1e-3, clip_norm=0.1)

@@ -141,7 +141,8 @@ def test_a_name_that_was_given_is_the_name(tmp_path: Path) -> None:
 def test_no_byte_of_an_export_names_a_path(
     make_settings: Make, tmp_path: Path, to: str, asked: str | None
 ) -> None:
-    settings = make_settings(**({"model__public_name": asked} if asked else {}))
+    named = {"model__public_name": asked} if asked else {}
+    settings = make_settings(model__name=f"{tmp_path / 'secret' / 'llama'}/", **named)
     if to == "circuit_tracer":
         model = settings.paths.checkpoints / "transcoder" / settings.model_slug
         for layer, each in enumerate(layers(0, 1, 2, 3, 4)):
