@@ -56,7 +56,8 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
 def test_a_reader_that_leaves() -> None:
     """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
     for lines in (100_000, 2):
-        code = f"from common import cli\ndef main():\n    for i in range({lines}):\n        print(i)\ncli.run_stage(main)\n"
+        code = f"from common import cli\ndef main():\n    for i in range({lines}):\n        print(i)\n"
+        code += "cli.run_stage(main)\n"
         command, buffered = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, cwd=ROOT, env=buffered, **pipes) as process:
@@ -69,7 +70,10 @@ def test_a_reader_that_leaves() -> None:
         assert (process.returncode, said) == (141, b"")
 
 
-SAYS = "import sys\nfrom common import cli, errors\ndef main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
+SAYS = (
+    "import sys\nfrom common import cli, errors\n"
+    "def main():\n    print('caf\\u00e9 \\u4e2d')\n    print('said', file=sys.stderr)\n"
+)
 WRITES = "    open('out', 'w').write('x')\n"
 
 

@@ -149,7 +149,7 @@ def test_a_tokenizer_that_cuts_and_pads_has_no_say(llama: Path, settings_for: Ma
 def test_make_read_has_the_whole_text_too(llama: Path, settings_for: Make) -> None:
     """Of a store whose tokenizer.json cuts, as those of before do."""
     store = Store.open(harvest(settings_for(llama))[0])
-    coder, text = random_coder(32, 32, (8, 24)), "the red river sings and the blue stone falls"
+    coder, text = random_coder(32, 32, (8, 24), layer=1), "the red river sings and the blue stone falls"
     expected = Reader(store, coder)(text)
     values = json.loads(store.tokenizer_path.read_text())
     cuts_and_pads(values)
@@ -181,7 +181,7 @@ def test_special_tokens_are_text_and_announced_or_parsed(
     assert (tokens["parsed"] == 1).mean() > 1.4 * (tokens["text"] == 1).mean() > 0
     context, position = parsed.train.provenance(0, len(parsed.train))
     assert not np.isin(tokens["parsed"][context, position], [0, 1, 2]).any()
-    coder = random_coder(32, 32, (8, 24))
+    coder = random_coder(32, 32, (8, 24), layer=1)
     assert Reader(parsed, coder)("<bos>red<eos> blue").tokens == Reader(text, coder)("red blue").tokens
     assert "".join(Reader(text, coder)("red<eos>").tokens) == "red<eos>"
 
