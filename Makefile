@@ -55,6 +55,9 @@ help:
 	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
 
+# Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
+.NOTPARALLEL:
+
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
         train sweep runs stores samples evaluate compare read export import push bench bench-storage soak audit \
         lint format clean

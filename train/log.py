@@ -187,7 +187,8 @@ def _start(run_dir: Path, name: str, mode: Mode, project: str, config: Mapping[s
             tqdm.write(f"W&B   {url}", file=sys.stderr)
         return run
     except Exception as error:  # no key, no network, no disk: the run goes on
-        tqdm.write(f"W&B did not start, the work goes on without it: {error}", file=sys.stderr)
+        what = " ".join(str(error).split())  # a setting that W&B refuses takes several lines
+        tqdm.write(f"W&B did not start, the work goes on without it: {what:.400}", file=sys.stderr)
         return None
 
 
