@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import settings as pipeline
 from common.cli import load, parser
+from common.settings import Settings
 from harvest import lm, run
 from harvest.activations import Kept
 from shards import Store
@@ -32,7 +32,7 @@ RESULTS = Path("bench/results/harvest.json")
 TURNS, WINDOWS = 3, 2
 
 
-def settings(*argv: str) -> pipeline.Settings:
+def settings(*argv: str) -> Settings:
     return load(parser("harvest", ""), argv)[0]
 
 
@@ -72,9 +72,7 @@ def speed(scratch: Path) -> dict[str, float]:
     return rates | {"harvest / bare": median(ratios)}
 
 
-def forward_only(
-    model: lm.LanguageModel, contexts: Contexts, dropped: list[int], made: pipeline.Settings
-) -> float:
+def forward_only(model: lm.LanguageModel, contexts: Contexts, dropped: list[int], made: Settings) -> float:
     kept = Kept.count(contexts, dropped)
     rows = int(kept.before[-1])
     begun = time.perf_counter()

@@ -8,3 +8,16 @@ INPUT_HOOKS: dict[Convention, str] = {"normalized": "ln2.hook_normalized", "mlp_
 """TransformerLens names of the MLP's input, within its block."""
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
+
+
+def hooks_of(layer: int, kind: Convention) -> tuple[str, str]:
+    """TransformerLens names of a layer's (input, output) tensors."""
+    return f"blocks.{layer}.{INPUT_HOOKS[kind]}", f"blocks.{layer}.{OUTPUT_HOOK}"
+
+
+def in_convention(hook: str, now: Convention, wanted: Convention) -> str:
+    """The input hook of the same block in another convention.
+
+    blocks.3.mlp.hook_in of blocks.3.ln2.hook_normalized.
+    """
+    return hook.removesuffix(INPUT_HOOKS[now]) + INPUT_HOOKS[wanted]

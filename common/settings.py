@@ -308,6 +308,11 @@ class Paths(Section):
         return self
 
 
+def model_slug(model: str) -> str:
+    """The last part of a model's name, lower-case, without .gguf: gemma-2-2b of google/gemma-2-2b."""
+    return Path(model).name.lower().removesuffix(".gguf")
+
+
 class Settings(BaseModel):
     """Everything a stage needs to know; written beside every artifact."""
 
@@ -337,8 +342,8 @@ class Settings(BaseModel):
 
     @property
     def model_slug(self) -> str:
-        """Directory name of the model: the last part of its name, lower-case, without .gguf."""
-        slug = Path(self.model.name).name.lower().removesuffix(".gguf")
+        """Directory name of the model; raises `InputError` where its name does not end in one."""
+        slug = model_slug(self.model.name)
         if slug in ("", "..") or re.search(r"[\\\x00-\x1f\x7f]", slug):
             raise InputError(
                 f"model.name: {self.model.name!r} does not end in a name for a directory; give its full path"

@@ -9,6 +9,7 @@ from common.cli import load, parser, run_stage
 from common.errors import InputError
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
+from shards.plan import human
 from shards.remote import is_url
 
 COLUMNS: tuple[str, ...] = (
@@ -61,18 +62,14 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
 
 def size_of(folder: Path) -> str:
     """Bytes of all files below, links not followed, in the unit that reads best."""
-    total = 0.0
+    total = 0
     for root, _, names in os.walk(folder):
         for name in names:
             try:
                 total += Path(root, name).lstat().st_size
             except FileNotFoundError:  # a file that another process was writing
                 continue
-    for unit in ("B", "kB", "MB", "GB"):
-        if total < 1000:
-            return f"{total:.0f} {unit}" if unit == "B" else f"{total:.3g} {unit}"
-        total /= 1000
-    return f"{total:.3g} TB"
+    return human(total)
 
 
 def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:

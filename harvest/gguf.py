@@ -9,7 +9,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from common.errors import ENVIRONMENT, InputError, first_line
-from common.files import locked, obey_umask, sha256, whole_folder
+from common.files import locked, obey_umask, whole_folder
+from common.identity import file_sha256
 from common.settings import ROOT
 from harvest.sealed import sealed
 
@@ -31,7 +32,7 @@ def directory_of(file: Path) -> Path:
                 f"model.name: {file}: cannot be read as GGUF: expected GGUF at its beginning, found {begins!r}; "
                 "give a Hugging Face directory of this model"
             )
-    return cached(CACHE / "gguf" / sha256(file)[:32], lambda directory: _unpack(file, directory))
+    return cached(CACHE / "gguf" / file_sha256(file)[:32], lambda directory: _unpack(file, directory))
 
 
 def _unpack(file: Path, directory: Path) -> None:

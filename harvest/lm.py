@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
-from common.hooks import INPUT_HOOKS, OUTPUT_HOOK, Convention
+from common.hooks import INPUT_HOOKS, OUTPUT_HOOK
 from common.identity import directory_sha256, is_gguf
 from common.settings import Model
 from harvest import gguf
@@ -24,11 +24,6 @@ from harvest.sealed import sealed
 from shards.store import as_harvested
 
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
-
-
-def hooks_of(layer: int, kind: Convention) -> tuple[str, str]:
-    """TransformerLens names of a layer's (input, output) tensors."""
-    return f"blocks.{layer}.{INPUT_HOOKS[kind]}", f"blocks.{layer}.{OUTPUT_HOOK}"
 
 
 class Gain(NamedTuple):

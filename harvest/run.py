@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import InputError
 from common.files import sha256, write_whole
+from common.hooks import hooks_of
 from common.identity import differs, model_sha256
 from common.processes import Processes, joined
 from common.progress import progress
@@ -313,7 +314,7 @@ def _no_embedding(name: str, tokenizer: PreTrainedTokenizerFast, token: int, kno
 def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dict[str, Any]) -> Source:
     """What is harvested from `layer`; raises `InputError` when the model has no such layer or hook points."""
     lm.check_layers([layer], model.n_layers, model.name)
-    input_hook, output_hook = lm.hooks_of(layer, settings.harvest.input)
+    input_hook, output_hook = hooks_of(layer, settings.harvest.input)
     model.check_hooks((input_hook, output_hook))
     gain = model.gain(layer)
     found = {

@@ -141,4 +141,4 @@ STORAGES = {
     ),
     "float32": Storage(np.dtype("<f4"), Encoded, _as_float32, FLOATS, 0.89),
 }
-"""By name; `pipeline.Harvest.storage` lists the same names."""
+"""By name; `common.settings.Harvest.storage` lists the same names."""

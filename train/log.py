@@ -237,8 +237,10 @@ def where(*run_dirs: Path) -> list[str]:
         python = python.relative_to(Path.cwd())
     for run_dir in run_dirs:
         file = run_dir / "wandb" / "id"
-        pieces = _directory(run_dir) / "wandb"
-        if file.exists() and next(pieces.glob(f"offline-run-*-{file.read_text(encoding='utf-8')}"), None):
-            path = f"{shlex.quote(str(pieces))}/offline-run-*-{file.read_text(encoding='utf-8')}"
+        if not file.exists():
+            continue
+        pieces, pattern = _directory(run_dir) / "wandb", f"offline-run-*-{file.read_text(encoding='utf-8')}"
+        if next(pieces.glob(pattern), None):
+            path = f"{shlex.quote(str(pieces))}/{pattern}"
             lines.append(f"W&B   {shlex.quote(str(python))} -m wandb sync {path}")
     return lines

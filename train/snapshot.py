@@ -14,7 +14,7 @@ from train.finish import calibrated, calibration_inputs, raw_transcoder
 from train.recipe import Recipe, initialise
 from train.state import State
 from transcoder import weights
-from transcoder.selection import select_batch, select_rows
+from transcoder.selection import SELECT
 from transcoder.transcoder import Transcoder
 
 
@@ -53,10 +53,9 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
 def kept_per_row(raw: Transcoder, batches: Iterable[Tensor], recipe: Recipe) -> list[float]:
     """Active latents per row below each prefix end that training's own selection keeps on these batches."""
     objective = recipe.objective
-    select = select_rows if objective.selection == "topk" else select_batch
     counts, rows = torch.zeros(objective.d_sae, dtype=torch.float64), 0
     for inputs in batches:
-        entries, _ = select(raw.pre_activations(inputs), objective.k)
+        entries, _ = SELECT[objective.selection](raw.pre_activations(inputs), objective.k)
         counts += torch.bincount(entries.latents, minlength=objective.d_sae).cpu()
         rows += len(inputs)
     ends = torch.tensor(objective.prefix_ends)

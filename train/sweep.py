@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from common import settings as pipeline
 from common.cli import load, parser, run_stage
 from common.device import share_cores
 from common.errors import InputError
 from common.files import write_whole
-from common.settings import Settings
+from common.settings import Settings, first_mistake, latents, run_name
+from common.settings import Transcoder as TranscoderSettings
 from shards import Store
 from train import record
 from train.log import where
@@ -55,21 +55,21 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
     values["transcoder"] |= {"d_sae": d_sae, "group_sizes": groups}
     plain = Settings.model_validate(values)
     for key, value in chosen.items():
-        section = "transcoder" if key in pipeline.Transcoder.model_fields else "train"
+        section = "transcoder" if key in TranscoderSettings.model_fields else "train"
         values[section][key] = value
     try:
         if "group_sizes" in chosen:
-            values["transcoder"]["group_sizes"] = sizes = pipeline.latents(chosen["group_sizes"], d_in)
+            values["transcoder"]["group_sizes"] = sizes = latents(chosen["group_sizes"], d_in)
             values["transcoder"]["d_sae"] = sum(sizes)
         if "d_sae" in chosen:
-            (wider,) = pipeline.latents((chosen["d_sae"],), d_in)
+            (wider,) = latents((chosen["d_sae"],), d_in)
             values["transcoder"] |= {"d_sae": wider, "group_sizes": _in_proportion(groups, wider)}
         made = Settings.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"sweep: {pipeline.first_mistake(error)}") from error
+        raise InputError(f"sweep: {first_mistake(error)}") from error
     except ValueError as error:
         raise InputError(f"sweep: {error}") from error
-    name = pipeline.run_name(settings.run, plain, made)
+    name = run_name(settings.run, plain, made)
     return made.model_copy(update={"run": name})
 
 

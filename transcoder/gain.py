@@ -6,7 +6,6 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.errors import InputError
-from common.hooks import INPUT_HOOKS, Convention
+from common.hooks import INPUT_HOOKS, Convention, hooks_of, in_convention
+from common.settings import model_slug
 from shards import Store
 from shards.manifest import Source
 from transcoder.transcoder import Parameters, Transcoder
@@ -62,7 +62,7 @@ def refuse_mismatch(
             f"or measure it here on purpose with {option}"
         )
     known, model = found.get("weights_sha256"), found.get("model")
-    if not known and isinstance(model, str) and _last(model) != _last(source.model):
+    if not known and isinstance(model, str) and model_slug(model) != model_slug(source.model):
         tqdm.write(
             f"note: {name}: says that it is of the model {model!r:.80}, the store of {source.model!r:.80}; without "
             "a digest of the weights this is not checked",
@@ -73,14 +73,13 @@ def refuse_mismatch(
 
 def _differing(found: Mapping[str, Any], source: Source) -> list[str]:
     """Layer, weights and hooks that a record knows and that are not the store's; hooks only within one layer."""
-    block = source.input_hook.removesuffix(INPUT_HOOKS[source.input])
     expected = {
         "layer": source.layer,
         "weights_sha256": source.weights_sha256,
         "output_hook": source.output_hook,
     }
     if (kind := found.get("input")) in INPUT_HOOKS:
-        expected["input_hook"] = block + INPUT_HOOKS[kind]
+        expected["input_hook"] = in_convention(source.input_hook, source.input, kind)
     differing = {key: found[key] for key, value in expected.items() if found.get(key) not in (None, value)}
     if "layer" in differing:
         differing = {key: value for key, value in differing.items() if not key.endswith("hook")}
@@ -104,11 +103,6 @@ def _short(value: Any) -> str:
     """A digest's first digits; anything else as it is."""
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 else f"{text:.80}"
-
-
-def _last(model: str) -> str:
-    """What two spellings of a model's name have in common: gemma-2-2b of google/gemma-2-2b."""
-    return PurePath(model).name.lower().removesuffix(".gguf")
 
 
 def convert(transcoder: Transcoder, wanted: Convention, norm: Mapping[str, Any], name: str) -> Transcoder:
@@ -137,7 +131,7 @@ def convert(transcoder: Transcoder, wanted: Convention, norm: Mapping[str, Any],
     changed = _scaled(own, gain, bias)
     now = source | {"input": wanted}
     if "layer" in source:
-        now["input_hook"] = f"blocks.{source['layer']}.{INPUT_HOOKS[wanted]}"
+        now["input_hook"], _ = hooks_of(source["layer"], wanted)
     return replace(transcoder, parameters=changed, metadata=transcoder.metadata | {"source": now})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import sha256
-from common.hooks import INPUT_HOOKS
+from common.hooks import in_convention
 from common.settings import Settings
 from shards import Store
 from shards.layout import COMMIT
@@ -60,8 +60,7 @@ def bring(origin: str, settings: Settings) -> Transcoder:
 def completed(transcoder: Transcoder, store: Store) -> Transcoder:
     """The transcoder with what its file does not say and the store that it is bound to does: an export needs it."""
     known, own = store.manifest.source.model_dump(mode="json"), transcoder.metadata["source"]
-    block = known["input_hook"].removesuffix(INPUT_HOOKS[known["input"]])
-    known["input_hook"] = block + INPUT_HOOKS[own["input"]]
+    known["input_hook"] = in_convention(known["input_hook"], known["input"], own["input"])
     lacking = {key: known[key] for key in OF_THE_MODEL if own.get(key) is None}
     return replace(transcoder, metadata=transcoder.metadata | {"source": own | lacking})
 

@@ -16,7 +16,7 @@ from evaluate.metrics.rows import Split, blocks
 from transcoder import Transcoder
 from transcoder.entries import Entries, decode, entries_above
 from transcoder.frequent import FREQUENT, frequent_level
-from transcoder.selection import select_batch, select_rows
+from transcoder.selection import SELECT
 
 Select = Callable[[Tensor], Entries]
 """Pre-activations of a batch [B, F] -> its active entries."""
@@ -24,8 +24,7 @@ Select = Callable[[Tensor], Entries]
 
 def training_selection(kind: str, k: int) -> Select:
     """The selection that `transcoder.selection` names: k a row on average over the batch, or k in each row."""
-    choose = select_rows if kind == "topk" else select_batch
-    return lambda pre: choose(pre, k)[0]
+    return lambda pre: SELECT[kind](pre, k)[0]
 
 
 @dataclass

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from common.device import pick_device
 from common.errors import InputError
+from common.hooks import hooks_of
 from common.settings import Model
 from harvest import lm
 from tests.models import by_hugging_face
@@ -30,7 +31,7 @@ def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
 def test_captured_tensors_equal_hugging_face(layer: int, model_directory: Path) -> None:
     model, ids = load(model_directory), tokens()
     expected = by_hugging_face(model_directory, layer, ids)
-    names = [*lm.hooks_of(layer, "normalized"), lm.hooks_of(layer, "mlp_in")[0]]
+    names = [*hooks_of(layer, "normalized"), hooks_of(layer, "mlp_in")[0]]
     with model.capturing(names) as caught:
         model.run_blocks(ids, layer)
     # A LayerNorm is computed by TransformerLens in its own order of operations.
@@ -60,7 +61,7 @@ def test_logits_equal_hugging_faces(model_directory: Path) -> None:
 def test_gemma_2_at_its_real_widths(wide_gemma: Path) -> None:
     model, ids = load(wide_gemma, "bfloat16"), tokens()
     expected = by_hugging_face(wide_gemma, 1, ids, torch.bfloat16)
-    names = [*lm.hooks_of(1, "normalized"), lm.hooks_of(1, "mlp_in")[0]]
+    names = [*hooks_of(1, "normalized"), hooks_of(1, "mlp_in")[0]]
     with model.capturing(names) as caught:
         model.run_blocks(ids, 1)
     assert caught[names[0]].shape == (3, 16, 2304)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from common.hooks import hooks_of
 from common.settings import Settings
 from evaluate.metrics.splice import splice
-from harvest import lm
 from shards import Store
 from shards.layout import kept_mask
 from tests.evaluate.fakes import random_coder
@@ -91,7 +91,7 @@ def test_circuit_tracer_replaces_every_mlp_with_what_we_trained_on(
     torch.testing.assert_close(theirs["logits"], theirs["reference"], rtol=1e-3, atol=1e-3)
     ours = language_model(model)
     for layer, transcoder in enumerate(own):
-        hooks = lm.hooks_of(layer, "normalized")
+        hooks = hooks_of(layer, "normalized")
         with ours.capturing([*hooks]) as caught:
             ours.run_blocks(ids, layer)
         for hook in hooks:

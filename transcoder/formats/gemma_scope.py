@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.files import write_whole
-from common.hooks import INPUT_HOOKS
+from common.hooks import hooks_of
 from transcoder import weights
 
 FILE_NAME = "params.npz"
@@ -60,9 +60,9 @@ def _layer(path: Path) -> dict[str, Any]:
     found = re.search(r"layer_(\d+)/width_[^/]+/average_l0_[^/]+/[^/]+$", path.absolute().as_posix())
     if found is None:
         return {}
-    block = f"blocks.{int(found[1])}"
-    hooks = {"input_hook": f"{block}.{INPUT_HOOKS['normalized']}", "output_hook": f"{block}.hook_mlp_out"}
-    return {"layer": int(found[1]), **hooks}
+    layer = int(found[1])
+    input_hook, output_hook = hooks_of(layer, "normalized")
+    return {"layer": layer, "input_hook": input_hook, "output_hook": output_hook}
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
