@@ -291,7 +291,7 @@ class PairShare(Record):
 
 
 class RedundancyMetrics(PairShare):
-    """The same of the full dictionary, and of each prefix."""
+    """Decoder rows that point the same way: of the full dictionary, and of each prefix."""
 
     limit: float
     """absolute cosine beyond which a pair is close"""

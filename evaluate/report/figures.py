@@ -52,8 +52,12 @@ class Drawn:
 
 def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator[Plot]:
     """Every plot of a run's evaluation, in the order of the page."""
-    prefixes, latents, errors = results.prefixes, results.latents, results.errors
-    linear = results.baselines.linear.fvu
+    prefixes = [prefix.written() for prefix in results.prefixes]
+    latents, errors, linear = (
+        results.latents.written(),
+        results.errors.written(),
+        results.baselines.linear.fvu,
+    )
     alive = [(made.group == g) & (made.firings > 0) for g in range(len(prefixes))]
     densities = [made.density[-1][own] for own in alive]
     measures = [
@@ -74,7 +78,7 @@ def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator
     )
     if log:  # none: an imported transcoder
         yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
-    if prefixes[0].cross_entropy:
+    if results.prefixes[0].cross_entropy:
         yield Plot(
             "cross_entropy",
             "overview",
@@ -92,13 +96,13 @@ def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator
         "cosine",
         "overview",
         "Nearest decoder rows",
-        lambda: plots.cosine_histogram(results.redundancy),
+        lambda: plots.cosine_histogram(results.redundancy.written()),
     )
     yield Plot(
         "groups",
         "nesting",
         "Shares of the groups",
-        lambda: plots.group_contributions(latents.groups, prefixes),
+        lambda: plots.group_contributions([group.written() for group in results.latents.groups], prefixes),
     )
     yield Plot(
         "specificity",

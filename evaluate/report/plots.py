@@ -1,7 +1,7 @@
 """The plots: colour-blind-safe, labelled with units, readable in grey, on paper and on a dark page.
 
 Okabe and Ito's palette, and a marker or line style besides the colour wherever several series meet.
-Every function draws one figure from records or plain values; evaluate/report/figures.py decides which and saves them.
+Every function draws one figure from plain values; evaluate/report/figures.py decides which and saves them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from evaluate.files import LogLine
-from evaluate.records import (
-    ErrorClass,
-    ErrorMetrics,
-    GroupMetrics,
-    LatentMetrics,
-    PrefixMetrics,
-    RedundancyMetrics,
-)
 
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -30,6 +20,8 @@ of them by its theme's; on paper the palette is light enough for black text."""
 
 WIDE = 13.0
 """Inches of a figure with panels: twice a plain one, so that all text is of one size on the page."""
+
+Line = dict[str, Any]
 
 
 def figure(columns: int = 1, width: float = 6.4, height: float = 3.9) -> tuple[Figure, list[Axes]]:
@@ -70,34 +62,28 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _millions(log: Sequence[LogLine]) -> list[float]:
-    return [_number(line["rows"]) / 1e6 for line in log]
-
-
-def loss_curve(log: Sequence[LogLine]) -> Figure:
+def loss_curve(log: Sequence[Line]) -> Figure:
     """Training loss, and held-out FVU of every prefix, over training rows."""
     made, (left, right) = figure(2, width=WIDE)
     lines = [line for line in log if line.get("loss") is not None]
-    left.plot(_millions(lines), [_number(line["loss"]) for line in lines], color=COLOURS[0])
+    left.plot([line["rows"] / 1e6 for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
     left.set(xlabel="training rows (million tokens)", ylabel="training loss (normalised units)")
     names = sorted({key for line in log for key in line if key.startswith("heldout_fvu/prefix_")})
     for g, name in enumerate(names):
         measured = [line for line in log if line.get(name) is not None]
-        y = [_number(line[name]) for line in measured]
-        right.plot(_millions(measured), y, **_look(g), label=f"prefix {name.rsplit('_', 1)[1]}")
+        x, y = [line["rows"] / 1e6 for line in measured], [line[name] for line in measured]
+        right.plot(x, y, **_look(g), label=f"prefix {name.rsplit('_', 1)[1]}")
     right.set(xlabel="training rows (million tokens)", ylabel="held-out FVU")
     if names:
         _legend(right)
     return made
 
 
-def fvu_by_prefix(
-    prefixes: Sequence[PrefixMetrics], good: float, moderate: float, linear: float | None
-) -> Figure:
+def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear: float | None) -> Figure:
     """FVU of every prefix, with the verdicts' limits and the linear baseline."""
     made, (axes,) = figure()
     places = range(len(prefixes))
-    values = [_number(prefix.fvu) for prefix in prefixes]
+    values = [_number(prefix["fvu"]) for prefix in prefixes]
     axes.bar(places, values, color=[COLOURS[g % len(COLOURS)] for g in places], width=0.62)
     for place, value in zip(places, values, strict=True):
         inside = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center", "va": "top"}
@@ -111,7 +97,7 @@ def fvu_by_prefix(
         axes.axhline(linear, color=INK, linewidth=1.2, label=f"best linear map: {linear:.3f}")
     axes.axhline(moderate, color=INK, linestyle="--", linewidth=1, label=f"moderate: below {moderate:g}")
     axes.axhline(good, color=INK, linestyle=":", linewidth=1.4, label=f"good: below {good:g}")
-    axes.set_xticks(places, [f"{g}\n{p.end:,} latents\nL0 {p.l0:.1f}" for g, p in enumerate(prefixes)])
+    axes.set_xticks(places, [f"{g}\n{p['end']:,} latents\nL0 {p['l0']:.1f}" for g, p in enumerate(prefixes)])
     axes.set(xlabel="prefix", ylabel="FVU (0 perfect, 1 the mean)")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
@@ -140,13 +126,13 @@ def fvu_against_l0(
     return made
 
 
-def l0_histogram(prefixes: Sequence[PrefixMetrics]) -> Figure:
+def l0_histogram(prefixes: Sequence[Line]) -> Figure:
     """Share of rows by number of active latents, one line per prefix."""
     made, (axes,) = figure()
     for g, prefix in enumerate(prefixes):
-        counts = np.asarray(prefix.l0_histogram, dtype=float)
+        counts = np.asarray(prefix["l0_histogram"], dtype=float)
         look = {**_look(g), "marker": None}
-        label = f"prefix {g}: mean {prefix.l0:.1f}, median {prefix.l0_median:g}"
+        label = f"prefix {g}: mean {prefix['l0']:.1f}, median {prefix['l0_median']:g}"
         axes.step(np.arange(len(counts)), 100 * counts / counts.sum(), where="mid", label=label, **look)
     axes.set(xlabel="active latents per row (L0)", ylabel="rows (%)")
     axes.set_xlim(left=0)
@@ -155,10 +141,10 @@ def l0_histogram(prefixes: Sequence[PrefixMetrics]) -> Figure:
     return made
 
 
-def density_histogram(latents: LatentMetrics, groups: Sequence[np.ndarray]) -> Figure:
+def density_histogram(latents: Line, groups: Sequence[np.ndarray]) -> Figure:
     """Living latents by the share of rows on which they fire; `groups`: each group's densities, stacked."""
     made, (axes,) = figure()
-    edges = np.asarray(latents.log10_density_edges)
+    edges = np.asarray(latents["log10_density_edges"])
     logs = [np.log10(np.clip(density, 10 ** edges[0], 1)) for density in groups]
     low = max(edges[0], np.floor(min((log.min() for log in logs if len(log)), default=-1)))
     colours = [COLOURS[g % len(COLOURS)] for g in range(len(groups))]
@@ -168,32 +154,32 @@ def density_histogram(latents: LatentMetrics, groups: Sequence[np.ndarray]) -> F
         axes.axvline(limit, color=INK, linestyle=":", linewidth=1)
         _note(axes, f" {text}", (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
     axes.set(xlabel="log10 of the share of rows on which a latent fires", ylabel="latents")
-    axes.set_title(f"{latents.dead:,} of {latents.n:,} never fired on {latents.rows:,} rows")
+    axes.set_title(f"{latents['dead']:,} of {latents['n']:,} never fired on {latents['rows']:,} rows")
     _legend(axes)
     return made
 
 
-def cosine_histogram(redundancy: RedundancyMetrics) -> Figure:
+def cosine_histogram(redundancy: Line) -> Figure:
     """Latents by the cosine of their decoder row to the nearest other one."""
     made, (axes,) = figure()
     axes.stairs(
-        redundancy.nearest_cosine_histogram,
-        redundancy.nearest_cosine_edges,
+        redundancy["nearest_cosine_histogram"],
+        redundancy["nearest_cosine_edges"],
         fill=True,
         color=COLOURS[0],
     )
-    axes.axvline(redundancy.limit, color=INK, linestyle=":", linewidth=1.2)
-    _note(axes, " redundant", (redundancy.limit, 0.97), xycoords=("data", "axes fraction"), va="top")
+    axes.axvline(redundancy["limit"], color=INK, linestyle=":", linewidth=1.2)
+    _note(axes, " redundant", (redundancy["limit"], 0.97), xycoords=("data", "axes fraction"), va="top")
     axes.set(xlabel="cosine to the nearest other decoder row", ylabel="latents", xlim=(0, 1))
     return made
 
 
-def cross_entropy(prefixes: Sequence[PrefixMetrics]) -> Figure:
+def cross_entropy(prefixes: Sequence[Line]) -> Figure:
     """Cross-entropy recovered by every prefix, against both ablations."""
     made, (axes,) = figure()
     places = np.arange(len(prefixes))
     for index, (key, name) in enumerate((("recovered_zero", "zero"), ("recovered_mean", "mean"))):
-        values = [100 * _number(getattr(prefix.cross_entropy, key)) for prefix in prefixes]
+        values = [100 * _number(prefix["cross_entropy"][key]) for prefix in prefixes]
         bars = axes.bar(
             places + 0.2 * (2 * index - 1),
             values,
@@ -208,7 +194,7 @@ def cross_entropy(prefixes: Sequence[PrefixMetrics]) -> Figure:
             _note(axes, f"{value:.1f}", (bar.get_x() + 0.19, max(value, 0)), ha="center", va="bottom")
     axes.axhline(100, color=INK, linewidth=1)
     axes.set_ylim(top=124)
-    axes.set_xticks(places, [f"{g}\n{p.end:,} latents" for g, p in enumerate(prefixes)])
+    axes.set_xticks(places, [f"{g}\n{p['end']:,} latents" for g, p in enumerate(prefixes)])
     axes.set(xlabel="prefix", ylabel="cross-entropy recovered (%)")
     axes.grid(axis="x", visible=False)
     _legend(axes, loc="upper center", ncols=2)
@@ -240,14 +226,14 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
     return made
 
 
-def group_contributions(groups: Sequence[GroupMetrics], prefixes: Sequence[PrefixMetrics]) -> Figure:
+def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Figure:
     """What each group is of the whole: latents, active latents, energy, and explained variance added."""
     made, (axes,) = figure()
-    explained = np.diff([0.0, *(1 - _number(prefix.fvu) for prefix in prefixes)])
+    explained = np.diff([0.0, *(1 - _number(prefix["fvu"]) for prefix in prefixes)])
     shares = {
-        "latents": [group.end - group.start for group in groups],
-        "active per row": [group.l0 for group in groups],
-        "energy": [group.energy_share for group in groups],
+        "latents": [group["end"] - group["start"] for group in groups],
+        "active per row": [group["l0"] for group in groups],
+        "energy": [group["energy_share"] for group in groups],
         "variance explained\nby adding it": np.maximum(explained, 0),
     }
     for row, values in enumerate(shares.values()):
@@ -265,28 +251,28 @@ def group_contributions(groups: Sequence[GroupMetrics], prefixes: Sequence[Prefi
     return made
 
 
-def error_by_position(errors: ErrorMetrics) -> Figure:
+def error_by_position(errors: Line) -> Figure:
     """FVU of every prefix by position in the context."""
-    lines, edges = errors.by_position, errors.position_edges
-    centres = [(edges[line.class_] + edges[line.class_ + 1] - 1) / 2 for line in lines]
+    lines, edges = errors["by_position"], errors["position_edges"]
+    centres = [(edges[line["class"]] + edges[line["class"] + 1] - 1) / 2 for line in lines]
     made, (axes,) = figure()
     _fvu_lines(axes, centres, lines)
     axes.set(xlabel="position in the context (tokens)", ylabel="FVU")
     return made
 
 
-def error_by_size(errors: ErrorMetrics) -> Figure:
+def error_by_size(errors: Line) -> Figure:
     """FVU of every prefix by the output's distance from the mean, and which distances hold the error."""
-    lines, edges = errors.by_size, np.asarray(errors.size_edges)
-    centres = [float(2 ** ((edges[line.class_] + edges[line.class_ + 1]) / 2)) for line in lines]
+    lines, edges = errors["by_size"], np.asarray(errors["size_edges"])
+    centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
     made, (left, right) = figure(2, width=WIDE)
     _fvu_lines(left, centres, lines)
     left.set(xlabel="distance from the mean (1 = root mean square)", ylabel="FVU")
-    rows = sum(line.rows for line in lines)
+    rows = sum(line["rows"] for line in lines)
     for index, (name, values) in enumerate(
         {
-            "rows": [line.rows / rows for line in lines],
-            "squared error": [_number(line.error_share) for line in lines],
+            "rows": [line["rows"] / rows for line in lines],
+            "squared error": [_number(line["error_share"]) for line in lines],
         }.items()
     ):
         right.plot(centres, 100 * np.asarray(values), **_look(index), label=name)
@@ -299,20 +285,20 @@ def error_by_size(errors: ErrorMetrics) -> Figure:
     return made
 
 
-def error_by_dimension(errors: ErrorMetrics) -> Figure:
+def error_by_dimension(errors: Line) -> Figure:
     """The output dimensions that hold most of the error."""
-    lines = errors.by_dimension
+    lines = errors["by_dimension"]
     made, (axes,) = figure()
-    shares = [100 * _number(line.error_share) for line in lines]
+    shares = [100 * _number(line["error_share"]) for line in lines]
     axes.bar(range(len(lines)), shares, color=COLOURS[0], width=0.7)
-    axes.set_xticks(range(len(lines)), [str(line.class_) for line in lines], rotation=90)
+    axes.set_xticks(range(len(lines)), [str(line["class"]) for line in lines], rotation=90)
     axes.set(xlabel="output dimension, worst first", ylabel="share of the squared error (%)")
     axes.grid(axis="x", visible=False)
     return made
 
 
-def _fvu_lines(axes: Axes, x: Sequence[float], lines: Sequence[ErrorClass]) -> None:
-    for g in range(len(lines[0].fvu) if lines else 0):
-        axes.plot(x, [_number(line.fvu[g]) for line in lines], **_look(g), label=f"prefix {g}")
+def _fvu_lines(axes: Axes, x: Sequence[float], lines: Sequence[Line]) -> None:
+    for g in range(len(lines[0]["fvu"]) if lines else 0):
+        axes.plot(x, [_number(line["fvu"][g]) for line in lines], **_look(g), label=f"prefix {g}")
     axes.set_ylim(bottom=0)
     _legend(axes)

@@ -164,25 +164,33 @@ VERSIONS = [lacking, of_tomorrow, of_another_type, of_yesterday]
 
 
 @pytest.mark.parametrize("change", VERSIONS)
-def test_metrics_of_another_version_are_measured_again_or_one_line(
+def test_metrics_of_another_version_are_one_line_or_measured_again(
     change: Callable[[dict], None], root: Path, tmp_path: Path
 ) -> None:
-    """And what asked for other rows is kept, whatever wrote it."""
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    values = metrics_of(root) | {"files": []}
+    provenance = Metrics.model_validate(values).provenance
+    change(values)
+    (folder / "metrics.json").write_text(json.dumps(values))
+    message = r"metrics\.json: field [\w.]+: .* another version; evaluate again \(make evaluate\)$"
+    with pytest.raises(InputError, match=message):
+        finished(folder)
+    assert find(folder, provenance) is None
+    make_room(folder)
+    (kept,) = (tmp_path / "evaluations").glob("*-0_tokens-*")
+    assert json.loads((kept / "metrics.json").read_text()) == values
+
+
+def test_an_evaluation_that_lacks_a_field_is_measured_again(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     settings = settings_of(tmp_path)
     whole, _ = evaluate(settings)
     file = settings.run_dir() / "evaluation" / "metrics.json"
     damaged = json.loads(file.read_text())
-    change(damaged)
+    lacking(damaged)
     file.write_text(json.dumps(damaged))
-    with pytest.raises(
-        InputError, match=r"metrics\.json: field [\w.]+: .* evaluate again \(make evaluate\)$"
-    ):
-        finished(file.parent)
     assert listing.line_of(settings.run_dir())["evaluated"].startswith("cannot be read: ")
-    evaluate(settings_of(tmp_path, "--evaluate.rows", "700"))
-    (kept,) = (settings.run_dir() / "evaluations").glob("heldout-1500_rows-*")
-    assert json.loads((kept / "metrics.json").read_text()) == damaged
     assert evaluate(settings) == (whole, True)
 
 
