@@ -1,14 +1,20 @@
 """python -m evaluate: measure a run on the held-out rows of its store."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from common.cli import load, parser, run_stage
 from common.numbers import number_or_dash
 from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.records import Metrics
 from evaluate.report.console import plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.records import Metrics
 
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from common.errors import InputError
 from common.files import write_whole
@@ -19,6 +19,7 @@ done again. (A digest of the source did that before; a comment in the style shee
 
 LogLine = dict[str, float | None]
 """A line of metrics.jsonl."""
+LINE = TypeAdapter(LogLine)
 
 
 class _Asked(BaseModel):
@@ -48,7 +49,7 @@ def read_json(path: Path, remedy: str) -> dict[str, object]:
         made = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; {remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {remedy}") from error
     if not isinstance(made, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(made).__name__}; {remedy}")
@@ -58,13 +59,14 @@ def read_json(path: Path, remedy: str) -> dict[str, object]:
 def read_lines(path: Path) -> list[LogLine]:
     """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    made = []
+    made: list[LogLine] = []
     for number, line in enumerate(lines, 1):
         try:
-            made.append(json.loads(line))
+            made.append(LINE.validate_python(json.loads(line)))
         except ValueError as error:
             if line.endswith("\n"):
-                raise InputError(f"{path}: line {number} is damaged ({error}); remove that line") from error
+                why = _first(error) if isinstance(error, ValidationError) else error
+                raise InputError(f"{path}: line {number} is damaged ({why}); remove that line") from error
     return made
 
 
@@ -103,7 +105,8 @@ def finished(folder: Path) -> Metrics | None:
 def _first(error: ValidationError) -> str:
     """The first field that is wrong, in words."""
     first = error.errors()[0]
-    return f"field {'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    field = f"field {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+    return f"{field}{first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def kept_place(folder: Path, values: Mapping[str, object]) -> Path:

@@ -1,10 +1,14 @@
 """Verdicts: a number and whether it is good. The limits are conventions, not laws; docs/numbers.md says whose."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from evaluate.records import Results
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.records import Results
 
 FVU_GOOD, FVU_MODERATE = 0.1, 0.3
 DEAD_GOOD = 0.10

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
 
 from common.errors import InputError
 from common.settings import ROOT, Settings
 from evaluate import runs as listing
 from evaluate.__main__ import show
-from evaluate.files import bring_back, find, finished, make_room, write_record
+from evaluate.files import bring_back, find, finished, make_room, read_lines, write_record
 from evaluate.records import Metrics
 from evaluate.run import evaluate as evaluate_with
 from shards import Store
@@ -201,6 +203,32 @@ def test_metrics_that_no_version_writes_are_one_line(values: dict, root: Path, t
     (folder / "metrics.json").write_text(json.dumps(metrics_of(root) | values))
     with pytest.raises(InputError, match=r"metrics\.json: field [\w.]+: .*; remove .* to evaluate again$"):
         evaluate(settings_of(tmp_path))
+
+
+def test_the_document_of_outputs_names_every_column_of_latents(root: Path) -> None:
+    document = (ROOT / "docs" / "outputs.md").read_text()
+    table = document[document.index("## evaluation/latents.safetensors") :].split("\n\n")[2]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    with safe_open(settings_of(root).run_dir() / "evaluation" / "latents.safetensors", "pt") as file:
+        assert set(file.keys()) == named
+        assert json.loads(file.metadata()["provenance"]) == metrics_of(root)["provenance"]
+
+
+LINES = [
+    ("3", "input should be a valid dictionary"),
+    ('{"rows": 1, "loss": "x"}', "field loss: input should be"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), LINES)
+def test_a_line_of_the_log_that_holds_something_else_is_named(line: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": null}}\n{line}\n{{"step": 3')
+    with pytest.raises(
+        InputError, match=rf"metrics\.jsonl: line 2 is damaged \({why}.*\); remove that line$"
+    ):
+        read_lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 3')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
 
 
 def test_a_run_without_heldout_rows_is_measured_on_request(tmp_path: Path) -> None:
