@@ -73,7 +73,8 @@ def _trained(run_dir: Path) -> dict[str, str]:
     try:
         metrics = finished(run_dir / "evaluation")
     except InputError as error:
-        return line | {"evaluated": f"cannot be read: {error}"}
+        why = str(error).removeprefix(f"{run_dir / 'evaluation' / 'metrics.json'}: ")
+        return line | {"evaluated": f"cannot be read: {why}"}
     if metrics is None:
         return line
     if (run_dir / weights.FILE_NAME).stat().st_mtime > (

@@ -192,7 +192,7 @@ def test_an_evaluation_that_lacks_a_field_is_measured_again(root: Path, tmp_path
     damaged = json.loads(file.read_text())
     lacking(damaged)
     file.write_text(json.dumps(damaged))
-    assert listing.line_of(settings.run_dir())["evaluated"].startswith("cannot be read: ")
+    assert listing.line_of(settings.run_dir())["evaluated"].startswith("cannot be read: field prefixes.0")
     assert evaluate(settings) == (whole, True)
 
 
