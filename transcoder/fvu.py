@@ -29,7 +29,7 @@ class Deviation:
         """`values` [B, D], B at least 1, of any device; the sums stay on the CPU."""
         block = values.double()
         mean = block.mean(0)
-        squares = (block - mean).square().sum(0).cpu()
+        squares = (block - mean).square_().sum(0).cpu()
         total = self.rows + len(block)
         shift = mean.cpu() - self.mean
         self.squares += squares + shift.square() * (self.rows * len(block) / total)
