@@ -162,20 +162,22 @@ def trained(settings: Settings, ce_tokens: int) -> dict[str, Any]:
         train(settings, store)
     coder, n = read(settings.run_dir(), store), len(store.heldout)
     with progress("statistics", n, "rows") as bar:
-        prefixes = measure(coder, store.heldout, n, None, bar.update).result()["prefixes"]
-    language = measure_language(settings, store, store.heldout, coder, ce_tokens, prefixes)
+        measured = measure(coder, store.heldout, n, None, bar.update)
+    language = measure_language(settings, store, store.heldout, coder, ce_tokens)
+    prefixes = measured.result(language.prefixes)
+    spliced = prefixes[-1].cross_entropy
     lines = read_lines(settings.run_dir() / "metrics.jsonl")
     return {
         "rows": n,
-        "fvu": [prefix["fvu"] for prefix in prefixes],
-        "l0": [prefix["l0"] for prefix in prefixes],
-        "never_fire": [prefix["dead_fraction"] for prefix in prefixes],
-        "over_1_percent": prefixes[-1]["over_1_percent"] / coder.d_sae,
-        "over_10_percent": [prefix["over_10_percent"] / prefix["end"] for prefix in prefixes],
-        "cross_entropy_recovered": None
-        if language.cross_entropy["skipped"]
-        else prefixes[-1]["cross_entropy"]["recovered_zero"],
-        "rows_per_second": statistics.median(line["rows_per_second"] for line in lines),
+        "fvu": [prefix.fvu for prefix in prefixes],
+        "l0": [prefix.l0 for prefix in prefixes],
+        "never_fire": [prefix.dead_fraction for prefix in prefixes],
+        "over_1_percent": prefixes[-1].over_1_percent / coder.d_sae,
+        "over_10_percent": [prefix.over_10_percent / prefix.end for prefix in prefixes],
+        "cross_entropy_recovered": spliced and spliced.recovered_zero,
+        "rows_per_second": statistics.median(
+            speed for line in lines if (speed := line["rows_per_second"]) is not None
+        ),
     }
 
 

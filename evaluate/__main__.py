@@ -1,14 +1,20 @@
 """python -m evaluate: measure a run on the held-out rows of its store."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from common.cli import load, parser, run_stage
+from common.numbers import number_or_dash
 from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.report.console import number_of, plain, rows_of, table_of
+from evaluate.report.console import plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.records import Metrics
 
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 
@@ -35,48 +41,48 @@ def main() -> None:
             print(line)
     metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
     if fresh:
-        log.log_evaluation(settings.run_dir(), settings, metrics)
+        log.log_evaluation(settings.run_dir(), settings, metrics.written())
     show(settings, metrics, fresh, Console())
 
 
-def show(settings: Settings, metrics: dict[str, Any], fresh: bool, console: Console) -> None:
+def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
     from train.log import where
     from train.record import went_on
 
     table = table_of(
-        rows_of(metrics["rows"], metrics["provenance"]["split"]),
+        rows_of(metrics.rows, metrics.provenance.split),
         ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %"),
     )
-    for g, prefix in enumerate(metrics["prefixes"]):
+    for g, prefix in enumerate(metrics.prefixes):
         table.add_row(
             str(g),
-            f"{prefix['end']:,}",
-            number_of(prefix["fvu"]),
-            f"{prefix['l0']:.1f}",
-            f"{prefix['threshold']:.3g}",
-            f"{100 * prefix['dead_fraction']:.1f}",
-            f"{100 * prefix['over_10_percent_fraction']:.1f} % {prefix['over_10_percent_verdict']}",
+            f"{prefix.end:,}",
+            number_or_dash(prefix.fvu),
+            f"{prefix.l0:.1f}",
+            f"{prefix.threshold:.3g}",
+            f"{100 * prefix.dead_fraction:.1f}",
+            f"{100 * prefix.over_10_percent_fraction:.1f} % {prefix.over_10_percent_verdict}",
         )
     console.print(table)
     for verdict in verdicts(metrics):
         colour = COLOURS[verdict.level]
         line = f"[{colour}]{verdict.level:>8}[/] {verdict.name} {verdict.value} ({verdict.limit})"
         console.print(line, highlight=False, soft_wrap=True)
-    if metrics["cross_entropy"]["skipped"] is not None:
-        plain(console, f"cross-entropy was not measured: {metrics['cross_entropy']['skipped']}")
-    if metrics["provenance"]["trained_on_this_store"] is None:
+    if metrics.cross_entropy.skipped is not None:
+        plain(console, f"cross-entropy was not measured: {metrics.cross_entropy.skipped}")
+    if metrics.provenance.trained_on_this_store is None:
         plain(console, "note: what this run was trained on is not known")
-    elif not metrics["provenance"]["trained_on_this_store"]:
+    elif not metrics.provenance.trained_on_this_store:
         plain(console, "note: this run was trained on another harvest than it was evaluated on")
-    if differing := metrics["provenance"].get("mismatch"):
+    if differing := metrics.provenance.mismatch:
         plain(console, f"note: measured where it does not belong, as asked: {'; '.join(differing)}")
     if not fresh:
         plain(console, "nothing has changed since the last evaluation: nothing was measured again")
     run_dir = settings.run_dir()
-    if at := metrics["provenance"].get("checkpoint"):
-        plain(console, f"note: the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
-        run_dir = run_dir / f"at_step_{at['step']}"
+    if at := metrics.provenance.checkpoint:
+        plain(console, f"note: the checkpoint of step {at.step:,} of {at.of:,}: training has not ended")
+        run_dir = run_dir / f"at_step_{at.step}"
     elif step := went_on(run_dir):
         plain(
             console,

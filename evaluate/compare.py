@@ -4,10 +4,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
@@ -15,18 +14,28 @@ from common.cli import load, parser, run_stage
 from common.device import pick_device
 from common.errors import InputError
 from common.files import sha256, write_whole
+from common.numbers import number_or_dash
 from common.progress import progress
 from common.settings import Settings
-from evaluate.files import write_json
+from evaluate.files import write_record
 from evaluate.metrics.baselines import Baselines, fit_ridge
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.rows import blocks
+from evaluate.records import (
+    ComparedPrefix,
+    Comparison,
+    ComparisonProvenance,
+    Differences,
+    PrefixMetrics,
+    Provenance,
+)
 from evaluate.report import figures, plots
-from evaluate.report.console import number_of, plain, rows_of, table_of
-from evaluate.report.report import FILTERS, PAGE
+from evaluate.report.console import plain, rows_of, table_of
+from evaluate.report.templates import html
 from evaluate.run import prepare
 from evaluate.subject import read
+from shards.store import StoreSplit
 from train.record import stopped
 from train.sweep import RESULTS
 from transcoder import Transcoder
@@ -42,9 +51,26 @@ COLUMNS = {
     "dead_fraction": "dead share",
     "redundancy": "redundancy",
 }
+"""Of `Differences`, with their titles in the table."""
 
 
-def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], Path]:
+class Measured(NamedTuple):
+    """A prefix of one of the transcoders."""
+
+    transcoder: str
+    prefix: int
+    metrics: PrefixMetrics
+    redundancy: float | None
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """What is compared, by its key in `COLUMNS`."""
+        return {
+            key: self.redundancy if key == "redundancy" else getattr(self.metrics, key) for key in COLUMNS
+        }
+
+
+def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path]:
     """Measures the run that `settings` name and the `others` (see `chosen`) on the same rows.
 
     Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
@@ -61,23 +87,24 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[dict[str, Any], 
         name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
     }
     measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
-    reference = measured[names[0]][-1]
-    lines = [
-        {"transcoder": name, "prefix": g, **line, "difference": _difference(line, reference)}
-        for name, prefixes in measured.items()
-        for g, line in enumerate(prefixes)
-    ]
-    kept = ("model", "layer", "input_hook", "output_hook", "split", "store_fingerprint", "metrics_version")
-    provenance = {
-        key: job.provenance[key] for key in (*kept, "checkpoint", "mismatch") if key in job.provenance
-    }
-    provenance["weights_sha256"] = {
-        name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)
-    }
-    values = {"rows": job.n_rows, "lines": lines, "linear_map_fvu": linear, "provenance": provenance}
+    reference = [each for each in measured if each.transcoder == names[0]][-1]
+    digests = {name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)}
+    comparison = Comparison(
+        rows=job.n_rows,
+        lines=[_line(each, reference) for each in measured],
+        linear_map_fvu=linear,
+        provenance=_provenance(job.provenance, digests),
+    )
     folder = job.run_dir / "comparison"
-    _write(folder, values)
-    return values, folder
+    _write(folder, comparison)
+    return comparison, folder
+
+
+def _provenance(of: Provenance, digests: dict[str, str]) -> ComparisonProvenance:
+    """What an evaluation of the run would say, as far as it is true of all of them."""
+    shared = set(ComparisonProvenance.model_fields) - {"weights_sha256"}
+    given = {key: value for key, value in of if key in shared & of.model_fields_set}
+    return ComparisonProvenance(**given, weights_sha256=digests)
 
 
 def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
@@ -132,8 +159,8 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 @torch.inference_mode()
 def _measure(
-    coders: dict[str, Transcoder], split: Any, n_rows: int, train: Any
-) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
+    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, train: StoreSplit
+) -> tuple[list[Measured], float | None]:
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
     baselines = Baselines(fit_ridge(train))
@@ -145,39 +172,38 @@ def _measure(
                 device = measurement.coder.W_dec.device
                 measurement.add(inputs.to(device), outputs.to(device))
             bar.update(stop - start)
-    made, deviation = {}, 0.0
+    made: list[Measured] = []
     for name, measurement in measurements.items():
-        coder, result = coders[name], measurement.result()
-        redundancy, _ = decoder_similarity(coder.W_dec, coder.prefix_ends, n_neighbours=0)
-        for prefix, pairs in zip(result["prefixes"], redundancy["prefixes"], strict=True):
-            prefix["redundancy"] = pairs["share"]
-        made[name] = result["prefixes"]
-        deviation = measurement.deviation.total
-    return made, baselines.result(deviation)["linear"]["fvu"]
+        redundancy, _ = decoder_similarity(coders[name].W_dec, coders[name].prefix_ends, n_neighbours=0)
+        both = zip(measurement.result(), redundancy.prefixes, strict=True)
+        made += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
+    deviation = next(iter(measurements.values())).deviation.total
+    return made, baselines.result(deviation).linear.fvu
 
 
-def _difference(line: dict[str, Any], reference: dict[str, Any]) -> dict[str, float | None]:
-    pairs = {key: (line[key], reference[key]) for key in COLUMNS}
-    return {key: None if None in pair else pair[0] - pair[1] for key, pair in pairs.items()}
+def _line(one: Measured, reference: Measured) -> ComparedPrefix:
+    """A prefix as compare.json has it."""
+    pairs = {key: (value, reference.numbers[key]) for key, value in one.numbers.items()}
+    differences = {key: None if a is None or b is None else a - b for key, (a, b) in pairs.items()}
+    return ComparedPrefix(
+        transcoder=one.transcoder,
+        prefix=one.prefix,
+        **dict(one.metrics),
+        redundancy=one.redundancy,
+        difference=Differences(**differences),
+    )
 
 
-def _write(folder: Path, values: dict[str, Any]) -> None:
+def _write(folder: Path, comparison: Comparison) -> None:
     folder.mkdir(exist_ok=True)
     series: dict[str, list[tuple[float, float | None]]] = {}
-    for line in values["lines"]:
-        series.setdefault(line["transcoder"], []).append((line["l0"], line["fvu"]))
-    figure = plots.fvu_against_l0(series, values["linear_map_fvu"])
+    for line in comparison.lines:
+        series.setdefault(line.transcoder, []).append((line.l0, line.fvu))
+    figure = plots.fvu_against_l0(series, comparison.linear_map_fvu)
     plot = figures.save(figure, folder / "compare.png")
-    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= FILTERS
-    page = environment.get_template("compare.html").render(
-        values=values,
-        columns=COLUMNS,
-        style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
-        plot=Markup(plot),
-    )
+    page = html("compare.html", values=comparison, columns=COLUMNS, plot=Markup(plot))
     write_whole(folder / "compare.html", page.encode())
-    write_json(folder / "compare.json", values)
+    write_record(folder / "compare.json", comparison)
 
 
 def main() -> None:
@@ -194,22 +220,22 @@ def main() -> None:
     show(*compare(settings, given.others), Console())
 
 
-def show(values: dict[str, Any], folder: Path, console: Console) -> None:
+def show(comparison: Comparison, folder: Path, console: Console) -> None:
     """One line per transcoder and prefix, differences to the run's full dictionary in brackets."""
     columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %")
-    table = table_of(f"the same {rows_of(values['rows'], values['provenance']['split'])}", columns)
-    for line in values["lines"]:
-        change = line["difference"]["fvu"]
+    table = table_of(f"the same {rows_of(comparison.rows, comparison.provenance.split)}", columns)
+    for line in comparison.lines:
+        change = line.difference.fvu
         table.add_row(
-            line["transcoder"],
-            str(line["prefix"]),
-            f"{line['end']:,}",
-            number_of(line["fvu"]) + (f" ({change:+.3f})" if change else ""),
-            f"{line['l0']:.1f}",
-            f"{100 * line['dead_fraction']:.1f}",
+            line.transcoder,
+            str(line.prefix),
+            f"{line.end:,}",
+            number_or_dash(line.fvu) + (f" ({change:+.3f})" if change else ""),
+            f"{line.l0:.1f}",
+            f"{100 * line.dead_fraction:.1f}",
         )
     console.print(table)
-    plain(console, f"best linear map: FVU {number_of(values['linear_map_fvu'])}")
+    plain(console, f"best linear map: FVU {number_or_dash(comparison.linear_map_fvu)}")
     plain(console, f"report {folder / 'compare.html'}")
 
 

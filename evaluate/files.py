@@ -1,83 +1,154 @@
-"""JSON of an evaluation: read with one-line errors, written whole or not at all."""
+"""metrics.json and the folder it stands in: read with one-line errors, written whole or not at all."""
 
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from common.errors import InputError
 from common.files import write_whole
+from evaluate.records import Metrics, Provenance, Record, Results
 
 METRICS_VERSION = 1
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
+LogLine = dict[str, float | None]
+"""A line of metrics.jsonl."""
+LINE = TypeAdapter(LogLine)
+
+
+class _Asked(BaseModel):
+    """What an evaluation of any version answers, as far as it says so."""
+
+    split: str | None = None
+    rows: int | None = None
+    cross_entropy_tokens: int = 0
+    store_fingerprint: str = ""
+
+
+class _Language(BaseModel):
+    skipped: str | None = ""
+
+
+class _Done(BaseModel):
+    """What is read of an evaluation of any version."""
+
+    provenance: _Asked | None = None
+    cross_entropy: _Language | None = None
+    files: list[str] = []
+
+
+def read_json(path: Path, remedy: str) -> dict[str, object]:
     """The JSON object in `path`; `InputError` naming the file and the `remedy` if it is not one."""
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; {remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {remedy}") from error
     if not isinstance(made, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(made).__name__}; {remedy}")
     return made
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[LogLine]:
     """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    made = []
+    made: list[LogLine] = []
     for number, line in enumerate(lines, 1):
         try:
-            made.append(json.loads(line))
+            made.append(LINE.validate_python(json.loads(line)))
         except ValueError as error:
             if line.endswith("\n"):
-                raise InputError(f"{path}: line {number} is damaged ({error}); remove that line") from error
+                why = _first(error) if isinstance(error, ValidationError) else error
+                raise InputError(f"{path}: line {number} is damaged ({why}); remove that line") from error
     return made
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Written whole: a reader sees the old file or the new one."""
-    write_whole(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(record.written(), indent=1, allow_nan=False) + "\n").encode())
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The metrics of a complete evaluation: metrics.json is written last and names the other files."""
-    path = folder / "metrics.json"
-    metrics = read_json(path, f"remove {folder} to evaluate again") if path.exists() else None
-    if metrics is None or not all((folder / name).exists() for name in metrics.get("files", [path.name])):
+def complete(folder: Path) -> dict[str, object] | None:
+    """The JSON of a complete evaluation of any version: metrics.json is written last and names the other files."""
+    path, remedy = folder / "metrics.json", f"remove {folder} to evaluate again"
+    values = read_json(path, remedy) if path.exists() else None
+    if values is None:
         return None
-    return metrics if "provenance" in metrics else None
+    try:
+        done = _Done.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error)}; {remedy}") from error
+    there = all((folder / name).exists() for name in done.files)
+    return values if there and done.provenance is not None else None
 
 
-def kept_place(folder: Path, metrics: dict[str, Any]) -> Path:
+def finished(folder: Path) -> Metrics | None:
+    """The metrics of a complete evaluation; `InputError` where another version wrote them, with other fields."""
+    values = complete(folder)
+    if values is None:
+        return None
+    try:
+        return Metrics.model_validate(values)
+    except ValidationError as error:
+        raise InputError(
+            f"{folder / 'metrics.json'}: {_first(error)}: it is of another version; evaluate again (make evaluate)"
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first field that is wrong, in words."""
+    first = error.errors()[0]
+    field = f"field {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+    return f"{field}{first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def kept_place(folder: Path, values: Mapping[str, object]) -> Path:
     """Where a complete evaluation goes when `folder` is needed for one of other rows: named after what was asked."""
-    asked, language = metrics["provenance"], metrics.get("cross_entropy") or {}
-    tokens = asked.get("cross_entropy_tokens", 0) if language.get("skipped", "") is None else 0
-    words = f"{asked.get('split')}-{asked.get('rows')}_rows-{tokens}_tokens-{asked.get('store_fingerprint', '')[:8]}"
-    return folder.with_name("evaluations") / words
+    done = _Done.model_validate(values)
+    asked = done.provenance or _Asked()
+    measured = done.cross_entropy is not None and done.cross_entropy.skipped is None
+    tokens = asked.cross_entropy_tokens if measured else 0
+    return folder.with_name("evaluations") / (
+        f"{asked.split}-{asked.rows}_rows-{tokens}_tokens-{asked.store_fingerprint[:8]}"
+    )
 
 
-def find(folder: Path, provenance: dict[str, Any]) -> Path | None:
-    """The complete evaluation of just this provenance: `folder`, or one that is kept; none where there is none."""
+def find(folder: Path, provenance: Provenance) -> Path | None:
+    """The complete evaluation of just this provenance: `folder`, or one that is kept; none where there is none.
+
+    One that lacks a field of this version is none: it is measured again.
+    """
     for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
-        done = finished(each)
-        if done is not None and done["provenance"] == provenance:
+        done = complete(each)
+        if done is not None and done["provenance"] == provenance.written() and _is_of_this_version(done):
             return each
     return None
 
 
-def make_room(folder: Path, metrics: dict[str, Any] | None = None) -> None:
-    """Keep the evaluation in `folder` if it is none that `metrics` (none: any) are the answer to the same question as.
+def _is_of_this_version(values: Mapping[str, object]) -> bool:
+    try:
+        Metrics.model_validate(values)
+    except ValidationError:
+        return False
+    return True
+
+
+def make_room(folder: Path, results: Results | None = None) -> None:
+    """Keep the evaluation in `folder` if it is none that `results` (none: any) are the answer to the same question as.
 
     The caller holds the run's lock. What was kept of the same question before gives way.
     """
-    done = finished(folder)
-    if done is None or (metrics is not None and kept_place(folder, done) == kept_place(folder, metrics)):
+    done = complete(folder)
+    if done is None or (
+        results is not None and kept_place(folder, done) == kept_place(folder, results.written())
+    ):
         return
     kept = kept_place(folder, done)
     shutil.rmtree(kept, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What nesting costs: the evaluation of a sibling run that differs in having one group only."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import Settings, validated
 from evaluate.files import finished
+from evaluate.records import Metrics, OneGroupMetrics, Provenance
 from shards import Store
 from train.record import identity
 from transcoder.weights import FILE_NAME, read_metadata
 
+Identity = Mapping[str, Any]
+"""What decides a run's weights, by setting: see `train.record.identity`."""
 MAY_DIFFER = {"transcoder.group_sizes"}
 """What a run without nesting need not have in common with the one that it is a baseline for."""
 
 
-def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | None:
+def one_group(settings: Settings, store: Store, rows: int) -> OneGroupMetrics | None:
     """The numbers of a run without nesting beside the run that `settings` name; none where there is none.
 
     It was trained on this store with the same settings, and its weights as they are now were evaluated on the same
@@ -28,7 +32,7 @@ def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | N
     own = _trained_with(run_dir, store)
     if own is None or len(own["transcoder.group_sizes"]) == 1:
         return None
-    wanted = {"store_fingerprint": store.manifest.fingerprint, "split": settings.evaluate.split, "rows": rows}
+    wanted = (store.manifest.fingerprint, settings.evaluate.split, rows)
     runs = run_dir.parent
     for folder in sorted([*runs.glob("*/evaluation"), *runs.glob("*/evaluations/*")]):
         sibling = runs / folder.relative_to(runs).parts[0]
@@ -36,20 +40,16 @@ def one_group(settings: Settings, store: Store, rows: int) -> dict[str, Any] | N
         if other is None or len(other["transcoder.group_sizes"]) != 1 or _differ(own, other):
             continue
         metrics = _metrics(folder)
-        if metrics is not None and _is_of(metrics["provenance"], wanted, sibling / FILE_NAME):
+        if metrics is not None and _is_of(metrics.provenance, wanted, sibling / FILE_NAME):
             numbers = {
-                key: value
-                for key, value in metrics["prefixes"][0].items()
-                if isinstance(value, int | float | None)
+                key: value for key, value in metrics.prefixes[0] if isinstance(value, int | float | None)
             }
-            return numbers | {
-                "run": sibling.name,
-                "weights_sha256": metrics["provenance"]["weights_sha256"],
-            }
+            of = {"run": sibling.name, "weights_sha256": metrics.provenance.weights_sha256}
+            return OneGroupMetrics.model_validate(numbers | of)
     return None
 
 
-def _trained_with(run_dir: Path, store: Store) -> dict[str, Any] | None:
+def _trained_with(run_dir: Path, store: Store) -> Identity | None:
     """What decides the weights of a run that was trained on this store; none for any other transcoder."""
     try:
         metadata = read_metadata(run_dir)
@@ -60,11 +60,11 @@ def _trained_with(run_dir: Path, store: Store) -> dict[str, Any] | None:
         return None
 
 
-def _differ(own: dict[str, Any], other: dict[str, Any]) -> bool:
+def _differ(own: Identity, other: Identity) -> bool:
     return any(own[key] != other[key] for key in own.keys() - MAY_DIFFER)
 
 
-def _metrics(folder: Path) -> dict[str, Any] | None:
+def _metrics(folder: Path) -> Metrics | None:
     try:
         return finished(folder)
     except InputError as error:
@@ -72,6 +72,6 @@ def _metrics(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_of(provenance: dict[str, Any], wanted: dict[str, Any], weights: Path) -> bool:
-    same = all(provenance.get(key) == value for key, value in wanted.items())
-    return same and provenance.get("weights_sha256") == sha256(weights)
+def _is_of(of: Provenance, wanted: tuple[str, str, int], weights: Path) -> bool:
+    """`wanted`: store, split and rows."""
+    return (of.store_fingerprint, of.split, of.rows) == wanted and of.weights_sha256 == sha256(weights)

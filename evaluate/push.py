@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from common import hub
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import sha256
 from evaluate.files import finished
-from evaluate.report.report import FILTERS, PAGE
+from evaluate.records import Results
+from evaluate.report.templates import markdown
 from transcoder import Transcoder, weights
 from transcoder.public import ON_HUB, last_part, published
 
@@ -40,19 +39,20 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
     if "training" not in transcoder.metadata:
         raise InputError(f"{run_dir}: was not trained here; push what it was imported from")
     metrics = finished(run_dir / "evaluation")
-    if metrics is None or metrics["provenance"].get("weights_sha256") != sha256(run_dir / weights.FILE_NAME):
+    if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / weights.FILE_NAME):
         raise InputError(
             f"{run_dir}: the card needs the evaluation of these weights; evaluate it (make evaluate)"
         )
     seen = replace(transcoder, metadata=published(transcoder.metadata, name))
     source = seen.metadata["source"]
-    files = map(last_part, metrics["provenance"]["dataset"].split(", ")) if source.get("files") else ()
+    files = map(last_part, metrics.provenance.dataset.split(", ")) if source.get("files") else ()
     dataset = ", ".join(files) or source.get("dataset", "unknown text")
-    metrics["provenance"] |= {"model": source["model"], "dataset": dataset}
+    named = metrics.provenance.model_copy(update={"model": source["model"], "dataset": dataset})
+    shown = metrics.model_copy(update={"provenance": named})
     seen.save(folder)
     text = json.dumps(seen.metadata["settings"], indent=1) + "\n"
     (folder / "settings.json").write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(card(seen, metrics, address), encoding="utf-8")
+    (folder / "README.md").write_text(card(seen, shown, address), encoding="utf-8")
     return f"Transcoder {run_dir.name}, layer {source['layer']}"
 
 
@@ -65,22 +65,14 @@ def plain(value: Any) -> Any:
     return re.sub(r"[^\w ./:,@+=-]", "_", value) if isinstance(value, str) else value
 
 
-def card(transcoder: Transcoder, metrics: dict[str, Any], address: str) -> str:
+def card(transcoder: Transcoder, results: Results, address: str) -> str:
     """The model card, Markdown with the hub's header."""
-    environment = Environment(
-        loader=FileSystemLoader(PAGE),
-        undefined=StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= FILTERS
     model = transcoder.metadata["source"]["model"]
     on_hub = ON_HUB.fullmatch(model)
-    return environment.get_template("card.md").render(
+    return markdown(
+        "card.md",
         **plain(transcoder.metadata),
-        metrics=plain(metrics),
+        metrics=plain(results.written()),
         address=address,
         base_model=model if on_hub else None,
         d_in=transcoder.d_in,

@@ -4,7 +4,6 @@ import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from common.device import pick_device
 from common.errors import InputError
@@ -12,20 +11,31 @@ from common.files import locked, remove_asides, sha256
 from common.progress import progress
 from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.files import METRICS_VERSION, bring_back, find, finished, make_room, read_lines, write_json
+from evaluate.files import (
+    METRICS_VERSION,
+    LogLine,
+    bring_back,
+    find,
+    finished,
+    make_room,
+    read_lines,
+    write_record,
+)
 from evaluate.metrics.baselines import fit_ridge
 from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
-from evaluate.metrics.language import measure_language
+from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.tokens import TokenText
 from evaluate.nesting import one_group
+from evaluate.records import Checkpoint, LatentMetrics, Metrics, OneGroupMetrics, Provenance, Results
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
 from evaluate.report.report import write_report
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
+from shards.store import StoreSplit
 from transcoder import Transcoder
 from transcoder.gain import refuse_mismatch
 from transcoder.weights import FILE_NAME, read_metadata, save_tensors
@@ -39,7 +49,7 @@ class Job:
     store: Store
     run_dir: Path
     n_rows: int
-    provenance: dict[str, Any]
+    provenance: Provenance
 
     @property
     def folder(self) -> Path:
@@ -47,12 +57,12 @@ class Job:
         return self.run_dir / "evaluation"
 
     @property
-    def split(self) -> Any:
+    def split(self) -> StoreSplit:
         """The rows that are evaluated."""
         return getattr(self.store, self.settings.evaluate.split)
 
 
-def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[dict[str, Any], bool]:
+def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[Metrics, bool]:
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
     Nothing is done again when weights, store, settings, the sibling without nesting and the code that measures are
@@ -62,7 +72,8 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     """
     job = prepare(settings, ce_tokens)
     flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
-    job = replace(job, provenance=job.provenance | {"one_group_sha256": flat and flat["weights_sha256"]})
+    compared = {"one_group_sha256": flat and flat.weights_sha256}
+    job = replace(job, provenance=job.provenance.model_copy(update=compared))
     done = find(job.folder, job.provenance)
     if done is not None and done != job.folder:
         with _lock(job):
@@ -71,18 +82,14 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
                 bring_back(done, job.folder)
     if done is not None and (metrics := finished(job.folder)) is not None:
         return metrics, False
-    coder, trained = load_coder(job), _trained(job.run_dir)
+    coder, select = load_coder(job), _training_selection(job.run_dir)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
-    select = training_selection(trained["selection"], trained["k"]) if trained else None
-    metrics, made = _measure(job, coder, select)
-    metrics["baselines"] |= {"one_group": flat} if flat else {}
-    language = measure_language(settings, job.store, job.split, coder, ce_tokens, metrics["prefixes"])
-    metrics["cross_entropy"] = language.cross_entropy
+    language = measure_language(settings, job.store, job.split, coder, ce_tokens)
+    results, found = _measure(job, coder, select, language, flat)
     with _lock(job):
         remove_asides(job.folder)
-        make_room(job.folder, metrics)
-        _write(job, metrics, replace(made, promoted=language.promoted), log)
-    return metrics, True
+        make_room(job.folder, results)
+        return _write(job, results, found, log), True
 
 
 def _lock(job: Job) -> AbstractContextManager[None]:
@@ -105,28 +112,29 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     metadata = read_metadata(run_dir)
     trained_on = metadata.get("harvest_fingerprint")
     source = store.manifest.source
-    provenance = {
-        "run": settings.run,
-        "model": source.model,
-        "layer": source.layer,
-        "input_hook": source.input_hook,
-        "output_hook": source.output_hook,
-        "dataset": source.dataset,
-        "split": settings.evaluate.split,
-        "rows": n_rows,
-        "cross_entropy_tokens": ce_tokens,
-        "store_fingerprint": store.manifest.fingerprint,
-        "trained_on_this_store": trained_on and trained_on == store.manifest.fingerprint,
-        "weights_sha256": sha256(run_dir / FILE_NAME),
-        "metrics_version": METRICS_VERSION,
-    }
-    allowed = settings.evaluate.allow_mismatch
+    allowed, given = settings.evaluate.allow_mismatch, {}
     if differing := refuse_mismatch(metadata.get("source", {}), store, str(run_dir), allowed):
-        provenance["mismatch"] = differing
+        given["mismatch"] = differing
     if "checkpoint" in metadata:
-        provenance["checkpoint"] = metadata["checkpoint"]
+        given["checkpoint"] = Checkpoint(**metadata["checkpoint"])
     if used := metadata.get("used"):  # an imported transcoder has none
-        provenance |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
+        given |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
+    provenance = Provenance(
+        run=settings.run,
+        model=source.model,
+        layer=source.layer,
+        input_hook=source.input_hook,
+        output_hook=source.output_hook,
+        dataset=source.dataset,
+        split=settings.evaluate.split,
+        rows=n_rows,
+        cross_entropy_tokens=ce_tokens,
+        store_fingerprint=store.manifest.fingerprint,
+        trained_on_this_store=trained_on == store.manifest.fingerprint if trained_on else None,
+        weights_sha256=sha256(run_dir / FILE_NAME),
+        metrics_version=METRICS_VERSION,
+        **given,
+    )
     return Job(settings, store, run_dir, n_rows, provenance)
 
 
@@ -136,46 +144,61 @@ def load_coder(job: Job) -> Transcoder:
     return coder.to(pick_device(job.settings.model.device))
 
 
-def _trained(run_dir: Path) -> dict[str, Any] | None:
-    """The transcoder settings that the run was trained with; none when it was imported."""
+def _training_selection(run_dir: Path) -> Select | None:
+    """The selection that the run was trained with; none when it was imported."""
     settings = read_metadata(run_dir).get("settings")
-    return settings and settings["transcoder"]
+    return settings and training_selection(settings["transcoder"]["selection"], settings["transcoder"]["k"])
 
 
-def _measure(job: Job, coder: Transcoder, select: Select | None) -> tuple[dict[str, Any], Catalogue]:
-    """Both passes, and what is computed from the weights alone."""
+def _measure(
+    job: Job,
+    coder: Transcoder,
+    select: Select | None,
+    language: Language,
+    flat: OneGroupMetrics | None,
+) -> tuple[Results, Catalogue]:
+    """Both passes, what is computed from the weights alone, and what the language model said before."""
     split = job.split
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
-    vocabulary = TokenText(job.store.tokenizer_path).size
+    text = TokenText(job.store.tokenizer_path)
     linear = fit_ridge(job.store.train)
     with progress("statistics", job.n_rows, "rows") as bar:
-        first = first_pass(coder, split, job.n_rows, select, linear, moments, vocabulary, bar.update)
+        first = first_pass(coder, split, job.n_rows, select, linear, moments, text.size, bar.update)
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    made = catalogue(first, samples, neighbours, coder.prefix_ends)
-    metrics = {**first.statistics(), "redundancy": redundancy, "provenance": job.provenance}
-    metrics["latents"] |= {
-        "groups": group_summaries(made, coder.prefix_ends),
-        "splitting": splitting(made),
-        "coactivation_rows": first.coactivation.rows,
-    }
-    return metrics, made
+    found = catalogue(first, samples, neighbours, language.promoted, coder.prefix_ends)
+    measurement = first.measurement
+    results = Results(
+        rows=measurement.deviation.rows,
+        prefixes=measurement.result(language.prefixes),
+        latents=LatentMetrics(
+            **dict(measurement.prefixes[-1].firing.result()),
+            groups=group_summaries(found, coder.prefix_ends),
+            splitting=splitting(found),
+            coactivation_rows=first.coactivation.rows,
+        ),
+        baselines=first.baselines.result(measurement.deviation.total, flat),
+        errors=first.errors(text.label),
+        redundancy=redundancy,
+        provenance=job.provenance,
+        cross_entropy=language.cross_entropy,
+    )
+    return results, found
 
 
-def _write(job: Job, metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> None:
+def _write(job: Job, results: Results, found: Catalogue, log: list[LogLine]) -> Metrics:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
     folder, text = job.folder, TokenText(job.store.tokenizer_path)
     folder.mkdir(exist_ok=True)
     for old in (folder / "metrics.json", *folder.glob("*.png")):
         old.unlink(missing_ok=True)
-    for line in metrics["errors"]["by_token"]:
-        line["token"] = text.label(line["class"])
-    drawn = draw(metrics, made, log, folder)
-    data = page_data(made, job.split.contexts, text)
-    data["prefix_ends"] = [prefix["end"] for prefix in metrics["prefixes"]]
-    write_report(folder / "report.html", metrics, data, drawn)
-    save_tensors(folder / "latents.safetensors", tensors(made), {"provenance": json.dumps(job.provenance)})
-    metrics["files"] = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
-    write_json(folder / "metrics.json", metrics)
+    drawn = draw(results, found, log, folder)
+    write_report(folder / "report.html", results, page_data(found, job.split.contexts, text), drawn)
+    provenance = json.dumps(results.provenance.written())
+    save_tensors(folder / "latents.safetensors", tensors(found), {"provenance": provenance})
+    files = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
+    metrics = Metrics(**dict(results), files=files)
+    write_record(folder / "metrics.json", metrics)
+    return metrics

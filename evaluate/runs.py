@@ -7,9 +7,9 @@ from typing import Any
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.numbers import number_or_dash
 from common.settings import Settings
 from evaluate.files import finished
-from evaluate.report.console import number_of
 from evaluate.stores import print_table, size_of
 from train import checkpoint, record
 from transcoder import weights
@@ -70,15 +70,19 @@ def _trained(run_dir: Path) -> dict[str, str]:
     if held.get("rows"):
         line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
     line["evaluated"] = "no" if asked else "no (imported)"
-    metrics = finished(run_dir / "evaluation")
+    try:
+        metrics = finished(run_dir / "evaluation")
+    except InputError as error:
+        why = str(error).removeprefix(f"{run_dir / 'evaluation' / 'metrics.json'}: ")
+        return line | {"evaluated": f"cannot be read: {why}"}
     if metrics is None:
         return line
     if (run_dir / weights.FILE_NAME).stat().st_mtime > (
         run_dir / "evaluation" / "metrics.json"
     ).stat().st_mtime:
         return line | {"evaluated": "before it was trained on"}
-    last, split = metrics["prefixes"][-1], metrics["provenance"]["split"]
-    line |= _numbers(last["fvu"], last["l0"], last["dead_fraction"])
+    last, split = metrics.prefixes[-1], metrics.provenance.split
+    line |= _numbers(last.fvu, last.l0, last.dead_fraction)
     return line | {"evaluated": "yes" if split == "heldout" else f"on {split} rows"}
 
 
@@ -103,7 +107,7 @@ def _asked(settings: dict[str, Any], used: dict[str, Any]) -> dict[str, str]:
 
 
 def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
-    return {"FVU": number_of(fvu), "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
+    return {"FVU": number_or_dash(fvu), "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
 
 
 def chosen(settings: Settings) -> tuple[Settings, str | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.numbers import number_or_dash
 from common.settings import Settings
 from shards import Store
 from train import record, samples_page
@@ -97,11 +98,10 @@ def summary(metadata: dict[str, Any]) -> Any:
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
     table = Table(*columns, title=title, caption=_frequent(found))
     for g, end in enumerate(ends):
-        fvu = found["fvu"][g]
         table.add_row(
             str(g),
             f"{end:,}",
-            "-" if fvu is None else f"{fvu:.4f}",
+            number_or_dash(found["fvu"][g], ".4f"),
             f"{found['l0'][g]:.2f}" if found["rows"] else "-",
             f"{metadata['training']['l0'][g]:.2f}",
             f"{metadata['thresholds'][g]:.4g}",

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from common.errors import InputError
 from common.files import write_whole
+from common.numbers import number_or_dash
 from common.progress import progress
 from common.settings import Settings, Wandb
 
@@ -97,7 +98,7 @@ class Log:
                 self._file.close()  # it would try to write the rest again, and fail again
             raise OSError(error.errno, error.strerror, self._file.name) from error
         self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f} FVU {_text(values['fvu'])} L0 {values['l0_norm']:.1f} "
+            f"loss {values['loss']:.4f} FVU {number_or_dash(values['fvu'], '.4f')} L0 {values['l0_norm']:.1f} "
             f"dead {values['dead_features_percentage']:.1f}%",
             refresh=False,
         )
@@ -157,10 +158,6 @@ def artifact_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{plain[: ARTIFACT_NAME - 9]}-{digest}"
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _start(run_dir: Path, name: str, mode: Mode, project: str, config: Mapping[str, Any]) -> Any:

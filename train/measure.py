@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transcoder.entries import decode, entries_above
 from transcoder.frequent import FREQUENT
+from transcoder.fvu import Deviation, ratio
 from transcoder.selection import kth_largest, select_batch
 from transcoder.transcoder import Transcoder
 
@@ -41,12 +42,11 @@ class Measured(NamedTuple):
 def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor]) -> Measured:
     """FVU and L0 of each prefix over (inputs, outputs) pairs.
 
-    FVU = sum ||y - y_g||^2 / sum ||y - mean(y)||^2 with the rows' own mean, in float64.
     `thresholds` gives [G] cuts for a batch of pre-activations [n, F].
     """
     groups = len(transcoder.prefix_ends)
     errors, active = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-    total, square, n = torch.zeros(transcoder.d_out, dtype=torch.float64), 0.0, 0
+    deviation = Deviation(transcoder.d_out)
     firings = torch.zeros(groups, transcoder.d_sae, dtype=torch.int64)
     for inputs, outputs in pairs:
         pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
@@ -56,12 +56,9 @@ def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor],
             errors[g] += (y_g - outputs).double().square().sum().cpu()
             active[g] += len(entries.values)
             firings[g] += torch.bincount(entries.latents, minlength=transcoder.d_sae).cpu()
-        exact = outputs.double()
-        total += exact.sum(0).cpu()
-        square += exact.square().sum().item()
-        n += len(outputs)
-    variation = square - total.square().sum().item() / max(n, 1)
-    fvu = [error / variation if variation > 0 else None for error in errors.tolist()]
+        deviation.add(outputs)
+    n, variation = deviation.rows, deviation.total
+    fvu = [ratio(error, variation) for error in errors.tolist()]
     own = [firings[g, :end] for g, end in enumerate(transcoder.prefix_ends)]
     return Measured(
         fvu,

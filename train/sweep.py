@@ -18,6 +18,7 @@ from common.cli import load, parser, run_stage
 from common.device import share_cores
 from common.errors import InputError
 from common.files import write_whole
+from common.numbers import number_or_dash
 from common.settings import Settings, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
 from shards import Store
@@ -94,7 +95,7 @@ def report(runs: list[Settings], folder: Path) -> Table:
         _plot(measured, folder / "sweep.png")
     table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")
     for row in rows:
-        fvu = " ".join("-" if value is None else f"{value:.4f}" for value in row["fvu"])
+        fvu = " ".join(number_or_dash(value, ".4f") for value in row["fvu"])
         dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
         table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
     return table

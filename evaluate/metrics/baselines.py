@@ -4,13 +4,13 @@ Shapes: N rows, D_in, D_out widths. Fitted on train rows, measured on the evalua
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluate.metrics.reconstruction import Reconstruction
 from evaluate.metrics.rows import Split, blocks
+from evaluate.records import BaselineMetrics, FittedMetrics, LinearMetrics, OneGroupMetrics
 
 FIT_ROWS = 65_536
 PENALTIES = (1e-6, 1e-4, 1e-2, 1e-1)
@@ -88,16 +88,20 @@ class Baselines:
     def __init__(self, linear: LinearMap) -> None:
         width = len(linear.mean_out)
         self.linear = linear
-        self.errors = {"mean": Reconstruction(width), "linear": Reconstruction(width)}
+        self.of_mean, self.of_linear = Reconstruction(width), Reconstruction(width)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]."""
-        self.errors["mean"].add(outputs, self.linear.mean_out.expand_as(outputs))
-        self.errors["linear"].add(outputs, self.linear(inputs))
+        self.of_mean.add(outputs, self.linear.mean_out.expand_as(outputs))
+        self.of_linear.add(outputs, self.linear(inputs))
 
-    def result(self, deviation: float) -> dict[str, Any]:
-        """`deviation`: sum ||y - mean(y)||^2 over the same rows."""
-        fitted = {"fit_rows": self.linear.rows}
-        made = {name: {**error.result(deviation), **fitted} for name, error in self.errors.items()}
-        made["linear"]["penalty"] = self.linear.penalty
-        return made
+    def result(self, deviation: float, one_group: OneGroupMetrics | None = None) -> BaselineMetrics:
+        """`deviation`: sum ||y - mean(y)||^2 over the same rows; `one_group`: a run without nesting, if any."""
+        fit = self.linear
+        mean = FittedMetrics(**dict(self.of_mean.result(deviation)), fit_rows=fit.rows)
+        linear = LinearMetrics(
+            **dict(self.of_linear.result(deviation)), fit_rows=fit.rows, penalty=fit.penalty
+        )
+        if one_group is None:
+            return BaselineMetrics(mean=mean, linear=linear)
+        return BaselineMetrics(mean=mean, linear=linear, one_group=one_group)

@@ -5,7 +5,6 @@ Shapes: F latents, G prefixes, S samples, n neighbours or partners, H histogram 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weights, top_tokens
 from evaluate.metrics.passes import First
 from evaluate.metrics.redundancy import Neighbours
+from evaluate.records import GroupMetrics, SplitPair
 
 HISTOGRAM_BINS = 24
 N_TOKENS = 5
@@ -52,8 +52,10 @@ class Catalogue:
     that would take minutes."""
 
 
-def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequence[int]) -> Catalogue:
-    """Puts together what the passes found."""
+def catalogue(
+    first: First, samples: Samples, neighbours: Neighbours, promoted: np.ndarray, ends: Sequence[int]
+) -> Catalogue:
+    """Puts together what the passes and the language model found."""
     n_latents = ends[-1]
     twins, parents = first.coactivation.partners(ends)
     prefixes = first.measurement.prefixes
@@ -80,7 +82,7 @@ def catalogue(first: First, samples: Samples, neighbours: Neighbours, ends: Sequ
         twins=twins,
         parents=parents,
         samples=samples,
-        promoted=np.zeros((n_latents, 0), np.int32),
+        promoted=promoted,
     )
 
 
@@ -94,7 +96,7 @@ def activation_histogram(even: Best, largest: np.ndarray) -> np.ndarray:
     return flat.reshape(len(largest), HISTOGRAM_BINS)
 
 
-def group_summaries(made: Catalogue, ends: Sequence[int]) -> list[dict[str, Any]]:
+def group_summaries(made: Catalogue, ends: Sequence[int]) -> list[GroupMetrics]:
     """What each nesting level is like: are early groups more general? Medians are over living latents."""
     nearest = made.neighbours.cosines[:, :1].numpy()
     lines = []
@@ -102,25 +104,25 @@ def group_summaries(made: Catalogue, ends: Sequence[int]) -> list[dict[str, Any]
         own = made.group == g
         alive = own & (made.firings > 0)
         lines.append(
-            {
-                "start": end - int(own.sum()),
-                "end": end,
-                "alive": int(alive.sum()),
-                "dead_fraction": 1 - float(alive.sum() / own.sum()),
-                "l0": float(made.density[-1][own].sum()),
-                "energy_share": float(made.energy[own].sum()),
-                "median_density": _median(made.density[-1][alive]),
-                "median_entropy_bits": _median(made.entropy[alive]),
-                "median_top_token_share": _median(made.top_share[alive]),
-                "median_mean_activation": _median(made.mean[alive]),
-                "median_nearest_cosine": _median(nearest[alive]),
-                "with_parent_fraction": _mean(made.parents.scores[alive, 0] > 0.5) if g else None,
-            }
+            GroupMetrics(
+                start=end - int(own.sum()),
+                end=end,
+                alive=int(alive.sum()),
+                dead_fraction=1 - float(alive.sum() / own.sum()),
+                l0=float(made.density[-1][own].sum()),
+                energy_share=float(made.energy[own].sum()),
+                median_density=_median(made.density[-1][alive]),
+                median_entropy_bits=_median(made.entropy[alive]),
+                median_top_token_share=_median(made.top_share[alive]),
+                median_mean_activation=_median(made.mean[alive]),
+                median_nearest_cosine=_median(nearest[alive]),
+                with_parent_fraction=_mean(made.parents.scores[alive, 0] > 0.5) if g else None,
+            )
         )
     return lines
 
 
-def splitting(made: Catalogue, n: int = 50) -> list[dict[str, Any]]:
+def splitting(made: Catalogue, n: int = 50) -> list[SplitPair]:
     """The pairs of latents whose firings overlap most: candidates of one feature split in two."""
     best, partner = made.twins.scores[:, 0], made.twins.latents[:, 0]
     order = np.argsort(-best, kind="stable")
@@ -129,7 +131,7 @@ def splitting(made: Catalogue, n: int = 50) -> list[dict[str, Any]]:
         if best[f] <= 0 or len(pairs) == n:
             break
         pairs.setdefault((min(int(f), int(partner[f])), max(int(f), int(partner[f]))), float(best[f]))
-    return [{"latents": list(pair), "jaccard": score} for pair, score in pairs.items()]
+    return [SplitPair(latents=list(pair), jaccard=score) for pair, score in pairs.items()]
 
 
 def tensors(made: Catalogue) -> dict[str, torch.Tensor]:

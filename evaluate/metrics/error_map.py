@@ -5,13 +5,14 @@ the share of the total squared error, and the FVU within it: error over squared 
 split's mean output, so that the shares of all classes add up to the whole.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.metrics.reconstruction import ratio
+from evaluate.records import ErrorClass, ErrorMetrics, TokenError
+from transcoder.fvu import ratio
 
 N_TOKENS = 40
 N_DIMENSIONS = 20
@@ -36,20 +37,20 @@ class Table:
         for total, own in zip(self.errors, errors, strict=True):
             total += np.bincount(classes, weights=own, minlength=n)
 
-    def lines(self, classes: np.ndarray) -> list[dict[str, Any]]:
-        """One plain object for each of `classes`."""
+    def lines(self, classes: np.ndarray) -> list[ErrorClass]:
+        """One record for each of `classes`."""
         whole = self.errors.sum(1)
         return [
-            {
-                "class": int(c),
-                "rows": int(self.rows[c]),
-                "error_share": ratio(float(self.errors[-1, c]), float(whole[-1])),
-                "fvu": [ratio(float(own[c]), float(self.deviation[c])) for own in self.errors],
-            }
+            ErrorClass(
+                class_=int(c),
+                rows=int(self.rows[c]),
+                error_share=ratio(float(self.errors[-1, c]), float(whole[-1])),
+                fvu=[ratio(float(own[c]), float(self.deviation[c])) for own in self.errors],
+            )
             for c in classes
         ]
 
-    def largest(self, n: int) -> list[dict[str, Any]]:
+    def largest(self, n: int) -> list[ErrorClass]:
         """The classes with most of the full transcoder's error, largest first."""
         order = np.argsort(-self.errors[-1], kind="stable")[:n]
         return self.lines(order[self.rows[order] > 0])
@@ -79,18 +80,20 @@ class ErrorMap:
         self.by_position.add(positions.astype(np.int64) * self.bins // self.positions, deviation, own)
         self.by_size.add(size_bin, deviation, own)
 
-    def result(self, squared: list[Tensor], squares: Tensor) -> dict[str, Any]:
-        """`squared`: per prefix the squared error of each dimension [D]; `squares` [D] deviations."""
+    def result(self, squared: list[Tensor], squares: Tensor, label: Callable[[int], str]) -> ErrorMetrics:
+        """`squared`: per prefix the squared error of each dimension [D]; `squares` [D] deviations; `label`: a
+        token's text."""
         dimensions = Table(len(squares), len(squared))
         dimensions.rows += 1
         dimensions.deviation += squares.numpy()
         dimensions.errors += torch.stack(squared).numpy()
         edges = [-(-p * self.positions // self.bins) for p in range(self.bins + 1)]
-        return {
-            "by_token": self.by_token.largest(N_TOKENS),
-            "by_position": self.by_position.lines(np.flatnonzero(self.by_position.rows)),
-            "position_edges": edges,
-            "by_size": self.by_size.lines(np.flatnonzero(self.by_size.rows)),
-            "size_edges": SIZE_BINS.tolist(),
-            "by_dimension": dimensions.largest(N_DIMENSIONS),
-        }
+        tokens = self.by_token.largest(N_TOKENS)
+        return ErrorMetrics(
+            by_token=[TokenError(**dict(each), token=label(each.class_)) for each in tokens],
+            by_position=self.by_position.lines(np.flatnonzero(self.by_position.rows)),
+            position_edges=edges,
+            by_size=self.by_size.lines(np.flatnonzero(self.by_size.rows)),
+            size_edges=SIZE_BINS.tolist(),
+            by_dimension=dimensions.largest(N_DIMENSIONS),
+        )

@@ -3,12 +3,11 @@
 Shapes: F latents of a prefix, E active entries.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.records import FiringMetrics
 from transcoder.entries import Entries
 from transcoder.frequent import FREQUENT
 
@@ -50,22 +49,22 @@ class Firing:
         """Share of the latents that never fired on the `rows` rows."""
         return float((self.firings == 0).double().mean())
 
-    def result(self) -> dict[str, Any]:
-        """Plain JSON values; densities are of living latents."""
+    def result(self) -> FiringMetrics:
+        """Densities are of living latents."""
         alive = self.firings > 0
         density = self.density[alive]
         logs = np.log10(density.numpy()).clip(DENSITY_BINS[0])
         histogram, _ = np.histogram(logs, bins=DENSITY_BINS)
-        return {
-            "rows": self.rows,
-            "n": len(alive),
-            "dead": int((~alive).sum()),
-            "alive": int(alive.sum()),
-            "over_1_percent": int((density > 0.01).sum()),
-            "over_10_percent": int((density > FREQUENT).sum()),
-            "median_density": float(density.median()) if alive.any() else None,
-            "largest_activation": float(self.largest.max()),
-            "mean_activation": float(self.summed.sum() / self.firings.sum()) if alive.any() else None,
-            "log10_density_edges": DENSITY_BINS.tolist(),
-            "log10_density_histogram": histogram.tolist(),
-        }
+        return FiringMetrics(
+            rows=self.rows,
+            n=len(alive),
+            dead=int((~alive).sum()),
+            alive=int(alive.sum()),
+            over_1_percent=int((density > 0.01).sum()),
+            over_10_percent=int((density > FREQUENT).sum()),
+            median_density=float(density.median()) if alive.any() else None,
+            largest_activation=float(self.largest.max()),
+            mean_activation=float(self.summed.sum() / self.firings.sum()) if alive.any() else None,
+            log10_density_edges=DENSITY_BINS.tolist(),
+            log10_density_histogram=histogram.tolist(),
+        )

@@ -3,8 +3,10 @@
 Shapes: F latents, D model width, V vocabulary, n tokens shown per latent.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +15,14 @@ from torch import Tensor
 from common.errors import InputError
 from common.progress import progress
 from common.settings import Model, Settings
+from evaluate.metrics.rows import TextSplit
+from evaluate.records import AblationLosses, LanguageMetrics, NotMeasured
 from shards import Store
 from shards.manifest import Source
 from transcoder import Transcoder
+
+if TYPE_CHECKING:
+    from harvest.lm import LanguageModel
 
 N_PROMOTED = 6
 PROMOTE_BLOCK = 256
@@ -26,10 +33,12 @@ PROMOTE_LIMIT = 2e12
 
 @dataclass(frozen=True)
 class Language:
-    """`cross_entropy`: losses of the model as it is and with both ablations, and `skipped`, which says in
-    words why nothing was measured, or is None."""
+    """What the language model says of a transcoder."""
 
-    cross_entropy: dict[str, Any]
+    cross_entropy: AblationLosses | NotMeasured
+    """Of the model as it is and with both ablations, or why nothing was measured."""
+    prefixes: list[LanguageMetrics]
+    """Of every prefix, coarsest first; none where nothing was measured."""
     promoted: np.ndarray
     """[F, n] token ids whose logits each latent raises most; n is 0 where that was not computed."""
 
@@ -37,59 +46,64 @@ class Language:
 def measure_language(
     settings: Settings,
     store: Store,
-    split: Any,
+    split: TextSplit,
     coder: Transcoder,
     n_tokens: int,
-    prefixes: list[dict[str, Any]],
 ) -> Language:
-    """Fills "cross_entropy" of every prefix, and finds what every latent promotes.
+    """The cross-entropy with every prefix in the MLP's place, and what every latent promotes.
 
     The first `n_tokens` tokens of the split's contexts are used (whole contexts, at least one).
     """
     nothing = np.zeros((len(coder.W_dec), 0), np.int32)
     if n_tokens == 0:
-        return Language({"skipped": "it was not asked for"}, nothing)
+        return Language(NotMeasured(skipped="it was not asked for"), [], nothing)
     try:
         model = language_model(settings.model, store.manifest.source)
     except InputError as error:
-        return Language({"skipped": str(error)}, nothing)
+        return Language(NotMeasured(skipped=str(error)), [], nothing)
     coder = coder.to(model.device)
-    losses = _cross_entropy(model, store, settings.evaluate.split, split, coder, n_tokens, prefixes)
+    losses, prefixes = _cross_entropy(model, store, settings.evaluate.split, split, coder, n_tokens)
     affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
-    return Language(losses, promoted_tokens(model, coder.W_dec) if affordable else nothing)
+    return Language(losses, prefixes, promoted_tokens(model, coder.W_dec) if affordable else nothing)
 
 
 def _cross_entropy(
-    model: Any,
+    model: LanguageModel,
     store: Store,
     name: str,
-    split: Any,
+    split: TextSplit,
     coder: Transcoder,
     n_tokens: int,
-    prefixes: list[dict[str, Any]],
-) -> dict[str, Any]:
+) -> tuple[AblationLosses, list[LanguageMetrics]]:
     from evaluate.metrics.splice import splice, summary  # imports transformers, which takes seconds
 
     source, moments = store.manifest.source, store.manifest.splits[name].outputs
     assert moments is not None, "a split with rows has moments"
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=model.device)
+    n_prefixes = len(coder.prefix_ends)
     replacements = {
         "zero": lambda inputs: torch.zeros(len(inputs), len(mean), device=inputs.device),
         "mean": lambda inputs: mean.expand(len(inputs), -1),
-        **{str(g): coder.prefix(g) for g in range(len(prefixes))},
+        **{str(g): coder.prefix(g) for g in range(n_prefixes)},
     }
     n_contexts = min(len(split.contexts), max(1, n_tokens // source.context_length))
     contexts = split.contexts[np.arange(n_contexts)]
     with progress("cross-entropy", contexts.size, "tokens") as bar:
         losses = splice(model, source, contexts, replacements, bar.update)
-    for g, prefix in enumerate(prefixes):
-        prefix["cross_entropy"] = summary(losses, str(g))
-    made: dict[str, Any] = {"skipped": None, "contexts": n_contexts, "positions": losses["clean"].positions}
-    return made | {key: summary(losses, key)["cross_entropy"] for key in ("clean", "zero", "mean")}
+    clean, zero, ablated = (summary(losses, key).cross_entropy for key in ("clean", "zero", "mean"))
+    whole = AblationLosses(
+        skipped=None,
+        contexts=n_contexts,
+        positions=losses["clean"].positions,
+        clean=clean,
+        zero=zero,
+        mean=ablated,
+    )
+    return whole, [summary(losses, str(g)) for g in range(n_prefixes)]
 
 
 @torch.inference_mode()
-def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarray:
+def promoted_tokens(model: LanguageModel, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarray:
     """[F, n] token ids whose logits unembed(final_norm(W_dec[f])) raises most, highest first.
 
     The direct path only: the norm's scale does not change the order, its gain does, and whatever later
@@ -105,7 +119,7 @@ def promoted_tokens(model: Any, W_dec: Tensor, n: int = N_PROMOTED) -> np.ndarra
     return torch.cat(found).cpu().numpy().astype(np.int32)
 
 
-def language_model(asked: Model, source: Source) -> Any:
+def language_model(asked: Model, source: Source) -> LanguageModel:
     """The language model of a store; raises `InputError` when it cannot be had, or is another one."""
     from harvest import lm
 

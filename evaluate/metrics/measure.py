@@ -3,19 +3,20 @@
 Shapes: B rows of a block, F latents, G prefixes, D_in and D_out widths.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaluate.metrics.firing import Firing
-from evaluate.metrics.reconstruction import Deviation, Reconstruction, Sparsity
+from evaluate.metrics.reconstruction import Reconstruction, Sparsity
 from evaluate.metrics.rows import Split, blocks
+from evaluate.records import LanguageMetrics, PrefixMetrics, TrainingSelection
 from transcoder import Transcoder
 from transcoder.entries import Entries, decode, entries_above
 from transcoder.frequent import FREQUENT, frequent_level
+from transcoder.fvu import Deviation
 from transcoder.selection import SELECT
 
 Select = Callable[[Tensor], Entries]
@@ -41,29 +42,34 @@ class Prefix:
     """With the selection of training (batch top-k or top-k) instead of the threshold."""
     training_sparsity: Sparsity
 
-    def result(self, deviation: float) -> dict[str, Any]:
-        """Plain JSON values; `deviation`: sum ||y - mean(y)||^2 over the same rows."""
-        made: dict[str, Any] = {"end": self.end, **self.error.result(deviation), **self.sparsity.result()}
-        made["threshold"] = self.threshold
-        made["dead_fraction"] = self.firing.dead_fraction
-        made["over_1_percent"] = int((self.firing.density > 0.01).sum())
-        made["over_10_percent"] = int((self.firing.density > FREQUENT).sum())
-        made["over_10_percent_fraction"] = made["over_10_percent"] / self.end
-        made["over_10_percent_verdict"] = frequent_level(made["over_10_percent_fraction"])
-        made["training_selection"] = None
-        if self.training_error.rows:
-            sparsity = self.training_sparsity.result()
-            made["training_selection"] = {
-                **self.training_error.result(deviation),
-                "l0": sparsity["l0"],
-                "l1": sparsity["l1"],
-            }
-        made["cross_entropy"] = None
-        return made
+    def result(self, deviation: float, language: LanguageMetrics | None) -> PrefixMetrics:
+        """`deviation`: sum ||y - mean(y)||^2 over the same rows; `language`: None where that was not measured."""
+        frequent = int((self.firing.density > FREQUENT).sum())
+        return PrefixMetrics(
+            end=self.end,
+            **dict(self.error.result(deviation)),
+            **dict(self.sparsity.result()),
+            threshold=self.threshold,
+            dead_fraction=self.firing.dead_fraction,
+            over_1_percent=int((self.firing.density > 0.01).sum()),
+            over_10_percent=frequent,
+            over_10_percent_fraction=frequent / self.end,
+            over_10_percent_verdict=frequent_level(frequent / self.end),
+            training_selection=self._training(deviation),
+            cross_entropy=language,
+        )
+
+    def _training(self, deviation: float) -> TrainingSelection | None:
+        if not self.training_error.rows:
+            return None
+        sparsity = self.training_sparsity.result()
+        return TrainingSelection(
+            **dict(self.training_error.result(deviation)), l0=sparsity.l0, l1=sparsity.l1
+        )
 
 
 class Measurement:
-    """Everything the pass accumulates; `add` takes blocks, `result` gives plain JSON values.
+    """Everything the pass accumulates; `add` takes blocks, `result` gives a record of each prefix.
 
     `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
     """
@@ -109,14 +115,11 @@ class Measurement:
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
             prefix.training_sparsity.add(entries)
 
-    def result(self) -> dict[str, Any]:
-        """Rows, prefixes and latents as plain JSON values."""
+    def result(self, language: Sequence[LanguageMetrics] = ()) -> list[PrefixMetrics]:
+        """Every prefix's numbers; `language`: what the language model says of each, none where it was not asked."""
         deviation = self.deviation.total
-        return {
-            "rows": self.deviation.rows,
-            "prefixes": [prefix.result(deviation) for prefix in self.prefixes],
-            "latents": self.prefixes[-1].firing.result(),
-        }
+        said = language or [None] * len(self.prefixes)
+        return [prefix.result(deviation, each) for prefix, each in zip(self.prefixes, said, strict=True)]
 
 
 def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:

@@ -5,7 +5,6 @@ Shapes: B rows of a block, F latents, G prefixes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choo
 from evaluate.metrics.error_map import ErrorMap
 from evaluate.metrics.measure import Measurement, Select
 from evaluate.metrics.rows import TextSplit, blocks
+from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
 from transcoder import Transcoder
 from transcoder.entries import Entries, entries_above
@@ -34,15 +34,10 @@ class First:
     top: Best
     even: Best
 
-    def statistics(self) -> dict[str, Any]:
-        """rows, prefixes, latents, baselines and errors as plain JSON values."""
-        deviation = self.measurement.deviation
+    def errors(self, label: Callable[[int], str]) -> ErrorMetrics:
+        """Where the error is; `label`: a token's text."""
         squared = [prefix.error.squared for prefix in self.measurement.prefixes]
-        return {
-            **self.measurement.result(),
-            "baselines": self.baselines.result(deviation.total),
-            "errors": self.error_map.result(squared, deviation.squares),
-        }
+        return self.error_map.result(squared, self.measurement.deviation.squares, label)
 
 
 @torch.inference_mode()

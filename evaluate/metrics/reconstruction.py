@@ -1,50 +1,16 @@
 """How well outputs are reconstructed, and from how many active latents: streaming, in float64.
 
 Shapes: B rows of a block, D output width. Accumulators hold no rows: memory does not grow with them.
-A ratio whose denominator is zero is None (null in metrics.json), never infinity or a guess.
+The outputs' own deviation from their mean, the denominator of FVU, is transcoder/fvu.py's.
 """
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.records import ReconstructionMetrics, SparsityMetrics
 from transcoder.entries import Entries
-
-
-def ratio(numerator: float, denominator: float) -> float | None:
-    """None where there is nothing to compare with."""
-    return numerator / denominator if denominator > 0 else None
-
-
-class Deviation:
-    """Sum of squared deviations from the per-dimension mean, merged block by block.
-
-    Chan's update instead of sum(y^2) - n mean^2: the difference of two large sums would leave noise
-    where a dimension is constant, and the FVU of a constant output must be null.
-    """
-
-    def __init__(self, width: int) -> None:
-        self.rows = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.squares = torch.zeros(width, dtype=torch.float64)
-
-    def add(self, values: Tensor) -> None:
-        """`values` [B, D]."""
-        block = values.double().cpu()
-        mean = block.mean(0)
-        squares = (block - mean).square().sum(0)
-        total = self.rows + len(block)
-        shift = mean - self.mean
-        self.squares += squares + shift.square() * (self.rows * len(block) / total)
-        self.mean += shift * (len(block) / total)
-        self.rows = total
-
-    @property
-    def total(self) -> float:
-        """sum over rows and dimensions of (y - mean)^2."""
-        return float(self.squares.sum())
+from transcoder.fvu import ratio
 
 
 class Reconstruction:
@@ -77,17 +43,17 @@ class Reconstruction:
         self.cross_product += float(cross.sum())
         return squared.sum(1).cpu()
 
-    def result(self, deviation: float) -> dict[str, float | None]:
+    def result(self, deviation: float) -> ReconstructionMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows."""
         values = self.rows * self.width
         error = float(self.squared.sum())
-        return {
-            "fvu": ratio(error, deviation),
-            "mse": error / values,
-            "mae": self.absolute / values,
-            "cosine": self.cosines / self.rows,
-            "relative_bias": ratio(self.self_product, self.cross_product),
-        }
+        return ReconstructionMetrics(
+            fvu=ratio(error, deviation),
+            mse=error / values,
+            mae=self.absolute / values,
+            cosine=self.cosines / self.rows,
+            relative_bias=ratio(self.self_product, self.cross_product),
+        )
 
 
 class Sparsity:
@@ -104,19 +70,19 @@ class Sparsity:
         self.counts = counts
         self.summed += float(entries.values.double().sum())
 
-    def result(self) -> dict[str, Any]:
-        """Plain JSON values, latents per row; l1 in units of the activations."""
+    def result(self) -> SparsityMetrics:
+        """Latents per row; l1 in units of the activations."""
         rows = int(self.counts.sum())
         levels = np.arange(len(self.counts))
         mean = float(self.counts @ levels) / rows
         variance = float(self.counts @ (levels - mean) ** 2) / rows
-        return {
-            "l0": mean,
-            "l0_median": self.median(),
-            "l0_std": variance**0.5,
-            "l0_histogram": self.counts.tolist(),
-            "l1": self.summed / rows,
-        }
+        return SparsityMetrics(
+            l0=mean,
+            l0_median=self.median(),
+            l0_std=variance**0.5,
+            l0_histogram=self.counts.tolist(),
+            l1=self.summed / rows,
+        )
 
     def median(self) -> float:
         """The middle L0; with an even number of rows the mean of the two middle ones."""

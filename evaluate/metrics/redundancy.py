@@ -6,12 +6,13 @@ pairs whose decoder rows have |cosine| > 0.9. Some tools call it "absorption sco
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from evaluate.records import PairShare, RedundancyMetrics
 
 LIMIT = 0.9
 COSINE_BINS = np.linspace(0, 1, 51)
@@ -31,7 +32,7 @@ class Neighbours:
 
 def decoder_similarity(
     W_dec: Tensor, prefix_ends: Sequence[int], n_neighbours: int = 8
-) -> tuple[dict[str, Any], Neighbours]:
+) -> tuple[RedundancyMetrics, Neighbours]:
     """Redundancy of every prefix, and the nearest neighbours in the full dictionary.
 
     cosine(i, j) = <W_dec[i], W_dec[j]> / (|W_dec[i]| |W_dec[j]|), 0 where a row is zero. A pair belongs to
@@ -54,22 +55,22 @@ def decoder_similarity(
         below = j < i + start
         close_by_larger += torch.bincount(i[below].cpu() + start, minlength=n_latents)
     close = close_by_larger.cumsum(0)
-    made = [_share(int(close[end - 1]), end) for end in prefix_ends]
+    shares = [_share(int(close[end - 1]), end) for end in prefix_ends]
     neighbours = Neighbours(
         torch.cat(nearest) if nearest else torch.zeros(n_latents, 0, dtype=torch.int64),
         torch.cat(cosines) if cosines else torch.zeros(n_latents, 0),
     )
     histogram, _ = np.histogram(neighbours.cosines[:, :1].clamp(0, 1).numpy().ravel(), bins=COSINE_BINS)
-    summary = {
-        **made[-1],
-        "limit": LIMIT,
-        "prefixes": made,
-        "nearest_cosine_edges": COSINE_BINS.tolist(),
-        "nearest_cosine_histogram": histogram.tolist(),
-    }
-    return summary, neighbours
+    metrics = RedundancyMetrics(
+        **dict(shares[-1]),
+        limit=LIMIT,
+        prefixes=shares,
+        nearest_cosine_edges=COSINE_BINS.tolist(),
+        nearest_cosine_histogram=histogram.tolist(),
+    )
+    return metrics, neighbours
 
 
-def _share(close: int, end: int) -> dict[str, Any]:
+def _share(close: int, end: int) -> PairShare:
     pairs = end * (end - 1) // 2
-    return {"pairs": pairs, "close_pairs": close, "share": close / pairs if pairs else None}
+    return PairShare(pairs=pairs, close_pairs=close, share=close / pairs if pairs else None)

@@ -4,7 +4,7 @@ Shapes: n rows, D_in, D_out, C contexts of T tokens.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +23,23 @@ class Split(Protocol):
         ...
 
 
+class ContextTable(Protocol):
+    """[C, T] int32 token ids, as `shards.reader.Contexts` reads them or an array holds them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: np.ndarray, /) -> np.ndarray: ...
+
+
 class TextSplit(Split, Protocol):
     """A split that also knows which token each row stands on."""
 
     @property
-    def contexts(self) -> Any:
-        """[C, T] int32 token ids, indexable with an array of numbers."""
+    def contexts(self) -> ContextTable:
+        """The token ids of the text."""
         ...
 
     def provenance(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

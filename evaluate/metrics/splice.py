@@ -8,17 +8,17 @@ beginning of the text, special tokens) keep their own MLP output, as the transco
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from evaluate.metrics.reconstruction import ratio
+from evaluate.records import LanguageMetrics
 from harvest.lm import LanguageModel
 from shards.layout import kept_mask
 from shards.manifest import Source
+from transcoder.fvu import ratio
 
 LOGITS = 1 << 25
 """Logits at once, b * T * V: 128 MB in float32, of which three such arrays are alive."""
@@ -90,7 +90,7 @@ def splice(
 
 
 @contextlib.contextmanager
-def _skipped(blocks: Sequence[Any]) -> Iterator[None]:
+def _skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """While open these blocks hand on what they get.
 
     The bridge's `start_at_layer` runs the blocks below and throws their output away; at layer 12 of 30
@@ -106,7 +106,7 @@ def _skipped(blocks: Sequence[Any]) -> Iterator[None]:
 
 
 def _writer(kept: Tensor, made: Tensor) -> Callable[..., Tensor]:
-    def write(output: Tensor, hook: Any) -> Tensor:
+    def write(output: Tensor, hook: object) -> Tensor:
         changed = output.clone()
         changed[kept] = made.to(output.dtype)
         return changed
@@ -114,7 +114,7 @@ def _writer(kept: Tensor, made: Tensor) -> Callable[..., Tensor]:
     return write
 
 
-def summary(losses: Mapping[str, Loss], name: str) -> dict[str, float | None]:
+def summary(losses: Mapping[str, Loss], name: str) -> LanguageMetrics:
     """Cross-entropy and KL of one replacement in nats per token, and the share of the damage undone.
 
     recovered_zero = (CE_zero - CE) / (CE_zero - CE_clean): 1 if the replacement costs nothing, 0 if it is
@@ -126,9 +126,9 @@ def summary(losses: Mapping[str, Loss], name: str) -> dict[str, float | None]:
     def recovered(floor: str) -> float | None:
         return ratio(ce[floor] - ce[name], ce[floor] - ce["clean"])
 
-    return {
-        "cross_entropy": ce[name],
-        "kl": own.divergence / max(own.positions, 1),
-        "recovered_zero": recovered("zero"),
-        "recovered_mean": recovered("mean"),
-    }
+    return LanguageMetrics(
+        cross_entropy=ce[name],
+        kl=own.divergence / max(own.positions, 1),
+        recovered_zero=recovered("zero"),
+        recovered_mean=recovered("mean"),
+    )

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from shards.store import read_tokenizer
 
@@ -63,11 +63,17 @@ class TokenText:
         return made
 
 
-def _decoder_types(decoder: dict[str, Any] | None) -> set[str]:
+class _Decoder(TypedDict):
+    """The decoder in a tokenizer.json, as far as it is read."""
+
+    type: str
+    decoders: NotRequired[list["_Decoder"]]
+
+
+def _decoder_types(decoder: _Decoder | None) -> set[str]:
     if decoder is None:
         return set()
-    inner = decoder.get("decoders", ())
-    return {decoder["type"]}.union(*(_decoder_types(part) for part in inner))
+    return {decoder["type"]}.union(*(_decoder_types(part) for part in decoder.get("decoders", ())))
 
 
 def _piece_decoder(types: set[str]) -> Callable[[str], bytes]:

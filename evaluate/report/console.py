@@ -22,11 +22,6 @@ def split_name(split: str) -> str:
     return "held-out" if split == "heldout" else split
 
 
-def number_of(value: float | None) -> str:
-    """Three digits, or a dash for none."""
-    return "-" if value is None else f"{value:.3f}"
-
-
 def plain(console: Console, text: str) -> None:
     """A line as it is: paths are neither wrapped nor coloured."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)

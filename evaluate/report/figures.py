@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,7 +13,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from common.files import write_whole
+from evaluate.files import LogLine
 from evaluate.metrics.catalogue import Catalogue
+from evaluate.records import Results
 from evaluate.report import plots
 from evaluate.report.verdicts import FVU_GOOD, FVU_MODERATE
 
@@ -48,10 +50,14 @@ class Drawn:
     """Has panels side by side, and wants twice the room."""
 
 
-def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]]) -> Iterator[Plot]:
+def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator[Plot]:
     """Every plot of a run's evaluation, in the order of the page."""
-    prefixes, latents, errors = metrics["prefixes"], metrics["latents"], metrics["errors"]
-    linear = metrics["baselines"]["linear"]["fvu"]
+    prefixes = [prefix.written() for prefix in results.prefixes]
+    latents, errors, linear = (
+        results.latents.written(),
+        results.errors.written(),
+        results.baselines.linear.fvu,
+    )
     alive = [(made.group == g) & (made.firings > 0) for g in range(len(prefixes))]
     densities = [made.density[-1][own] for own in alive]
     measures = [
@@ -68,11 +74,11 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
         "fvu_l0",
         "overview",
         "Error against sparsity",
-        lambda: plots.fvu_against_l0(sparsity_series(metrics), linear),
+        lambda: plots.fvu_against_l0(sparsity_series(results), linear),
     )
     if log:  # none: an imported transcoder
         yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
-    if prefixes[0]["cross_entropy"]:
+    if results.prefixes[0].cross_entropy:
         yield Plot(
             "cross_entropy",
             "overview",
@@ -90,13 +96,13 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
         "cosine",
         "overview",
         "Nearest decoder rows",
-        lambda: plots.cosine_histogram(metrics["redundancy"]),
+        lambda: plots.cosine_histogram(results.redundancy.written()),
     )
     yield Plot(
         "groups",
         "nesting",
         "Shares of the groups",
-        lambda: plots.group_contributions(latents["groups"], prefixes),
+        lambda: plots.group_contributions([group.written() for group in results.latents.groups], prefixes),
     )
     yield Plot(
         "specificity",
@@ -118,16 +124,14 @@ def all_plots(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]
     )
 
 
-def sparsity_series(metrics: dict[str, Any]) -> dict[str, list[tuple[float, float | None]]]:
+def sparsity_series(results: Results) -> dict[str, list[tuple[float, float | None]]]:
     """name -> (L0, FVU) of every prefix, for the threshold, training's selection, and a one-group run."""
-    prefixes = metrics["prefixes"]
-    series = {"prefixes, threshold": [(prefix["l0"], prefix["fvu"]) for prefix in prefixes]}
-    if prefixes[0]["training_selection"]:
-        training = [prefix["training_selection"] for prefix in prefixes]
-        series["prefixes, training selection"] = [(each["l0"], each["fvu"]) for each in training]
-    one_group = metrics["baselines"].get("one_group")
-    if one_group:
-        series["one group, not nested"] = [(one_group["l0"], one_group["fvu"])]
+    prefixes = results.prefixes
+    series = {"prefixes, threshold": [(prefix.l0, prefix.fvu) for prefix in prefixes]}
+    if training := [prefix.training_selection for prefix in prefixes if prefix.training_selection]:
+        series["prefixes, training selection"] = [(each.l0, each.fvu) for each in training]
+    if one_group := results.baselines.one_group:
+        series["one group, not nested"] = [(one_group.l0, one_group.fvu)]
     return series
 
 
@@ -163,10 +167,10 @@ def _themed(text: str) -> str:
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
 
 
-def draw(metrics: dict[str, Any], made: Catalogue, log: list[dict[str, Any]], folder: Path) -> list[Drawn]:
+def draw(results: Results, made: Catalogue, log: list[LogLine], folder: Path) -> list[Drawn]:
     """Draws every plot, and saves each as <name>.png in `folder`."""
     drawn = []
-    for plot in all_plots(metrics, made, log):
+    for plot in all_plots(results, made, log):
         figure = plot.draw()
         drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
     return drawn

@@ -6,12 +6,13 @@ Shapes: F latents, S samples, P pool of token strings.
 import base64
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.contexts import REACH, Samples
+from evaluate.metrics.rows import ContextTable
 from evaluate.metrics.tokens import TokenText
 
 POOL_TOKENS = 3_000_000
@@ -22,8 +23,28 @@ READ = 1024
 TYPES = {"uint8": "u8", "uint16": "u16", "uint32": "u32", "int32": "i32", "float32": "f32"}
 
 
-def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]:
-    """What the page's script reads. `contexts` [n, T] is the split's, indexable with an array of numbers."""
+class Packed(TypedDict):
+    """An array as the page's script unpacks it."""
+
+    type: str
+    """Short name of the number's type."""
+    width: int
+    """Columns; 1 for a vector."""
+    data: str
+    """base64, little-endian."""
+
+
+class PageData(TypedDict):
+    """What the page's script reads."""
+
+    latents: int
+    strings: list[str]
+    columns: dict[str, Packed]
+    prefix_ends: list[int]
+
+
+def page_data(made: Catalogue, contexts: ContextTable, text: TokenText) -> PageData:
+    """What the page's script reads. `contexts` [n, T] is the split's."""
     strings = Strings(text)
     samples = made.samples
     shown = np.arange(len(samples.latents))
@@ -59,11 +80,12 @@ def page_data(made: Catalogue, contexts: Any, text: TokenText) -> dict[str, Any]
         "latents": len(made.group),
         "strings": strings.made,
         "columns": {name: pack(values) for name, values in columns.items()},
+        "prefix_ends": np.cumsum(np.bincount(made.group)).tolist(),
     }
 
 
-def pack(values: np.ndarray) -> dict[str, Any]:
-    """A little-endian array as its type's short name, its width if it has columns, and base64."""
+def pack(values: np.ndarray) -> Packed:
+    """An array of one or two dimensions, for the page."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     width = values.shape[1] if values.ndim == 2 else 1
     return {
@@ -73,7 +95,7 @@ def pack(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def script_json(values: Any) -> str:
+def script_json(values: object) -> str:
     """JSON that can stand in a <script> element: nothing in it can close the element or open a comment."""
     text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
@@ -144,7 +166,7 @@ class Stretches:
         at = offset[stretch] + start - starts[stretch]
         return cls(starts, lengths, at, stop - start, places - start, context_length)
 
-    def strings(self, contexts: Any, strings: Strings) -> np.ndarray:
+    def strings(self, contexts: ContextTable, strings: Strings) -> np.ndarray:
         """[P] number of each pooled token's string."""
         context, first = np.divmod(self.starts, self.context_length)
         pool = np.zeros(self.length, np.int64)

@@ -1,9 +1,14 @@
 """Verdicts: a number and whether it is good. The limits are conventions, not laws; docs/numbers.md says whose."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.records import Results
 
 FVU_GOOD, FVU_MODERATE = 0.1, 0.3
 DEAD_GOOD = 0.10
@@ -21,19 +26,19 @@ class Verdict:
     """The threshold in words; what the number is, where there is none."""
 
 
-def verdicts(metrics: dict[str, Any], g: int = -1) -> list[Verdict]:
+def verdicts(results: Results, g: int = -1) -> list[Verdict]:
     """The verdicts on prefix `g`; by default on the full dictionary."""
-    prefix, redundancy = metrics["prefixes"][g], metrics["redundancy"]["prefixes"][g]
+    prefix, redundancy = results.prefixes[g], results.redundancy.prefixes[g]
     made = [
-        _fvu(prefix["fvu"]),
-        _dead(prefix["dead_fraction"], metrics["rows"]),
-        _redundancy(redundancy["share"], metrics["redundancy"]["limit"]),
-        _frequent(prefix["over_10_percent_fraction"], prefix["over_10_percent_verdict"]),
+        _fvu(prefix.fvu),
+        _dead(prefix.dead_fraction, results.rows),
+        _redundancy(redundancy.share, results.redundancy.limit),
+        _frequent(prefix.over_10_percent_fraction, prefix.over_10_percent_verdict),
     ]
-    sparsity = f"active latents per row, median {prefix['l0_median']:g}"
-    made.append(Verdict("L0", f"{prefix['l0']:.1f}", "info", sparsity))
-    if prefix["cross_entropy"]:
-        recovered = prefix["cross_entropy"]["recovered_zero"]
+    sparsity = f"active latents per row, median {prefix.l0_median:g}"
+    made.append(Verdict("L0", f"{prefix.l0:.1f}", "info", sparsity))
+    if prefix.cross_entropy:
+        recovered = prefix.cross_entropy.recovered_zero
         value = "undefined" if recovered is None else f"{100 * recovered:.1f} %"
         limit = (
             "zeroing the MLP's output costs nothing"
@@ -50,7 +55,7 @@ def _dead(fraction: float, rows: int) -> Verdict:
     return Verdict("Dead latents", f"{100 * fraction:.1f} %", level, limit)
 
 
-def _frequent(fraction: float, level: Any) -> Verdict:
+def _frequent(fraction: float, level: Literal["good", "moderate", "poor"]) -> Verdict:
     limit = (
         f"at most {100 * FREQUENT_GOOD:g} % good, at most {100 * FREQUENT_MODERATE:g} % moderate "
         f"(share of the latents that fire on more than {100 * FREQUENT:g} % of the rows)"

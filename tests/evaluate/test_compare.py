@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_our_own_run_in_another_format_gives_identical_numbers(root: Path, other: str) -> None:
     folder = export(settings_of(root).run_dir(), other)
     values, written = compare(settings_of(root), [str(folder)])
-    own, theirs = values["lines"][2], values["lines"][3]
+    own, theirs = (line.written() for line in values.lines[2:4])
     for line in (own, theirs):
         del line["transcoder"], line["prefix"], line["difference"]
     assert own == theirs
@@ -46,8 +46,8 @@ def test_the_comparison_agrees_with_the_evaluation(root: Path) -> None:
     values, _ = compare(settings_of(root), [str(export(settings_of(root).run_dir(), "gemma_scope"))])
     store = Store.open(settings_of(root).store_path(0))
     own = read(settings_of(root).run_dir(), store)
-    expected = measure(own, store.heldout, len(store.heldout), None, lambda _: None).result()["prefixes"]
-    assert [line["fvu"] for line in values["lines"][:3]] == [prefix["fvu"] for prefix in expected]
+    expected = measure(own, store.heldout, len(store.heldout), None, lambda _: None).result()
+    assert [line.fvu for line in values.lines[:3]] == [prefix.fvu for prefix in expected]
 
 
 def test_what_is_not_a_transcoder_or_too_wide_is_refused(root: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_imported_transcoder_is_evaluated_like_a_run(root: Path) -> None:
     assert done.returncode == 0, done.stderr
     theirs, _ = evaluate(settings_of(root, "--run", "theirs"), ce_tokens=0)
     own, _ = evaluate(settings_of(root), ce_tokens=0)
-    assert theirs["prefixes"][0]["fvu"] == own["prefixes"][-1]["fvu"]
+    assert theirs.prefixes[0].fvu == own.prefixes[-1].fvu
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
@@ -153,7 +153,7 @@ def test_a_run_of_another_layer_is_compared_on_purpose_only(root: Path) -> None:
     with pytest.raises(InputError, match=r"other: does not belong to .*it is of layer 3, there 0"):
         compare(settings_of(root), ["other"])
     values, _ = compare(settings_of(root, "--evaluate.allow_mismatch", "true"), ["other"])
-    assert {line["transcoder"] for line in values["lines"]} == {"tiny", "other"}
+    assert {line.transcoder for line in values.lines} == {"tiny", "other"}
     export_of_another = export(run_dir, "saelens")
     config = json.loads((export_of_another / "cfg.json").read_text())
     config["metadata"]["hook_name"] = "blocks.3.ln2.hook_normalized"

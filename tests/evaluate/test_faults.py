@@ -44,5 +44,5 @@ def test_two_evaluations_of_a_run_and_what_a_killed_one_left(tmp_path: Path) -> 
     (folder / "report.html.77.tmp").write_text("half")
     lock.write_text("77\n")
     metrics, _ = evaluate(settings, ce_tokens=0)
-    assert {path.name for path in folder.iterdir()} == {*metrics["files"], "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == {*metrics.files, "metrics.json"}
     assert not lock.exists()

@@ -1,6 +1,7 @@
 """Names that somebody else chose are text in every page, words in the model card; a page loads nothing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from jinja2 import Environment
@@ -8,6 +9,7 @@ from jinja2 import Environment
 import evaluate.run
 from common.settings import ROOT
 from evaluate import compare, push
+from evaluate.report import templates
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import make_run, settings_of
 from train import samples_page
@@ -29,8 +31,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     def hostile(*given: object, **more: object) -> object:
         job = prepare(*given, **more)  # type: ignore[arg-type]
-        job.provenance.update(run=HOSTILE, model=HOSTILE, dataset=HOSTILE, input_hook=HOSTILE)
-        return job
+        names = dict.fromkeys(("run", "model", "dataset", "input_hook"), HOSTILE)
+        return replace(job, provenance=job.provenance.model_copy(update=names))
 
     rival = root / "<script>alert(1)<" / "script><b onload=alert(1)>"
     random_coder(6, 5, (8,)).save(rival)
@@ -96,10 +98,18 @@ def test_names_are_words_in_the_model_card(pages: dict[str, str]) -> None:
     assert all(line.count("|") == 3 for line in text.splitlines() if line.startswith("| model |"))
 
 
-def test_every_page_is_made_with_escaping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card is Markdown, and has words only."""
-    made = [
-        path for path in (ROOT / "evaluate").rglob("*.py") if Environment.__name__ + "(" in path.read_text()
+def test_one_environment_always_escapes_and_the_other_writes_markdown() -> None:
+    """No other file has one of its own; the card is Markdown, and has words only."""
+    files = [
+        path for package in ("evaluate", "train", "transcoder") for path in (ROOT / package).rglob("*.py")
     ]
-    escaping = {path.name: "autoescape=True" in path.read_text() for path in made}
-    assert escaping == {"compare.py": True, "report.py": True, "push.py": False}
+    own = [path.name for path in files if f"{Environment.__name__}(" in path.read_text()]
+    assert own == ["templates.py"]
+    assert (templates.HTML.autoescape, templates.MARKDOWN.autoescape) == (True, False)
+    markdown = [
+        path.name for path in files if "markdown(" in path.read_text() and path.name != "templates.py"
+    ]
+    assert markdown == ["push.py"]
+    assert str(templates.HTML.from_string("{{ x }}").render(x=HOSTILE)).startswith(
+        "&lt;/title&gt;&lt;script&gt;"
+    )

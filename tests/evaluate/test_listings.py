@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from common.settings import Settings
 from evaluate import runs as listing
 from evaluate import stores
 from evaluate.__main__ import main as evaluate_main
+from evaluate.files import write_record
+from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
 
 
@@ -33,12 +36,13 @@ def shown(
     return capsys.readouterr().out
 
 
-def evaluation(run_dir: Path, split: str = "heldout") -> None:
+def evaluation(settings: Settings, split: str = "heldout") -> None:
     """Of numbers that no other file has."""
-    prefix = {"fvu": 0.123, "l0": 4.5, "dead_fraction": 0.25}
-    values = {"prefixes": [prefix], "provenance": {"split": split}, "files": []}
-    (run_dir / "evaluation").mkdir(exist_ok=True)
-    (run_dir / "evaluation" / "metrics.json").write_text(json.dumps(values))
+    metrics, _ = evaluate(settings, ce_tokens=0)
+    last = metrics.prefixes[-1].model_copy(update={"fvu": 0.123, "l0": 4.5, "dead_fraction": 0.25})
+    of = metrics.provenance.model_copy(update={"split": split})
+    changed = metrics.model_copy(update={"prefixes": [*metrics.prefixes[:-1], last], "provenance": of})
+    write_record(settings.run_dir() / "evaluation" / "metrics.json", changed)
 
 
 def test_runs_of_every_kind(
@@ -48,10 +52,10 @@ def test_runs_of_every_kind(
     line = listing.line_of(tiny)
     expected = {"model": "tiny", "layer": "0", "run": "tiny", "k": "4", "latents": "24", "evaluated": "no"}
     assert {key: line[key] for key in expected} == expected
-    evaluation(tiny)
+    evaluation(settings_of(root))
     line = listing.line_of(tiny)
     assert [line[key] for key in ("FVU", "L0", "dead %", "evaluated")] == ["0.123", "4.5", "25.0", "yes"]
-    evaluation(tiny, "train")
+    evaluation(settings_of(root), "train")
     assert listing.line_of(tiny)["evaluated"] == "on train rows"
     os.utime(tiny / "evaluation" / "metrics.json", (0, 0))
     assert listing.line_of(tiny)["evaluated"] == "before it was trained on"

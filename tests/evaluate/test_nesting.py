@@ -73,19 +73,20 @@ def found(root: Path) -> dict[str, Any] | None:
 def test_it_is_in_the_metrics_and_its_coming_and_going_measures_again(root: Path) -> None:
     settings, beside = settings_of(root), settings_of(root, "--run", "flat")
     metrics, _ = evaluate(settings, ce_tokens=0)
-    assert "one_group" not in metrics["baselines"]
+    assert metrics.baselines.one_group is None
     save(beside, transcoder_of(root))
     plain, _ = evaluate(beside, ce_tokens=0)
-    assert "one_group" not in plain["baselines"]
+    assert plain.baselines.one_group is None
     metrics, fresh = evaluate(settings, ce_tokens=0)
     assert fresh
-    baseline = metrics["baselines"]["one_group"]
-    assert baseline["run"] == "flat"
-    assert baseline["fvu"] == plain["prefixes"][0]["fvu"] == metrics["prefixes"][-1]["fvu"]
+    baseline = metrics.baselines.one_group
+    assert baseline
+    assert baseline.run == "flat"
+    assert baseline.fvu == plain.prefixes[0].fvu == metrics.prefixes[-1].fvu
     assert not evaluate(settings, ce_tokens=0)[1]
     shutil.rmtree(beside.run_dir())
     metrics, fresh = evaluate(settings, ce_tokens=0)
-    assert (fresh, "one_group" in metrics["baselines"]) == (True, False)
+    assert (fresh, metrics.baselines.one_group) == (True, None)
 
 
 @pytest.mark.parametrize(

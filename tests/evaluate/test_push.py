@@ -103,8 +103,9 @@ def test_no_byte_of_what_is_published_names_a_path(tmp_path: Path) -> None:
     replace(own, metadata=own.metadata | training | {"source": source, "settings": settings}).save(run_dir)
     store = settings_of(secret).store_path(0)
     metrics, _ = evaluate(settings_of(secret), ce_tokens=0)
-    metrics["provenance"] |= {"model": source["model"], "dataset": "secret/patients.jsonl"}
-    (run_dir / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    named = {"model": source["model"], "dataset": "secret/patients.jsonl"}
+    metrics = metrics.model_copy(update={"provenance": metrics.provenance.model_copy(update=named)})
+    (run_dir / "evaluation" / "metrics.json").write_text(json.dumps(metrics.written()))
     folder.mkdir()
     assert write(run_dir, folder, "hf://me/one") == "Transcoder tiny, layer 0"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}

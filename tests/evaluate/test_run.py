@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from safetensors import safe_open
 
 from common.errors import InputError
 from common.settings import ROOT, Settings
+from evaluate import runs as listing
 from evaluate.__main__ import show
-from evaluate.files import bring_back, find, finished, make_room, write_json
+from evaluate.files import bring_back, find, finished, make_room, read_lines, write_record
+from evaluate.records import Metrics
 from evaluate.run import evaluate as evaluate_with
 from shards import Store
 from tests.evaluate.fakes import random_coder, random_rows
@@ -34,7 +38,9 @@ SMALL = (
 
 
 def evaluate(settings: Settings) -> tuple[dict, bool]:
-    return evaluate_with(settings, ce_tokens=0)
+    """Without the language model, as metrics.json has it."""
+    metrics, fresh = evaluate_with(settings, ce_tokens=0)
+    return metrics.written(), fresh
 
 
 @pytest.fixture(scope="module")
@@ -115,48 +121,114 @@ OTHERS += [{"cross_entropy_tokens": 512}, {"skipped": "no model"}]
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
-def test_an_evaluation_of_something_else_is_kept(other: dict, tmp_path: Path) -> None:
+def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_path: Path) -> None:
     """Another split, number of rows, harvest, or without the cross-entropy; the same with newer weights gives way."""
 
-    def of(**changes: object) -> dict:
-        asked = {
-            "split": "heldout",
-            "rows": 9,
-            "store_fingerprint": "a" * 64,
-            "cross_entropy_tokens": 64,
-            **changes,
-        }
-        return {"cross_entropy": {"skipped": asked.pop("skipped", None)}, "provenance": asked}
+    def of(**changes: object) -> Metrics:
+        asked = metrics_of(root)["provenance"] | {"split": "heldout", "cross_entropy_tokens": 64} | changes
+        skipped = asked.pop("skipped", None)
+        losses = {"skipped": None, "contexts": 1, "positions": 1, "clean": 1.0, "zero": 2.0, "mean": 2.0}
+        said = {"skipped": skipped} if skipped else losses
+        values = metrics_of(root) | {"cross_entropy": said, "provenance": asked, "files": []}
+        return Metrics.model_validate(values)
 
     folder = tmp_path / "evaluation"
     folder.mkdir()
-    write_json(folder / "metrics.json", of(weights_sha256="old"))
+    write_record(folder / "metrics.json", of(weights_sha256="old"))
     make_room(folder, of(weights_sha256="new"))
     assert finished(folder) == of(weights_sha256="old")
     make_room(folder, of(**other))
     assert not folder.exists()
     (kept,) = (tmp_path / "evaluations").iterdir()
     assert finished(kept) == of(weights_sha256="old")
-    assert find(folder, of(weights_sha256="old")["provenance"]) == kept
+    assert find(folder, of(weights_sha256="old").provenance) == kept
     bring_back(kept, folder)
     assert finished(folder) == of(weights_sha256="old")
 
 
-def test_the_document_of_outputs_names_every_key(root: Path) -> None:
+def lacking(metrics: dict) -> None:
+    del metrics["prefixes"][0]["relative_bias"]
+
+
+def of_tomorrow(metrics: dict) -> None:
+    metrics["latents"]["colour"] = "blue"
+
+
+def of_another_type(metrics: dict) -> None:
+    metrics["redundancy"] = [0.1]
+
+
+def of_yesterday(metrics: dict) -> None:
+    metrics["provenance"]["code_sha256"] = metrics["provenance"].pop("metrics_version")
+
+
+VERSIONS = [lacking, of_tomorrow, of_another_type, of_yesterday]
+
+
+@pytest.mark.parametrize("change", VERSIONS)
+def test_metrics_of_another_version_are_one_line_or_measured_again(
+    change: Callable[[dict], None], root: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    values = metrics_of(root) | {"files": []}
+    provenance = Metrics.model_validate(values).provenance
+    change(values)
+    (folder / "metrics.json").write_text(json.dumps(values))
+    message = r"metrics\.json: field [\w.]+: .* another version; evaluate again \(make evaluate\)$"
+    with pytest.raises(InputError, match=message):
+        finished(folder)
+    assert find(folder, provenance) is None
+    make_room(folder)
+    (kept,) = (tmp_path / "evaluations").glob("*-0_tokens-*")
+    assert json.loads((kept / "metrics.json").read_text()) == values
+
+
+def test_an_evaluation_that_lacks_a_field_is_measured_again(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    settings = settings_of(tmp_path)
+    whole, _ = evaluate(settings)
+    file = settings.run_dir() / "evaluation" / "metrics.json"
+    damaged = json.loads(file.read_text())
+    lacking(damaged)
+    file.write_text(json.dumps(damaged))
+    assert listing.line_of(settings.run_dir())["evaluated"].startswith("cannot be read: field prefixes.0")
+    assert evaluate(settings) == (whole, True)
+
+
+@pytest.mark.parametrize("values", [{"files": 3}, {"provenance": []}, {"cross_entropy": {"skipped": {}}}])
+def test_metrics_that_no_version_writes_are_one_line(values: dict, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    folder = settings_of(tmp_path).run_dir() / "evaluation"
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(root) | values))
+    with pytest.raises(InputError, match=r"metrics\.json: field [\w.]+: .*; remove .* to evaluate again$"):
+        evaluate(settings_of(tmp_path))
+
+
+def test_the_document_of_outputs_names_every_column_of_latents(root: Path) -> None:
     document = (ROOT / "docs" / "outputs.md").read_text()
-    metrics, folder = metrics_of(root), settings_of(root).run_dir() / "evaluation"
-    with safe_open(folder / "latents.safetensors", "pt") as file:
-        columns = list(file.keys())
-        assert json.loads(file.metadata()["provenance"]) == metrics["provenance"]
-    sections = (
-        metrics,
-        metrics["prefixes"][0],
-        metrics["errors"],
-        metrics["baselines"],
-        metrics["cross_entropy"],
-    )
-    keys = {key for section in sections for key in section if not key.endswith("_edges")}
-    assert [name for name in (*columns, *keys) if f"`{name}`" not in document] == []
+    table = document[document.index("## evaluation/latents.safetensors") :].split("\n\n")[2]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    with safe_open(settings_of(root).run_dir() / "evaluation" / "latents.safetensors", "pt") as file:
+        assert set(file.keys()) == named
+        assert json.loads(file.metadata()["provenance"]) == metrics_of(root)["provenance"]
+
+
+LINES = [
+    ("3", "input should be a valid dictionary"),
+    ('{"rows": 1, "loss": "x"}', "field loss: input should be"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), LINES)
+def test_a_line_of_the_log_that_holds_something_else_is_named(line: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": null}}\n{line}\n{{"step": 3')
+    with pytest.raises(
+        InputError, match=rf"metrics\.jsonl: line 2 is damaged \({why}.*\); remove that line$"
+    ):
+        read_lines(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 3')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
 
 
 def test_a_run_without_heldout_rows_is_measured_on_request(tmp_path: Path) -> None:
@@ -292,7 +364,7 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
     assert not (settings.run_dir() / "evaluation").exists()
     assert not evaluate(asked)[1]
     shown = Console(record=True, width=200, file=io.StringIO())
-    show(asked, metrics, False, shown)
+    show(asked, Metrics.model_validate(metrics), False, shown)
     text = shown.export_text()
     assert "the checkpoint of step 8 of 8: training has not ended" in text
     assert "at_step_8/evaluation/report.html" in text

@@ -50,6 +50,9 @@ def test_fvu_of_perfect_mean_and_constant_outputs() -> None:
     constant.b_dec.copy_(y.mean(0))
     assert measure(constant, [(x, y)], lambda _: never).fvu == pytest.approx([1.0, 1.0, 1.0], rel=1e-5)
     assert measure(constant, [(x, torch.ones_like(y))], lambda _: never).fvu == [None, None, None]
+    for value in (0.1, 0.7, 1 / 3, 123.456):  # whose sum of squares less n mean^2 is not zero but noise
+        pairs = [*zip(x.split(100), torch.full_like(y, value).split(100), strict=True)]
+        assert measure(constant, pairs, lambda _: never).fvu == [None, None, None]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ def test_an_exactly_linear_map_is_found() -> None:
     made.add(fresh.inputs, fresh.outputs)
     deviation = float((fresh.outputs.double() - fresh.outputs.double().mean(0)).square().sum())
     result = made.result(deviation)
-    assert result["linear"]["fvu"] < 1e-9
-    assert result["mean"]["fvu"] == pytest.approx(1.0, abs=0.02)
-    assert result["linear"]["fit_rows"] == 2400
+    assert result.linear.fvu < 1e-9
+    assert result.mean.fvu == pytest.approx(1.0, abs=0.02)
+    assert result.linear.fit_rows == 2400
 
 
 def test_equals_the_normal_equations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,12 @@ def test_groups_add_up(root: Path) -> None:
     settings = settings_of(root)
     store = Store.open(settings.store_path(0))
     coder = read(settings.run_dir(), store)
-    full = measure(coder, store.heldout, 1500, None, lambda _: None).result()["prefixes"][-1]
+    full = measure(coder, store.heldout, 1500, None, lambda _: None).result()[-1]
     metrics, _ = evaluate(settings, ce_tokens=0)
-    groups = metrics["latents"]["groups"]
-    assert [(group["start"], group["end"]) for group in groups] == [(0, 4), (4, 10), (10, 24)]
-    assert sum(group["l0"] for group in groups) == pytest.approx(full["l0"])
-    assert sum(group["energy_share"] for group in groups) == pytest.approx(1.0)
+    groups = metrics.latents.groups
+    assert [(group.start, group.end) for group in groups] == [(0, 4), (4, 10), (10, 24)]
+    assert sum(group.l0 for group in groups) == pytest.approx(full.l0)
+    assert sum(group.energy_share for group in groups) == pytest.approx(1.0)
 
 
 def small() -> Catalogue:
@@ -72,9 +72,9 @@ def test_a_group_without_living_latents_has_no_medians() -> None:
     made = small()
     made.firings[made.group == 1] = 0
     dead = group_summaries(made, [4, 12, 28, 64])[1]
-    assert dead["alive"] == 0
-    assert dead["dead_fraction"] == 1.0
-    assert dead["median_entropy_bits"] is None
+    assert dead.alive == 0
+    assert dead.dead_fraction == 1.0
+    assert dead.median_entropy_bits is None
 
 
 def test_splitting_names_each_pair_once_best_first() -> None:
@@ -82,9 +82,9 @@ def test_splitting_names_each_pair_once_best_first() -> None:
     made.twins.latents[:, 0] = np.arange(64) ^ 1
     made.twins.scores[:, 0] = np.repeat(np.linspace(0, 1, 32), 2)
     pairs = splitting(made, n=10)
-    assert pairs[0] == {"latents": [62, 63], "jaccard": 1.0}
-    assert len({tuple(pair["latents"]) for pair in pairs}) == 10
-    assert [pair["jaccard"] for pair in pairs] == sorted((pair["jaccard"] for pair in pairs), reverse=True)
+    assert pairs[0].written() == {"latents": [62, 63], "jaccard": 1.0}
+    assert len({tuple(pair.latents) for pair in pairs}) == 10
+    assert [pair.jaccard for pair in pairs] == sorted((pair.jaccard for pair in pairs), reverse=True)
 
 
 def unpack(packed: dict) -> np.ndarray:

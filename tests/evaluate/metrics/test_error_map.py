@@ -17,27 +17,27 @@ def test_shares_add_up_and_equal_brute_force() -> None:
             torch.from_numpy(y[part]), torch.from_numpy(errors[:, part]), tokens[part], positions[part]
         )
     squared = [torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 0.0])]
-    result = error_map.result(squared, torch.tensor([4.0, 4.0, 0.0]))
+    result = error_map.result(squared, torch.tensor([4.0, 4.0, 0.0]), str)
     deviation = ((y - mean) ** 2).sum(1)
-    assert len(result["by_token"]) == 6
-    shares = [line["error_share"] for line in result["by_token"]]
+    assert len(result.by_token) == 6
+    shares = [line.error_share for line in result.by_token]
     assert shares == sorted(shares, reverse=True)
-    for line in result["by_token"]:
-        own = tokens == line["class"]
-        assert line["rows"] == own.sum()
-        assert line["error_share"] == pytest.approx(errors[1, own].sum() / errors[1].sum())
-        assert line["fvu"] == pytest.approx([errors[g, own].sum() / deviation[own].sum() for g in range(2)])
+    for line in result.by_token:
+        own = tokens == line.class_
+        assert line.rows == own.sum()
+        assert line.error_share == pytest.approx(errors[1, own].sum() / errors[1].sum())
+        assert line.fvu == pytest.approx([errors[g, own].sum() / deviation[own].sum() for g in range(2)])
     for kind in ("by_token", "by_position", "by_size"):
-        assert sum(line["error_share"] for line in result[kind]) == pytest.approx(1.0)
-        assert sum(line["rows"] for line in result[kind]) == 200
-    assert [line["class"] for line in result["by_dimension"]] == [1, 0, 2]
-    assert result["by_dimension"][0]["fvu"] == [0.25, 0.5]
-    assert result["by_dimension"][2]["fvu"] == [None, None]
+        assert sum(line.error_share for line in getattr(result, kind)) == pytest.approx(1.0)
+        assert sum(line.rows for line in getattr(result, kind)) == 200
+    assert [line.class_ for line in result.by_dimension] == [1, 0, 2]
+    assert result.by_dimension[0].fvu == [0.25, 0.5]
+    assert result.by_dimension[2].fvu == [None, None]
 
 
 def test_position_edges_bound_their_bins() -> None:
     error_map = ErrorMap(np.zeros(1), 1.0, n_prefixes=1, vocabulary=2, positions=100)
-    edges = error_map.result([torch.ones(1)], torch.ones(1))["position_edges"]
+    edges = error_map.result([torch.ones(1)], torch.ones(1), str).position_edges
     for position in range(100):
         which = position * error_map.bins // 100
         assert edges[which] <= position < edges[which + 1]
@@ -47,6 +47,6 @@ def test_rows_of_any_size_have_a_bin_and_a_perfect_reconstruction_has_no_shares(
     error_map = ErrorMap(np.zeros(1), 1.0, n_prefixes=1, vocabulary=1, positions=4)
     y = torch.tensor([[0.0], [1e-30], [1.0], [1e30]])
     error_map.add(y, torch.zeros(1, 4), np.zeros(4, int), np.arange(4))
-    result = error_map.result([torch.zeros(1)], torch.ones(1))
-    assert sum(line["rows"] for line in result["by_size"]) == 4
-    assert result["by_token"][0]["error_share"] is None
+    result = error_map.result([torch.zeros(1)], torch.ones(1), str)
+    assert sum(line.rows for line in result.by_size) == 4
+    assert result.by_token[0].error_share is None

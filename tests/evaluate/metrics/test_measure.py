@@ -30,34 +30,32 @@ def test_equals_the_dense_computation(skip: bool, per_latent: bool, monkeypatch:
     coder = random_coder(5, 6, ends=(3, 8, 20), skip=skip, per_latent=per_latent)
     rows = random_rows(31, 5, 6)
     seen: list[int] = []
-    result = measure(coder, rows, n_rows=31, select=None, tick=seen.append).result()
+    measured = measure(coder, rows, n_rows=31, select=None, tick=seen.append)
     assert sum(seen) == 31
     assert max(seen) == 7
     y = rows.outputs.double().numpy()
-    for g, prefix in enumerate(result["prefixes"]):
+    for g, prefix in enumerate(measured.result()):
         acts, y_hat = dense(coder, rows, g)
-        assert prefix["end"] == coder.prefix_ends[g]
-        assert prefix["fvu"] == pytest.approx(
-            ((y - y_hat) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-5
-        )
-        assert prefix["mae"] == pytest.approx(np.abs(y - y_hat).mean(), rel=1e-5)
-        assert prefix["l0"] == pytest.approx((acts > 0).sum(1).mean())
-        assert prefix["l1"] == pytest.approx(acts.sum(1).mean(), rel=1e-5)
-        assert prefix["dead_fraction"] == pytest.approx((acts.max(0) == 0).mean())
+        assert prefix.end == coder.prefix_ends[g]
+        assert prefix.fvu == pytest.approx(((y - y_hat) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-5)
+        assert prefix.mae == pytest.approx(np.abs(y - y_hat).mean(), rel=1e-5)
+        assert prefix.l0 == pytest.approx((acts > 0).sum(1).mean())
+        assert prefix.l1 == pytest.approx(acts.sum(1).mean(), rel=1e-5)
+        assert prefix.dead_fraction == pytest.approx((acts.max(0) == 0).mean())
         frequent = ((acts > 0).mean(0) > 0.1).mean()
-        assert prefix["over_10_percent_fraction"] == pytest.approx(frequent)
-        assert prefix["over_10_percent_verdict"] == ("poor" if frequent > 0.05 else "moderate")
-        assert prefix["training_selection"] is None
+        assert prefix.over_10_percent_fraction == pytest.approx(frequent)
+        assert prefix.over_10_percent_verdict == ("poor" if frequent > 0.05 else "moderate")
+        assert prefix.training_selection is None
     acts, _ = dense(coder, rows, 2)
-    assert result["latents"]["largest_activation"] == pytest.approx(acts.max(), rel=1e-6)
+    assert measured.prefixes[-1].firing.result().largest_activation == pytest.approx(acts.max(), rel=1e-6)
 
 
 def test_only_the_asked_rows_are_read() -> None:
     coder, rows = random_coder(5, 6, ends=(4,)), random_rows(40, 5, 6)
-    few = measure(coder, rows, n_rows=11, select=None, tick=lambda _: None).result()
+    few = measure(coder, rows, n_rows=11, select=None, tick=lambda _: None)
     cut = Rows(rows.inputs[:11], rows.outputs[:11])
-    assert few == measure(coder, cut, n_rows=11, select=None, tick=lambda _: None).result()
-    assert few["rows"] == 11
+    assert few.result() == measure(coder, cut, n_rows=11, select=None, tick=lambda _: None).result()
+    assert few.deviation.rows == 11
 
 
 def test_training_selection_keeps_k_per_row_on_average() -> None:
@@ -65,8 +63,10 @@ def test_training_selection_keeps_k_per_row_on_average() -> None:
     result = measure(
         coder, rows, n_rows=64, select=training_selection("batch_topk", 4), tick=lambda _: None
     ).result()
-    assert result["prefixes"][1]["training_selection"]["l0"] == 4.0
-    assert 0 < result["prefixes"][0]["training_selection"]["l0"] < 4.0
+    coarse, full = (prefix.training_selection for prefix in result)
+    assert coarse
+    assert full
+    assert 0 < coarse.l0 < full.l0 == 4.0
 
 
 def test_per_row_selection_keeps_k_in_every_row() -> None:
@@ -79,15 +79,15 @@ def test_a_transcoder_that_never_fires_says_its_bias() -> None:
     coder, rows = random_coder(5, 6, ends=(4, 9)), random_rows(20, 5, 6)
     own = replace(coder.parameters, b_dec=rows.outputs.mean(0))
     coder = replace(coder, parameters=own, thresholds=torch.full((2,), 1e6))
-    result = measure(
+    measured = measure(
         coder, rows, n_rows=20, select=training_selection("batch_topk", 2), tick=lambda _: None
-    ).result()
-    assert result["prefixes"][1]["fvu"] == pytest.approx(1.0, abs=1e-6)
-    assert result["prefixes"][1]["l0"] == 0.0
-    assert result["latents"]["dead"] == 9
+    )
+    assert measured.result()[1].fvu == pytest.approx(1.0, abs=1e-6)
+    assert measured.result()[1].l0 == 0.0
+    assert measured.prefixes[1].firing.result().dead == 9
 
 
 def test_one_row_has_no_fvu() -> None:
     coder, rows = random_coder(5, 6, ends=(4,)), random_rows(1, 5, 6)
     result = measure(coder, rows, n_rows=1, select=None, tick=lambda _: None).result()
-    assert result["prefixes"][0]["fvu"] is None
+    assert result[0].fvu is None

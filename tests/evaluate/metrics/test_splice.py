@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.settings import Model, Settings
 from evaluate.metrics.language import measure_language, promoted_tokens
 from evaluate.metrics.splice import Loss, splice, summary
+from evaluate.records import AblationLosses
 from harvest import lm
 from harvest.run import harvest
 from shards import Store
@@ -93,13 +94,13 @@ def test_clean_loss_is_hugging_faces_and_the_mlp_itself_costs_nothing(layer: int
         expected = float(hugging_face(directory)(labels, labels=labels).loss)
     assert sum(seen) == ids.size
     assert losses["clean"].positions == ids.shape[0] * (ids.shape[1] - 1)
-    assert summary(losses, "clean")["cross_entropy"] == pytest.approx(expected, abs=1e-4)
+    assert summary(losses, "clean").cross_entropy == pytest.approx(expected, abs=1e-4)
     assert losses["clean"].divergence == pytest.approx(0.0, abs=1e-6)
     perfect = summary(losses, "mlp")
-    assert perfect["cross_entropy"] == pytest.approx(expected, abs=1e-4)
-    assert perfect["recovered_zero"] == pytest.approx(1.0, abs=1e-3)
-    assert perfect["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert summary(losses, "zero")["kl"] > 1e-4
+    assert perfect.cross_entropy == pytest.approx(expected, abs=1e-4)
+    assert perfect.recovered_zero == pytest.approx(1.0, abs=1e-3)
+    assert perfect.kl == pytest.approx(0.0, abs=1e-5)
+    assert summary(losses, "zero").kl > 1e-4
 
 
 def test_a_replacement_is_what_a_hugging_face_hook_would_do(directory: Path) -> None:
@@ -137,16 +138,16 @@ def test_a_replacement_is_what_a_hugging_face_hook_would_do(directory: Path) -> 
 def test_recovered_shares_by_hand() -> None:
     nats = {"clean": 3.0, "zero": 5.0, "mean": 4.0, "0": 3.5, "1": 3.0}
     losses = {name: Loss(10, 10 * ce, 2.0) for name, ce in nats.items()}
-    assert summary(losses, "0") == {
+    assert summary(losses, "0").written() == {
         "cross_entropy": 3.5,
         "kl": 0.2,
         "recovered_zero": 0.75,
         "recovered_mean": 0.5,
     }
-    assert summary(losses, "1")["recovered_zero"] == 1.0
-    assert summary(losses, "zero")["recovered_zero"] == 0.0
+    assert summary(losses, "1").recovered_zero == 1.0
+    assert summary(losses, "zero").recovered_zero == 0.0
     losses["zero"] = Loss(10, 30.0)  # an MLP that does nothing cannot be recovered
-    assert summary(losses, "0")["recovered_zero"] is None
+    assert summary(losses, "0").recovered_zero is None
 
 
 def test_positions_without_a_row_are_left_alone(directory: Path) -> None:
@@ -174,15 +175,13 @@ def harvested(llama: Path, settings_for: Callable[..., Settings]) -> tuple[Setti
 def test_every_prefix_of_a_run_on_its_own_store(harvested: tuple[Settings, Store]) -> None:
     settings, store = harvested
     coder = random_coder(32, 32, ends=(4, 9))
-    prefixes: list[dict] = [{}, {}]
-    language = measure_language(settings, store, store.heldout, coder, 64, prefixes)
+    language = measure_language(settings, store, store.heldout, coder, 64)
     measured = language.cross_entropy
+    assert isinstance(measured, AblationLosses)
     assert language.promoted.shape == (9, 6)
-    assert measured["skipped"] is None
-    assert measured["positions"] == measured["contexts"] * (store.manifest.source.context_length - 1)
-    for prefix in prefixes:
-        assert prefix["cross_entropy"].keys() == {"cross_entropy", "kl", "recovered_zero", "recovered_mean"}
-        assert prefix["cross_entropy"]["kl"] > 0
+    assert measured.positions == measured.contexts * (store.manifest.source.context_length - 1)
+    assert len(language.prefixes) == 2
+    assert all(prefix.kl > 0 for prefix in language.prefixes)
 
 
 def test_another_or_missing_model_is_skipped_with_a_reason(
@@ -193,11 +192,13 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
     for name, reason in ((str(gemma), "expected weights"), (str(tmp_path / "absent"), "no such directory")):
         model = settings.model.model_copy(update={"name": name})
         other = settings.model_copy(update={"model": model})
-        measured = measure_language(other, store, store.heldout, coder, 64, [{}])
-        assert reason in measured.cross_entropy["skipped"]
+        measured = measure_language(other, store, store.heldout, coder, 64)
+        assert measured.cross_entropy.skipped
+        assert reason in measured.cross_entropy.skipped
+        assert measured.prefixes == []
         assert measured.promoted.shape == (4, 0)
-    unasked = measure_language(settings, store, store.heldout, coder, 0, [{}])
-    assert unasked.cross_entropy == {"skipped": "it was not asked for"}
+    unasked = measure_language(settings, store, store.heldout, coder, 0)
+    assert unasked.cross_entropy.written() == {"skipped": "it was not asked for"}
 
 
 def test_promoted_tokens_are_hugging_faces_logits(directory: Path) -> None:

@@ -15,6 +15,7 @@ from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.metrics.tokens import TokenText
+from evaluate.records import Metrics
 from evaluate.report.page_data import page_data, script_json
 from evaluate.report.report import write_report
 from evaluate.run import evaluate
@@ -303,9 +304,10 @@ def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> N
     length, n_contexts = 1024, 300
     contexts = np.random.default_rng(1).integers(2, 70, (n_contexts, length)).astype(np.int32)
     data = page_data(large_catalogue(18_432, n_contexts, length), contexts, TokenText(tokenizer_of(report)))
-    metrics = json.loads((report.parent / "metrics.json").read_text())
-    metrics["prefixes"] += metrics["prefixes"][-1:]
-    metrics["redundancy"]["prefixes"] += metrics["redundancy"]["prefixes"][-1:]
+    values = json.loads((report.parent / "metrics.json").read_text())
+    values["prefixes"] += values["prefixes"][-1:]
+    values["redundancy"]["prefixes"] += values["redundancy"]["prefixes"][-1:]
+    metrics = Metrics.model_validate(values)
     data["prefix_ends"] = [1152, 3456, 8064, 18_432]
     page = tmp_path / "large.html"
     write_report(page, metrics, data, [])

@@ -1,0 +1,42 @@
+"""The fraction of variance unexplained (FVU), streaming, in float64.
+
+fvu = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2 over the same rows, with the rows' own mean.
+Shapes: B rows of a block, D output width. Accumulators hold no rows: memory does not grow with them.
+"""
+
+import torch
+from torch import Tensor
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """None where there is nothing to compare with: never infinity, never a guess."""
+    return numerator / denominator if denominator > 0 else None
+
+
+class Deviation:
+    """Sum of squared deviations from the per-dimension mean, merged block by block.
+
+    Chan's update instead of sum(y^2) - n mean^2: the difference of two large sums would leave noise
+    where a dimension is constant, and the FVU of a constant output must be null.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.rows = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self.squares = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """`values` [B, D], B at least 1, of any device; the sums stay on the CPU."""
+        block = values.double()
+        mean = block.mean(0)
+        squares = (block - mean).square_().sum(0).cpu()
+        total = self.rows + len(block)
+        shift = mean.cpu() - self.mean
+        self.squares += squares + shift.square() * (self.rows * len(block) / total)
+        self.mean += shift * (len(block) / total)
+        self.rows = total
+
+    @property
+    def total(self) -> float:
+        """sum over rows and dimensions of (y - mean)^2."""
+        return float(self.squares.sum())
