@@ -158,7 +158,7 @@ def not_nested(settings: Settings) -> Settings:
 def trained(settings: Settings, ce_tokens: int) -> dict[str, Any]:
     """Held-out numbers of the run that `settings` name, which is trained first where it is not."""
     store = Store.of(settings)
-    if record.finished(settings.run_dir(), settings) is None:
+    if record.finished(settings.run_dir(), settings, store.manifest.fingerprint) is None:
         train(settings, store)
     coder, n = read(settings.run_dir(), store), len(store.heldout)
     with progress("statistics", n, "rows") as bar:

@@ -1,5 +1,7 @@
 """python -m train --layer 17 [--run name] [--section.key value ...]"""
 
+from pathlib import Path
+
 from common.cli import load, parser, run_stage
 
 
@@ -7,22 +9,27 @@ def main() -> None:
     settings, _ = load(parser("train", "Train a nested transcoder on an activation store."))
     from rich.console import Console  # after the settings are checked: torch takes seconds to import
 
+    from shards import Store
+    from shards.remote import is_url
     from train import record
     from train.finish import summary
     from train.log import where
     from transcoder.weights import read_metadata
 
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
-    done = record.finished(run_dir, settings)
+    store = Store.of(settings) if is_url(store_path) or Path(store_path).exists() else None
+    done = record.finished(run_dir, settings, store and store.manifest.fingerprint)
     if done:
-        print(f"already trained on {done['training']['rows']:,} rows, nothing to do")
+        gone = (
+            "" if store else f" (no store at {store_path}: whether it was trained on that one is not checked)"
+        )
+        print(f"already trained on {done['training']['rows']:,} rows{gone}, nothing to do")
     else:
         from common.device import share_cores
-        from shards import Store
         from train.loop import train
 
         share_cores()
-        train(settings, Store.of(settings))
+        train(settings, store or Store.of(settings))
 
     Console().print(summary(read_metadata(run_dir)))
     print(f"store {store_path}\nrun   {run_dir}", *where(run_dir), sep="\n")

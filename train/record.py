@@ -114,11 +114,15 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def finished(run_dir: Path, settings: Settings) -> dict[str, Any] | None:
-    """Metadata of the finished weights when they are just what is asked for."""
+def finished(run_dir: Path, settings: Settings, fingerprint: str | None) -> dict[str, Any] | None:
+    """Metadata of the finished weights when they are just what is asked for.
+
+    Raises `InputError` when they are of another harvest than the store with this fingerprint, or of other settings.
+    Without a fingerprint (the store is gone) the harvest is not compared.
+    """
     if not (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
-    refuse_another(run_dir, settings, None)
+    refuse_another(run_dir, settings, fingerprint)
     weights.refuse_another_model(run_dir, settings)
     metadata = weights.read_metadata(run_dir)
     done = validated(metadata["settings"], str(run_dir / weights.FILE_NAME))

@@ -117,8 +117,8 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     settings, _ = load(parser("train.sweep", "Train every combination of [sweep]."))
     store = Store.of(settings)
-    runs = combinations(settings, store.manifest.source.d_in)
-    waiting = [one for one in runs if record.finished(one.run_dir(), one) is None]
+    fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
+    waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
     folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:

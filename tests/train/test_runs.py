@@ -19,6 +19,7 @@ from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import D_IN, command, sparse_rows, tensors
 from train import checkpoint, record
+from train.__main__ import main
 from train.loop import RESTRAINT, Run, restrain, train, train_together
 from train.normalisation import fold
 from train.step.schedule import peak_rate
@@ -137,7 +138,7 @@ def test_what_is_logged_and_sampled_may_change_while_a_run_goes_on(
     lines = metrics(again.run_dir())
     assert [line["step"] for line in lines if line["step"] > 60] == [63, 70, 77, 84, 90, 91, 96]
     assert [line["step"] for line in lines if "heldout_fvu/prefix_2" in line] == [40, 90, 96]
-    assert record.finished(again.run_dir(), make_settings()) is not None
+    assert record.finished(again.run_dir(), make_settings(), store.manifest.fingerprint) is not None
     samples = (again.run_dir() / "activation_samples/samples.jsonl").read_text().splitlines()
     assert len(samples) == 64
     assert any(json.loads(line)["samples"] for line in samples)
@@ -179,9 +180,28 @@ def test_the_same_command_continues_after_a_signal(
 
 def test_a_finished_run_is_known_without_its_store(make_settings: Make, finished: Path) -> None:
     settings = Settings.model_validate(json.loads((finished / "settings.json").read_text())["settings"])
-    done = record.finished(finished, settings)
+    done = record.finished(finished, settings, None)
     assert done is not None
     assert done["training"]["steps"] == 96
+
+
+def test_a_finished_run_is_not_that_of_another_harvest(
+    make_settings: Make, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With HARVEST=other the run of the first harvest is refused, and kept; without any store it is still shown."""
+    settings = make_settings(train__rows=640)
+    train(settings, store)
+    weights = (settings.run_dir() / "transcoder.safetensors").read_bytes()
+    options = command(settings)[3:]
+    other = Path(settings.store_path(settings.layer)).with_name(f"layer_{settings.layer}_other.zarr")
+    make_store(other, sparse_rows(1024, 4), sparse_rows(64, 5))
+    monkeypatch.setattr("sys.argv", ["train", *options, "--harvest", "other"])
+    with pytest.raises(InputError, match="harvest was"):
+        main()
+    assert (settings.run_dir() / "transcoder.safetensors").read_bytes() == weights
+    monkeypatch.setattr("sys.argv", ["train", *options, "--harvest", "gone"])
+    main()
+    assert "no store at" in capsys.readouterr().out
 
 
 def test_other_settings_under_the_same_name_are_refused(
@@ -190,22 +210,22 @@ def test_other_settings_under_the_same_name_are_refused(
     settings = Settings.model_validate(json.loads((finished / "settings.json").read_text())["settings"])
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"lr": 1e-3, "seed": 5})})
     with pytest.raises(InputError, match=r"train.lr was 0.003, asked 0.001; train.seed was 0, asked 5"):
-        record.finished(finished, other)
+        record.finished(finished, other, None)
     with pytest.raises(InputError, match="harvest was"):
-        record.refuse_another(finished, settings, "0" * 64)
+        record.finished(finished, settings, "0" * 64)
     fewer = settings.model_copy(update={"train": settings.train.model_copy(update={"rows": 640})})
     with pytest.raises(InputError, match=r"train.rows was 6144, asked 640"):
-        record.finished(finished, fewer)
+        record.finished(finished, fewer, None)
 
 
 def test_more_rows_continue_a_finished_run(make_settings: Make, store: Store) -> None:
     train(make_settings(), store)
     longer = make_settings(train__rows=64 * 130)
-    assert record.finished(longer.run_dir(), longer) is None
+    assert record.finished(longer.run_dir(), longer, store.manifest.fingerprint) is None
     train(longer, store)
     assert [line["step"] for line in metrics(longer.run_dir())][-4:] == [100, 110, 120, 130]
     assert Transcoder.load(longer.run_dir()).metadata["training"]["steps"] == 130
-    assert record.finished(longer.run_dir(), longer) is not None
+    assert record.finished(longer.run_dir(), longer, store.manifest.fingerprint) is not None
 
 
 def test_init_from_starts_at_the_other_runs_weights(
