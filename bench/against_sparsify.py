@@ -68,8 +68,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title="not nested, held-out FVU (never fire)", title_justify="left")
     for column in ("store", "ours", *(f"sparsify {name} {lr}" for name, lr in WAYS)):
         shown.add_column(column, justify="left" if column == "store" else "right")
-    for name, found in results.items():
-        each = [found["ours"], *(found[f"{optimizer} {lr}"] for optimizer, lr in WAYS)]
+    for name, numbers in results.items():
+        each = [numbers["ours"], *(numbers[f"{optimizer} {lr}"] for optimizer, lr in WAYS)]
         shown.add_row(name, *(f"{one['fvu']:.3f} ({100 * one['never_fire']:.0f} %)" for one in each))
     return shown
 
@@ -80,15 +80,15 @@ def main() -> None:
         "--only", nargs="+", default=[], metavar="TEXT", help="stores whose name holds one of these"
     )
     options.add_argument("--steps", type=int, default=400, help="of 1,024 rows [%(default)s]")
-    given = options.parse_args()
+    arguments = options.parse_args()
     python = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
     if not python.is_file():
         raise InputError(f"{python}: not found; install the other tools with make install-peers")
     console, results = Console(width=150), {}
-    for name, settings in subjects(console, given.only):
-        rows = given.steps * settings.train.batch_size
+    for name, settings in subjects(console, arguments.only):
+        rows = arguments.steps * settings.train.batch_size
         train = settings.train.model_copy(update={"rows": rows})
-        settings = not_nested(settings.model_copy(update={"train": train, "run": f"{given.steps}_steps"}))
+        settings = not_nested(settings.model_copy(update={"train": train, "run": f"{arguments.steps}_steps"}))
         ours = trained(settings, 0)
         results[name] = {"ours": {key: ours[key][-1] for key in ("fvu", "l0", "never_fire")}}
         with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as scratch:

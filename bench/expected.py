@@ -65,8 +65,8 @@ def training_seconds(settings: Settings, gpu: Gpu) -> float:
 
 def disk(settings: Settings) -> int:
     """Bytes of the store."""
-    asked = settings.harvest
-    return int(manifest_bytes(2 * D) + asked.expected_rows * bytes_per_row(2 * D, asked.storage))
+    harvest = settings.harvest
+    return int(manifest_bytes(2 * D) + harvest.expected_rows * bytes_per_row(2 * D, harvest.storage))
 
 
 def recipes() -> list[Settings]:
@@ -75,11 +75,11 @@ def recipes() -> list[Settings]:
 
 def table() -> str:
     """The Markdown table of docs/colab.md: harvest + training of the three recipes."""
-    made = recipes()
-    heads = [f"layer {s.layer}: {s.harvest.rows / 1e6:.0f} M rows, {human(disk(s))}" for s in made]
-    lines = [["GPU", *heads], ["---"] * (len(made) + 1)]
+    columns = recipes()
+    heads = [f"layer {s.layer}: {s.harvest.rows / 1e6:.0f} M rows, {human(disk(s))}" for s in columns]
+    lines = [["GPU", *heads], ["---"] * (len(columns) + 1)]
     for gpu in GPUS:
-        times = [f"{_text(harvest_seconds(s, gpu))} + {_text(training_seconds(s, gpu))}" for s in made]
+        times = [f"{_text(harvest_seconds(s, gpu))} + {_text(training_seconds(s, gpu))}" for s in columns]
         lines.append([f"{gpu.name}, {gpu.dtype}", *times])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

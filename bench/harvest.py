@@ -52,7 +52,7 @@ def speed(scratch: Path) -> dict[str, float]:
     model: lm.LanguageModel | None = None
     ours, bare = [], []
     for turn in range(TURNS):
-        made = settings(
+        demo = settings(
             "--profile",
             "demo",
             "--harvest.rows",
@@ -60,24 +60,24 @@ def speed(scratch: Path) -> dict[str, float]:
             "--paths.activations",
             str(scratch / str(turn)),
         )
-        (path,) = run.harvest(made)
+        (path,) = run.harvest(demo)
         store = Store.open(path)
         ours.append((len(store.train) + len(store.heldout)) / seconds[-1])
         if model is None:
-            where = lm.locate(made.model)
-            model = lm.load(made.model, where, lm.load_tokenizer(where, None))
-        bare.append(forward_only(model, store.train.contexts, store.manifest.source.dropped_token_ids, made))
+            where = lm.locate(demo.model)
+            model = lm.load(demo.model, where, lm.load_tokenizer(where, None))
+        bare.append(forward_only(model, store.train.contexts, store.manifest.source.dropped_token_ids, demo))
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
     rates = {"harvest tokens/s": median(ours), "bare forward tokens/s": median(bare)}
     return rates | {"harvest / bare": median(ratios)}
 
 
-def forward_only(model: lm.LanguageModel, contexts: Contexts, dropped: list[int], made: Settings) -> float:
+def forward_only(model: lm.LanguageModel, contexts: Contexts, dropped: list[int], demo: Settings) -> float:
     kept = Kept.count(contexts, dropped)
     rows = int(kept.before[-1])
     begun = time.perf_counter()
-    for batch in kept.batches(range(rows), made.harvest.batch_size):
-        model.run_blocks(torch.from_numpy(batch.tokens).long(), made.layer)
+    for batch in kept.batches(range(rows), demo.harvest.batch_size):
+        model.run_blocks(torch.from_numpy(batch.tokens).long(), demo.layer)
     return rows / (time.perf_counter() - begun)
 
 
@@ -87,10 +87,10 @@ def peak(command: list[str]) -> float:
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
         "stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, *command], capture_output=True, encoding="utf-8", check=True
     )
-    return int(done.stdout) / 2**20
+    return int(process.stdout) / 2**20
 
 
 def memory(scratch: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ def memory(scratch: Path) -> dict[str, float]:
     text = write_jsonl(scratch / "text.jsonl", sentences(9000, words=40))
     common = ["--layer", "1", "--model.name", str(model), "--data.files", str(text), "--data.pack", "concat"]
     common += ["--harvest.context_length", "64", "--model.device", "cpu", "--model.dtype", "bfloat16"]
-    found = {}
+    gibs = {}
     base = peak(
         [
             sys.executable,
@@ -114,26 +114,26 @@ def memory(scratch: Path) -> dict[str, float]:
     )
     for rows in (40_000, 120_000):
         where = ["--harvest.rows", str(rows), "--paths.activations", str(scratch / str(rows))]
-        found[f"GiB beyond the model, {rows:,} rows"] = (
+        gibs[f"GiB beyond the model, {rows:,} rows"] = (
             peak([sys.executable, "-m", "harvest", *common, *where]) - base
         )
-    return found
+    return gibs
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description="Harvest against the bare forward pass.")
     options.add_argument("--skip-memory", action="store_true")
-    given = options.parse_args()
+    arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = speed(Path(scratch))
-        if not given.skip_memory:
-            found |= memory(Path(scratch))
+        results = speed(Path(scratch))
+        if not arguments.skip_memory:
+            results |= memory(Path(scratch))
     table = Table("what", "figure")
-    for name, value in found.items():
+    for name, value in results.items():
         table.add_row(name, f"{value:,.3g}" if value < 100 else f"{value:,.0f}")
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -137,17 +137,17 @@ def memory(rows: int) -> float:
     rng = np.random.default_rng(0)
     pair = (rng.standard_normal((rows, WIDTH), np.float32), rng.standard_normal((rows, WIDTH), np.float32))
     with tempfile.TemporaryDirectory() as scratch:
-        made = make_store(f"{scratch}/s.zarr", pair, (pair[0][:1], pair[1][:1]), "int8")
-        return of_loader(made.path) / 1024
+        small = make_store(f"{scratch}/s.zarr", pair, (pair[0][:1], pair[1][:1]), "int8")
+        return of_loader(small.path) / 1024
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("store", type=Path)
     options.add_argument("--groups", type=int, default=12)
-    given = options.parse_args()
-    store = Store.open(given.store)
-    groups = min(given.groups, len(store.train) // CHUNK_ROWS // GROUP)
+    arguments = options.parse_args()
+    store = Store.open(arguments.store)
+    groups = min(arguments.groups, len(store.train) // CHUNK_ROWS // GROUP)
     in_memory = InMemory(store.train, groups)
     contenders: dict[str, tuple[int, Callable[[], int]]] = {
         "loader": (1, lambda: ours(store)),
@@ -162,16 +162,16 @@ def main() -> None:
             rates[name].append(rate(run))
     base = median(rates["loader"])
     table = Table("what", "krows/s", "of the loader on one core")
-    for name, found in rates.items():
-        table.add_row(name, f"{median(found) / 1e3:,.0f}", f"{median(found) / base:.2f}")
+    for name, speeds in rates.items():
+        table.add_row(name, f"{median(speeds) / 1e3:,.0f}", f"{median(speeds) / base:.2f}")
     Console().print(table)
     gibs = {f"{rows:,} rows of width {WIDTH:,}": memory(rows) for rows in MEMORY_ROWS}
     for what, gib in gibs.items():
         Console().print(f"{what}: {gib:.2f} GiB")
     results = Path("bench/results/loader.json")
     results.parent.mkdir(exist_ok=True)
-    found = {name: median(rates[name]) for name in rates} | {"GiB": gibs}
-    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    summary = {name: median(rates[name]) for name in rates} | {"GiB": gibs}
+    results.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -187,18 +187,18 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for column in ("store", "FVU by prefix", "one group", "nesting costs", "never fire", "over 1 %", "over 10 %",
                    "CE recovered", "rows/s"):  # fmt: skip
         shown.add_column(column, justify="left" if column == "store" else "right")
-    for name, found in results.items():
-        flat, recovered = found.get("one_group"), found["cross_entropy_recovered"]
+    for name, numbers in results.items():
+        flat, recovered = numbers.get("one_group"), numbers["cross_entropy_recovered"]
         shown.add_row(
             name,
-            " ".join(f"{fvu:.4f}" for fvu in found["fvu"]),
+            " ".join(f"{fvu:.4f}" for fvu in numbers["fvu"]),
             f"{flat['fvu'][0]:.4f}" if flat else "-",
-            f"{100 * (found['fvu'][-1] / flat['fvu'][0] - 1):.1f} %" if flat else "-",
-            " ".join(f"{100 * share:.1f}" for share in found["never_fire"]) + " %",
-            f"{100 * found['over_1_percent']:.1f} %",
-            " ".join(f"{100 * share:.1f}" for share in found["over_10_percent"]) + " %",
+            f"{100 * (numbers['fvu'][-1] / flat['fvu'][0] - 1):.1f} %" if flat else "-",
+            " ".join(f"{100 * share:.1f}" for share in numbers["never_fire"]) + " %",
+            f"{100 * numbers['over_1_percent']:.1f} %",
+            " ".join(f"{100 * share:.1f}" for share in numbers["over_10_percent"]) + " %",
             "-" if recovered is None else f"{100 * recovered:.1f} %",
-            f"{found['rows_per_second']:,.0f}",
+            f"{numbers['rows_per_second']:,.0f}",
         )
     return shown
 
@@ -212,11 +212,11 @@ def main() -> None:
     options.add_argument(
         "--ce-tokens", type=int, default=LANGUAGE_TOKENS, help="of the cross-entropy; 0: none [%(default)s]"
     )
-    given = options.parse_args()
+    arguments = options.parse_args()
     console, results = Console(width=150), {}
-    for name, settings in subjects(console, given.only):
-        results[name] = trained(settings, given.ce_tokens)
-        if given.one_group:
+    for name, settings in subjects(console, arguments.only):
+        results[name] = trained(settings, arguments.ce_tokens)
+        if arguments.one_group:
             results[name]["one_group"] = trained(not_nested(settings), 0)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(table(results))

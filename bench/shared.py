@@ -68,28 +68,28 @@ def rows_per_second(way: dict[str, str], beside: bool) -> float:
     names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
     env = {key: value for key, value in os.environ.items() if key not in names} | way
     with busy(beside):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "bench.shared", "child"],
             env=env,
             capture_output=True,
             encoding="utf-8",
             check=True,
         )
-    return float(done.stdout)
+    return float(process.stdout)
 
 
 def main() -> None:
     if sys.argv[1:] == ["child"]:
         child()
         return
-    found: dict[tuple[str, bool], list[float]] = {}
+    speeds: dict[tuple[str, bool], list[float]] = {}
     for _ in range(ROUNDS):
         for name, way in WAYS.items():
             for beside in (False, True):
-                found.setdefault((name, beside), []).append(rows_per_second(way, beside))
+                speeds.setdefault((name, beside), []).append(rows_per_second(way, beside))
     table = Table("threads", "alone, rows/s", "beside one busy process", title="medians of 3")
     for name in WAYS:
-        table.add_row(name, *(f"{statistics.median(found[name, beside]):,.0f}" for beside in (False, True)))
+        table.add_row(name, *(f"{statistics.median(speeds[name, beside]):,.0f}" for beside in (False, True)))
     Console().print(table)
 
 

@@ -139,13 +139,13 @@ def interrupted(soak: Soak, stage: str, chance: random.Random, length: float) ->
     return kills, max(peaks)
 
 
-def differences(found: Path, expected: Path) -> list[str]:
+def differences(folder: Path, expected: Path) -> list[str]:
     """Files that one of the directories lacks or that differ, left-over ones too; timing fields do not count."""
-    names = [{str(path.relative_to(root)) for path in root.rglob("*")} for root in (found, expected)]
+    names = [{str(path.relative_to(root)) for path in root.rglob("*")} for root in (folder, expected)]
     wrong = [f"{name}: only in one" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        pair = found / name, expected / name
-        if pair[0].is_file() and _content(pair[0], found) != _content(pair[1], expected):
+        pair = folder / name, expected / name
+        if pair[0].is_file() and _content(pair[0], folder) != _content(pair[1], expected):
             wrong.append(f"{name}: differs")
     return wrong
 
@@ -184,42 +184,43 @@ def slope(values: list[float]) -> float:
 
 def soak(root: Path, seed: int, minutes: float, cycles: int | None = None, steps: int = STEPS) -> list[Cycle]:
     """Cycles for so many minutes, or so many cycles; at least one."""
-    made, chance, begun = prepared(root, steps), random.Random(seed), time.monotonic()
-    lengths = {stage: run(made, stage)[1] for stage in made.commands}
-    made.settings.run_dir().rename(made.reference)
-    done: list[Cycle] = []
-    while not done or (len(done) < cycles if cycles else time.monotonic() - begun < 60 * minutes):
-        done.append(cycle(made, chance, lengths))
-        last = done[-1]
+    prepared_run, chance, begun = prepared(root, steps), random.Random(seed), time.monotonic()
+    lengths = {stage: run(prepared_run, stage)[1] for stage in prepared_run.commands}
+    prepared_run.settings.run_dir().rename(prepared_run.reference)
+    cycles_run: list[Cycle] = []
+    while not cycles_run or (len(cycles_run) < cycles if cycles else time.monotonic() - begun < 60 * minutes):
+        cycles_run.append(cycle(prepared_run, chance, lengths))
+        last = cycles_run[-1]
         print(
-            f"cycle {len(done)}: {last.seconds:.1f} s, {last.own:.0f} MB, {', '.join(last.kills)}", flush=True
+            f"cycle {len(cycles_run)}: {last.seconds:.1f} s, {last.own:.0f} MB, {', '.join(last.kills)}",
+            flush=True,
         )
         print(*last.wrong, sep="\n", end="\n" if last.wrong else "", file=sys.stderr)
-    return done
+    return cycles_run
 
 
-def verdict(done: list[Cycle]) -> tuple[Table, list[str]]:
+def verdict(cycles: list[Cycle]) -> tuple[Table, list[str]]:
     """The figures as a table, and what is wrong."""
-    counted = done[WARM:]
+    counted = cycles[WARM:]
     slopes = {
         "this process": slope([each.own for each in counted]),
         "trainings' peak": slope([each.peak for each in counted]),
     }
     table = Table("figure", "value")
-    kills = [kill.split()[:2] for each in done for kill in each.kills]
-    table.add_row("cycles, seconds a cycle", f"{len(done)}, {median(each.seconds for each in done):.1f}")
+    kills = [kill.split()[:2] for each in cycles for kill in each.kills]
+    table.add_row("cycles, seconds a cycle", f"{len(cycles)}, {median(each.seconds for each in cycles):.1f}")
     for stage in ("train", "evaluate"):
         told = [f"{n.name} {sum(kill == [stage, n.name] for kill in kills)}" for n in SIGNALS]
         table.add_row(f"kills of {stage}", ", ".join(told))
-    table.add_row("this process, MB", f"{done[0].own:.0f} first, {done[-1].own:.0f} last")
-    table.add_row("trainings' peak, MB", f"{done[0].peak:.0f} first, {done[-1].peak:.0f} last")
+    table.add_row("this process, MB", f"{cycles[0].own:.0f} first, {cycles[-1].own:.0f} last")
+    table.add_row("trainings' peak, MB", f"{cycles[0].peak:.0f} first, {cycles[-1].peak:.0f} last")
     for name, value in slopes.items():
         table.add_row(f"{name}, MB a cycle", f"{value:+.3f} (limit {SLOPE})")
     wrong = [
         f"{name}: memory grows by {value:.2f} MB a cycle" for name, value in slopes.items() if value > SLOPE
     ]
-    wrong = [line for each in done for line in each.wrong] + wrong
-    table.add_row("files that differ from the reference's", str(sum(len(each.wrong) for each in done)))
+    wrong = [line for each in cycles for line in each.wrong] + wrong
+    table.add_row("files that differ from the reference's", str(sum(len(each.wrong) for each in cycles)))
     return table, wrong
 
 
@@ -227,14 +228,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--minutes", type=float, default=60)
     options.add_argument("--seed", type=int, default=random.randrange(10**6), help="of signals and instants")
-    given = options.parse_args()
-    print(f"seed {given.seed}", flush=True)
+    arguments = options.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = (
         "1"  # the order of sums, and so the bytes, depend on the number of threads
     )
     with tempfile.TemporaryDirectory() as scratch:
-        table, wrong = verdict(soak(Path(scratch), given.seed, given.minutes))
+        table, wrong = verdict(soak(Path(scratch), arguments.seed, arguments.minutes))
     Console().print(table)
     if wrong:
         print(*wrong, sep="\n", file=sys.stderr)

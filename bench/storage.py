@@ -88,8 +88,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_argument("store", type=Path, help="a float32 store")
     options.add_argument("--scratch", type=Path, default=Path("/dev/shm/bench-storage"))
-    given = options.parse_args()
-    store = Store.open(given.store)
+    arguments = options.parse_args()
+    store = Store.open(arguments.store)
     inputs, outputs = (tensor.numpy() for tensor in store.train.rows(0, min(len(store.train), 32_768)))
     table = Table(
         "array", "storage", "compressor", "bytes/row", "of bf16", "FVU", "write krows/s", "read krows/s"
@@ -98,7 +98,7 @@ def main() -> None:
     for side, values in (("input", inputs), ("output", outputs)):
         for storage in STORAGES:
             for compressor in COMPRESSORS:
-                row = measure(values, side, storage, compressor, given.scratch)
+                row = measure(values, side, storage, compressor, arguments.scratch)
                 rows.append(row)
                 table.add_row(
                     *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())

@@ -20,8 +20,8 @@ TURN, TURNS = 20, 3
 
 
 def main() -> None:
-    made = parser("bench.train_loop", "The whole training loop against the bare step.")
-    settings, _ = load(made)
+    options = parser("bench.train_loop", "The whole training loop against the bare step.")
+    settings, _ = load(options)
     store = Store.open(settings.store_path(settings.layer))
     with tempfile.TemporaryDirectory() as scratch:
         paths = settings.paths.model_copy(update={"checkpoints": Path(scratch)})

@@ -34,7 +34,7 @@ def one(d_sae: int, repeats: int = 3) -> dict[str, float]:
     parameters = initialise(D, d_sae, torch.zeros(D), skip=False, seed=0)
     x, y = rows(BATCH, D, 1), rows(BATCH, D, 2)
     step = sparse(parameters, objective, x, y)
-    found = {}
+    result = {}
     for name in ("step", "floor"):
         once = step if name == "step" else floor(parameters, x, torch.float32)
         times = []
@@ -42,16 +42,16 @@ def one(d_sae: int, repeats: int = 3) -> dict[str, float]:
             begun = time.perf_counter()
             once()
             times.append(time.perf_counter() - begun)
-        found[name] = statistics.median(times[1:])
+        result[name] = statistics.median(times[1:])
         if name == "step":
-            found["memory"] = (
+            result["memory"] = (
                 resident("VmHWM") - 4 * d_sae * 2 * D
             )  # the bench's own second copy of the weights
-    found["planned"] = memory.kept(objective, D, D) + memory.passing(objective, D, D, BATCH) + memory.PROGRAM
-    return found
+    result["planned"] = memory.kept(objective, D, D) + memory.passing(objective, D, D, BATCH) + memory.PROGRAM
+    return result
 
 
-def plot(found: dict[int, dict[str, float]]) -> None:
+def plot(results: dict[int, dict[str, float]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -61,7 +61,9 @@ def plot(found: dict[int, dict[str, float]]) -> None:
         (right, ("memory", "planned"), "GiB", 2**-30),
     ):
         for name in names:
-            axes.loglog(list(found), [values[name] * scale for values in found.values()], "o-", label=name)
+            axes.loglog(
+                list(results), [values[name] * scale for values in results.values()], "o-", label=name
+            )
         axes.set(xlabel="latents", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -72,19 +74,19 @@ def main() -> None:
     if len(sys.argv) == 2:
         print(json.dumps(one(int(sys.argv[1]))))
         return
-    found = {}
+    results = {}
     for size in SIZES:
         command = [sys.executable, "-m", "bench.train_size", str(size)]
-        found[size] = json.loads(
+        results[size] = json.loads(
             subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
         )
     table = Table("latents", "step, s", "floor, s", "memory, GiB", "planned, GiB")
-    for size, values in found.items():
+    for size, values in results.items():
         gib = (f"{values[name] / 2**30:.2f}" for name in ("memory", "planned"))
         table.add_row(f"{size:,}", f"{values['step']:.3f}", f"{values['floor']:.3f}", *gib)
     Console().print(table)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot(found)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results)
 
 
 if __name__ == "__main__":

@@ -124,22 +124,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--wide", action="store_true", help="F 36,864, layer 12's recipe, instead of 18,432")
-    asked = parser.parse_args()
-    groups = (2304, 4608, 9216, 20736) if asked.wide else (1152, 2304, 4608, 10368)
+    arguments = parser.parse_args()
+    groups = (2304, 4608, 9216, 20736) if arguments.wide else (1152, 2304, 4608, 10368)
     named = contenders(groups, d=2304, k=96, batch=1024)
-    named = {name: once for name, once in named.items() if not asked.only or name in asked.only}
-    table = Table("step", *(f"seconds, {n} thread(s)" for n in asked.threads))
-    found = {}
-    for threads in asked.threads:
+    named = {name: once for name, once in named.items() if not arguments.only or name in arguments.only}
+    table = Table("step", *(f"seconds, {n} thread(s)" for n in arguments.threads))
+    timings = {}
+    for threads in arguments.threads:
         torch.set_num_threads(threads)
-        found[threads] = measure(named, asked.repeats)
+        timings[threads] = measure(named, arguments.repeats)
     for name in named:
-        table.add_row(name, *(f"{found[n][name]:.3f}" for n in asked.threads))
+        table.add_row(name, *(f"{timings[n][name]:.3f}" for n in arguments.threads))
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     size = f"F {sum(groups)}"
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for threads, seconds in found.items():
+    for threads, seconds in timings.items():
         kept.setdefault(size, {}).setdefault(f"{threads} threads", {}).update(seconds)
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

@@ -103,8 +103,8 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
 def _provenance(of: Provenance, digests: dict[str, str]) -> ComparisonProvenance:
     """What an evaluation of the run would say, as far as it is true of all of them."""
     shared = set(ComparisonProvenance.model_fields) - {"weights_sha256"}
-    given = {key: value for key, value in of if key in shared & of.model_fields_set}
-    return ComparisonProvenance(**given, weights_sha256=digests)
+    values = {key: value for key, value in of if key in shared & of.model_fields_set}
+    return ComparisonProvenance(**values, weights_sha256=digests)
 
 
 def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
@@ -115,7 +115,7 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
     folder of a sweep's table, a run that is not trained to its end. Raises `InputError` when nothing is left, or a word
     names nothing.
     """
-    found: dict[Path, Path] = {}
+    transcoders: dict[Path, Path] = {}
     left: list[str] = []
     for path in (path for other in others for path in _paths(run_dir, other)):
         sweep = path.is_dir() and (path / RESULTS).is_file() and not (path / FILE_NAME).is_file()
@@ -124,12 +124,12 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
         if why:
             left.append(f"{path}: {why}")
         else:
-            found.setdefault(path.resolve(), path)
-    if not found:
+            transcoders.setdefault(path.resolve(), path)
+    if not transcoders:
         raise InputError(f"compare: nothing is left to compare with: {'; '.join(left)}")
     for line in left:
         print(f"left out: {line}", file=sys.stderr)
-    return [*found.values()]
+    return [*transcoders.values()]
 
 
 def _paths(run_dir: Path, other: str) -> list[Path]:
@@ -172,13 +172,13 @@ def _measure(
                 device = measurement.coder.W_dec.device
                 measurement.add(inputs.to(device), outputs.to(device))
             bar.update(stop - start)
-    made: list[Measured] = []
+    lines: list[Measured] = []
     for name, measurement in measurements.items():
         redundancy, _ = decoder_similarity(coders[name].W_dec, coders[name].prefix_ends, n_neighbours=0)
         both = zip(measurement.result(), redundancy.prefixes, strict=True)
-        made += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
+        lines += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
     deviation = next(iter(measurements.values())).deviation.total
-    return made, baselines.result(deviation).linear.fvu
+    return lines, baselines.result(deviation).linear.fvu
 
 
 def _line(one: Measured, reference: Measured) -> ComparedPrefix:
@@ -207,8 +207,8 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
 
 def main() -> None:
-    made = parser("evaluate.compare", "Measure several transcoders on the same held-out rows.")
-    made.add_argument(
+    options = parser("evaluate.compare", "Measure several transcoders on the same held-out rows.")
+    options.add_argument(
         "--with",
         dest="others",
         nargs="+",
@@ -216,8 +216,8 @@ def main() -> None:
         metavar="RUN",
         help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
     )
-    settings, given = load(made)
-    show(*compare(settings, given.others), Console())
+    settings, arguments = load(options)
+    show(*compare(settings, arguments.others), Console())
 
 
 def show(comparison: Comparison, folder: Path, console: Console) -> None:

@@ -46,28 +46,28 @@ class _Done(BaseModel):
 def read_json(path: Path, remedy: str) -> dict[str, object]:
     """The JSON object in `path`; `InputError` naming the file and the `remedy` if it is not one."""
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; {remedy}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if not isinstance(made, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(made).__name__}; {remedy}")
-    return made
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
+    return value
 
 
 def read_lines(path: Path) -> list[LogLine]:
     """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    made: list[LogLine] = []
+    objects: list[LogLine] = []
     for number, line in enumerate(lines, 1):
         try:
-            made.append(LINE.validate_python(json.loads(line)))
+            objects.append(LINE.validate_python(json.loads(line)))
         except ValueError as error:
             if line.endswith("\n"):
                 why = _first(error) if isinstance(error, ValidationError) else error
                 raise InputError(f"{path}: line {number} is damaged ({why}); remove that line") from error
-    return made
+    return objects
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -82,11 +82,11 @@ def complete(folder: Path) -> dict[str, object] | None:
     if values is None:
         return None
     try:
-        done = _Done.model_validate(values)
+        evaluation = _Done.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_first(error)}; {remedy}") from error
-    there = all((folder / name).exists() for name in done.files)
-    return values if there and done.provenance is not None else None
+    there = all((folder / name).exists() for name in evaluation.files)
+    return values if there and evaluation.provenance is not None else None
 
 
 def finished(folder: Path) -> Metrics | None:
@@ -111,12 +111,12 @@ def _first(error: ValidationError) -> str:
 
 def kept_place(folder: Path, values: Mapping[str, object]) -> Path:
     """Where a complete evaluation goes when `folder` is needed for one of other rows: named after what was asked."""
-    done = _Done.model_validate(values)
-    asked = done.provenance or _Asked()
-    measured = done.cross_entropy is not None and done.cross_entropy.skipped is None
-    tokens = asked.cross_entropy_tokens if measured else 0
+    evaluation = _Done.model_validate(values)
+    provenance = evaluation.provenance or _Asked()
+    measured = evaluation.cross_entropy is not None and evaluation.cross_entropy.skipped is None
+    tokens = provenance.cross_entropy_tokens if measured else 0
     return folder.with_name("evaluations") / (
-        f"{asked.split}-{asked.rows}_rows-{tokens}_tokens-{asked.store_fingerprint[:8]}"
+        f"{provenance.split}-{provenance.rows}_rows-{tokens}_tokens-{provenance.store_fingerprint[:8]}"
     )
 
 
@@ -126,8 +126,8 @@ def find(folder: Path, provenance: Provenance) -> Path | None:
     One that lacks a field of this version is none: it is measured again.
     """
     for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
-        done = complete(each)
-        if done is not None and done["provenance"] == provenance.written() and _is_of_this_version(done):
+        kept = complete(each)
+        if kept is not None and kept["provenance"] == provenance.written() and _is_of_this_version(kept):
             return each
     return None
 
@@ -145,12 +145,12 @@ def make_room(folder: Path, results: Results | None = None) -> None:
 
     The caller holds the run's lock. What was kept of the same question before gives way.
     """
-    done = complete(folder)
-    if done is None or (
-        results is not None and kept_place(folder, done) == kept_place(folder, results.written())
+    evaluation = complete(folder)
+    if evaluation is None or (
+        results is not None and kept_place(folder, evaluation) == kept_place(folder, results.written())
     ):
         return
-    kept = kept_place(folder, done)
+    kept = kept_place(folder, evaluation)
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
     folder.replace(kept)

@@ -250,7 +250,7 @@ class ErrorClass(Record):
     rows: int
     """rows of the class; 1 for a dimension"""
     error_share: float | None
-    """its part of the full transcoder's squared error; null where there is no error"""
+    """its part of the full transcoder's squared error; null if there is no error"""
     fvu: list[float | None]
     """of each prefix, within the class: squared error over squared distance from the split's mean output"""
 
@@ -356,7 +356,7 @@ class Provenance(Record):
     rows: int
     """rows that were measured, from the first"""
     cross_entropy_tokens: int
-    """tokens asked for to measure cross-entropy; 0: not asked for"""
+    """tokens requested for the cross-entropy; 0: not requested"""
     store_fingerprint: str
     """digest of what was harvested and how"""
     trained_on_this_store: bool | None
@@ -372,9 +372,9 @@ class Provenance(Record):
     learning_rate: float | None = None
     """peak learning rate of the training; left out for an imported transcoder"""
     normalisation: str | None = None
-    """of the training, in words; left out likewise"""
+    """of the training, in words; left out for an imported transcoder"""
     one_group_sha256: str | None = None
-    """digest of the weights of the run without nesting in `baselines`; null where there is none"""
+    """digest of the weights of the run without nesting in `baselines`; null if there is none"""
 
 
 class Results(Record):
@@ -439,7 +439,7 @@ class ComparedPrefix(PrefixMetrics, Compared):
     redundancy: float | None
     """share of the pairs of its latents whose decoder rows have an absolute cosine beyond 0.9; null for one latent"""
     difference: Differences
-    """to the full dictionary of the run that was asked for"""
+    """to the full dictionary of the run that the command names"""
 
 
 class ComparisonProvenance(Record):
@@ -473,7 +473,7 @@ class Comparison(Record):
     rows: int
     """rows that were measured, the same for all"""
     lines: list[ComparedPrefix]
-    """each prefix of each transcoder, the run that was asked for first"""
+    """each prefix of each transcoder; the run that the command names comes first"""
     linear_map_fvu: float | None
     """FVU of the best linear map from input to output"""
     provenance: ComparisonProvenance

@@ -74,22 +74,22 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
     compared = {"one_group_sha256": flat and flat.weights_sha256}
     job = replace(job, provenance=job.provenance.model_copy(update=compared))
-    done = find(job.folder, job.provenance)
-    if done is not None and done != job.folder:
+    earlier = find(job.folder, job.provenance)
+    if earlier is not None and earlier != job.folder:
         with _lock(job):
-            done = find(job.folder, job.provenance)  # another evaluation may have moved it
-            if done is not None and done != job.folder:
-                bring_back(done, job.folder)
-    if done is not None and (metrics := finished(job.folder)) is not None:
+            earlier = find(job.folder, job.provenance)  # another evaluation may have moved it
+            if earlier is not None and earlier != job.folder:
+                bring_back(earlier, job.folder)
+    if earlier is not None and (metrics := finished(job.folder)) is not None:
         return metrics, False
     coder, select = load_coder(job), _training_selection(job.run_dir)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
     language = measure_language(settings, job.store, job.split, coder, ce_tokens)
-    results, found = _measure(job, coder, select, language, flat)
+    results, latent_catalogue = _measure(job, coder, select, language, flat)
     with _lock(job):
         remove_asides(job.folder)
         make_room(job.folder, results)
-        return _write(job, results, found, log), True
+        return _write(job, results, latent_catalogue, log), True
 
 
 def _lock(job: Job) -> AbstractContextManager[None]:
@@ -112,13 +112,13 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
     metadata = read_metadata(run_dir)
     trained_on = metadata.get("harvest_fingerprint")
     source = store.manifest.source
-    allowed, given = settings.evaluate.allow_mismatch, {}
+    allowed, optional = settings.evaluate.allow_mismatch, {}
     if differing := refuse_mismatch(metadata.get("source", {}), store, str(run_dir), allowed):
-        given["mismatch"] = differing
+        optional["mismatch"] = differing
     if "checkpoint" in metadata:
-        given["checkpoint"] = Checkpoint(**metadata["checkpoint"])
+        optional["checkpoint"] = Checkpoint(**metadata["checkpoint"])
     if used := metadata.get("used"):  # an imported transcoder has none
-        given |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
+        optional |= {"learning_rate": used["lr"], "normalisation": used["normalisation"]}
     provenance = Provenance(
         run=settings.run,
         model=source.model,
@@ -133,7 +133,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         trained_on_this_store=trained_on == store.manifest.fingerprint if trained_on else None,
         weights_sha256=sha256(run_dir / FILE_NAME),
         metrics_version=METRICS_VERSION,
-        **given,
+        **optional,
     )
     return Job(settings, store, run_dir, n_rows, provenance)
 
@@ -168,15 +168,15 @@ def _measure(
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    found = catalogue(first, samples, neighbours, language.promoted, coder.prefix_ends)
+    latent_catalogue = catalogue(first, samples, neighbours, language.promoted, coder.prefix_ends)
     measurement = first.measurement
     results = Results(
         rows=measurement.deviation.rows,
         prefixes=measurement.result(language.prefixes),
         latents=LatentMetrics(
             **dict(measurement.prefixes[-1].firing.result()),
-            groups=group_summaries(found, coder.prefix_ends),
-            splitting=splitting(found),
+            groups=group_summaries(latent_catalogue, coder.prefix_ends),
+            splitting=splitting(latent_catalogue),
             coactivation_rows=first.coactivation.rows,
         ),
         baselines=first.baselines.result(measurement.deviation.total, flat),
@@ -185,19 +185,21 @@ def _measure(
         provenance=job.provenance,
         cross_entropy=language.cross_entropy,
     )
-    return results, found
+    return results, latent_catalogue
 
 
-def _write(job: Job, results: Results, found: Catalogue, log: list[LogLine]) -> Metrics:
+def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[LogLine]) -> Metrics:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
     folder, text = job.folder, TokenText(job.store.tokenizer_path)
     folder.mkdir(exist_ok=True)
     for old in (folder / "metrics.json", *folder.glob("*.png")):
         old.unlink(missing_ok=True)
-    drawn = draw(results, found, log, folder)
-    write_report(folder / "report.html", results, page_data(found, job.split.contexts, text), drawn)
+    drawn = draw(results, latent_catalogue, log, folder)
+    write_report(
+        folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
+    )
     provenance = json.dumps(results.provenance.written())
-    save_tensors(folder / "latents.safetensors", tensors(found), {"provenance": provenance})
+    save_tensors(folder / "latents.safetensors", tensors(latent_catalogue), {"provenance": provenance})
     files = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
     metrics = Metrics(**dict(results), files=files)
     write_record(folder / "metrics.json", metrics)

@@ -19,18 +19,18 @@ def main() -> None:
     options.add_argument(
         "--to", help="upload: address to put <model>/<store> below, for example s3://bucket/activations"
     )
-    settings, given = load(options)
-    wheres = given.stores or [settings.store_path(layer) for layer in settings.layers]
+    settings, arguments = load(options)
+    wheres = arguments.stores or [settings.store_path(layer) for layer in settings.layers]
     if not wheres:
         raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
-    if given.action == "info":
+    if arguments.action == "info":
         for where in wheres:
             _info(where, settings.paths)
-    elif given.action == "upload":
+    elif arguments.action == "upload":
         for where in wheres:
-            _upload(where, given.to)
+            _upload(where, arguments.to)
     else:
-        damaged = [where for where in wheres if not _verify(where, settings.paths, given.repair)]
+        damaged = [where for where in wheres if not _verify(where, settings.paths, arguments.repair)]
         if damaged:
             raise InputError(
                 f"{', '.join(damaged)}: damaged as listed; "

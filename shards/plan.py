@@ -72,8 +72,8 @@ def measure(writer: StoreWriter) -> Plan:
     rows, source = sum(writer.text.rows.values()), writer.source
     width = source.d_in + source.d_out
     records = [json.loads(path.read_bytes()) for path in sorted((writer.work / "records").glob("*.json"))]
-    done = sum(record["rows"] for record in records)
-    if done == 0:
+    finished_rows = sum(record["rows"] for record in records)
+    if finished_rows == 0:
         return estimate(width, source.storage, rows, writer.root)
     windows = {name for record in records for name in record["files"]}
     written = sum((writer.root / name).stat().st_size for name in windows)
@@ -83,7 +83,7 @@ def measure(writer: StoreWriter) -> Plan:
     text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
     fixed = sum(path.stat().st_size for path in [*others, *text]) + manifest_bytes(width)
     size, free = _size(writer.root), _free(writer.root)
-    return Plan(rows, written / done, fixed, size, free, measured=True)
+    return Plan(rows, written / finished_rows, fixed, size, free, measured=True)
 
 
 def _size(where: Path) -> int:

@@ -52,9 +52,9 @@ class Store:
         manifest = read_manifest(root)
         splits = {}
         for name in SPLITS:
-            found = manifest.splits[name]
+            record = manifest.splits[name]
             splits[name] = StoreSplit(
-                files, split_arrays(manifest.source, name, found.rows, found.contexts), manifest
+                files, split_arrays(manifest.source, name, record.rows, record.contexts), manifest
             )
         return cls(root, manifest, splits)
 
@@ -72,9 +72,9 @@ class Store:
 
         The store's directory is named after the last part of the model's name, which two models may share.
         """
-        asked, source = (settings.model, settings.layer), self.manifest.source
-        differing = [f"layer: there {source.layer}, asked {asked[1]}"] * (source.layer != asked[1])
-        if other_model := differs(asked[0], source.model_dump(include={*NAMES})):
+        wanted, source = (settings.model, settings.layer), self.manifest.source
+        differing = [f"layer: there {source.layer}, asked {wanted[1]}"] * (source.layer != wanted[1])
+        if other_model := differs(wanted[0], source.model_dump(include={*NAMES})):
             differing.insert(0, other_model)
         if differing:
             raise InputError(
@@ -122,9 +122,9 @@ def as_harvested(tokenizer: Tokenizer, special_tokens: str = "text") -> Tokenize
 def _check_digest(path: Path, expected: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: missing, though files.sha256 lists it; make verify tells more")
-    if (found := sha256(path)) != expected:
+    if (digest := sha256(path)) != expected:
         raise InputError(
-            f"{path}: sha256 expected {expected[:12]}..., found {found[:12]}...; make verify tells more"
+            f"{path}: sha256 expected {expected[:12]}..., found {digest[:12]}...; make verify tells more"
         )
 
 

@@ -68,13 +68,13 @@ def _metadata_is_whole(files: Files, digests: dict[str, str]) -> bool:
 def _data_files(files: Files) -> dict[str, tuple[Array, int]]:
     """File -> its array and number, for every file that holds chunks; the metadata must be whole."""
     manifest = read_manifest(files.root)
-    found = {}
+    arrays = {}
     for split in SPLITS:
         record = manifest.splits[split]
         for array in split_arrays(manifest.source, split, record.rows, record.contexts).values():
             for number in range(-(-array.chunks // FILE_CHUNKS)):
-                found[array.file(number)] = array, number
-    return found
+                arrays[array.file(number)] = array, number
+    return arrays
 
 
 def _locate(files: Files, name: str, place: tuple[Array, int] | None) -> Iterator[Damage]:

@@ -283,11 +283,11 @@ class StoreWriter:
         """Put the old commit back after the lost windows were refilled with the same bytes."""
         digests = read_commit(self.work)
         for path in sorted((self.work / "records").glob("*.json")):
-            for name, found in json.loads(path.read_bytes())["files"].items():
-                if digests[name] != found:
+            for name, recorded in json.loads(path.read_bytes())["files"].items():
+                if digests[name] != recorded:
                     raise InputError(
                         f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
-                        f"{digests[name][:12]}..., found {found[:12]}...); remove the store and harvest again"
+                        f"{digests[name][:12]}..., found {recorded[:12]}...); remove the store and harvest again"
                     )
         (self.work / COMMIT).replace(self.root / COMMIT)
         return read_manifest(self.root)

@@ -30,12 +30,12 @@ def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
 @torch.no_grad()
 def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
     """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
-    done = calibrated(settings, store, recipe, state, (state.kept / state.kept_rows).tolist())
+    transcoder = calibrated(settings, store, recipe, state, (state.kept / state.kept_rows).tolist())
     if state.samples is not None:
         samples_page.write(
-            settings.run_dir(), state.samples, store, done.prefix_ends, recipe.scaling.scale_out
+            settings.run_dir(), state.samples, store, transcoder.prefix_ends, recipe.scaling.scale_out
         )
-    done.save(settings.run_dir())
+    transcoder.save(settings.run_dir())
 
 
 def calibrated(
@@ -49,7 +49,7 @@ def calibrated(
     """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata."""
     raw = raw_transcoder(state, recipe)
     thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
-    found = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
+    heldout = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
     metadata = {
         "settings": settings.model_dump(mode="json"),
         "harvest_fingerprint": store.manifest.fingerprint,
@@ -57,7 +57,7 @@ def calibrated(
         "public_name": settings.model.public_name or public_name(store.manifest.source.model),
         "used": recipe.used(),
         "training": {"rows": state.rows, "steps": state.step, "l0": kept_per_row},
-        "heldout": found._asdict(),
+        "heldout": heldout._asdict(),
         "thresholds": thresholds.tolist(),
         "versions": record.versions(),
         "git_commit": record.git_commit(),
@@ -90,36 +90,36 @@ def summary(metadata: dict[str, Any]) -> Any:
     """The held-out numbers of every prefix, as a rich table."""
     from rich.table import Table
 
-    found, ends = metadata["heldout"], metadata["prefix_ends"]
+    heldout, ends = metadata["heldout"], metadata["prefix_ends"]
     title = "the store has no held-out rows: nothing was measured"
-    if found["rows"]:
-        dead = 100 * found["dead"] / ends[-1]
-        title = f"{found['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
+    if heldout["rows"]:
+        dead = 100 * heldout["dead"] / ends[-1]
+        title = f"{heldout['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
-    table = Table(*columns, title=title, caption=_frequent(found))
+    table = Table(*columns, title=title, caption=_frequent(heldout))
     for g, end in enumerate(ends):
         table.add_row(
             str(g),
             f"{end:,}",
-            number_or_dash(found["fvu"][g], ".4f"),
-            f"{found['l0'][g]:.2f}" if found["rows"] else "-",
+            number_or_dash(heldout["fvu"][g], ".4f"),
+            f"{heldout['l0'][g]:.2f}" if heldout["rows"] else "-",
             f"{metadata['training']['l0'][g]:.2f}",
             f"{metadata['thresholds'][g]:.4g}",
-            *_shares(found, g),
+            *_shares(heldout, g),
         )
     return table
 
 
-def _shares(found: dict[str, Any], g: int) -> tuple[str, str]:
+def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
     """Percentages of prefix g's latents that never fire and that are frequent; older headers have neither."""
-    if not found["rows"] or "dead_fraction" not in found:
+    if not heldout["rows"] or "dead_fraction" not in heldout:
         return "-", "-"
-    return f"{100 * found['dead_fraction'][g]:.1f}", f"{100 * found['over_10_percent_fraction'][g]:.1f}"
+    return f"{100 * heldout['dead_fraction'][g]:.1f}", f"{100 * heldout['over_10_percent_fraction'][g]:.1f}"
 
 
-def _frequent(found: dict[str, Any]) -> str | None:
+def _frequent(heldout: dict[str, Any]) -> str | None:
     """The verdicts on each prefix's share of frequent latents."""
-    if not found["rows"] or "over_10_percent_fraction" not in found:
+    if not heldout["rows"] or "over_10_percent_fraction" not in heldout:
         return None
-    levels = ", ".join(frequent_level(share) for share in found["over_10_percent_fraction"])
+    levels = ", ".join(frequent_level(share) for share in heldout["over_10_percent_fraction"])
     return f">10 %: latents that fire on more than 10 % of the rows ({levels})"

@@ -44,12 +44,12 @@ def mode_of(wandb: Wandb) -> Mode:
         return wandb.mode
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):
         return "disabled"
-    asked = os.environ.get("WANDB_MODE", "").strip().lower() or "offline"
-    if asked not in MODES:
+    mode = os.environ.get("WANDB_MODE", "").strip().lower() or "offline"
+    if mode not in MODES:
         raise InputError(
-            f"WANDB_MODE: expected {', '.join(MODES)}, found {asked!r}; unset it, or give --wandb.mode"
+            f"WANDB_MODE: expected {', '.join(MODES)}, found {mode!r}; unset it, or give --wandb.mode"
         )
-    return MODES[asked]
+    return MODES[mode]
 
 
 def project_of(wandb: Wandb) -> str:
@@ -203,24 +203,24 @@ def _wandb_id(run_dir: Path) -> str:
 
 def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]) -> None:
     """Give an evaluation's numbers to the W&B run of the training, as evaluation/<split>/... of its summary."""
-    made = WandbRun(run_dir, settings, {})
-    made.send(lambda run: run.summary.update(evaluation_numbers(metrics)))
-    made.close()
+    wandb_run = WandbRun(run_dir, settings, {})
+    wandb_run.send(lambda run: run.summary.update(evaluation_numbers(metrics)))
+    wandb_run.close()
 
 
 def evaluation_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Every number of every prefix, by a flat name."""
     split = metrics["provenance"]["split"]
-    found: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
+    scalars: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
     for g, prefix in enumerate(metrics["prefixes"]):
         language = prefix.get("cross_entropy") or {}
         numbers = prefix | {f"cross_entropy/{key}": value for key, value in language.items()}
-        found |= {
+        scalars |= {
             f"evaluation/{split}/{key}/prefix_{g}": value
             for key, value in numbers.items()
             if isinstance(value, int | float)
         }
-    return found
+    return scalars
 
 
 def where(*run_dirs: Path) -> list[str]:

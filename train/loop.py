@@ -218,8 +218,8 @@ class Run:
         objective = self.recipe.objective
         cuts = training_cut(objective.k, len(objective.prefix_ends))
         pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
-        found = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
-        return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(found.fvu)}
+        heldout = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
+        return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(heldout.fvu)}
 
     def finish(self) -> None:
         """Write the finished weights, and give them to W&B."""

@@ -94,8 +94,10 @@ def calibrate(
     guess = max(0.0, kth_largest(first.view(-1), guess_rank).item())
     thresholds: list[float] = []
     for floor in (guess, guess / 4, 0.0):
-        found = [_threshold(*values, floor) for values in _largest(transcoder, inputs(), kept_per_row, floor)]
-        thresholds = [theta for theta in found if theta is not None]
+        candidates = [
+            _threshold(*values, floor) for values in _largest(transcoder, inputs(), kept_per_row, floor)
+        ]
+        thresholds = [theta for theta in candidates if theta is not None]
         if len(thresholds) == len(kept_per_row):
             break
     return torch.tensor(thresholds, dtype=torch.float32)
@@ -111,10 +113,10 @@ def _largest(
     for rows in inputs:
         pre = transcoder.pre_activations(rows)
         n += len(rows)
-        for found, start, end in zip(groups, starts, transcoder.prefix_ends, strict=True):
+        for parts, start, end in zip(groups, starts, transcoder.prefix_ends, strict=True):
             part = pre[:, start:end]
-            found.append(part[part > floor])
-    values = [torch.cat(found) for found in groups]
+            parts.append(part[part > floor])
+    values = [torch.cat(parts) for parts in groups]
     return [(torch.cat(values[: g + 1]), round(n * kept)) for g, kept in enumerate(kept_per_row)]
 
 

@@ -75,7 +75,7 @@ def write(
     file = run_dir / "activation_samples" / "samples.jsonl"
     with whole(file) as out:
         for latent in range(len(values)):
-            found = [
+            examples = [
                 {
                     "value": round(float(values[latent, i]), 5),
                     "row": int(rows[latent, i]),
@@ -85,7 +85,7 @@ def write(
                 }
                 for i in np.flatnonzero(rows[latent] >= 0)
             ]
-            line = {"latent": latent, "group": int(group[latent]), "samples": found}
+            line = {"latent": latent, "group": int(group[latent]), "samples": examples}
             out.write(json.dumps(line).encode() + b"\n")
 
 
@@ -175,27 +175,27 @@ def numbers(words: Sequence[str]) -> list[int]:
 
 
 def main() -> None:
-    made = parser("train.samples_page", "Print and render the activation samples of a run.")
-    made.add_argument(
+    options = parser("train.samples_page", "Print and render the activation samples of a run.")
+    options.add_argument(
         "--latents",
         nargs="+",
         default=[],
         metavar="N",
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
-    settings, given = load(made)
-    run_dir, asked = settings.run_dir(), numbers(given.latents)
+    settings, arguments = load(options)
+    run_dir, requested = settings.run_dir(), numbers(arguments.latents)
     weights.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))
-    wanted = asked or [*range(0, total, max(1, total // RENDERED))]
+    wanted = requested or [*range(0, total, max(1, total // RENDERED))]
     if beyond := [latent for latent in wanted if not 0 <= latent < total]:
         raise InputError(f"latents: {beyond[0]}: expected numbers from 0, below {total}")
-    found = {line["latent"]: line for line in read(run_dir) if line["latent"] in set(wanted)}
-    chosen = [found[latent] for latent in wanted]
+    lines = {line["latent"]: line for line in read(run_dir) if line["latent"] in set(wanted)}
+    chosen = [lines[latent] for latent in wanted]
     file = run_dir / "activation_samples" / "samples.html"
     file.write_text(render(chosen), encoding="utf-8")
-    shown = (line for line in chosen if asked or line["samples"])
-    for line in islice(shown, None if asked else SHOWN):
+    shown = (line for line in chosen if requested or line["samples"])
+    for line in islice(shown, None if requested else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")
         for sample in line["samples"]:
             text = f"{sample['before']}[[{sample['token']}]]{sample['after']}".replace("\n", "\\n")

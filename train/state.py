@@ -114,11 +114,11 @@ class State:
         for name, tensor in self.tensors().items():
             if unsampled and name.startswith("samples."):
                 continue
-            found = tensors.get(name)
-            if found is None or found.shape != tensor.shape:
-                shape = "none" if found is None else list(found.shape)
+            stored = tensors.get(name)
+            if stored is None or stored.shape != tensor.shape:
+                shape = "none" if stored is None else list(stored.shape)
                 raise ValueError(f"tensor {name}: expected shape {list(tensor.shape)}, found {shape}")
-            tensor.copy_(found)
+            tensor.copy_(stored)
         if lacking := self.scalars().keys() - scalars.keys():
             raise ValueError(f"no value of {min(lacking)}")
         for name in self.scalars():

@@ -34,8 +34,8 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
     _refuse_unknown(run_dir, transcoder, to)
     folder = run_dir / "export" / (to + _suffix(prefix))
     with whole_folder(folder) as aside:
-        made = WRITERS[to](aside, *transcoder.saved())
-    return folder / made.relative_to(aside)
+        written = WRITERS[to](aside, *transcoder.saved())
+    return folder / written.relative_to(aside)
 
 
 def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
@@ -99,18 +99,18 @@ def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Tran
 
 
 def main() -> None:
-    made = parser("transcoder.export", "Write a run, or one prefix of it, in another tool's format.")
-    made.add_argument("--format", choices=FORMATS, required=True, help="whose format")
-    made.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
-    made.add_argument(
+    options = parser("transcoder.export", "Write a run, or one prefix of it, in another tool's format.")
+    options.add_argument("--format", choices=FORMATS, required=True, help="whose format")
+    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
+    options.add_argument(
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
-    settings, given = load(made)
-    if given.format == "circuit_tracer":
-        print(export_set(settings, given.prefix, given.partial))
+    settings, arguments = load(options)
+    if arguments.format == "circuit_tracer":
+        print(export_set(settings, arguments.prefix, arguments.partial))
     else:
         weights.refuse_another_model(settings.run_dir(), settings)
-        print(export(settings.run_dir(), given.format, given.prefix, settings.model.public_name))
+        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
 
 
 if __name__ == "__main__":

@@ -37,31 +37,31 @@ def bind(
     which transcoder an error is about. Raises `InputError` with what was expected and what was found.
     """
     source, own = store.manifest.source, transcoder.metadata.get("source", {})
-    found = (transcoder.d_in, transcoder.d_out)
-    if found != (source.d_in, source.d_out):
+    widths = (transcoder.d_in, transcoder.d_out)
+    if widths != (source.d_in, source.d_out):
         raise InputError(
             f"{name}: expected widths {source.d_in} -> {source.d_out} as in {store.path}, "
-            f"found {found[0]} -> {found[1]}"
+            f"found {widths[0]} -> {widths[1]}"
         )
     refuse_mismatch(own, store, name, mismatch, option)
     return convert(transcoder, source.input, source.model_dump(), name)
 
 
 def refuse_mismatch(
-    found: Mapping[str, Any], store: Store, name: str, mismatch: bool, option: str = ON_PURPOSE
+    recorded: Mapping[str, Any], store: Store, name: str, mismatch: bool, option: str = ON_PURPOSE
 ) -> list[str]:
     """What a transcoder's own `source` contradicts in the store's, in words; `InputError` unless `mismatch` allows it.
 
     Names of models are for people: another name alone is told on standard error, where no digest decides.
     """
     source = store.manifest.source
-    differing = _differing(found, source)
+    differing = _differing(recorded, source)
     if differing and not mismatch:
         raise InputError(
             f"{name}: does not belong to {store.path}: {'; '.join(differing)}; use the store that it was trained on, "
             f"or measure it here on purpose with {option}"
         )
-    known, model = found.get("weights_sha256"), found.get("model")
+    known, model = recorded.get("weights_sha256"), recorded.get("model")
     if not known and isinstance(model, str) and model_slug(model) != model_slug(source.model):
         tqdm.write(
             f"note: {name}: says that it is of the model {model!r:.80}, the store of {source.model!r:.80}; without "
@@ -71,23 +71,25 @@ def refuse_mismatch(
     return differing
 
 
-def _differing(found: Mapping[str, Any], source: Source) -> list[str]:
+def _differing(recorded: Mapping[str, Any], source: Source) -> list[str]:
     """Layer, weights and hooks that a record knows and that are not the store's; hooks only within one layer."""
     expected = {
         "layer": source.layer,
         "weights_sha256": source.weights_sha256,
         "output_hook": source.output_hook,
     }
-    if (kind := found.get("input")) in INPUT_HOOKS:
+    if (kind := recorded.get("input")) in INPUT_HOOKS:
         expected["input_hook"] = in_convention(source.input_hook, source.input, kind)
-    differing = {key: found[key] for key, value in expected.items() if found.get(key) not in (None, value)}
+    differing = {
+        key: recorded[key] for key, value in expected.items() if recorded.get(key) not in (None, value)
+    }
     if "layer" in differing:
         differing = {key: value for key, value in differing.items() if not key.endswith("hook")}
     said = [
         f"{_WORDS[key]} {_short(value)}, there {_short(expected[key])}" for key, value in differing.items()
     ]
-    if "weights_sha256" in differing and found.get("dtype", source.dtype) != source.dtype:
-        said.append(f"model.dtype {found['dtype']}, there {source.dtype}, which alone changes the digest")
+    if "weights_sha256" in differing and recorded.get("dtype", source.dtype) != source.dtype:
+        said.append(f"model.dtype {recorded['dtype']}, there {source.dtype}, which alone changes the digest")
     return said
 
 
@@ -113,13 +115,13 @@ def convert(transcoder: Transcoder, wanted: Convention, norm: Mapping[str, Any],
     zero meets a column of W_enc or W_skip that is not. `name` says which transcoder an error is about.
     """
     source = transcoder.metadata.get("source", {})
-    found = source.get("input")
-    if found not in INPUT_HOOKS:
+    convention = source.get("input")
+    if convention not in INPUT_HOOKS:
         raise InputError(
             f"{name}: its metadata do not say whether it reads inputs with the norm's gain; "
-            f"expected source.input to be one of {', '.join(INPUT_HOOKS)}, found {found}"
+            f"expected source.input to be one of {', '.join(INPUT_HOOKS)}, found {convention}"
         )
-    if found == wanted:
+    if convention == wanted:
         return transcoder
     own = transcoder.parameters
     gain = torch.tensor(norm["gain"], dtype=torch.float64, device=own.W_enc.device)

@@ -38,8 +38,8 @@ def bring(origin: str, settings: Settings) -> Transcoder:
     if run_dir.exists():
         raise InputError(f"{run_dir}: there already; give another name (RUN=name), or remove the directory")
     path = fetched(origin)
-    found = Transcoder.load(path)
-    layer = found.metadata.get("source", {}).get("layer")
+    transcoder = Transcoder.load(path)
+    layer = transcoder.metadata.get("source", {}).get("layer")
     if layer not in (None, settings.layer) and not mismatch:
         raise InputError(
             f"{origin}: it is of layer {layer}, asked for layer {settings.layer}; give --layer {layer}, or bring it "
@@ -48,13 +48,13 @@ def bring(origin: str, settings: Settings) -> Transcoder:
     where = settings.store_path(settings.layer)
     if is_url(where) or (Path(where) / COMMIT).is_file():
         store = Store.of(settings)
-        bind(found, store, origin, mismatch)
-        found = found if mismatch else completed(found, store)
+        bind(transcoder, store, origin, mismatch)
+        transcoder = transcoder if mismatch else completed(transcoder, store)
     else:
         print(f"{where}: not harvested yet; make evaluate checks that the transcoder belongs to it")
-    found.metadata["imported"] = {"from": origin, "sha256": sha256(weights_file(path))}
-    found.save(run_dir)
-    return found
+    transcoder.metadata["imported"] = {"from": origin, "sha256": sha256(weights_file(path))}
+    transcoder.save(run_dir)
+    return transcoder
 
 
 def completed(transcoder: Transcoder, store: Store) -> Transcoder:
@@ -66,15 +66,14 @@ def completed(transcoder: Transcoder, store: Store) -> Transcoder:
 
 
 def main() -> None:
-    made = parser("transcoder.import_", "Bring another tool's transcoder in as a run.")
-    made.add_argument(
+    options = parser("transcoder.import_", "Bring another tool's transcoder in as a run.")
+    options.add_argument(
         "--from", dest="origin", required=True, metavar="PATH", help="file, directory or hf:// address"
     )
-    settings, given = load(made)
-    found = bring(given.origin, settings)
-    print(
-        f"{settings.run_dir() / weights.FILE_NAME}: {found.d_in} -> {found.d_sae:,} latents -> {found.d_out}"
-    )
+    settings, arguments = load(options)
+    transcoder = bring(arguments.origin, settings)
+    sizes = f"{transcoder.d_in} -> {transcoder.d_sae:,} latents -> {transcoder.d_out}"
+    print(f"{settings.run_dir() / weights.FILE_NAME}: {sizes}")
 
 
 if __name__ == "__main__":

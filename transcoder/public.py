@@ -56,13 +56,13 @@ def published(metadata: Mapping[str, Any], name: str | None = None) -> dict[str,
     """
     source, settings = dict(metadata.get("source", {})), dict(metadata.get("settings", {}))
     model = source.get("model")
-    asked = [name, settings.get("model", {}).get("public_name"), metadata.get("public_name")]
-    known = next((each for each in asked if isinstance(each, str)), None)
+    names = [name, settings.get("model", {}).get("public_name"), metadata.get("public_name")]
+    known = next((each for each in names if isinstance(each, str)), None)
     known = known or (public_name(model) if isinstance(model, str) else None)
-    made = {**metadata, "source": source}
+    shown = {**metadata, "source": source}
     if known is not None:
         source["model"] = known
-        made["public_name"] = known
+        shown["public_name"] = known
     if "files" in source:
         source["files"] = _each(source["files"], last_part)
     if settings:
@@ -72,8 +72,8 @@ def published(metadata: Mapping[str, Any], name: str | None = None) -> dict[str,
             if key in part:
                 part[key] = known if section == "model" else _each(part[key], last_part)
             settings[section] = part
-        made["settings"] = settings
-    return _each(made, lambda text: last_part(text) if _is_local(text) else text)
+        shown["settings"] = settings
+    return _each(shown, lambda text: last_part(text) if _is_local(text) else text)
 
 
 def _is_local(text: str) -> bool:

@@ -103,12 +103,15 @@ class Transcoder:
         return f"<code>{html.escape(repr(self))}</code><table>{head}{rows}</table>"
 
     def pre_activations(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
-        """inputs W_enc^T + b_enc."""
+        """inputs W_enc^T + b_enc, before any threshold. Raises `InputError` for another width or for no floats."""
         pre = torch.addmm(self.b_enc, self._rows("inputs", inputs, self.d_in), self.W_enc.T)
         return pre.view(*inputs.shape[:-1], self.d_sae)
 
     def encode(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
-        """Activations: the pre-activation where it is positive and above the threshold, zero elsewhere."""
+        """Activations: the pre-activation where it is positive and above the threshold, zero elsewhere.
+
+        Raises `InputError` for inputs of another width or no floats.
+        """
         pre = self.pre_activations(inputs)
         return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
 
@@ -120,12 +123,18 @@ class Transcoder:
         return torch.addmm(self.b_dec, rows, self.W_skip.T).view(*inputs.shape[:-1], self.d_out)
 
     def decode(self, acts: Float[Tensor, "*b F"]) -> Float[Tensor, "*b D_out"]:
-        """The latents' part of the output and the bias; a skip connection is added by calling."""
+        """acts W_dec + b_dec. Without the skip connection, which needs the inputs: call the transcoder for that.
+
+        Raises `InputError` for activations of another width or no floats.
+        """
         outputs = torch.addmm(self.b_dec, self._rows("acts", acts, self.d_sae), self.W_dec)
         return outputs.view(*acts.shape[:-1], self.d_out)
 
     def __call__(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b D_out"]:
-        """The reconstructed outputs of raw inputs, the skip connection included."""
+        """The MLP's outputs as reconstructed from its raw inputs, skip connection included.
+
+        Raises `InputError` for inputs of another width or no floats.
+        """
         rows = self._rows("inputs", inputs, self.d_in)
         outputs = torch.cat([self._outputs(block) for block in rows.split(ROWS_PER_BLOCK)])
         return outputs.view(*inputs.shape[:-1], self.d_out)
@@ -167,7 +176,7 @@ class Transcoder:
         return tensors, {**self.metadata, "prefix_ends": self.prefix_ends}
 
     def save(self, path: str | Path) -> None:
-        """Write to a .safetensors file, or into a run directory."""
+        """Write to `path` if it ends in .safetensors, else to transcoder.safetensors in that directory."""
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / weights.FILE_NAME
         weights.write(file, *self.saved())

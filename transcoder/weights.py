@@ -47,8 +47,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     try:
         save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path, metadata)
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            number = int(found[1])
+        if match := re.search(r"os error (\d+)", str(error)):
+            number = int(match[1])
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
     obey_umask(path)
@@ -105,10 +105,10 @@ def _foreign(names: set[str]) -> str:
 
 
 def _check_format(path: Path, metadata: dict[str, Any]) -> None:
-    found = metadata.pop("format", None), metadata.pop("format_version", None)
-    if found != (FORMAT, FORMAT_VERSION):
+    version = metadata.pop("format", None), metadata.pop("format_version", None)
+    if version != (FORMAT, FORMAT_VERSION):
         raise InputError(
-            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found[0]} version {found[1]}; "
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {version[0]} version {version[1]}; "
             "use the version of this project that wrote it"
         )
 

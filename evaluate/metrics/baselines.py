@@ -58,7 +58,7 @@ def fit_ridge(split: Split, n_rows: int = FIT_ROWS) -> LinearMap:
     errors = torch.zeros(len(maps), dtype=torch.float64)
     for start, stop in blocks(n_rows - n_fit):
         x, y = split.rows(n_fit + start, n_fit + stop)
-        errors += torch.stack([(made(x) - y).double().square().sum() for made in maps])
+        errors += torch.stack([(linear_map(x) - y).double().square().sum() for linear_map in maps])
     return maps[int(errors.argmin())]
 
 

@@ -96,35 +96,35 @@ def activation_histogram(even: Best, largest: np.ndarray) -> np.ndarray:
     return flat.reshape(len(largest), HISTOGRAM_BINS)
 
 
-def group_summaries(made: Catalogue, ends: Sequence[int]) -> list[GroupMetrics]:
+def group_summaries(catalogue: Catalogue, ends: Sequence[int]) -> list[GroupMetrics]:
     """What each nesting level is like: are early groups more general? Medians are over living latents."""
-    nearest = made.neighbours.cosines[:, :1].numpy()
+    nearest = catalogue.neighbours.cosines[:, :1].numpy()
     lines = []
     for g, end in enumerate(ends):
-        own = made.group == g
-        alive = own & (made.firings > 0)
+        own = catalogue.group == g
+        alive = own & (catalogue.firings > 0)
         lines.append(
             GroupMetrics(
                 start=end - int(own.sum()),
                 end=end,
                 alive=int(alive.sum()),
                 dead_fraction=1 - float(alive.sum() / own.sum()),
-                l0=float(made.density[-1][own].sum()),
-                energy_share=float(made.energy[own].sum()),
-                median_density=_median(made.density[-1][alive]),
-                median_entropy_bits=_median(made.entropy[alive]),
-                median_top_token_share=_median(made.top_share[alive]),
-                median_mean_activation=_median(made.mean[alive]),
+                l0=float(catalogue.density[-1][own].sum()),
+                energy_share=float(catalogue.energy[own].sum()),
+                median_density=_median(catalogue.density[-1][alive]),
+                median_entropy_bits=_median(catalogue.entropy[alive]),
+                median_top_token_share=_median(catalogue.top_share[alive]),
+                median_mean_activation=_median(catalogue.mean[alive]),
                 median_nearest_cosine=_median(nearest[alive]),
-                with_parent_fraction=_mean(made.parents.scores[alive, 0] > 0.5) if g else None,
+                with_parent_fraction=_mean(catalogue.parents.scores[alive, 0] > 0.5) if g else None,
             )
         )
     return lines
 
 
-def splitting(made: Catalogue, n: int = 50) -> list[SplitPair]:
+def splitting(catalogue: Catalogue, n: int = 50) -> list[SplitPair]:
     """The pairs of latents whose firings overlap most: candidates of one feature split in two."""
-    best, partner = made.twins.scores[:, 0], made.twins.latents[:, 0]
+    best, partner = catalogue.twins.scores[:, 0], catalogue.twins.latents[:, 0]
     order = np.argsort(-best, kind="stable")
     pairs: dict[tuple[int, int], float] = {}
     for f in order:
@@ -134,25 +134,25 @@ def splitting(made: Catalogue, n: int = 50) -> list[SplitPair]:
     return [SplitPair(latents=list(pair), jaccard=score) for pair, score in pairs.items()]
 
 
-def tensors(made: Catalogue) -> dict[str, torch.Tensor]:
+def tensors(catalogue: Catalogue) -> dict[str, torch.Tensor]:
     """Per-latent columns for notebooks: latents.safetensors."""
     return {
-        "group": torch.from_numpy(made.group),
-        "density": torch.from_numpy(made.density),
-        "firings": torch.from_numpy(made.firings),
-        "largest_activation": torch.from_numpy(made.largest),
-        "mean_activation": torch.from_numpy(made.mean),
-        "energy_share": torch.from_numpy(made.energy),
-        "token_entropy_bits": torch.from_numpy(made.entropy),
-        "top_token_share": torch.from_numpy(made.top_share),
-        "top_tokens": torch.from_numpy(made.tokens),
-        "promoted_tokens": torch.from_numpy(made.promoted),
-        "nearest_latents": made.neighbours.latents,
-        "nearest_cosines": made.neighbours.cosines,
-        "twins": torch.from_numpy(made.twins.latents),
-        "twins_jaccard": torch.from_numpy(made.twins.scores),
-        "parents": torch.from_numpy(made.parents.latents),
-        "parents_lift": torch.from_numpy(made.parents.scores),
+        "group": torch.from_numpy(catalogue.group),
+        "density": torch.from_numpy(catalogue.density),
+        "firings": torch.from_numpy(catalogue.firings),
+        "largest_activation": torch.from_numpy(catalogue.largest),
+        "mean_activation": torch.from_numpy(catalogue.mean),
+        "energy_share": torch.from_numpy(catalogue.energy),
+        "token_entropy_bits": torch.from_numpy(catalogue.entropy),
+        "top_token_share": torch.from_numpy(catalogue.top_share),
+        "top_tokens": torch.from_numpy(catalogue.tokens),
+        "promoted_tokens": torch.from_numpy(catalogue.promoted),
+        "nearest_latents": catalogue.neighbours.latents,
+        "nearest_cosines": catalogue.neighbours.cosines,
+        "twins": torch.from_numpy(catalogue.twins.latents),
+        "twins_jaccard": torch.from_numpy(catalogue.twins.scores),
+        "parents": torch.from_numpy(catalogue.parents.latents),
+        "parents_lift": torch.from_numpy(catalogue.parents.scores),
     }
 
 

@@ -115,20 +115,20 @@ def promoted_tokens(model: LanguageModel, W_dec: Tensor, n: int = N_PROMOTED) ->
 
     W_dec = W_dec.to(model.dtype)
     biases = logits(torch.zeros_like(W_dec[:1]))
-    found = [(logits(block) - biases).topk(n, dim=-1).indices for block in W_dec.split(PROMOTE_BLOCK)]
-    return torch.cat(found).cpu().numpy().astype(np.int32)
+    tokens = [(logits(block) - biases).topk(n, dim=-1).indices for block in W_dec.split(PROMOTE_BLOCK)]
+    return torch.cat(tokens).cpu().numpy().astype(np.int32)
 
 
-def language_model(asked: Model, source: Source) -> LanguageModel:
+def language_model(wanted: Model, source: Source) -> LanguageModel:
     """The language model of a store; raises `InputError` when it cannot be had, or is another one."""
     from harvest import lm
 
-    where = lm.locate(asked)
-    model = lm.load(asked, where, lm.load_tokenizer(where, asked.revision))
-    found = model.weights_sha256()
-    if found != source.weights_sha256:
+    where = lm.locate(wanted)
+    model = lm.load(wanted, where, lm.load_tokenizer(where, wanted.revision))
+    digest = model.weights_sha256()
+    if digest != source.weights_sha256:
         raise InputError(
-            f"model {asked.name}: expected weights {source.weights_sha256[:12]}... as harvested, "
-            f"found {found[:12]}..."
+            f"model {wanted.name}: expected weights {source.weights_sha256[:12]}... as harvested, "
+            f"found {digest[:12]}..."
         )
     return model

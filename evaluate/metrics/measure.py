@@ -99,15 +99,15 @@ class Measurement:
         pre = self.coder.pre_activations(inputs)
         base = self.coder.base_output(inputs)
         self.deviation.add(outputs)
-        found = prefix_entries(pre, self.coder)
+        active = prefix_entries(pre, self.coder)
         errors = []
-        for prefix, entries in zip(self.prefixes, found, strict=True):
+        for prefix, entries in zip(self.prefixes, active, strict=True):
             errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
             prefix.sparsity.add(entries)
             prefix.firing.add(entries)
         if self.select is not None:
             self._add_training(self.select(pre), outputs, base)
-        return found, torch.stack(errors)
+        return active, torch.stack(errors)
 
     def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
         for prefix in self.prefixes:
@@ -129,11 +129,11 @@ def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
     """
     thresholds = coder.thresholds
     loose = entries_above(pre, thresholds.amin(0))
-    made = []
+    nested = []
     for end, threshold in zip(coder.prefix_ends, thresholds, strict=True):
         own = threshold if threshold.ndim == 0 else threshold[loose.latents]
-        made.append(loose.only((loose.latents < end) & (loose.values > own)))
-    return made
+        nested.append(loose.only((loose.latents < end) & (loose.values > own)))
+    return nested
 
 
 @torch.inference_mode()

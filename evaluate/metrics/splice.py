@@ -80,8 +80,8 @@ def splice(
         clean = Clean(logits)
         losses["clean"].add(clean, logits, tokens)
         for name, replacement in replacements.items():
-            made = replacement(inputs[kept])
-            hook = (source.output_hook, _writer(kept, made))
+            outputs = replacement(inputs[kept])
+            hook = (source.output_hook, _writer(kept, outputs))
             with _skipped(model.bridge.blocks[: source.layer]), model.bridge.hooks(fwd_hooks=[hook]):
                 logits = model.bridge(residual, start_at_layer=source.layer, return_type="logits")
             losses[name].add(clean, logits, tokens)
@@ -105,10 +105,10 @@ def _skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
             del vars(block)["forward"]
 
 
-def _writer(kept: Tensor, made: Tensor) -> Callable[..., Tensor]:
+def _writer(kept: Tensor, replacement: Tensor) -> Callable[..., Tensor]:
     def write(output: Tensor, hook: object) -> Tensor:
         changed = output.clone()
-        changed[kept] = made.to(output.dtype)
+        changed[kept] = replacement.to(output.dtype)
         return changed
 
     return write

@@ -34,10 +34,10 @@ class TokenText:
 
     def bytes_of(self, token: int) -> bytes:
         """UTF-8 bytes that the token adds to a text; possibly a part of a character only."""
-        found = self._known.get(token)
-        if found is None:
-            found = self._known[token] = self._look_up(token)
-        return found
+        data = self._known.get(token)
+        if data is None:
+            data = self._known[token] = self._look_up(token)
+        return data
 
     def _look_up(self, token: int) -> bytes:
         if token in self._added:
@@ -57,10 +57,10 @@ class TokenText:
         """Text of each token of a running text. A character split over tokens is given to the one that
         completes it, and the others are empty; bytes that never become a character are U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        made = [decoder.decode(self.bytes_of(token)) for token in tokens]
-        if made:
-            made[-1] += decoder.decode(b"", final=True)
-        return made
+        texts = [decoder.decode(self.bytes_of(token)) for token in tokens]
+        if texts:
+            texts[-1] += decoder.decode(b"", final=True)
+        return texts
 
 
 class _Decoder(TypedDict):

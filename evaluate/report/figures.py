@@ -50,7 +50,7 @@ class Drawn:
     """Has panels side by side, and wants twice the room."""
 
 
-def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator[Plot]:
+def all_plots(results: Results, catalogue: Catalogue, log: list[LogLine]) -> Iterator[Plot]:
     """Every plot of a run's evaluation, in the order of the page."""
     prefixes = [prefix.written() for prefix in results.prefixes]
     latents, errors, linear = (
@@ -58,10 +58,14 @@ def all_plots(results: Results, made: Catalogue, log: list[LogLine]) -> Iterator
         results.errors.written(),
         results.baselines.linear.fvu,
     )
-    alive = [(made.group == g) & (made.firings > 0) for g in range(len(prefixes))]
-    densities = [made.density[-1][own] for own in alive]
+    alive = [(catalogue.group == g) & (catalogue.firings > 0) for g in range(len(prefixes))]
+    densities = [catalogue.density[-1][own] for own in alive]
     measures = [
-        {"density": made.density[-1][own], "entropy": made.entropy[own], "top_share": made.top_share[own]}
+        {
+            "density": catalogue.density[-1][own],
+            "entropy": catalogue.entropy[own],
+            "top_share": catalogue.top_share[own],
+        }
         for own in alive
     ]
     yield Plot(
@@ -149,11 +153,11 @@ def save(figure: Figure, path: Path) -> str:
     figure.set_facecolor("white")
     canvas.print_png(png, metadata={"Software": None})
     write_whole(path, png.getvalue())
-    made = io.StringIO()
+    buffer = io.StringIO()
     figure.set_facecolor("none")
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluate"}):
-        FigureCanvasSVG(figure).print_svg(made, metadata={"Date": None, "Creator": None})
-    return _themed(made.getvalue())
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return _themed(buffer.getvalue())
 
 
 def _themed(text: str) -> str:
@@ -167,10 +171,10 @@ def _themed(text: str) -> str:
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
 
 
-def draw(results: Results, made: Catalogue, log: list[LogLine], folder: Path) -> list[Drawn]:
+def draw(results: Results, catalogue: Catalogue, log: list[LogLine], folder: Path) -> list[Drawn]:
     """Draws every plot, and saves each as <name>.png in `folder`."""
     drawn = []
-    for plot in all_plots(results, made, log):
+    for plot in all_plots(results, catalogue, log):
         figure = plot.draw()
         drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
     return drawn

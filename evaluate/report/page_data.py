@@ -43,44 +43,44 @@ class PageData(TypedDict):
     prefix_ends: list[int]
 
 
-def page_data(made: Catalogue, contexts: ContextTable, text: TokenText) -> PageData:
+def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> PageData:
     """What the page's script reads. `contexts` [n, T] is the split's."""
     strings = Strings(text)
-    samples = made.samples
+    samples = catalogue.samples
     shown = np.arange(len(samples.latents))
     stretches = Stretches.around(samples, shown, contexts.shape[1])
     while stretches.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
         shown = shown[_first_half(samples.latents[shown])]
         stretches = Stretches.around(samples, shown, contexts.shape[1])
     pool = stretches.strings(contexts, strings)
-    labels = strings.labels(made.tokens)
+    labels = strings.labels(catalogue.tokens)
     columns = {
-        "group": made.group.astype(np.uint8),
-        "density": made.density,
-        "firings": made.firings.astype(np.uint32),
-        "largest": made.largest.astype(np.float32),
-        "mean": made.mean.astype(np.float32),
-        "energy": made.energy.astype(np.float32),
-        "entropy": made.entropy.astype(np.float32),
-        "topShare": made.top_share.astype(np.float32),
+        "group": catalogue.group.astype(np.uint8),
+        "density": catalogue.density,
+        "firings": catalogue.firings.astype(np.uint32),
+        "largest": catalogue.largest.astype(np.float32),
+        "mean": catalogue.mean.astype(np.float32),
+        "energy": catalogue.energy.astype(np.float32),
+        "entropy": catalogue.entropy.astype(np.float32),
+        "topShare": catalogue.top_share.astype(np.float32),
         "tokens": labels,
-        "promoted": strings.labels(made.promoted),
-        "tokenShares": made.token_shares,
-        "histogram": np.minimum(made.histogram, 65_535).astype(np.uint16),
-        "near": made.neighbours.latents.numpy().astype(np.int32),
-        "nearCosine": made.neighbours.cosines.numpy(),
-        "twins": made.twins.latents,
-        "twinScores": made.twins.scores,
-        "parents": made.parents.latents,
-        "parentScores": made.parents.scores,
-        **_sample_columns(made, shown, stretches),
+        "promoted": strings.labels(catalogue.promoted),
+        "tokenShares": catalogue.token_shares,
+        "histogram": np.minimum(catalogue.histogram, 65_535).astype(np.uint16),
+        "near": catalogue.neighbours.latents.numpy().astype(np.int32),
+        "nearCosine": catalogue.neighbours.cosines.numpy(),
+        "twins": catalogue.twins.latents,
+        "twinScores": catalogue.twins.scores,
+        "parents": catalogue.parents.latents,
+        "parentScores": catalogue.parents.scores,
+        **_sample_columns(catalogue, shown, stretches),
         "pool": pool,
     }
     return {
-        "latents": len(made.group),
-        "strings": strings.made,
+        "latents": len(catalogue.group),
+        "strings": strings.texts,
         "columns": {name: pack(values) for name, values in columns.items()},
-        "prefix_ends": np.cumsum(np.bincount(made.group)).tolist(),
+        "prefix_ends": np.cumsum(np.bincount(catalogue.group)).tolist(),
     }
 
 
@@ -108,16 +108,16 @@ class Strings:
 
     def __init__(self, text: TokenText) -> None:
         self.text = text
-        self.made: list[str] = []
+        self.texts: list[str] = []
         self._number: dict[str, int] = {}
 
     def number(self, string: str) -> int:
         """The number of `string`, a new one when it was not seen before."""
-        found = self._number.get(string)
-        if found is None:
-            found = self._number[string] = len(self.made)
-            self.made.append(string)
-        return found
+        number = self._number.get(string)
+        if number is None:
+            number = self._number[string] = len(self.texts)
+            self.texts.append(string)
+        return number
 
     def labels(self, tokens: np.ndarray) -> np.ndarray:
         """int32 of the same shape: the number of each token's label, -1 where the token is -1."""
@@ -179,7 +179,7 @@ class Stretches:
                 pieces = strings.text.pieces(rows[row, start : start + length].tolist())
                 pool[at : at + length] = [strings.number(piece) for piece in pieces]
                 at += length
-        return pool.astype(np.uint16 if len(strings.made) <= 65_536 else np.uint32)
+        return pool.astype(np.uint16 if len(strings.texts) <= 65_536 else np.uint32)
 
 
 def _first_half(latents: np.ndarray) -> np.ndarray:
@@ -188,17 +188,17 @@ def _first_half(latents: np.ndarray) -> np.ndarray:
     return nth % 2 == 0
 
 
-def _sample_columns(made: Catalogue, shown: np.ndarray, stretches: Stretches) -> dict[str, np.ndarray]:
+def _sample_columns(catalogue: Catalogue, shown: np.ndarray, stretches: Stretches) -> dict[str, np.ndarray]:
     """Samples, and the shades around them as (offset in the stretch, level of 255 of the latent's largest)."""
-    samples = made.samples
+    samples = catalogue.samples
     latents = samples.latents[shown]
     shades = samples.shades[shown]
     sample, column = np.nonzero(shades)
-    level = np.rint(255 * shades[sample, column].astype(np.float32) / made.largest[latents[sample]])
+    level = np.rint(255 * shades[sample, column].astype(np.float32) / catalogue.largest[latents[sample]])
     first = REACH - stretches.sample_focus[sample]
     quantile = np.nan_to_num(samples.quantiles[shown] * 254, nan=255).astype(np.uint8)
     return {
-        "sampleBounds": np.searchsorted(latents, np.arange(len(made.group) + 1)).astype(np.uint32),
+        "sampleBounds": np.searchsorted(latents, np.arange(len(catalogue.group) + 1)).astype(np.uint32),
         "sampleAt": stretches.sample_at.astype(np.uint32),
         "sampleLength": stretches.sample_lengths.astype(np.uint8),
         "sampleFocus": stretches.sample_focus.astype(np.uint8),

@@ -26,12 +26,12 @@ Line = dict[str, Any]
 
 def figure(columns: int = 1, width: float = 6.4, height: float = 3.9) -> tuple[Figure, list[Axes]]:
     """A figure of its own canvas: pyplot would keep every one alive and look for a display."""
-    made = Figure(figsize=(width, height), layout="constrained")
-    axes = list(np.ravel(made.subplots(1, columns)))
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = list(np.ravel(fig.subplots(1, columns)))
     for each in axes:
         _style(each)
         each.grid(color=GRID, linewidth=0.7)
-    return made, axes
+    return fig, axes
 
 
 def _style(axes: Axes) -> None:
@@ -64,7 +64,7 @@ def _number(value: float | None) -> float:
 
 def loss_curve(log: Sequence[Line]) -> Figure:
     """Training loss, and held-out FVU of every prefix, over training rows."""
-    made, (left, right) = figure(2, width=WIDE)
+    fig, (left, right) = figure(2, width=WIDE)
     lines = [line for line in log if line.get("loss") is not None]
     left.plot([line["rows"] / 1e6 for line in lines], [line["loss"] for line in lines], color=COLOURS[0])
     left.set(xlabel="training rows (million tokens)", ylabel="training loss (normalised units)")
@@ -76,12 +76,12 @@ def loss_curve(log: Sequence[Line]) -> Figure:
     right.set(xlabel="training rows (million tokens)", ylabel="held-out FVU")
     if names:
         _legend(right)
-    return made
+    return fig
 
 
 def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear: float | None) -> Figure:
     """FVU of every prefix, with the verdicts' limits and the linear baseline."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     places = range(len(prefixes))
     values = [_number(prefix["fvu"]) for prefix in prefixes]
     axes.bar(places, values, color=[COLOURS[g % len(COLOURS)] for g in places], width=0.62)
@@ -102,14 +102,14 @@ def fvu_by_prefix(prefixes: Sequence[Line], good: float, moderate: float, linear
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
     _legend(axes, loc="upper right")
-    return made
+    return fig
 
 
 def fvu_against_l0(
     series: Mapping[str, Sequence[tuple[float, float | None]]], linear: float | None
 ) -> Figure:
     """Error against sparsity; `series`: name -> (L0, FVU) points, narrowest prefix first."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     for index, (name, points) in enumerate(series.items()):
         x, y = zip(*((l0, _number(fvu)) for l0, fvu in points), strict=True)
         look = {**_look(index), "markersize": 6}
@@ -123,12 +123,12 @@ def fvu_against_l0(
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
     _legend(axes)
-    return made
+    return fig
 
 
 def l0_histogram(prefixes: Sequence[Line]) -> Figure:
     """Share of rows by number of active latents, one line per prefix."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     for g, prefix in enumerate(prefixes):
         counts = np.asarray(prefix["l0_histogram"], dtype=float)
         look = {**_look(g), "marker": None}
@@ -138,12 +138,12 @@ def l0_histogram(prefixes: Sequence[Line]) -> Figure:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     _legend(axes)
-    return made
+    return fig
 
 
 def density_histogram(latents: Line, groups: Sequence[np.ndarray]) -> Figure:
     """Living latents by the share of rows on which they fire; `groups`: each group's densities, stacked."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     edges = np.asarray(latents["log10_density_edges"])
     logs = [np.log10(np.clip(density, 10 ** edges[0], 1)) for density in groups]
     low = max(edges[0], np.floor(min((log.min() for log in logs if len(log)), default=-1)))
@@ -156,12 +156,12 @@ def density_histogram(latents: Line, groups: Sequence[np.ndarray]) -> Figure:
     axes.set(xlabel="log10 of the share of rows on which a latent fires", ylabel="latents")
     axes.set_title(f"{latents['dead']:,} of {latents['n']:,} never fired on {latents['rows']:,} rows")
     _legend(axes)
-    return made
+    return fig
 
 
 def cosine_histogram(redundancy: Line) -> Figure:
     """Latents by the cosine of their decoder row to the nearest other one."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     axes.stairs(
         redundancy["nearest_cosine_histogram"],
         redundancy["nearest_cosine_edges"],
@@ -171,12 +171,12 @@ def cosine_histogram(redundancy: Line) -> Figure:
     axes.axvline(redundancy["limit"], color=INK, linestyle=":", linewidth=1.2)
     _note(axes, " redundant", (redundancy["limit"], 0.97), xycoords=("data", "axes fraction"), va="top")
     axes.set(xlabel="cosine to the nearest other decoder row", ylabel="latents", xlim=(0, 1))
-    return made
+    return fig
 
 
 def cross_entropy(prefixes: Sequence[Line]) -> Figure:
     """Cross-entropy recovered by every prefix, against both ablations."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     places = np.arange(len(prefixes))
     for index, (key, name) in enumerate((("recovered_zero", "zero"), ("recovered_mean", "mean"))):
         values = [100 * _number(prefix["cross_entropy"][key]) for prefix in prefixes]
@@ -198,7 +198,7 @@ def cross_entropy(prefixes: Sequence[Line]) -> Figure:
     axes.set(xlabel="prefix", ylabel="cross-entropy recovered (%)")
     axes.grid(axis="x", visible=False)
     _legend(axes, loc="upper center", ncols=2)
-    return made
+    return fig
 
 
 def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
@@ -208,7 +208,7 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
         "entropy": "entropy of its tokens (bits)",
         "top_share": "share of its top token (%)",
     }
-    made, panels = figure(3, width=WIDE)
+    fig, panels = figure(3, width=WIDE)
     for axes, (key, label) in zip(panels, names.items(), strict=True):
         for g, group in enumerate(groups):
             values = group[key] * (1 if key == "entropy" else 100)
@@ -223,12 +223,12 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
         axes.margins(x=0.15)
         axes.grid(axis="x", visible=False)
     panels[0].set_yscale("log")
-    return made
+    return fig
 
 
 def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Figure:
     """What each group is of the whole: latents, active latents, energy, and explained variance added."""
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     explained = np.diff([0.0, *(1 - _number(prefix["fvu"]) for prefix in prefixes)])
     shares = {
         "latents": [group["end"] - group["start"] for group in groups],
@@ -248,24 +248,24 @@ def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Fig
     axes.invert_yaxis()
     axes.set(xlabel="share of the whole dictionary (%), groups coarse to fine", xlim=(0, 100))
     axes.grid(visible=False)
-    return made
+    return fig
 
 
 def error_by_position(errors: Line) -> Figure:
     """FVU of every prefix by position in the context."""
     lines, edges = errors["by_position"], errors["position_edges"]
     centres = [(edges[line["class"]] + edges[line["class"] + 1] - 1) / 2 for line in lines]
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     _fvu_lines(axes, centres, lines)
     axes.set(xlabel="position in the context (tokens)", ylabel="FVU")
-    return made
+    return fig
 
 
 def error_by_size(errors: Line) -> Figure:
     """FVU of every prefix by the output's distance from the mean, and which distances hold the error."""
     lines, edges = errors["by_size"], np.asarray(errors["size_edges"])
     centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
-    made, (left, right) = figure(2, width=WIDE)
+    fig, (left, right) = figure(2, width=WIDE)
     _fvu_lines(left, centres, lines)
     left.set(xlabel="distance from the mean (1 = root mean square)", ylabel="FVU")
     rows = sum(line["rows"] for line in lines)
@@ -282,19 +282,19 @@ def error_by_size(errors: Line) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _legend(right)
-    return made
+    return fig
 
 
 def error_by_dimension(errors: Line) -> Figure:
     """The output dimensions that hold most of the error."""
     lines = errors["by_dimension"]
-    made, (axes,) = figure()
+    fig, (axes,) = figure()
     shares = [100 * _number(line["error_share"]) for line in lines]
     axes.bar(range(len(lines)), shares, color=COLOURS[0], width=0.7)
     axes.set_xticks(range(len(lines)), [str(line["class"]) for line in lines], rotation=90)
     axes.set(xlabel="output dimension, worst first", ylabel="share of the squared error (%)")
     axes.grid(axis="x", visible=False)
-    return made
+    return fig
 
 
 def _fvu_lines(axes: Axes, x: Sequence[float], lines: Sequence[Line]) -> None:

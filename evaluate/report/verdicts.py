@@ -29,14 +29,14 @@ class Verdict:
 def verdicts(results: Results, g: int = -1) -> list[Verdict]:
     """The verdicts on prefix `g`; by default on the full dictionary."""
     prefix, redundancy = results.prefixes[g], results.redundancy.prefixes[g]
-    made = [
+    verdicts = [
         _fvu(prefix.fvu),
         _dead(prefix.dead_fraction, results.rows),
         _redundancy(redundancy.share, results.redundancy.limit),
         _frequent(prefix.over_10_percent_fraction, prefix.over_10_percent_verdict),
     ]
     sparsity = f"active latents per row, median {prefix.l0_median:g}"
-    made.append(Verdict("L0", f"{prefix.l0:.1f}", "info", sparsity))
+    verdicts.append(Verdict("L0", f"{prefix.l0:.1f}", "info", sparsity))
     if prefix.cross_entropy:
         recovered = prefix.cross_entropy.recovered_zero
         value = "undefined" if recovered is None else f"{100 * recovered:.1f} %"
@@ -45,8 +45,8 @@ def verdicts(results: Results, g: int = -1) -> list[Verdict]:
             if recovered is None
             else "against zeroing the MLP's output"
         )
-        made.append(Verdict("Cross-entropy recovered", value, "info", limit))
-    return made
+        verdicts.append(Verdict("Cross-entropy recovered", value, "info", limit))
+    return verdicts
 
 
 def _dead(fraction: float, rows: int) -> Verdict:

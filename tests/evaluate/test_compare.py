@@ -23,9 +23,9 @@ from transcoder.export import export
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("compare")
-    make_run(made)
-    return made
+    folder = tmp_path_factory.mktemp("compare")
+    make_run(folder)
+    return folder
 
 
 @pytest.mark.parametrize("other", ["gemma_scope", "saelens"])
@@ -62,17 +62,17 @@ def test_what_is_not_a_transcoder_or_too_wide_is_refused(root: Path, tmp_path: P
         compare(settings_of(root), [])
 
 
-def test_the_command(root: Path) -> None:
+def test_the_command_prints_the_table_and_the_page(root: Path) -> None:
     folder = export(settings_of(root).run_dir(), "gemma_scope", prefix=1)
     command = [sys.executable, "-m", "evaluate.compare", "--with", str(folder), *arguments(root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert folder.name in done.stdout
-    assert "compare.html" in done.stdout
-    done = subprocess.run(
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert folder.name in process.stdout
+    assert "compare.html" in process.stdout
+    process = subprocess.run(
         [*command[:3], *arguments(root)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
 
 
 def test_an_imported_transcoder_is_evaluated_like_a_run(root: Path) -> None:
@@ -87,8 +87,8 @@ def test_an_imported_transcoder_is_evaluated_like_a_run(root: Path) -> None:
         "--run",
         "theirs",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
     theirs, _ = evaluate(settings_of(root, "--run", "theirs"), ce_tokens=0)
     own, _ = evaluate(settings_of(root), ce_tokens=0)
     assert theirs.prefixes[0].fvu == own.prefixes[-1].fvu

@@ -29,8 +29,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder, own = settings.run_dir(), Transcoder.load(settings.run_dir())
     prepare = evaluate.run.prepare
 
-    def hostile(*given: object, **more: object) -> object:
-        job = prepare(*given, **more)  # type: ignore[arg-type]
+    def hostile(*arguments: object, **more: object) -> object:
+        job = prepare(*arguments, **more)  # type: ignore[arg-type]
         names = dict.fromkeys(("run", "model", "dataset", "input_hook"), HOSTILE)
         return replace(job, provenance=job.provenance.model_copy(update=names))
 

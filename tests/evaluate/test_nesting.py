@@ -21,9 +21,9 @@ ROWS = 1500
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("nesting")
-    make_run(made)
-    return made
+    folder = tmp_path_factory.mktemp("nesting")
+    make_run(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def save(settings: Settings, transcoder: Transcoder) -> None:
     transcoder.save(settings.run_dir())
 
 
-def found(root: Path) -> dict[str, Any] | None:
+def baseline_of(root: Path) -> dict[str, Any] | None:
     settings = settings_of(root)
     return one_group(settings, Store.of(settings), ROWS)
 
@@ -106,29 +106,29 @@ def test_it_is_in_the_metrics_and_its_coming_and_going_measures_again(root: Path
 def test_whatever_else_differs_it_is_none(
     root: Path, flat: Settings, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    assert found(root) is not None
+    assert baseline_of(root) is not None
     saved_and_evaluated(flat, transcoder_of(root, change))
-    assert found(root) is None
+    assert baseline_of(root) is None
 
 
 def test_how_often_it_was_logged_may_differ(root: Path, flat: Settings) -> None:
     change = transcoder_of(root, lambda metadata: metadata["settings"]["train"].update(log_every=3))
     saved_and_evaluated(flat, change)
-    assert found(root) is not None
+    assert baseline_of(root) is not None
 
 
 def test_an_evaluation_of_older_weights_is_none(root: Path, flat: Settings) -> None:
     other = tiny_transcoder(seed=5)
     own = transcoder_of(root)
     save(flat, Transcoder(other.parameters, own.thresholds, own.prefix_ends, own.metadata))
-    assert found(root) is None
+    assert baseline_of(root) is None
 
 
 def test_a_damaged_sibling_is_told_and_stops_nothing(
     root: Path, flat: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (flat.run_dir() / "evaluation" / "metrics.json").write_text("{")
-    assert found(root) is None
+    assert baseline_of(root) is None
     line = capsys.readouterr().err
     assert line.startswith("not a baseline: ")
     assert "metrics.json: cannot be read" in line

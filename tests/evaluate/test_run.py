@@ -45,10 +45,10 @@ def evaluate(settings: Settings) -> tuple[dict, bool]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("evaluate")
-    make_run(made)
-    evaluate(settings_of(made))
-    return made
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_run(folder)
+    evaluate(settings_of(folder))
+    return folder
 
 
 def metrics_of(root: Path) -> dict:
@@ -125,11 +125,13 @@ def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_pa
     """Another split, number of rows, harvest, or without the cross-entropy; the same with newer weights gives way."""
 
     def of(**changes: object) -> Metrics:
-        asked = metrics_of(root)["provenance"] | {"split": "heldout", "cross_entropy_tokens": 64} | changes
-        skipped = asked.pop("skipped", None)
+        provenance = (
+            metrics_of(root)["provenance"] | {"split": "heldout", "cross_entropy_tokens": 64} | changes
+        )
+        skipped = provenance.pop("skipped", None)
         losses = {"skipped": None, "contexts": 1, "positions": 1, "clean": 1.0, "zero": 2.0, "mean": 2.0}
         said = {"skipped": skipped} if skipped else losses
-        values = metrics_of(root) | {"cross_entropy": said, "provenance": asked, "files": []}
+        values = metrics_of(root) | {"cross_entropy": said, "provenance": provenance, "files": []}
         return Metrics.model_validate(values)
 
     folder = tmp_path / "evaluation"
@@ -306,18 +308,18 @@ def command(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_prints_table_verdicts_and_paths(root: Path) -> None:
-    done = command(root)
-    assert done.returncode == 0, done.stderr
+    process = command(root)
+    assert process.returncode == 0, process.stderr
     for text in ("threshold", "dead %", "FVU", "report.html", "layer_0.zarr", "tiny"):
-        assert text in done.stdout
+        assert text in process.stdout
 
 
 def test_a_missing_run_is_one_line(root: Path) -> None:
-    done = command(root, "--run", "absent")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "make train" in done.stderr
+    process = command(root, "--run", "absent")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert "make train" in process.stderr
 
 
 def test_a_store_of_other_widths_is_refused(root: Path, tmp_path: Path) -> None:
@@ -339,8 +341,8 @@ def test_a_run_of_another_layer_is_refused_and_measured_on_purpose(root: Path) -
     assert metrics["provenance"]["mismatch"] == ["it is of layer 3, there 0"]
     with pytest.raises(InputError, match="it is of layer 3, there 0"):
         evaluate(settings)
-    done = command(root, "--run", "other", *ALLOWED)
-    assert "measured where it does not belong, as asked: it is of layer 3, there 0" in done.stdout
+    process = command(root, "--run", "other", *ALLOWED)
+    assert "measured where it does not belong, as asked: it is of layer 3, there 0" in process.stdout
     assert "mismatch" not in evaluate(settings_of(root))[0]["provenance"]
 
 
@@ -356,15 +358,15 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
         InputError, match=r"interrupted, or still .* step 8 of 8; .*evaluate\.checkpoint true"
     ):
         evaluate(settings)
-    asked = settings_of(tmp_path, *SMALL, "--evaluate.checkpoint", "true")
-    metrics, fresh = evaluate(asked)
+    of_checkpoint = settings_of(tmp_path, *SMALL, "--evaluate.checkpoint", "true")
+    metrics, fresh = evaluate(of_checkpoint)
     assert fresh
     assert metrics["provenance"]["checkpoint"] == {"step": 8, "of": 8}
     assert (settings.run_dir() / "at_step_8" / "evaluation" / "report.html").is_file()
     assert not (settings.run_dir() / "evaluation").exists()
-    assert not evaluate(asked)[1]
+    assert not evaluate(of_checkpoint)[1]
     shown = Console(record=True, width=200, file=io.StringIO())
-    show(asked, Metrics.model_validate(metrics), False, shown)
+    show(of_checkpoint, Metrics.model_validate(metrics), False, shown)
     text = shown.export_text()
     assert "the checkpoint of step 8 of 8: training has not ended" in text
     assert "at_step_8/evaluation/report.html" in text

@@ -62,7 +62,7 @@ def test_resuming_anywhere_gives_the_same_batches(store: Store, start: int) -> N
     assert all(same(a, b) for a, b in zip(again, whole[per_epoch + start :], strict=True))
 
 
-def test_endless(store: Store) -> None:
+def test_without_a_number_of_epochs_the_loader_never_ends_and_has_no_length(store: Store) -> None:
     loader = store.train.loader(1024, epochs=None)
     stream = loader.batches()
     seen = [next(stream) for _ in range(loader.batches_per_epoch * 2 + 1)]
@@ -84,7 +84,7 @@ def test_ranks_together_are_the_one_process_batch(store: Store, world: int) -> N
     assert not set.intersection(*chunks)
 
 
-def test_length(store: Store) -> None:
+def test_the_length_is_the_number_of_batches_that_are_left(store: Store) -> None:
     loader = store.train.loader(256, batch=5)
     assert len(loader) == len(list(loader)) == loader.batches_per_epoch - 5
 
@@ -93,18 +93,18 @@ def test_length(store: Store) -> None:
     ("rows", "size", "group"), [(1024, 64, 1), (5 * 1024 + 3, 96, 4), (7 * 1024, 1000, 5)]
 )
 def test_small_stores_and_odd_batches(tmp_path: Path, rows: int, size: int, group: int) -> None:
-    made = make_store(tmp_path / "s.zarr", random_rows(rows), random_rows(1))
-    loader = made.train.loader(size)
+    store = make_store(tmp_path / "s.zarr", random_rows(rows), random_rows(1))
+    loader = store.train.loader(size)
     assert loader.group == group
     assert len(loader) == len(list(loader)) > 0
 
 
-def test_too_small_to_train_on(tmp_path: Path) -> None:
-    made = make_store(tmp_path / "s.zarr", random_rows(1000), random_rows(1))
+def test_a_split_smaller_than_one_chunk_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", random_rows(1000), random_rows(1))
     with pytest.raises(
         InputError, match="the split has 1000 rows; a loader needs at least one chunk of 1024"
     ):
-        made.train.loader(64)
+        store.train.loader(64)
 
 
 def test_a_batch_that_cannot_be_cut(store: Store) -> None:

@@ -10,7 +10,7 @@ def test_is_a_permutation(n: int, key: list[int]) -> None:
     assert (np.sort(permutation(n, *key)) == np.arange(n)).all()
 
 
-def test_never_changes() -> None:
+def test_the_order_of_rows_and_chunks_never_changes() -> None:
     """Golden: a store's bytes and a run's batches hang on these."""
     assert permutation(10, 0, 1).tolist() == [9, 4, 1, 7, 5, 8, 0, 6, 3, 2]
     assert chunk_groups(10, 4, seed=0, epoch=0).tolist() == [[0, 7, 8, 2], [5, 9, 4, 6]]

@@ -12,7 +12,7 @@ from tests.shards.test_store import STORAGES, random_rows
 
 @pytest.mark.parametrize("compressor", ["zstd-3", "blosc-zstd-3-shuffle", "blosc-lz4-5-bitshuffle", "none"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_they_read_the_same(storage: str, compressor: str, tmp_path: Path) -> None:
+def test_tensorstore_and_zarr_read_the_same_values(storage: str, compressor: str, tmp_path: Path) -> None:
     import tensorstore
 
     store = make_store(tmp_path / "s.zarr", random_rows(34_000), random_rows(1030), storage, compressor)

@@ -87,7 +87,7 @@ def test_uploaded_and_read_back(store: Store, bucket: str, tmp_path: Path) -> No
     assert verify(files_of(url, tmp_path, LIMIT)) == []
 
 
-def test_over_http(store: Store, web: str, tmp_path: Path) -> None:
+def test_a_store_read_over_http_has_the_same_rows(store: Store, web: str, tmp_path: Path) -> None:
     assert same_rows(Store.open(web, tmp_path, LIMIT), store)
 
 

@@ -62,11 +62,11 @@ def test_zarr_python_reads_the_same(
     seed: int,
 ) -> None:
     path = tmp_path_factory.mktemp("property") / "s.zarr"
-    made = make_store(
+    store = make_store(
         path, random_rows(rows, *widths, seed), random_rows(heldout, *widths, seed + 1), storage, compressor
     )
     group = zarr.open_group(path, mode="r")
-    for name, split in (("train", made.train), ("heldout", made.heldout)):
+    for name, split in (("train", store.train), ("heldout", store.heldout)):
         theirs = {key: np.asarray(array[:]) for key, array in group[name].arrays()}
         assert theirs.keys() == split.readers.keys()
         for key, values in theirs.items():
@@ -99,20 +99,20 @@ TOLERANCE = {"int8": 0.02, "bfloat16": 0.004, "float32": 0.0}
 @pytest.mark.parametrize("storage", STORAGES)
 def test_rows_come_back_where_their_provenance_says(tmp_path: Path, storage: str) -> None:
     inputs, outputs = random_rows(SHARD_ROWS + 500)
-    made = make_store(tmp_path / "s.zarr", (inputs, outputs), random_rows(10), storage)
-    context, position = made.train.provenance(0, len(made.train))
+    store = make_store(tmp_path / "s.zarr", (inputs, outputs), random_rows(10), storage)
+    context, position = store.train.provenance(0, len(store.train))
     kept = context.astype(int) * 15 + position - 1
     assert (np.sort(kept) == np.arange(len(inputs))).all()
     assert (kept[:SHARD_ROWS].max(), kept[SHARD_ROWS:].min()) == (SHARD_ROWS - 1, SHARD_ROWS)
     assert (kept[:SHARD_ROWS] != np.arange(SHARD_ROWS)).mean() > 0.99
-    ours, theirs = made.train.rows(0, len(made.train))
+    ours, theirs = store.train.rows(0, len(store.train))
     tolerance = TOLERANCE[storage]
-    for found, expected in ((ours, inputs), (theirs, outputs)):
+    for actual, expected in ((ours, inputs), (theirs, outputs)):
         largest = np.abs(expected[kept]).max(axis=1, keepdims=True)
-        assert (np.abs(found.numpy() - expected[kept]) <= tolerance * largest).all()
+        assert (np.abs(actual.numpy() - expected[kept]) <= tolerance * largest).all()
 
 
-def test_any_range_of_rows(store: Store) -> None:
+def test_any_range_of_rows_equals_a_slice_of_the_whole(store: Store) -> None:
     whole = store.train.rows(0, len(store.train))
     for start, stop in [
         (0, 0),
@@ -142,27 +142,27 @@ def test_contexts_are_indexed_like_an_array(store: Store) -> None:
 
 def test_moments_are_those_of_the_rows(tmp_path: Path) -> None:
     inputs, outputs = random_rows(SHARD_ROWS + 100)
-    made = make_store(tmp_path / "s.zarr", (inputs, outputs), random_rows(0), "int8")
-    moments = made.manifest.splits["train"].outputs
+    store = make_store(tmp_path / "s.zarr", (inputs, outputs), random_rows(0), "int8")
+    moments = store.manifest.splits["train"].outputs
     assert moments is not None
     wide = outputs.astype(np.float64)
     assert moments.mean == pytest.approx(wide.mean(axis=0), rel=1e-9)
     assert moments.variance == pytest.approx(wide.var(axis=0), rel=1e-9)
     assert moments.scale == pytest.approx(np.sqrt(np.square(wide).mean()), rel=1e-9)
-    context, position = made.train.provenance(0, len(outputs))
+    context, position = store.train.provenance(0, len(outputs))
     kept = context.astype(int) * 15 + position - 1
-    error = np.square(made.train.rows(0, len(outputs))[1].numpy().astype(np.float64) - wide[kept]).sum()
+    error = np.square(store.train.rows(0, len(outputs))[1].numpy().astype(np.float64) - wide[kept]).sum()
     assert moments.quantisation_fvu == pytest.approx(
         error / np.square(wide - wide.mean(axis=0)).sum(), rel=1e-6
     )
-    assert made.manifest.splits["heldout"].inputs is None
+    assert store.manifest.splits["heldout"].inputs is None
 
 
 def test_sha256sum_checks_a_store(store: Store) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         ["sha256sum", "-c", "--quiet", "files.sha256"], cwd=store.path, capture_output=True, check=False
     )
-    assert (done.returncode, done.stdout) == (0, b"")
+    assert (process.returncode, process.stdout) == (0, b"")
     on_disk = {str(p.relative_to(store.path)) for p in store.path.rglob("*") if p.is_file()} - {
         "files.sha256"
     }
@@ -287,7 +287,7 @@ def test_another_format_version_is_refused(store: Store, tmp_path: Path) -> None
         Store.open(copy)
 
 
-def test_no_store() -> None:
+def test_a_path_without_a_store_says_what_writes_one() -> None:
     with pytest.raises(InputError, match="no such store; make harvest writes it"):
         Store.open("/nowhere/layer_1.zarr")
 
@@ -320,12 +320,12 @@ def test_the_worst_dimension_is_reported_and_guarded(tmp_path: Path) -> None:
     """bfloat16 has 256 steps from 1024 to 2048 of 4 each: the last dimension, 1500 +- 1, is all but lost."""
     inputs, outputs = random_rows(2000)
     inputs[:, 5] = 1500 + np.random.default_rng(0).normal(size=2000)
-    made = make_store(tmp_path / "a.zarr", (inputs, outputs), random_rows(0), "bfloat16")
-    moments = made.manifest.splits["train"].inputs
+    store = make_store(tmp_path / "a.zarr", (inputs, outputs), random_rows(0), "bfloat16")
+    moments = store.manifest.splits["train"].inputs
     assert moments is not None
     assert moments.worst_dimension == 5
-    stored = made.train.rows(0, 2000)[0][:, 5].double()
-    context, position = made.train.provenance(0, 2000)
+    stored = store.train.rows(0, 2000)[0][:, 5].double()
+    context, position = store.train.provenance(0, 2000)
     true = torch.from_numpy(inputs[context.astype(int) * 15 + position - 1, 5]).double()
     loss = float((stored - true).square().sum() / (true - true.mean()).square().sum())
     assert moments.worst_dimension_fvu == pytest.approx(loss, rel=1e-6)
@@ -340,11 +340,11 @@ def test_the_worst_dimension_is_reported_and_guarded(tmp_path: Path) -> None:
         else:
             make_store(tmp_path / "c.zarr", part, random_rows(0), "bfloat16", max_dimension_fvu=limit)
     inputs[:, 5] = 1501  # constant, and no value of bfloat16: nothing varies that could be lost
-    made = make_store(
+    store = make_store(
         tmp_path / "d.zarr", (inputs, outputs), random_rows(0), "bfloat16", max_dimension_fvu=0.05
     )
-    assert made.manifest.splits["train"].inputs
-    assert made.manifest.splits["train"].inputs.worst_dimension != 5
+    assert store.manifest.splits["train"].inputs
+    assert store.manifest.splits["train"].inputs.worst_dimension != 5
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,10 @@ def test_300_random_flips_are_found_and_never_handed_out(store: Store, tmp_path:
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         path.write_bytes(bytes(data))
         try:
-            found = [damage.file for damage in verify(LocalFiles(copy))]
+            damaged = [damage.file for damage in verify(LocalFiles(copy))]
         except InputError as error:
-            found = ["files.sha256"] if "files.sha256" in str(error) else []
-        assert str(path.relative_to(copy)) in found
+            damaged = ["files.sha256"] if "files.sha256" in str(error) else []
+        assert str(path.relative_to(copy)) in damaged
         with pytest.raises(InputError):
             read_everything(copy)
         path.write_bytes(original)

@@ -159,10 +159,10 @@ def test_what_a_truncated_map_leaves_is_faulthandlers_report(tmp_path: Path) -> 
     """The moment between looking at the length and reading: the kernel's SIGBUS, and the line it happened at."""
     (tmp_path / "file").write_bytes(bytes(10_000))
     command = [sys.executable, "-c", TRUNCATED, str(tmp_path / "file")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == -7
-    assert "Fatal Python error: Bus error" in done.stderr
-    assert "in stage" in done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == -7
+    assert "Fatal Python error: Bus error" in process.stderr
+    assert "in stage" in process.stderr
 
 
 def test_a_clock_that_jumps_back(
@@ -218,11 +218,11 @@ def test_a_loader_thread_that_dies(
     method = "_cut" if name == "_cut" else "chunk"
     works = getattr(owner, method)
 
-    def dies(self: Any, *args: Any, **given: Any) -> Any:
+    def dies(self: Any, *args: Any, **keywords: Any) -> Any:
         calls.append(0)
         if len(calls) > 30:
             raise MemoryError("no memory for a thread")
-        return works(self, *args, **given)
+        return works(self, *args, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, dies)

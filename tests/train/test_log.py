@@ -35,8 +35,8 @@ class FakeWandb(types.ModuleType):
         self.fails, self.given, self.logged, self.summary, self.artifacts = fails, {}, [], {}, []
         self.Settings = dict
 
-    def init(self, **given: Any) -> "FakeWandb":
-        self.given = given
+    def init(self, **arguments: Any) -> "FakeWandb":
+        self.given = arguments
         self._may_fail("init")
         return self
 
@@ -148,10 +148,10 @@ def test_an_artifact_has_a_name_that_wandb_takes() -> None:
         "gpt2-layer_0-lr+3e-4-weights",
         "m'y x" + "y" * 200,
     ]
-    made = [artifact_name(name) for name in names]
-    assert made[0] == names[0]
-    assert len(set(made)) == 4
-    assert [Artifact(name, type="model").name for name in made] == made
+    artifacts = [artifact_name(name) for name in names]
+    assert artifacts[0] == names[0]
+    assert len(set(artifacts)) == 4
+    assert [Artifact(name, type="model").name for name in artifacts] == artifacts
     with pytest.raises(ValueError, match="Invalid name"):
         Artifact(names[1], type="model")
 
@@ -213,8 +213,8 @@ def test_a_resumed_offline_run_is_one_run_of_several_pieces_and_the_line_names_t
         time.sleep(1)  # a piece is named after its second
     (line,) = where(run_dir)
     command = line.removeprefix("W&B   ").strip()
-    done = subprocess.run(["sh", "-c", f"{command} --dry-run"], capture_output=True, text=True, check=True)
-    assert "Would sync 2 run(s)" in done.stdout + done.stderr
+    process = subprocess.run(["sh", "-c", f"{command} --dry-run"], capture_output=True, text=True, check=True)
+    assert "Would sync 2 run(s)" in process.stdout + process.stderr
     run_id = (run_dir / "wandb" / "id").read_text()
     pieces = sorted(run_dir.glob("wandb/offline-run-*"))
     assert [path.name.rsplit("-", 1)[1] for path in pieces] == [run_id, run_id]

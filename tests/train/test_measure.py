@@ -9,39 +9,39 @@ from transcoder.frequent import frequent_level
 from transcoder.transcoder import Transcoder
 
 
-def made(skip: bool = False) -> tuple[Transcoder, torch.Tensor, torch.Tensor]:
+def tiny_transcoder(skip: bool = False) -> tuple[Transcoder, torch.Tensor, torch.Tensor]:
     p = problem(rows=400, skip=skip, dtype=torch.float32)
     return Transcoder(p.parameters, torch.zeros(3), (2, 5, 11)), p.x, p.y
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_fvu_l0_and_dead_of_every_prefix(skip: bool) -> None:
-    t, x, y = made(skip)
+    t, x, y = tiny_transcoder(skip)
     cuts = torch.tensor([0.5, 1.0, 6.0])
-    found = measure(t, zip(x.split(64), y.split(64), strict=True), lambda _: cuts)
+    measured = measure(t, zip(x.split(64), y.split(64), strict=True), lambda _: cuts)
     variation = (y - y.mean(0)).square().sum()
     for g in range(3):
         narrow = t.prefix(g)
         narrow = Transcoder(narrow.parameters, cuts[g : g + 1], (narrow.d_sae,))
         acts = narrow.encode(x)
-        assert found.fvu[g] == pytest.approx(float((narrow(x) - y).square().sum() / variation), rel=1e-5)
-        assert found.l0[g] == pytest.approx(float((acts > 0).sum(1).float().mean()))
+        assert measured.fvu[g] == pytest.approx(float((narrow(x) - y).square().sum() / variation), rel=1e-5)
+        assert measured.l0[g] == pytest.approx(float((acts > 0).sum(1).float().mean()))
     densities = [
         (t.pre_activations(x)[:, :end] > cut).double().mean(0)
         for end, cut in zip(t.prefix_ends, cuts, strict=True)
     ]
-    assert found.dead_fraction == pytest.approx([float((each == 0).double().mean()) for each in densities])
-    assert found.over_10_percent_fraction == pytest.approx(
+    assert measured.dead_fraction == pytest.approx([float((each == 0).double().mean()) for each in densities])
+    assert measured.over_10_percent_fraction == pytest.approx(
         [float((each > 0.1).double().mean()) for each in densities]
     )
-    assert len({*found.dead_fraction, *found.over_10_percent_fraction}) > 2
-    assert found.dead == int(((t.pre_activations(x) > 6.0).sum(0) == 0).sum())
-    assert 0 < found.dead < 11
-    assert found.rows == 400
+    assert len({*measured.dead_fraction, *measured.over_10_percent_fraction}) > 2
+    assert measured.dead == int(((t.pre_activations(x) > 6.0).sum(0) == 0).sum())
+    assert 0 < measured.dead < 11
+    assert measured.rows == 400
 
 
 def test_fvu_of_perfect_mean_and_constant_outputs() -> None:
-    t, x, _ = made()
+    t, x, _ = tiny_transcoder()
     y = t(x)
     cuts = torch.tensor([0.0, 0.0, 0.0])
     assert measure(t, [(x, y)], lambda _: cuts).fvu[2] == pytest.approx(0.0, abs=1e-10)
@@ -65,27 +65,27 @@ def test_the_verdict_on_frequent_latents(share: float, level: str) -> None:
 
 @pytest.mark.parametrize("kept", [[0.3, 1.0, 2.0], [0.0, 0.01, 0.5], [1.0, 3.0, 11.0]])
 def test_thresholds_are_midpoints(kept: list[float]) -> None:
-    t, x, _ = made()
-    found = calibrate(t, lambda: iter(x.split(50)), kept)
+    t, x, _ = tiny_transcoder()
+    thresholds = calibrate(t, lambda: iter(x.split(50)), kept)
     pre = t.pre_activations(x)
     for g, end in enumerate(t.prefix_ends):
         values = pre[:, :end][pre[:, :end] > 0].sort(descending=True).values
         n = round(400 * kept[g])
         expected = 0.0 if n + 1 > len(values) else float((values[max(n - 1, 0)] + values[n]) / 2)
-        assert float(found[g]) == pytest.approx(expected, rel=1e-6)
+        assert float(thresholds[g]) == pytest.approx(expected, rel=1e-6)
         if expected and n:
-            assert int((pre[:, :end] > found[g]).sum()) == n
+            assert int((pre[:, :end] > thresholds[g]).sum()) == n
 
 
 def test_a_guess_from_an_untypical_first_batch_does_no_harm() -> None:
-    t, x, _ = made()
+    t, x, _ = tiny_transcoder()
     x = torch.cat([x[:50] * 100, x[50:]])
-    found = calibrate(t, lambda: iter(x.split(50)), [0.3, 1.0, 2.0])
+    thresholds = calibrate(t, lambda: iter(x.split(50)), [0.3, 1.0, 2.0])
     pre = t.pre_activations(x)
-    assert int((pre > found[2]).sum()) == 800
+    assert int((pre > thresholds[2]).sum()) == 800
 
 
 def test_training_cut_keeps_what_training_keeps() -> None:
-    t, x, _ = made()
+    t, x, _ = tiny_transcoder()
     pre = t.pre_activations(x)
     assert [int((pre > cut).sum()) for cut in training_cut(2, 3)(pre)] == [800, 800, 800]

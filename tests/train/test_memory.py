@@ -36,10 +36,12 @@ print(json.dumps(resident("VmHWM") - before))
 
 
 def test_steps_take_what_was_planned() -> None:
-    done = subprocess.run([sys.executable, "-c", STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    process = subprocess.run(
+        [sys.executable, "-c", STEPS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    measured = json.loads(process.stdout)
     planned = memory.kept(OBJECTIVE, D, D) + memory.passing(OBJECTIVE, D, D, BATCH)
-    assert 0.5 * planned < found < 1.15 * planned + 2**26, (found, planned)
+    assert 0.5 * planned < measured < 1.15 * planned + 2**26, (measured, planned)
 
 
 def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:

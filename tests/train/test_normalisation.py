@@ -24,13 +24,15 @@ def test_normalised_rows_have_a_mean_square_of_one_whatever_the_mean() -> None:
     rng = np.random.default_rng(0)
     deviations = rng.standard_normal((5000, 6)) * [0.1, 1, 2, 5, 20, 100]
     outputs = rng.standard_normal((5000, 3)) * [1, 2, 3]
-    found = [Scaling.of(moments(deviations + shift), moments(outputs - 7 * shift)) for shift in (0.0, 1000.0)]
-    for by, shift in zip(found, (0.0, 1000.0), strict=True):
+    scalings = [
+        Scaling.of(moments(deviations + shift), moments(outputs - 7 * shift)) for shift in (0.0, 1000.0)
+    ]
+    for by, shift in zip(scalings, (0.0, 1000.0), strict=True):
         x = by.inputs(torch.tensor(deviations + shift, dtype=torch.float64))
         assert float(x.square().mean()) == pytest.approx(1.0, rel=1e-3)
         y = (outputs - outputs.mean(0)) / by.scale_out
         assert np.square(y).mean() == pytest.approx(1.0, rel=1e-6)
-    torch.testing.assert_close(found[0].scale_in, found[1].scale_in, rtol=1e-4, atol=0)
+    torch.testing.assert_close(scalings[0].scale_in, scalings[1].scale_in, rtol=1e-4, atol=0)
 
 
 def test_a_constant_dimension_is_not_blown_up() -> None:

@@ -19,8 +19,8 @@ def run_two(settings: Settings) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [*torchrun, "-m", "--", *command(settings)[2:]]  # "--": torchrun would take --run for its own
-    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 @pytest.mark.parametrize("selection", ["batch_topk", "topk"])
@@ -37,9 +37,9 @@ def test_two_processes_equal_one(selection: str, store: Store, store_root: Path,
     two = tiny_settings(store_root, tmp_path, run="two", **changes)
     train(one, store)
     run_two(two)
-    expected, found = tensors(one.run_dir()), tensors(two.run_dir())
+    expected, actual = tensors(one.run_dir()), tensors(two.run_dir())
     for name, tensor in expected.items():
-        assert float((found[name] - tensor).norm() / tensor.norm()) < 1e-4, name
+        assert float((actual[name] - tensor).norm() / tensor.norm()) < 1e-4, name
     last = [json.loads((s.run_dir() / "metrics.jsonl").read_text().splitlines()[-1]) for s in (one, two)]
     for name in ("loss", "aux_loss", "l0_norm", "fvu/prefix_0", "dead_features_percentage", "threshold"):
         assert last[1][name] == pytest.approx(last[0][name], rel=1e-4), name

@@ -40,8 +40,8 @@ def test_collect_equals_a_loop_over_latents(seed: int, n_rows: int, d_sae: int) 
             both = expected[f] | dict(newest)
             expected[f] = dict(sorted(both.items(), key=lambda item: -item[1])[:PER_LATENT])
     for f in range(d_sae):
-        found = {int(r): float(v) for r, v in zip(kept.rows[f], kept.values[f], strict=True) if r >= 0}
-        assert found == expected[f]
+        collected = {int(r): float(v) for r, v in zip(kept.rows[f], kept.values[f], strict=True) if r >= 0}
+        assert collected == expected[f]
         assert kept.values[f].tolist() == sorted(kept.values[f].tolist(), reverse=True)
 
 
@@ -58,10 +58,10 @@ def test_samples_point_at_their_rows(sampled: Path, store: Store) -> None:
     lines = list(samples_page.read(sampled))
     assert [line["latent"] for line in lines] == list(range(64))
     assert [line["group"] for line in lines] == [0] * 8 + [1] * 16 + [2] * 40
-    found = [sample for line in lines for sample in line["samples"]]
-    assert len(found) > 200
+    samples = [sample for line in lines for sample in line["samples"]]
+    assert len(samples) > 200
     context, position = store.train.provenance(0, len(store.train))
-    for sample in found[::7]:
+    for sample in samples[::7]:
         row = sample["row"]
         assert (sample["context"], sample["position"]) == (context[row], position[row])
         token = int(store.train.contexts[int(context[row])][position[row]])

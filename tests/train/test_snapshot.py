@@ -30,8 +30,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def at(steps: int) -> None:
         feed = Run.feed
 
-        def feeding(run: Run, *given: object) -> None:
-            feed(run, *given)  # pyright: ignore[reportArgumentType]
+        def feeding(run: Run, *arguments: object) -> None:
+            feed(run, *arguments)  # pyright: ignore[reportArgumentType]
             if run.state.step == steps:
                 run.save()
                 raise KeyboardInterrupt
@@ -55,19 +55,19 @@ def test_the_checkpoint_is_the_transcoder_that_training_had(
     run_dir = stopped(make_settings(), store, stop_at, 80)
     folder = snapshot(run_dir, store, CPU)
     assert folder == run_dir / "at_step_80"
-    found = Transcoder.load(folder)
-    assert found.metadata["checkpoint"] == {"step": 80, "of": 96}
-    assert found.metadata["training"]["steps"] == 80
-    assert found.metadata["harvest_fingerprint"] == store.manifest.fingerprint
+    transcoder = Transcoder.load(folder)
+    assert transcoder.metadata["checkpoint"] == {"step": 80, "of": 96}
+    assert transcoder.metadata["training"]["steps"] == 80
+    assert transcoder.metadata["harvest_fingerprint"] == store.manifest.fingerprint
     rows = [store.train.rows(start, start + 1024) for start in range(0, 4096, 1024)]
-    measured = measure(found, rows, lambda _: found.thresholds)
+    measured = measure(transcoder, rows, lambda _: transcoder.thresholds)
     assert measured.l0[-1] == pytest.approx(4, rel=0.02)
     logged = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     probed = [logged[f"heldout_fvu/prefix_{g}"] for g in range(3)]
     assert logged["step"] == 80
-    assert found.metadata["heldout"]["fvu"] == pytest.approx(probed, rel=0.02)
+    assert transcoder.metadata["heldout"]["fvu"] == pytest.approx(probed, rel=0.02)
     assert probed[-1] < 0.9
-    assert measured.l0 == pytest.approx(found.metadata["training"]["l0"], rel=0.02)
+    assert measured.l0 == pytest.approx(transcoder.metadata["training"]["l0"], rel=0.02)
     assert not (run_dir / "transcoder.safetensors").exists()
     assert snapshot(run_dir, store, CPU) == folder
 
@@ -77,8 +77,8 @@ def test_any_selection_and_a_first_checkpoint(
     make_settings: Make, store: Store, stop_at: Callable[[int], None], selection: str
 ) -> None:
     settings = make_settings(transcoder__selection=selection, transcoder__skip=True, train__sample_every=0)
-    found = Transcoder.load(snapshot(stopped(settings, store, stop_at, 1), store, CPU))
-    assert found.metadata["training"]["l0"][-1] == pytest.approx(4, rel=0.02)
+    transcoder = Transcoder.load(snapshot(stopped(settings, store, stop_at, 1), store, CPU))
+    assert transcoder.metadata["training"]["l0"][-1] == pytest.approx(4, rel=0.02)
 
 
 def test_the_checkpoint_of_the_last_step_is_the_finished_run(
@@ -86,9 +86,9 @@ def test_the_checkpoint_of_the_last_step_is_the_finished_run(
 ) -> None:
     shutil.copytree(finished, tmp_path / "a")
     again = snapshot(tmp_path / "a", store, CPU)
-    own, found = tensors(finished), tensors(again)
-    assert own.keys() == found.keys()
-    assert all(torch.equal(own[name], found[name]) for name in own)
+    own, actual = tensors(finished), tensors(again)
+    assert own.keys() == actual.keys()
+    assert all(torch.equal(own[name], actual[name]) for name in own)
 
 
 def test_a_run_that_was_stopped_says_so_and_where(
@@ -141,12 +141,12 @@ def test_a_training_that_takes_the_checkpoint_away_meanwhile(
     run_dir = stopped(make_settings(), store, stop_at, 20)
     restore, folder = checkpoint.restore, run_dir / "state" / "step_20"
 
-    def while_training_goes_on(*given: object) -> bool:
+    def while_training_goes_on(*arguments: object) -> bool:
         if folder.exists():
             (run_dir / "state" / "latest").write_text("step_21\n")
             folder.rename(run_dir / "state" / "step_21")
             raise InputError("not a readable checkpoint")
-        return restore(*given)  # pyright: ignore[reportArgumentType]
+        return restore(*arguments)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(checkpoint, "restore", while_training_goes_on)
     assert snapshot(run_dir, store, CPU).name == "at_step_20"

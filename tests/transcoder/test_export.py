@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import whole_folder
 from common.settings import ROOT, Settings
 from tests.evaluate.fakes import random_coder
-from tests.transcoder.test_formats import layers, made
+from tests.transcoder.test_formats import layers, tiny_transcoder
 from train import loop
 from transcoder import Transcoder
 from transcoder.export import FORMATS, export, export_set
@@ -32,32 +32,32 @@ def save_run(settings: Settings, transcoder: Transcoder) -> Path:
 @pytest.mark.parametrize("to", OTHERS)
 def test_a_run_trained_with_the_gain_is_exported_without_it(make_settings: Make, to: str) -> None:
     gain = [0.5, -2.0, 3.0, 0.0, 0.1]
-    own = made(input="mlp_in", input_hook="blocks.3.mlp.hook_in", gain=gain)
-    found = Transcoder.load(export(save_run(make_settings(), own), to))
+    own = tiny_transcoder(input="mlp_in", input_hook="blocks.3.mlp.hook_in", gain=gain)
+    exported = Transcoder.load(export(save_run(make_settings(), own), to))
     normalized = torch.randn(40, 5)
-    torch.testing.assert_close(found(normalized), own(normalized * torch.tensor(gain)))
-    assert found.metadata["source"]["input"] == "normalized"
+    torch.testing.assert_close(exported(normalized), own(normalized * torch.tensor(gain)))
+    assert exported.metadata["source"]["input"] == "normalized"
     if to == "saelens":
-        assert found.metadata["source"]["input_hook"] == "blocks.3.ln2.hook_normalized"
+        assert exported.metadata["source"]["input_hook"] == "blocks.3.ln2.hook_normalized"
 
 
 @pytest.mark.parametrize("to", OTHERS)
 def test_a_threshold_below_zero_is_exported_as_the_zero_that_it_acts_as(make_settings: Make, to: str) -> None:
     """Our own file may hold one, of a transcoder that was made elsewhere."""
-    own = replace(made(), thresholds=torch.tensor([0.1, 0.2, -0.3]))
-    found, x = Transcoder.load(export(save_run(make_settings(), own), to)), torch.randn(40, 5)
-    assert torch.equal(found.thresholds, torch.zeros(1, 11))
-    assert torch.equal(found.encode(x), own.encode(x))
+    own = replace(tiny_transcoder(), thresholds=torch.tensor([0.1, 0.2, -0.3]))
+    exported, x = Transcoder.load(export(save_run(make_settings(), own), to)), torch.randn(40, 5)
+    assert torch.equal(exported.thresholds, torch.zeros(1, 11))
+    assert torch.equal(exported.encode(x), own.encode(x))
 
 
 @pytest.mark.parametrize("to", OTHERS)
 def test_a_prefix_is_exported_beside_the_whole_and_again_replaces_it(make_settings: Make, to: str) -> None:
-    run_dir = save_run(make_settings(), made())
+    run_dir = save_run(make_settings(), tiny_transcoder())
     for _ in range(2):
         whole, narrow = export(run_dir, to), export(run_dir, to, prefix=0)
         assert Transcoder.load(whole).d_sae == 11
         assert Transcoder.load(narrow).d_sae == 2
-    save_run(make_settings(), made().prefix(1))
+    save_run(make_settings(), tiny_transcoder().prefix(1))
     assert Transcoder.load(export(run_dir, to)).d_sae == 5
     assert sorted(path.name for path in (run_dir / "export").iterdir()) == [to, f"{to}_prefix_0"]
     assert len(list((run_dir / "export" / to).rglob("*.npz"))) == (to == "gemma_scope")
@@ -65,7 +65,7 @@ def test_a_prefix_is_exported_beside_the_whole_and_again_replaces_it(make_settin
 
 def test_a_prefix_that_does_not_exist(make_settings: Make) -> None:
     with pytest.raises(InputError, match="has prefixes 0 to 2, found 3"):
-        export(save_run(make_settings(), made()), "saelens", prefix=3)
+        export(save_run(make_settings(), tiny_transcoder()), "saelens", prefix=3)
 
 
 def test_nothing_half_written_takes_the_place_of_an_export(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_circuit_tracers_set_is_every_layer_that_has_the_run(make_settings: Make
 @pytest.mark.parametrize("to", OTHERS)
 def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
     settings = make_settings().model_copy(update={"layers": (3,)})
-    save_run(settings, made())
+    save_run(settings, tiny_transcoder())
     options = ["--layer", "3", "--model.name", settings.model.name]
     options += ["--paths.checkpoints", str(settings.paths.checkpoints)]
 
@@ -117,23 +117,23 @@ def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
         command = [sys.executable, "-m", module, *options, *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    done = run("transcoder.export", "--run", settings.run, "--format", to, "--prefix", "2")
-    assert done.returncode == 0, done.stderr
-    folder = done.stdout.strip()
-    done = run("transcoder.import_", "--run", "theirs", "--from", folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("5 -> 11 latents -> 3\n")
-    assert "layer_3.zarr: not harvested yet" in done.stdout
-    found = Transcoder.load(settings.run_dir().with_name("theirs"))
-    assert torch.equal(found.W_enc, made().W_enc)
-    assert found.metadata["imported"]["from"] == folder
-    done = run("transcoder.import_", "--run", "theirs", "--from", folder)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "there already" in done.stderr
-    done = run("transcoder.export", "--run", "absent", "--format", to)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = run("transcoder.export", "--run", settings.run, "--format", "ae.pt")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    process = run("transcoder.export", "--run", settings.run, "--format", to, "--prefix", "2")
+    assert process.returncode == 0, process.stderr
+    folder = process.stdout.strip()
+    process = run("transcoder.import_", "--run", "theirs", "--from", folder)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("5 -> 11 latents -> 3\n")
+    assert "layer_3.zarr: not harvested yet" in process.stdout
+    imported = Transcoder.load(settings.run_dir().with_name("theirs"))
+    assert torch.equal(imported.W_enc, tiny_transcoder().W_enc)
+    assert imported.metadata["imported"]["from"] == folder
+    process = run("transcoder.import_", "--run", "theirs", "--from", folder)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    assert "there already" in process.stderr
+    process = run("transcoder.export", "--run", "absent", "--format", to)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    process = run("transcoder.export", "--run", settings.run, "--format", "ae.pt")
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
 
 
 def test_training_leaves_an_imported_transcoder_alone(make_settings: Make, store, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_what_was_imported_is_exported_where_its_layer_is_harvested(
         made_folder = export_set(settings)
     else:
         made_folder = export(settings.run_dir(), to)
-        own, found = Transcoder.load(settings.run_dir()), Transcoder.load(made_folder)
-        assert torch.equal(found.W_enc, own.W_enc)
+        own, exported = Transcoder.load(settings.run_dir()), Transcoder.load(made_folder)
+        assert torch.equal(exported.W_enc, own.W_enc)
     assert any(made_folder.iterdir())
     bare = make_settings(run="bare")
     gated = {"source": {"input": "mlp_in", "layer": 0}}
@@ -203,7 +203,7 @@ def test_a_finished_run_has_all_that_an_export_needs(make_settings: Make, store)
     own = Transcoder.load(settings.run_dir())
     inputs, _ = store.heldout.rows(0, 256)
     for to in OTHERS:
-        found = Transcoder.load(export(settings.run_dir(), to))
-        assert torch.equal(found(inputs), own(inputs))
-    assert found.prefix_ends == (64,)
+        exported = Transcoder.load(export(settings.run_dir(), to))
+        assert torch.equal(exported(inputs), own(inputs))
+    assert exported.prefix_ends == (64,)
     assert (export_set(settings) / "layer_0.safetensors").is_file()

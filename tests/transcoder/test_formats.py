@@ -29,7 +29,7 @@ SOURCE = {
 }
 
 
-def made(skip: bool = False, **source: object) -> Transcoder:
+def tiny_transcoder(skip: bool = False, **source: object) -> Transcoder:
     p = problem(skip=skip, dtype=torch.float32)
     metadata = {
         "source": SOURCE | source,
@@ -39,37 +39,40 @@ def made(skip: bool = False, **source: object) -> Transcoder:
     return Transcoder(p.parameters, torch.tensor([0.1, 0.2, 0.3]), (2, 5, 11), metadata)
 
 
-def same(found: Transcoder, expected: Transcoder) -> None:
+def same(actual: Transcoder, expected: Transcoder) -> None:
     """Bit-identical tensors; the threshold of each latent is the whole dictionary's."""
     for name, tensor in expected.parameters.named().items():
-        assert torch.equal(found.parameters.named()[name], tensor), name
-    assert found.parameters.named().keys() == expected.parameters.named().keys()
-    assert found.prefix_ends == (expected.d_sae,)
-    assert torch.equal(found.thresholds, torch.full((1, expected.d_sae), expected.threshold))
+        assert torch.equal(actual.parameters.named()[name], tensor), name
+    assert actual.parameters.named().keys() == expected.parameters.named().keys()
+    assert actual.prefix_ends == (expected.d_sae,)
+    assert torch.equal(actual.thresholds, torch.full((1, expected.d_sae), expected.threshold))
 
 
 @pytest.mark.parametrize("prefix", [None, 0, 1])
 @pytest.mark.parametrize("write", [saelens.write, gemma_scope.write])
 def test_what_is_written_is_what_is_read(tmp_path: Path, write, prefix: int | None) -> None:
-    own = made() if prefix is None else made().prefix(prefix)
+    own = tiny_transcoder() if prefix is None else tiny_transcoder().prefix(prefix)
     folder = write(tmp_path, *own.saved())
-    found = Transcoder.load(folder)
-    same(found, own)
+    loaded = Transcoder.load(folder)
+    same(loaded, own)
     x = problem(rows=50, dtype=torch.float32).x
-    assert torch.equal(found.encode(x), own.encode(x))
-    assert torch.equal(found(x), own(x))
-    assert found.metadata["source"]["input"] == "normalized"
+    assert torch.equal(loaded.encode(x), own.encode(x))
+    assert torch.equal(loaded(x), own(x))
+    assert loaded.metadata["source"]["input"] == "normalized"
 
 
 def test_gemma_scope_knows_no_l0_where_nothing_was_measured(tmp_path: Path) -> None:
-    tensors, metadata = made().saved()
+    tensors, metadata = tiny_transcoder().saved()
     for nothing in ({"heldout": {"rows": 0, "l0": [0.0] * 3}}, {"heldout": {}}):
         assert gemma_scope.write(tmp_path, tensors, metadata | nothing).name == "average_l0_unknown"
 
 
 def test_gemma_scope_puts_layer_width_and_l0_into_the_path(tmp_path: Path) -> None:
-    assert gemma_scope.write(tmp_path, *made().saved()) == tmp_path / "layer_3" / "width_11" / "average_l0_3"
-    narrow = gemma_scope.write(tmp_path, *made().prefix(1).saved())
+    assert (
+        gemma_scope.write(tmp_path, *tiny_transcoder().saved())
+        == tmp_path / "layer_3" / "width_11" / "average_l0_3"
+    )
+    narrow = gemma_scope.write(tmp_path, *tiny_transcoder().prefix(1).saved())
     assert narrow.relative_to(tmp_path).parts[1:] == ("width_5", "average_l0_3")
     arrays = np.load(narrow / "params.npz", allow_pickle=False)
     assert {name: (array.shape, array.dtype.name) for name, array in arrays.items()} == {
@@ -82,8 +85,8 @@ def test_gemma_scope_puts_layer_width_and_l0_into_the_path(tmp_path: Path) -> No
 
 
 def test_saelens_keeps_the_skip_connection_and_says_where_it_belongs(tmp_path: Path) -> None:
-    folder = saelens.write(tmp_path, *made(skip=True).saved())
-    same(Transcoder.load(folder), made(skip=True))
+    folder = saelens.write(tmp_path, *tiny_transcoder(skip=True).saved())
+    same(Transcoder.load(folder), tiny_transcoder(skip=True))
     config = json.loads((folder / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu_skip_transcoder"
     assert (config["d_in"], config["d_sae"], config["d_out"], config["dtype"]) == (5, 11, 3, "float32")
@@ -114,13 +117,16 @@ def test_saelens_keeps_the_skip_connection_and_says_where_it_belongs(tmp_path: P
 
 def test_gemma_scope_has_no_skip_connection(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has a skip connection, which the format has no place for"):
-        gemma_scope.write(tmp_path, *made(skip=True).saved())
+        gemma_scope.write(tmp_path, *tiny_transcoder(skip=True).saved())
     assert not list(tmp_path.iterdir())
 
 
 def layers(*numbers: int, **changes: object) -> list[Transcoder]:
     hooks = {"input_hook": "blocks.{}.ln2.hook_normalized", "output_hook": "blocks.{}.hook_mlp_out"}
-    return [made(layer=n, **{key: hook.format(n) for key, hook in hooks.items()}, **changes) for n in numbers]
+    return [
+        tiny_transcoder(layer=n, **{key: hook.format(n) for key, hook in hooks.items()}, **changes)
+        for n in numbers
+    ]
 
 
 def test_circuit_tracer_is_one_file_per_layer_and_a_config(tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_circuit_tracer_is_one_file_per_layer_and_a_config(tmp_path: Path) -> No
         'feature_output_hook: "hook_mlp_out"\n'
         'scan: "tiny/demo"\n'
     )
-    own = made()
+    own = tiny_transcoder()
     for layer in range(5):
         stored = load_file(tmp_path / f"layer_{layer}.safetensors")
         assert stored.keys() == {"W_enc", "b_enc", "W_dec", "b_dec", "activation_function.threshold"}
@@ -173,14 +179,14 @@ def test_circuit_tracer_takes_layers_from_0_on_request_and_refuses_a_mixture(tmp
 
 
 def test_a_threshold_below_zero_is_zero_after_their_relu(tmp_path: Path) -> None:
-    own = replace(made(), thresholds=torch.linspace(-1, 1, 11)[None], prefix_ends=(11,))
+    own = replace(tiny_transcoder(), thresholds=torch.linspace(-1, 1, 11)[None], prefix_ends=(11,))
     for write in (saelens.write, gemma_scope.write):
-        found = Transcoder.load(write(tmp_path / write.__module__, *own.saved()))
-        assert torch.equal(found.thresholds, own.thresholds.clamp_min(0))
+        loaded = Transcoder.load(write(tmp_path / write.__module__, *own.saved()))
+        assert torch.equal(loaded.thresholds, own.thresholds.clamp_min(0))
 
 
 def test_relu_transcoders_of_saelens_have_a_threshold_of_zero(tmp_path: Path) -> None:
-    folder = saelens.write(tmp_path, *made().saved())
+    folder = saelens.write(tmp_path, *tiny_transcoder().saved())
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | {"architecture": "transcoder"}))
     stored = load_file(folder / "sae_weights.safetensors")
@@ -188,23 +194,23 @@ def test_relu_transcoders_of_saelens_have_a_threshold_of_zero(tmp_path: Path) ->
     save_file(
         {name: tensor.bfloat16() for name, tensor in stored.items()}, folder / "sae_weights.safetensors"
     )
-    found = Transcoder.load(folder)
-    assert not found.thresholds.any()
-    assert torch.equal(found.W_enc, made().W_enc.bfloat16().float())
+    loaded = Transcoder.load(folder)
+    assert not loaded.thresholds.any()
+    assert torch.equal(loaded.W_enc, tiny_transcoder().W_enc.bfloat16().float())
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_thresholds_of_each_latent_survive_our_own_file_and_prefixes(tmp_path: Path, skip: bool) -> None:
-    own = replace(made(skip), thresholds=torch.rand(3, 11))
+    own = replace(tiny_transcoder(skip), thresholds=torch.rand(3, 11))
     own.save(tmp_path)
-    found, x = Transcoder.load(tmp_path), problem(rows=40, dtype=torch.float32).x
-    assert torch.equal(found.thresholds, own.thresholds)
+    loaded, x = Transcoder.load(tmp_path), problem(rows=40, dtype=torch.float32).x
+    assert torch.equal(loaded.thresholds, own.thresholds)
     pre = own.pre_activations(x)
-    torch.testing.assert_close(found.encode(x), torch.where(pre > own.thresholds[-1], pre, 0.0))
+    torch.testing.assert_close(loaded.encode(x), torch.where(pre > own.thresholds[-1], pre, 0.0))
     low, high = own.thresholds[-1].min(), own.thresholds[-1].max()
-    assert f"threshold {low:.3g} to {high:.3g}" in repr(found)
-    assert f"<td>{own.thresholds[0].min():.3g} to {own.thresholds[0].max():.3g}</td>" in found._repr_html_()
-    narrow = found.prefix(1)
+    assert f"threshold {low:.3g} to {high:.3g}" in repr(loaded)
+    assert f"<td>{own.thresholds[0].min():.3g} to {own.thresholds[0].max():.3g}</td>" in loaded._repr_html_()
+    narrow = loaded.prefix(1)
     torch.testing.assert_close(narrow.encode(x), torch.where(pre > own.thresholds[1], pre, 0.0)[:, :5])
 
 
@@ -224,7 +230,7 @@ def change_npz(folder: Path, **changes: np.ndarray | None) -> None:
     ],
 )
 def test_a_damaged_npz_is_named(tmp_path: Path, changes: dict, message: str) -> None:
-    folder = gemma_scope.write(tmp_path, *made().saved())
+    folder = gemma_scope.write(tmp_path, *tiny_transcoder().saved())
     change_npz(folder, **changes)
     with pytest.raises(InputError, match=message) as caught:
         Transcoder.load(folder)
@@ -232,7 +238,7 @@ def test_a_damaged_npz_is_named(tmp_path: Path, changes: dict, message: str) -> 
 
 
 def test_a_truncated_npz_is_named(tmp_path: Path) -> None:
-    file = gemma_scope.write(tmp_path, *made().saved()) / "params.npz"
+    file = gemma_scope.write(tmp_path, *tiny_transcoder().saved()) / "params.npz"
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(InputError, match="not a readable"):
         Transcoder.load(file)
@@ -255,7 +261,7 @@ def test_a_truncated_npz_is_named(tmp_path: Path) -> None:
 def test_a_saelens_configuration_we_cannot_honour_is_named(
     tmp_path: Path, changes: dict, message: str
 ) -> None:
-    folder = saelens.write(tmp_path, *made().saved())
+    folder = saelens.write(tmp_path, *tiny_transcoder().saved())
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(config | changes))
     with pytest.raises(InputError, match=message):
@@ -289,7 +295,7 @@ def test_layers_of_a_set_are_alike_by_the_weights_digest_and_not_by_name(tmp_pat
 
 
 def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:
-    folder = gemma_scope.write(tmp_path, *made().saved())
+    folder = gemma_scope.write(tmp_path, *tiny_transcoder().saved())
     hooks = {"input_hook": "blocks.3.ln2.hook_normalized", "output_hook": "blocks.3.hook_mlp_out"}
     assert Transcoder.load(folder).metadata["source"] == {"input": "normalized", "layer": 3, **hooks}
     moved = (folder / "params.npz").rename(tmp_path / "params.npz")
@@ -297,6 +303,6 @@ def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:
 
 
 def test_saelens_keeps_the_digest_of_the_language_models_weights(tmp_path: Path) -> None:
-    folder = saelens.write(tmp_path, *made(weights_sha256="a" * 64).saved())
+    folder = saelens.write(tmp_path, *tiny_transcoder(weights_sha256="a" * 64).saved())
     for path in (folder, folder / "cfg.json", folder / "sae_weights.safetensors"):
         assert Transcoder.load(path).metadata["source"]["weights_sha256"] == "a" * 64

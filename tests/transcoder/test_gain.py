@@ -21,16 +21,16 @@ from transcoder.gain import bind, convert
 GAIN = [0.5, -2.0, 3.0, 1.0, 0.1]
 
 
-def made(found: str, dtype: torch.dtype = torch.float32) -> Transcoder:
+def with_convention(convention: str, dtype: torch.dtype = torch.float32) -> Transcoder:
     p = problem(skip=True, dtype=dtype)
-    return Transcoder(p.parameters, torch.tensor([0.1]), (11,), {"source": {"input": found, "layer": 7}})
+    return Transcoder(p.parameters, torch.tensor([0.1]), (11,), {"source": {"input": convention, "layer": 7}})
 
 
 @pytest.mark.parametrize("bias", [None, [0.3, -1.0, 0.0, 2.0, 5.0]])
 @pytest.mark.parametrize("wanted", ["normalized", "mlp_in"])
 def test_both_directions_are_the_same_function(wanted: str, bias: list[float] | None) -> None:
-    found = "mlp_in" if wanted == "normalized" else "normalized"
-    own, x = made(found, torch.float64), problem(rows=30, dtype=torch.float64).x
+    convention = "mlp_in" if wanted == "normalized" else "normalized"
+    own, x = with_convention(convention, torch.float64), problem(rows=30, dtype=torch.float64).x
     gain, shift = (torch.tensor(values, dtype=torch.float64) for values in (GAIN, bias or [0.0] * 5))
     fed = (x - shift) / gain if wanted == "normalized" else x * gain + shift
     other = convert(own, wanted, {"gain": GAIN, "gain_bias": bias}, "x")
@@ -38,11 +38,11 @@ def test_both_directions_are_the_same_function(wanted: str, bias: list[float] | 
     torch.testing.assert_close(other(fed), own(x))
     hook = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}[wanted]
     assert other.metadata["source"] == {"input": wanted, "layer": 7, "input_hook": f"blocks.7.{hook}"}
-    assert own.metadata["source"]["input"] == found
+    assert own.metadata["source"]["input"] == convention
 
 
 def test_powers_of_two_are_exact_and_nothing_changes_where_nothing_has_to() -> None:
-    own, norm = made("mlp_in"), {"gain": [0.5, 2.0, 4.0, 1.0, -0.25]}
+    own, norm = with_convention("mlp_in"), {"gain": [0.5, 2.0, 4.0, 1.0, -0.25]}
     there = convert(own, "normalized", norm, "x")
     back = convert(there, "mlp_in", norm, "x")
     assert torch.equal(there.W_enc, own.W_enc * torch.tensor(norm["gain"]))
@@ -53,10 +53,10 @@ def test_powers_of_two_are_exact_and_nothing_changes_where_nothing_has_to() -> N
 
 def test_a_gain_of_zero_is_refused_unless_nothing_is_read_there() -> None:
     norm = {"gain": [1.0, 0.0, 1.0, 1.0, 0.0]}
-    assert not convert(made("mlp_in"), "normalized", norm, "x").W_enc[:, 1].any()
+    assert not convert(with_convention("mlp_in"), "normalized", norm, "x").W_enc[:, 1].any()
     with pytest.raises(InputError, match=r"that\.npz: .*the gain of dimension 1 is zero"):
-        convert(made("normalized"), "mlp_in", norm, "that.npz")
-    own = made("normalized")
+        convert(with_convention("normalized"), "mlp_in", norm, "that.npz")
+    own = with_convention("normalized")
     blind = replace(own.parameters, W_enc=own.W_enc * torch.tensor(norm["gain"]))
     with pytest.raises(InputError, match="dimension 1 is zero"):  # W_skip still reads there
         convert(replace(own, parameters=blind), "mlp_in", norm, "x")
@@ -69,7 +69,7 @@ def test_a_transcoder_of_unknown_convention_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"expected source\.input to be one of normalized, mlp_in, found None"
     ):
-        convert(replace(made("mlp_in"), metadata={}), "normalized", {"gain": GAIN}, "x")
+        convert(replace(with_convention("mlp_in"), metadata={}), "normalized", {"gain": GAIN}, "x")
 
 
 HOOKS = {"input_hook": "blocks.0.ln2.hook_normalized", "output_hook": "blocks.0.hook_mlp_out"}
@@ -131,7 +131,7 @@ def test_widths_are_refused_even_on_purpose(store: Store) -> None:
 def test_binding_converts_the_gain(tmp_path: Path) -> None:
     gain, rows = [2.0, 0.5, -1.0, 4.0, 1.0], tuple(np.ones((40, d), np.float32) for d in (5, 3))
     store = make_store(tmp_path / "s.zarr", rows, rows, gain=gain)
-    own = replace(made("mlp_in"), metadata={"source": {"input": "mlp_in", "layer": 0}})
+    own = replace(with_convention("mlp_in"), metadata={"source": {"input": "mlp_in", "layer": 0}})
     bound = bind(own, store)
     assert torch.equal(bound.W_enc, own.W_enc * torch.tensor(gain))
     assert bind(bound, store) is bound  # a second time nothing is left to convert
@@ -153,9 +153,9 @@ def test_a_run_does_not_start_from_another_layer_unless_on_purpose(
     other = make_settings(run="other")
     from_layer_1 = random_coder(12, 10, (8, 24, 64), layer=1)
     from_layer_1.save(other.run_dir())
-    asked = {"train__init_from": str(other.run_dir()), "train__rows": 64 * 4}
+    changes = {"train__init_from": str(other.run_dir()), "train__rows": 64 * 4}
     with pytest.raises(
         InputError, match=r"init_from: .*it is of layer 1, there 0; .*--train\.init_mismatch true"
     ):
-        train(make_settings(run="b", **asked), store)
-    assert train(make_settings(run="b", **asked, train__init_mismatch=True), store).d_sae == 64
+        train(make_settings(run="b", **changes), store)
+    assert train(make_settings(run="b", **changes, train__init_mismatch=True), store).d_sae == 64

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from common.errors import InputError
 from common.settings import Settings, validated
 from harvest.embedded import MODELS
-from tests.transcoder.test_formats import layers, made
+from tests.transcoder.test_formats import layers, tiny_transcoder
 from transcoder import Transcoder
 from transcoder.export import FORMATS, export, export_set
 from transcoder.public import LOADED_AS, public_name, published
@@ -51,7 +51,7 @@ def model_in(folder: Path, name_or_path: object = None) -> Path:
         ("{tmp}/hub/models--google--gemma-2-2b/snapshots/0a1b", "google/gemma-2-2b"),
     ],
 )
-def test_the_name_of_a_model(
+def test_a_model_is_published_under_its_hub_name_or_its_last_part(
     model: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def private(root: Path, **source: object) -> Transcoder:
         "files": {"secret/b.txt": "0" * 64},
         **source,
     }
-    own = made(**named)
+    own = tiny_transcoder(**named)
     return replace(
         own, metadata=own.metadata | {"settings": settings, "imported": {"from": str(root / "theirs")}}
     )
@@ -116,7 +116,7 @@ def test_nothing_of_this_machine_is_left(tmp_path: Path) -> None:
 def test_what_is_public_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings.model_validate({"train": {"init_from": "hf://me/first"}}).model_dump(mode="json")
-    metadata = made().metadata | {"settings": settings, "git_commit": "abc+"}
+    metadata = tiny_transcoder().metadata | {"settings": settings, "git_commit": "abc+"}
     seen = published(metadata)
     del settings["paths"]
     assert seen == metadata | {
@@ -129,7 +129,10 @@ def test_a_name_that_was_given_is_the_name(tmp_path: Path) -> None:
     assert published(metadata, "me/mine")["source"]["model"] == "me/mine"
     metadata["settings"]["model"]["public_name"] = "me/saved"
     assert published(metadata)["source"]["model"] == "me/saved"
-    assert published(made().metadata | {"public_name": "as trained"})["source"]["model"] == "as trained"
+    assert (
+        published(tiny_transcoder().metadata | {"public_name": "as trained"})["source"]["model"]
+        == "as trained"
+    )
     with pytest.raises(
         InputError, match=r"model\.public_name: expected a name or owner/name, .* found '/home/me/x'"
     ):

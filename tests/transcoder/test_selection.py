@@ -57,6 +57,6 @@ def test_per_row_topk_is_exact_and_keeps_ties(seed: int, rows: int, width: int, 
     assert float(cut) == (float(entries.values.min()) if len(entries.values) else 0.0)
 
 
-def test_kth_largest() -> None:
+def test_kth_largest_counts_equal_values() -> None:
     values = torch.tensor([3.0, 1.0, 2.0, 2.0])
     assert [float(kth_largest(values, k)) for k in (1, 2, 3, 4)] == [3, 2, 2, 1]

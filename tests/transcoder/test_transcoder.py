@@ -15,7 +15,7 @@ from train.recipe import initialise
 from transcoder import Transcoder
 
 
-def made(skip: bool = False) -> Transcoder:
+def tiny_transcoder(skip: bool = False) -> Transcoder:
     p = problem(skip=skip, dtype=torch.float32)
     return Transcoder(p.parameters, torch.tensor([0.1, 0.2, 0.3]), (2, 5, 11), {"harvest_fingerprint": "f"})
 
@@ -51,7 +51,7 @@ def test_folding_takes_the_mean_and_any_scale_along(skip: bool) -> None:
 
 
 def test_encode_keeps_what_is_above_the_threshold() -> None:
-    t, x = made(), problem(rows=20, dtype=torch.float32).x
+    t, x = tiny_transcoder(), problem(rows=20, dtype=torch.float32).x
     pre, acts = t.pre_activations(x), t.encode(x)
     assert torch.equal(acts, torch.where(pre > t.threshold, pre, 0.0))
     assert 0 < int((acts > 0).sum()) < acts.numel()
@@ -59,14 +59,14 @@ def test_encode_keeps_what_is_above_the_threshold() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_call_is_decode_of_encode_plus_skip(skip: bool) -> None:
-    t, x = made(skip), problem(rows=20, dtype=torch.float32).x
+    t, x = tiny_transcoder(skip), problem(rows=20, dtype=torch.float32).x
     expected = t.encode(x) @ t.W_dec + t.b_dec + (x @ t.W_skip.T if skip else 0)
     torch.testing.assert_close(t(x), expected)
     assert t(x[:0]).shape == (0, 3)
 
 
 def test_a_prefix_is_a_complete_transcoder() -> None:
-    t, x = made(), problem(rows=20, dtype=torch.float32).x
+    t, x = tiny_transcoder(), problem(rows=20, dtype=torch.float32).x
     narrow = t.prefix(1)
     assert (narrow.d_sae, narrow.prefix_ends, narrow.threshold) == (5, (2, 5), pytest.approx(0.2))
     pre = t.pre_activations(x)[:, :5]
@@ -76,7 +76,7 @@ def test_a_prefix_is_a_complete_transcoder() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_file_gives_back_what_was_saved(tmp_path: Path, skip: bool) -> None:
-    t = made(skip)
+    t = tiny_transcoder(skip)
     t.save(tmp_path)
     for path in (tmp_path, tmp_path / "transcoder.safetensors"):
         again = Transcoder.load(path)
@@ -98,7 +98,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path, skip: bool) -> None:
 )
 def test_a_wrong_tensor_is_named(tmp_path: Path, change: dict, message: str) -> None:
     file = tmp_path / "transcoder.safetensors"
-    made().save(file)
+    tiny_transcoder().save(file)
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -122,7 +122,7 @@ def test_what_is_no_transcoder_is_refused(tmp_path: Path) -> None:
         Transcoder.load(file)
 
 
-def test_first_values() -> None:
+def test_initial_values_have_the_right_mean_norm_and_spread() -> None:
     mean = torch.tensor([1.0, -2.0, 3.0])
     first = initialise(400, 50, mean, skip=True, seed=1)
     torch.testing.assert_close(first.W_dec.norm(dim=1), torch.ones(50))
@@ -140,7 +140,7 @@ def test_first_values() -> None:
 @pytest.mark.parametrize("shape", [(5,), (20, 5), (4, 5, 5), (2, 2, 5, 5), (0, 5), (3, 0, 5)])
 def test_any_leading_shape_and_floating_dtype(shape: tuple[int, ...], dtype: torch.dtype, skip: bool) -> None:
     """As activations come out of a model's cache: the same rows one by one, in float32."""
-    t = made(skip)
+    t = tiny_transcoder(skip)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows = x.reshape(-1, 5).float()
     acts, outputs = t.encode(x), t(x)
@@ -156,7 +156,7 @@ def test_any_leading_shape_and_floating_dtype(shape: tuple[int, ...], dtype: tor
 
 
 def test_views_that_are_not_contiguous_and_a_gradient() -> None:
-    t = made(skip=True)
+    t = tiny_transcoder(skip=True)
     x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0)).permute(2, 1, 0).requires_grad_()
     t(x).sum().backward()
     t.encode(x[:, ::2]).sum().backward()
@@ -167,9 +167,9 @@ def test_views_that_are_not_contiguous_and_a_gradient() -> None:
 @pytest.mark.parametrize("call", [Transcoder.encode, Transcoder.__call__, Transcoder.pre_activations])
 def test_what_is_no_input_is_refused(call) -> None:
     with pytest.raises(InputError, match=r"inputs: expected floats \[\.\.\., 5\], found float32 \[4, 3\]"):
-        call(made(), torch.zeros(4, 3))
+        call(tiny_transcoder(), torch.zeros(4, 3))
     with pytest.raises(InputError, match=r"acts: expected floats \[\.\.\., 11\], found float32 \[4, 5\]"):
-        made().decode(torch.zeros(4, 5))
+        tiny_transcoder().decode(torch.zeros(4, 5))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
@@ -177,8 +177,8 @@ def test_the_umask_says_who_reads_the_weights(umask: int, tmp_path: Path) -> Non
     """safetensors makes files of mode 0600, which a colleague, a web server or a container's user cannot read."""
     old = os.umask(umask)
     try:
-        made().save(tmp_path / "run")
-        made().save(tmp_path / "run")  # over a file that is there
+        tiny_transcoder().save(tmp_path / "run")
+        tiny_transcoder().save(tmp_path / "run")  # over a file that is there
     finally:
         os.umask(old)
     files = list((tmp_path / "run").iterdir())

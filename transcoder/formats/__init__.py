@@ -45,12 +45,12 @@ def weights_file(path: Path) -> Path:
     """The file of weights in a directory, or `path` itself; raises `InputError` when there is none."""
     path = path.parent if path.name == saelens.CONFIG_NAME else path
     files = [path / name for name in READERS] if path.is_dir() else [path]
-    found = next((file for file in files if file.is_file()), None)
-    if found is not None and found.suffix in PICKLES:
+    weights_path = next((file for file in files if file.is_file()), None)
+    if weights_path is not None and weights_path.suffix in PICKLES:
         raise InputError(
-            f"{found}: a pickle, which is not read; save its tensors as SAELens' or Gemma Scope's files"
+            f"{weights_path}: a pickle, which is not read; save its tensors as SAELens' or Gemma Scope's files"
         )
-    if found is None:
+    if weights_path is None:
         if (path / "settings.json").is_file():
             raise InputError(
                 f"{path}: interrupted, or still training: the weights are written at the end; the same make train goes "
@@ -62,7 +62,7 @@ def weights_file(path: Path) -> Path:
             f"{path}: no transcoder here; expected {weights.FILE_NAME} (a run of ours), {gemma_scope.FILE_NAME} "
             f"(Gemma Scope) or {saelens.FILE_NAME} (SAELens)"
         )
-    return found
+    return weights_path
 
 
 def read(path: Path) -> Saved:

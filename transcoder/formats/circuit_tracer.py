@@ -49,8 +49,8 @@ def write(
     return folder
 
 
-def _check_layers(found: list[int], n_layers: int) -> None:
-    missing = [layer for layer in range(n_layers) if layer not in found]
+def _check_layers(layers: list[int], n_layers: int) -> None:
+    missing = [layer for layer in range(n_layers) if layer not in layers]
     if missing:
         raise InputError(
             f"circuit_tracer: needs a run of every layer from 0 to {n_layers - 1}, one width; missing "
@@ -73,12 +73,12 @@ def _check_alike(numbered: Mapping[int, tuple[Mapping[str, Tensor], Mapping[str,
 
     kinds = {layer: kind(*saved) for layer, saved in sorted(numbered.items())}
     first, expected = next(iter(kinds.items()))
-    for layer, found in kinds.items():
+    for layer, properties in kinds.items():
         for key, value in expected.items():
-            if found[key] != value:
+            if properties[key] != value:
                 raise InputError(
                     f"circuit_tracer: all layers must be alike; {key}: layer {first} has {value}, layer {layer} has "
-                    f"{found[key]}"
+                    f"{properties[key]}"
                 )
 
 

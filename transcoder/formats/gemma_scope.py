@@ -57,10 +57,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _layer(path: Path) -> dict[str, Any]:
     """Layer and hooks, by Gemma Scope's directories: layer_17/width_16k/average_l0_12/params.npz."""
-    found = re.search(r"layer_(\d+)/width_[^/]+/average_l0_[^/]+/[^/]+$", path.absolute().as_posix())
-    if found is None:
+    match = re.search(r"layer_(\d+)/width_[^/]+/average_l0_[^/]+/[^/]+$", path.absolute().as_posix())
+    if match is None:
         return {}
-    layer = int(found[1])
+    layer = int(match[1])
     input_hook, output_hook = hooks_of(layer, "normalized")
     return {"layer": layer, "input_hook": input_hook, "output_hook": output_hook}
 
@@ -88,7 +88,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
         "b_dec": tensors["b_dec"],
         "threshold": weights.threshold_of_each(tensors),
     }
-    made = io.BytesIO()
-    np.savez(made, **{name: tensor.numpy() for name, tensor in arrays.items()})
-    write_whole(where / FILE_NAME, made.getvalue())
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: tensor.numpy() for name, tensor in arrays.items()})
+    write_whole(where / FILE_NAME, buffer.getvalue())
     return where

@@ -17,10 +17,10 @@ def linear_rows(n: int, noise: float, seed: int = 0) -> Rows:
 def test_an_exactly_linear_map_is_found() -> None:
     linear = fit_ridge(linear_rows(3000, 0.0))
     fresh = linear_rows(500, 0.0, seed=1)
-    made = Baselines(linear)
-    made.add(fresh.inputs, fresh.outputs)
+    baselines = Baselines(linear)
+    baselines.add(fresh.inputs, fresh.outputs)
     deviation = float((fresh.outputs.double() - fresh.outputs.double().mean(0)).square().sum())
-    result = made.result(deviation)
+    result = baselines.result(deviation)
     assert result.linear.fvu < 1e-9
     assert result.mean.fvu == pytest.approx(1.0, abs=0.02)
     assert result.linear.fit_rows == 2400

@@ -22,10 +22,10 @@ from tests.evaluate.runs import ENDS, make_run, settings_of
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("catalogue")
-    make_run(made)
-    evaluate(settings_of(made), ce_tokens=0)
-    return made
+    folder = tmp_path_factory.mktemp("catalogue")
+    make_run(folder)
+    evaluate(settings_of(folder), ce_tokens=0)
+    return folder
 
 
 def test_latents_safetensors_equals_dense_activations(root: Path) -> None:
@@ -52,7 +52,7 @@ def test_latents_safetensors_equals_dense_activations(root: Path) -> None:
         assert columns["top_tokens"][f, 0] == weights.argmax()
 
 
-def test_groups_add_up(root: Path) -> None:
+def test_the_groups_add_up_to_the_full_dictionary(root: Path) -> None:
     settings = settings_of(root)
     store = Store.open(settings.store_path(0))
     coder = read(settings.run_dir(), store)
@@ -69,19 +69,19 @@ def small() -> Catalogue:
 
 
 def test_a_group_without_living_latents_has_no_medians() -> None:
-    made = small()
-    made.firings[made.group == 1] = 0
-    dead = group_summaries(made, [4, 12, 28, 64])[1]
+    catalogue = small()
+    catalogue.firings[catalogue.group == 1] = 0
+    dead = group_summaries(catalogue, [4, 12, 28, 64])[1]
     assert dead.alive == 0
     assert dead.dead_fraction == 1.0
     assert dead.median_entropy_bits is None
 
 
 def test_splitting_names_each_pair_once_best_first() -> None:
-    made = small()
-    made.twins.latents[:, 0] = np.arange(64) ^ 1
-    made.twins.scores[:, 0] = np.repeat(np.linspace(0, 1, 32), 2)
-    pairs = splitting(made, n=10)
+    catalogue = small()
+    catalogue.twins.latents[:, 0] = np.arange(64) ^ 1
+    catalogue.twins.scores[:, 0] = np.repeat(np.linspace(0, 1, 32), 2)
+    pairs = splitting(catalogue, n=10)
     assert pairs[0].written() == {"latents": [62, 63], "jaccard": 1.0}
     assert len({tuple(pair.latents) for pair in pairs}) == 10
     assert [pair.jaccard for pair in pairs] == sorted((pair.jaccard for pair in pairs), reverse=True)
@@ -96,12 +96,12 @@ def unpack(packed: dict) -> np.ndarray:
 @pytest.mark.parametrize("reading", [1, 1000])
 def test_every_sample_finds_its_own_text(root: Path, reading: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_data, "READ", reading)
-    made, length = small(), 50
+    catalogue, length = small(), 50
     contexts = np.random.default_rng(0).integers(2, 90, (9, length)).astype(np.int32)
     text = TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path)
-    data = page_data.page_data(made, contexts, text)
+    data = page_data.page_data(catalogue, contexts, text)
     columns = {name: unpack(values) for name, values in data["columns"].items()}
-    samples = made.samples
+    samples = catalogue.samples
     assert columns["sampleBounds"].tolist() == np.searchsorted(samples.latents, np.arange(65)).tolist()
     for s, place in enumerate(samples.places):
         context, position = divmod(int(place), length)
@@ -139,9 +139,9 @@ def test_a_page_that_would_be_too_large_shows_fewer_samples(
     limit: int, shown: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_data, "POOL_TOKENS", limit)
-    made = large_catalogue(64, n_contexts=90, length=50)
+    catalogue = large_catalogue(64, n_contexts=90, length=50)
     text = TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path)
-    data = page_data.page_data(made, np.full((90, 50), 5, np.int32), text)
+    data = page_data.page_data(catalogue, np.full((90, 50), 5, np.int32), text)
     columns = {name: unpack(each) for name, each in data["columns"].items()}
     assert set(np.diff(columns["sampleBounds"].astype(int)).tolist()) == {shown}
     assert len(columns["pool"]) <= limit or shown == 1
@@ -151,7 +151,7 @@ def test_strings_are_kept_once(root: Path) -> None:
     strings = Strings(TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path))
     numbers = strings.labels(np.array([[5, 6], [5, -1]], np.int32))
     assert numbers.tolist() == [[0, 1], [0, -1]]
-    assert strings.made == [" word3", " word4"]
+    assert strings.texts == [" word3", " word4"]
 
 
 def test_shapes_survive_packing() -> None:

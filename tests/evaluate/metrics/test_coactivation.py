@@ -17,7 +17,7 @@ def fire(seed: int, rows: int, latents: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cells", [1, 40, 1 << 22])
-def test_equals_brute_force(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twins_and_parents_equal_a_brute_force_count(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coactivation, "CELLS", cells)
     acts = fire(0, 300, 12)
     counter = Coactivation(12, 300)
@@ -55,7 +55,7 @@ def test_rare_latents_have_no_partners() -> None:
     assert (parents.latents == -1).all()
 
 
-def test_no_firing_at_all() -> None:
+def test_without_firings_all_scores_are_zero() -> None:
     counter = Coactivation(3, 10)
     counter.add(entries_above(torch.zeros(10, 3), 0.0))
     assert (counter.partners((1, 3))[0].scores == 0).all()

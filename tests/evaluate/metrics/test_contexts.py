@@ -141,7 +141,7 @@ def test_token_statistics_equal_brute_force(sampled) -> None:
         assert shares[f] == pytest.approx(activation[heaviest] / activation.sum())
 
 
-def test_nothing_fires() -> None:
+def test_latents_that_never_fire_have_no_samples_and_no_tokens() -> None:
     best = Best(3, 4)
     best.finish()
     samples = choose(best, best, T)

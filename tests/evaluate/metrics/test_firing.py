@@ -41,7 +41,7 @@ def test_limits_of_one_and_ten_percent_are_strict() -> None:
     assert firing.result().over_10_percent == 1
 
 
-def test_all_dead() -> None:
+def test_latents_that_never_fire_are_dead_and_have_no_means() -> None:
     firing = Firing(3)
     firing.add(entries_above(torch.zeros(5, 3), 0.0))
     result = firing.result()

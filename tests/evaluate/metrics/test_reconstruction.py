@@ -118,7 +118,7 @@ def test_l0_equals_numpy(counts: list[int], cut: int) -> None:
     assert result.l0_std == pytest.approx(np.std(counts), abs=1e-12)
 
 
-def test_no_active_latent_at_all() -> None:
+def test_rows_without_an_active_latent_count_as_zero() -> None:
     sparsity = Sparsity()
     sparsity.add(entries_of([0, 0, 0]))
     assert sparsity.result().written() == {

@@ -7,17 +7,19 @@ from evaluate.metrics.redundancy import decoder_similarity
 
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
-def test_equals_brute_force(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redundancy_equals_a_brute_force_count(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redundancy, "BLOCK", block)
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(23, 3, generator=draw) * torch.rand(23, 1, generator=draw)
     summary, neighbours = decoder_similarity(W, (5, 12, 23), n_neighbours=4)
     unit = W.double().numpy() / np.linalg.norm(W.double().numpy(), axis=1, keepdims=True)
     cosine = unit @ unit.T
-    for made, end in zip(summary.prefixes, (5, 12, 23), strict=True):
+    for prefix, end in zip(summary.prefixes, (5, 12, 23), strict=True):
         close = sum(abs(cosine[i, j]) > 0.9 for i in range(end) for j in range(i))
         pairs = end * (end - 1) // 2
-        assert made.written() == pytest.approx({"pairs": pairs, "close_pairs": close, "share": close / pairs})
+        assert prefix.written() == pytest.approx(
+            {"pairs": pairs, "close_pairs": close, "share": close / pairs}
+        )
     assert summary.close_pairs > 0
     np.fill_diagonal(cosine, -2)
     order = np.argsort(-cosine, axis=1)[:, :4]

@@ -126,11 +126,11 @@ def test_a_replacement_is_what_a_hugging_face_hook_would_do(directory: Path) -> 
     with torch.inference_mode():
         clean = reference(labels).logits.double().log_softmax(-1)[:, :-1]
         last.register_forward_hook(write)
-        made = reference(labels, labels=labels)
-    spliced = made.logits.double().log_softmax(-1)[:, :-1]
+        result = reference(labels, labels=labels)
+    spliced = result.logits.double().log_softmax(-1)[:, :-1]
     kl = (clean.exp() * (clean - spliced)).sum(-1).mean()
     assert losses["constant"].cross_entropy / losses["constant"].positions == pytest.approx(
-        float(made.loss), abs=1e-4
+        float(result.loss), abs=1e-4
     )
     assert losses["constant"].divergence / losses["constant"].positions == pytest.approx(float(kl), rel=1e-3)
 

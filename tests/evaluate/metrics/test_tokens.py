@@ -18,15 +18,15 @@ def saved(tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 
 def byte_level(merges_from: list[str]) -> Tokenizer:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=270, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
     )
-    made.train_from_iterator(merges_from, trainer)
-    return made
+    tokenizer.train_from_iterator(merges_from, trainer)
+    return tokenizer
 
 
 def test_byte_level_text_comes_back_whole(tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not there (apt-get install chromium)")
     with playwright.sync_playwright() as running:
-        made = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield made
-        made.close()
+        chromium = running.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 class Opened:
@@ -99,9 +99,9 @@ class Opened:
 
 @pytest.fixture
 def opened(browser: Any, report: Path) -> Iterator[Opened]:
-    made = Opened(browser, report, place="#latents")
-    yield made
-    made.close()
+    page = Opened(browser, report, place="#latents")
+    yield page
+    page.close()
 
 
 def test_hostile_text_is_shown_and_never_run(opened: Opened) -> None:
@@ -139,8 +139,8 @@ def test_search_by_number_and_by_token(opened: Opened) -> None:
     assert opened.ids()[0] == 7
     page.fill("#search", "WORD59")
     opened.frame()
-    found = opened.ids()
-    assert 0 < len(found) < len(everything)
+    latents = opened.ids()
+    assert 0 < len(latents) < len(everything)
     page.fill("#search", "<script>")
     opened.frame()
     assert opened.ids()
@@ -152,7 +152,7 @@ def test_search_by_number_and_by_token(opened: Opened) -> None:
     assert opened.ids() == everything
 
 
-def test_sorting_and_reversing(opened: Opened) -> None:
+def test_the_list_sorts_by_number_and_by_firing_both_ways(opened: Opened) -> None:
     page = opened.page
     page.select_option("#sort", "number")
     assert opened.ids() == sorted(opened.ids())
@@ -191,7 +191,7 @@ def test_a_latent_shows_its_strongest_context_first(opened: Opened) -> None:
     assert opened.page.evaluate("location.hash").startswith(f"#latents/{opened.selected()}")
 
 
-def test_keys(opened: Opened) -> None:
+def test_keys_focus_the_search_and_move_the_selection(opened: Opened) -> None:
     page = opened.page
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "search"
@@ -212,29 +212,29 @@ def test_keys(opened: Opened) -> None:
 
 
 def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
-    made = Opened(browser, report, place="#latents/2/prefix-1")
-    assert made.selected() == 2
-    assert made.page.is_checked("#prefix input[value='1']")
-    before = made.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    made.page.click("#theme")
-    assert made.page.evaluate("getComputedStyle(document.body).backgroundColor") != before
-    made.close()
+    page = Opened(browser, report, place="#latents/2/prefix-1")
+    assert page.selected() == 2
+    assert page.page.is_checked("#prefix input[value='1']")
+    before = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.page.click("#theme")
+    assert page.page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.close()
 
 
 @pytest.mark.parametrize("place", ["", "#overview/prefix-0"])
 def test_the_page_opens_at_its_top(browser: Any, report: Path, place: str) -> None:
     """A place that is an element's id would be scrolled to once the page has loaded."""
-    made = Opened(browser, report, height=300, place=place)
-    made.page.wait_for_load_state("load")
-    made.frame()
-    assert made.page.evaluate("scrollY") == 0
-    assert made.page.is_visible("h1")
-    made.close()
+    page = Opened(browser, report, height=300, place=place)
+    page.page.wait_for_load_state("load")
+    page.frame()
+    assert page.page.evaluate("scrollY") == 0
+    assert page.page.is_visible("h1")
+    page.close()
 
 
-def test_phone_width(browser: Any, report: Path) -> None:
-    made = Opened(browser, report, width=360, height=740)
-    page = made.page
+def test_nothing_is_wider_than_a_phone(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, width=360, height=740)
+    page = opened.page
     for tab in ("overview", "nesting", "error", "about", "latents"):
         page.click(f"#tab-{tab}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
@@ -244,7 +244,7 @@ def test_phone_width(browser: Any, report: Path) -> None:
     assert page.is_visible(".lines .focus >> nth=0")
     page.click(".back")
     assert page.is_hidden("#detail")
-    made.close()
+    opened.close()
 
 
 def test_the_numbers_are_there_without_javascript(browser: Any, report: Path) -> None:
@@ -313,26 +313,26 @@ def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> N
     write_report(page, metrics, data, [])
     assert page.stat().st_size < 40e6
     started = time.monotonic()
-    made = Opened(browser, page, place="#latents")
-    made.page.wait_for_selector(".row")
-    made.page.wait_for_selector(".lines .focus")
+    opened = Opened(browser, page, place="#latents")
+    opened.page.wait_for_selector(".row")
+    opened.page.wait_for_selector(".lines .focus")
     print(f"page {page.stat().st_size / 1e6:.1f} MB, first latent after {time.monotonic() - started:.2f} s")
-    paint = made.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    paint = opened.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     assert paint < 2000
-    gaps = made.page.evaluate(
+    gaps = opened.page.evaluate(
         """async () => { const list = document.getElementById('list'), gaps = []; let last = performance.now();
         for (let i = 0; i < 60; i++) { list.scrollTop += 3000; await new Promise(requestAnimationFrame);
         const now = performance.now(); gaps.push(now - last); last = now; } return gaps; }"""
     )
     assert np.median(gaps) < 50
-    assert made.page.locator(".row").count() < 60
+    assert opened.page.locator(".row").count() < 60
     print(
         f"first paint {paint:.0f} ms, median frame while scrolling {np.median(gaps):.0f} ms, worst {max(gaps):.0f} ms"
     )
-    made.page.fill("#search", "word12")
-    made.frame()
-    assert made.ids()
-    made.close()
+    opened.page.fill("#search", "word12")
+    opened.frame()
+    assert opened.ids()
+    opened.close()
 
 
 def tokenizer_of(report: Path) -> Path:

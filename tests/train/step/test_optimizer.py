@@ -10,18 +10,18 @@ from train.step.optimizer import BETAS, DECAY, Adam, apply, clip_scale, group_ra
 from train.step.sparse import SparseStep
 
 
-def gradients_of(made: Problem) -> Gradients:
+def gradients_of(case: Problem) -> Gradients:
     with torch.no_grad():
-        return SparseStep(made.objective)(made.parameters, made.x, made.y, made.dead)[1]
+        return SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)[1]
 
 
 def reference(
-    made: Problem, lr: float, steps: int, clip_norm: float | None = None
+    case: Problem, lr: float, steps: int, clip_norm: float | None = None
 ) -> dict[str, torch.Tensor]:
     """The same steps with whole gradients, torch.optim.AdamW by group, and the constraint written plainly."""
-    named = {name: tensor.clone() for name, tensor in made.parameters.named().items()}
+    named = {name: tensor.clone() for name, tensor in case.parameters.named().items()}
     factors = {"b_enc": 5**0.5 / 2, "W_dec": 2.0}  # 5 inputs
-    ends = made.objective.prefix_ends
+    ends = case.objective.prefix_ends
     groups = list(zip((0, *ends[:-1]), ends, group_rates(ends), strict=True))
     parts, grads = [], []  # a parameter of its own for each group of each tensor
     for name, tensor in named.items():
@@ -33,8 +33,8 @@ def reference(
             parts.append({"params": [part], "lr": lr * factors.get(name, 1.0) * rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(parts, betas=BETAS)
     for _ in range(steps):
-        parameters = made.parameters.__class__(**named)
-        gradients = gradients_of(made._replace(parameters=parameters)).whole()
+        parameters = case.parameters.__class__(**named)
+        gradients = gradients_of(case._replace(parameters=parameters)).whole()
         W = named["W_dec"]
         gradients["W_dec"] -= (gradients["W_dec"] * W).sum(1, keepdim=True) * W
         for part, name, start, end in grads:
@@ -51,34 +51,34 @@ def test_steps_equal_torch_adamw_by_group_with_the_constraint(
     clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "LATENTS", 4)  # 11 latents: two whole blocks and a rest
-    made = problem(rows=20, n_dead=3, skip=True)
-    expected = reference(made, 1e-2, 5, clip_norm)
-    adam = Adam(made.parameters, made.objective.prefix_ends)
+    case = problem(rows=20, n_dead=3, skip=True)
+    expected = reference(case, 1e-2, 5, clip_norm)
+    adam = Adam(case.parameters, case.objective.prefix_ends)
     for _ in range(5):
         with torch.no_grad():
-            apply(adam, gradients_of(made), 1e-2, clip_norm)
-    for name, tensor in made.parameters.named().items():
+            apply(adam, gradients_of(case), 1e-2, clip_norm)
+    for name, tensor in case.parameters.named().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_decoder_rows_keep_unit_norm_whatever_the_rate() -> None:
-    made = problem(rows=20)
-    adam = Adam(made.parameters)
+    case = problem(rows=20)
+    adam = Adam(case.parameters)
     for _ in range(10):
         with torch.no_grad():
-            apply(adam, gradients_of(made), 0.5)
-    norms = made.parameters.W_dec.norm(dim=1)
+            apply(adam, gradients_of(case), 0.5)
+    norms = case.parameters.W_dec.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-12, atol=0)
 
 
 def test_clip_scale_by_hand() -> None:
-    made = problem(rows=20)
-    whole = gradients_of(made).whole()
-    W = made.parameters.W_dec
+    case = problem(rows=20)
+    whole = gradients_of(case).whole()
+    W = case.parameters.W_dec
     whole["W_dec"] -= (whole["W_dec"] * W).sum(1, keepdim=True) * W
     norm = float(sum(g.square().sum() for g in whole.values()) ** 0.5)
-    assert clip_scale(made.parameters, gradients_of(made), norm / 4) == pytest.approx(0.25)
-    assert clip_scale(made.parameters, gradients_of(made), norm * 4) == 1.0
+    assert clip_scale(case.parameters, gradients_of(case), norm / 4) == pytest.approx(0.25)
+    assert clip_scale(case.parameters, gradients_of(case), norm * 4) == 1.0
 
 
 def test_group_rates_by_hand() -> None:

@@ -16,15 +16,15 @@ from train.step.sparse import SparseStep
 from transcoder.transcoder import Parameters
 
 
-def run(step: type[DenseStep] | type[SparseStep], made: Problem) -> tuple[StepValues, dict[str, Tensor]]:
+def run(step: type[DenseStep] | type[SparseStep], case: Problem) -> tuple[StepValues, dict[str, Tensor]]:
     with torch.no_grad():
-        values, gradients = step(made.objective)(made.parameters, made.x, made.y, made.dead)
+        values, gradients = step(case.objective)(case.parameters, case.x, case.y, case.dead)
         along = torch.cat([block.along for block in gradients.blocks()])
         return values, gradients.whole() | {"along": along}
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 @st.composite
@@ -49,26 +49,26 @@ def sizes(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(sizes())
 def test_sparse_equals_dense_in_float64(chosen: dict[str, Any]) -> None:
-    made = problem(**chosen)
-    (dense, dense_gradients), (sparse, sparse_gradients) = run(DenseStep, made), run(SparseStep, made)
+    case = problem(**chosen)
+    (dense, dense_gradients), (sparse, sparse_gradients) = run(DenseStep, case), run(SparseStep, case)
     assert torch.equal(dense.entries.rows, sparse.entries.rows)
     assert torch.equal(dense.entries.latents, sparse.entries.latents)
     torch.testing.assert_close(sparse.loss, dense.loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sparse.aux_loss, dense.aux_loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(sparse.squared_errors, dense.squared_errors, rtol=1e-12, atol=1e-14)
-    assert set(sparse_gradients) == {*made.parameters.named(), "along"}
+    assert set(sparse_gradients) == {*case.parameters.named(), "along"}
     for name, gradient in dense_gradients.items():
         torch.testing.assert_close(sparse_gradients[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("selection", ["batch_topk", "topk"])
 def test_sparse_equals_dense_in_float32_over_several_blocks(selection: str) -> None:
-    made = problem(
+    case = problem(
         rows=301, d_in=65, d_out=33, prefix_ends=(64, 700, 1301), k=9, n_dead=130, aux_k=50, skip=True,
         selection=selection, dtype=torch.float32,
     )  # fmt: skip
-    (_, dense), (_, sparse) = run(DenseStep, made), run(SparseStep, made)
-    assert relative(dense["along"], (dense["W_dec"] * made.parameters.W_dec).sum(1)) < 1e-5
+    (_, dense), (_, sparse) = run(DenseStep, case), run(SparseStep, case)
+    assert relative(dense["along"], (dense["W_dec"] * case.parameters.W_dec).sum(1)) < 1e-5
     for name, gradient in dense.items():
         assert relative(sparse[name], gradient) < 1e-5, name
 
@@ -86,33 +86,33 @@ def test_buffers_of_an_earlier_step_leave_no_trace() -> None:
 
 @pytest.mark.parametrize("step", [DenseStep, SparseStep])
 def test_gradients_are_the_slopes_of_the_loss(step: type[DenseStep] | type[SparseStep]) -> None:
-    made = problem(rows=5, d_in=4, n_dead=5, skip=True)
-    _, gradients = run(step, made)
+    case = problem(rows=5, d_in=4, n_dead=5, skip=True)
+    _, gradients = run(step, case)
     generator = torch.Generator().manual_seed(0)
-    detached = run(DenseStep, made)[0]  # aux's target is detached: its slope is that of a fixed residual
+    detached = run(DenseStep, case)[0]  # aux's target is detached: its slope is that of a fixed residual
 
     def loss_at(parameters: Parameters) -> float:
-        y_hat, errors, start = parameters.b_dec + made.x @ parameters.W_skip.T, [], 0
-        pre = made.x @ parameters.W_enc.T + parameters.b_enc
+        y_hat, errors, start = parameters.b_dec + case.x @ parameters.W_skip.T, [], 0
+        pre = case.x @ parameters.W_enc.T + parameters.b_enc
         acts = torch.zeros_like(pre)
         rows, latents = detached.entries.rows, detached.entries.latents
         acts[rows, latents] = pre[rows, latents]
-        for end in made.objective.prefix_ends:
+        for end in case.objective.prefix_ends:
             y_hat = y_hat + acts[:, start:end] @ parameters.W_dec[start:end]
-            errors.append(((y_hat - made.y) ** 2).mean())
+            errors.append(((y_hat - case.y) ** 2).mean())
             start = end
-        l2 = sum(w * e for w, e in zip(made.objective.prefix_weights, errors, strict=True))
-        d = made.dead
+        l2 = sum(w * e for w, e in zip(case.objective.prefix_weights, errors, strict=True))
+        d = case.dead
         aux = aux_loss(
-            made.x, residual, parameters.W_enc[d], parameters.b_enc[d], parameters.W_dec[d],
-            aux_k=made.objective.aux_k, coefficient=made.objective.aux_coefficient,
+            case.x, residual, parameters.W_enc[d], parameters.b_enc[d], parameters.W_dec[d],
+            aux_k=case.objective.aux_k, coefficient=case.objective.aux_coefficient,
         )  # fmt: skip
         return float(l2 + aux)
 
-    p = made.parameters
+    p = case.parameters
     acts = torch.zeros(5, 11, dtype=torch.float64)
     acts[detached.entries.rows, detached.entries.latents] = detached.entries.values
-    residual = made.y - (acts @ p.W_dec + p.b_dec + made.x @ p.W_skip.T)
+    residual = case.y - (acts @ p.W_dec + p.b_dec + case.x @ p.W_skip.T)
     assert loss_at(p) == pytest.approx(float(detached.loss), rel=1e-12)
     for name, tensor in p.named().items():
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
@@ -125,14 +125,14 @@ def test_gradients_are_the_slopes_of_the_loss(step: type[DenseStep] | type[Spars
 @pytest.mark.parametrize("g", [0, 1, 2])
 def test_every_prefix_sends_its_gradient(step: type[DenseStep] | type[SparseStep], g: int) -> None:
     """Changing one prefix's weight changes the gradients of its latents, and of no latent beyond it."""
-    made = problem(rows=30, k=4)
+    case = problem(rows=30, k=4)
     weights = [0.0, 0.0, 0.0]
     weights[g] = 1.0
-    alone = made._replace(objective=made.objective.__class__(
-        made.objective.prefix_ends, tuple(weights), 4, "batch_topk", 0, 0.0
+    alone = case._replace(objective=case.objective.__class__(
+        case.objective.prefix_ends, tuple(weights), 4, "batch_topk", 0, 0.0
     ))  # fmt: skip
     _, gradients = run(step, alone)
-    end = made.objective.prefix_ends[g]
+    end = case.objective.prefix_ends[g]
     fired = run(step, alone)[0].entries.latents.unique()
     for f in fired.tolist():
         assert (gradients["W_dec"][f].norm() > 0) == (f < end)
@@ -155,29 +155,29 @@ def test_aux_loss_by_hand() -> None:
     b_enc[2] = 0.25  # row 0: (1, 2, 0.75) -> (1, 2, 0); row 1: (2, -2, 0.75) -> (2, 0, 0.75)
     # e_hat: row 0 (1, 2); row 1 2*(1, 0) + 0.75*(0.6, 0.8) = (2.45, 0.6)
     error = 0 + 0 + (3 - 2.45) ** 2 + (1 - 0.6) ** 2
-    found = aux_loss(x, residual, W_enc, b_enc, W_dec, aux_k=2, coefficient=0.5)
-    assert float(found) == pytest.approx(0.5 * 1.0 * error / 15, rel=1e-6)
+    aux = aux_loss(x, residual, W_enc, b_enc, W_dec, aux_k=2, coefficient=0.5)
+    assert float(aux) == pytest.approx(0.5 * 1.0 * error / 15, rel=1e-6)
     few = aux_loss(x, residual, W_enc, b_enc, W_dec, aux_k=4, coefficient=0.5)
     # all three: row 0 + 0.75*(0.6, 0.8): error 0.75^2
     assert float(few) == pytest.approx(0.5 * 0.75 * (error + 0.5625) / 15, rel=1e-6)
 
 
 def test_aux_loss_of_no_residual_is_zero() -> None:
-    made = problem(n_dead=3)
-    p, d = made.parameters, made.dead
-    found = aux_loss(
-        made.x, torch.zeros_like(made.y), p.W_enc[d], p.b_enc[d], p.W_dec[d], aux_k=4, coefficient=1.0
+    case = problem(n_dead=3)
+    p, d = case.parameters, case.dead
+    aux = aux_loss(
+        case.x, torch.zeros_like(case.y), p.W_enc[d], p.b_enc[d], p.W_dec[d], aux_k=4, coefficient=1.0
     )
-    assert float(found) == 0.0
+    assert float(aux) == 0.0
 
 
 @pytest.mark.parametrize("step", [DenseStep, SparseStep])
 def test_dead_latents_alone_get_the_aux_gradient(step: type[DenseStep] | type[SparseStep]) -> None:
-    made = problem(rows=20, n_dead=3, bias=-1.0)
-    values, gradients = run(step, made)
-    without = run(step, made._replace(dead=made.dead[:0]))[1]
+    case = problem(rows=20, n_dead=3, bias=-1.0)
+    values, gradients = run(step, case)
+    without = run(step, case._replace(dead=case.dead[:0]))[1]
     changed = (gradients["W_enc"] != without["W_enc"]).any(1).nonzero().squeeze(1)
-    assert set(changed.tolist()) <= set(made.dead.tolist())
+    assert set(changed.tolist()) <= set(case.dead.tolist())
     assert len(changed) > 0
     assert float(values.aux_loss) > 0
     torch.testing.assert_close(gradients["b_dec"], without["b_dec"], rtol=0, atol=0)
@@ -186,21 +186,21 @@ def test_dead_latents_alone_get_the_aux_gradient(step: type[DenseStep] | type[Sp
 @pytest.mark.parametrize("selection", ["batch_topk", "topk"])
 def test_bfloat16_changes_the_selection_at_most(selection: str) -> None:
     """Kept values are float32's, and the gradients those of the entries that were kept."""
-    made = problem(
+    case = problem(
         rows=64, d_in=96, d_out=8, prefix_ends=(100, 700), k=12, selection=selection, dtype=torch.float32
     )
-    exact, _ = run(SparseStep, made)
-    half = made._replace(objective=replace(made.objective, precision="bfloat16"))
+    exact, _ = run(SparseStep, case)
+    half = case._replace(objective=replace(case.objective, precision="bfloat16"))
     values, gradients = run(SparseStep, half)
     rows, latents, kept, _ = values.entries
-    pre = made.x @ made.parameters.W_enc.T + made.parameters.b_enc
+    pre = case.x @ case.parameters.W_enc.T + case.parameters.b_enc
     torch.testing.assert_close(kept, pre[rows, latents], rtol=1e-5, atol=1e-5)
     both = set(zip(*(part.tolist() for part in values.entries[:2]), strict=True))
     expected = set(zip(*(part.tolist() for part in exact.entries[:2]), strict=True))
     assert len(both & expected) > 0.98 * len(expected)
     if selection == "batch_topk":  # candidates are many more than are kept, so here nothing differs at all
         assert both == expected
-        _, dense = run(DenseStep, made)
+        _, dense = run(DenseStep, case)
         assert relative(gradients["W_enc"], dense["W_enc"]) < 1e-5
 
 
@@ -221,9 +221,9 @@ def test_weights_of_the_prefixes(n: int, expected: tuple[float, ...]) -> None:
 def test_dead_latents_biases_are_pulled_up_and_no_others() -> None:
     pull = revival(torch.tensor([1, 4]), d_sae=6, d_out=10)
     assert pull.tolist() == pytest.approx([0, -REVIVAL / 10, 0, 0, -REVIVAL / 10, 0])
-    made = problem()
+    case = problem()
     with torch.no_grad():
-        _, plain = SparseStep(made.objective)(made.parameters, made.x, made.y, made.dead)
+        _, plain = SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)
         before, after = plain.whole(), plain.plus(torch.arange(11.0).double()).whole()
     torch.testing.assert_close(after["b_enc"], before["b_enc"] + torch.arange(11.0).double())
     assert all(torch.equal(after[name], before[name]) for name in before if name != "b_enc")

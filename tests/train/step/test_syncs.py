@@ -95,13 +95,13 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("selection_rule", ["batch_topk", "topk"])
 def test_operators_that_wait_are_called_from_marked_lines(selection_rule: str) -> None:
-    made = problem(rows=40, n_dead=8, aux_k=2, skip=True, selection=selection_rule, dtype=torch.float32)
-    running = State.start(made.parameters, made.objective.prefix_ends)
+    case = problem(rows=40, n_dead=8, aux_k=2, skip=True, selection=selection_rule, dtype=torch.float32)
+    running = State.start(case.parameters, case.objective.prefix_ends)
     with torch.no_grad(), Recorder() as recorder:
-        values, computed = SparseStep(made.objective)(made.parameters, made.x, made.y, made.dead)
-        optimizer.apply(running.adam, computed.plus(losses.revival(made.dead, 11, 3)), 1e-3, clip_norm=0.1)
+        values, computed = SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)
+        optimizer.apply(running.adam, computed.plus(losses.revival(case.dead, 11, 3)), 1e-3, clip_norm=0.1)
         fired = torch.zeros(11, dtype=torch.int64)
-        running.count(0.5, fired, made.objective.prefix_ends, 40, counting=0)
+        running.count(0.5, fired, case.objective.prefix_ends, 40, counting=0)
         running.dead(10)
     assert {Path(file).name for file, _ in recorder.lines} >= {
         "sparse.py",
