@@ -363,8 +363,8 @@ def test_every_dependency_is_listed_with_its_licence() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
     listed = {re.sub(r"[-_.]+", "-", name).lower(): licence for name, _, licence in rows}
     assert {name: version for name, version, _ in rows} == licences.pinned(), "run python -m docs.licences"
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    run = {re.split(r"[<>=\[]", each)[0].replace("_", "-").lower() for each in groups["run"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    run = {re.split(r"[<>=\[]", each)[0].replace("_", "-").lower() for each in project["dependencies"]}
     assert len(run) > 15
     assert run <= set(listed)
     assert all(listed.values())
