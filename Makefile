@@ -55,7 +55,7 @@ help:
 	@echo 'make runs|stores                 tables of what there is; LAYER=17 for those of a layer'
 	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
 	@echo 'make export|import|push|upload   other tools, the hub, object stores'
-	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
+	@echo 'make bench|soak|audit|licences   ratios, an hour of kills, known vulnerabilities, what is installed'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
@@ -63,7 +63,7 @@ help:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
         train sweep runs stores samples evaluate compare read export import push bench bench-storage soak audit \
-        lint format clean
+        licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
@@ -158,6 +158,10 @@ audit: $(AUDIT_)/.installed
 		2> "$$at/said" || { cat "$$at/said" >&2; grep -q '^Found' "$$at/said" || \
 		echo "audit: NOT done: pypi.org did not give its advisories to this machine; run it where it does" >&2; exit 1; }
 
+# For a release: LICENCES.md, from what is installed.
+licences: install-dev
+	@$(PY) -m docs.licences
+
 lint: install-dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -196,7 +200,8 @@ $(VENV_)/.installed: pyproject.toml constraints.txt | $(VENV_)/bin/python
 	@$(PIP) install 'pip>=25.1'
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@grep -v '^torch==' constraints.txt > $(call quote,$(call home,$(VENV)))/.constraints
-	@$(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints -e .
+	@# setuptools has 8 lines to say about every editable install
+	@PYTHONWARNINGS=ignore $(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints -e .
 	@touch $(call quote,$(call home,$(VENV)))/.installed
 
 $(VENV_)/.installed-dev: $(VENV_)/.installed
