@@ -1,14 +1,17 @@
 # Every target is a thin call of python -m harvest | shards | train | evaluate.
 # LAYER=17 or "8 12 17", PROFILE=demo, RUN=name, HARVEST=name, NPROC=n, ARGS="--train.lr 3e-4"
 
-PYTHON ?= python3.11
+# The first of these that runs and can make environments (pyenv's stand-ins do not run, Debian's lacks ensurepip without
+# python3-venv). All pins exist for 3.11 to 3.14; the tests run on 3.11.
+PYTHONS := python3.11 python3.14 python3.13 python3.12 python3
+PYTHON ?= $(firstword $(foreach each,$(PYTHONS),$(if $(call runs,$(each)),$(each))))
 VENV   ?= .venv
 PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # What is asked for is what is typed after make: a RUN, TEXT or PREFIX of the environment was meant for something else.
 ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES
-KNOWN := $(ASKED) PYTHON VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
+KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
 $(foreach name,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),\
@@ -52,7 +55,7 @@ help:
 	@echo 'make runs|stores                 tables of what there is; LAYER=17 for those of a layer'
 	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
 	@echo 'make export|import|push|upload   other tools, the hub, object stores'
-	@echo 'make bench|soak|audit            ratios, an hour of kills, known vulnerabilities'
+	@echo 'make bench|soak|audit|licences   ratios, an hour of kills, known vulnerabilities, what is installed'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
@@ -60,7 +63,7 @@ help:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
         train sweep runs stores samples evaluate compare read export import push bench bench-storage soak audit \
-        lint format clean
+        licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
@@ -155,6 +158,10 @@ audit: $(AUDIT_)/.installed
 		2> "$$at/said" || { cat "$$at/said" >&2; grep -q '^Found' "$$at/said" || \
 		echo "audit: NOT done: pypi.org did not give its advisories to this machine; run it where it does" >&2; exit 1; }
 
+# For a release: LICENCES.md, from what is installed.
+licences: install-dev
+	@$(PY) -m docs.licences
+
 lint: install-dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -169,14 +176,21 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # Installation: torch first (a bare torch pulls gigabytes of CUDA), then the rest at the versions the tests
-# passed with. An environment that has a torch keeps it (Colab: VENV=/usr/local). No-ops when up to date.
+# passed with. An environment that has a torch keeps it (Colab: VENV=/usr/local). The project itself is installed
+# editable: its packages import from any directory. No-ops when up to date.
 
 install: $(VENV_)/.installed
 install-dev: $(VENV_)/.installed-dev
 install-embedded: $(VENV_)/.installed-embedded
 install-peers: $(PEERS_)/.installed
 
-python = $(call quote,$(call home,$(PYTHON)))
+# Whether a Python is of a version that the pins exist for, and can make environments.
+SUITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+runs   = $(shell $(1) -c '$(SUITS)' > /dev/null 2>&1 && echo yes)
+chosen = $(call quote,$(call home,$(1)))
+refuse = $(error $(if $(1),PYTHON=$(1) is )no Python of 3.11 to 3.14 that can make an environment: install Python 3.11 with \
+	its venv (apt install python3.11-venv, brew install python@3.11, uv python install 3.11), or name another with PYTHON=...)
+python = $(if $(call runs,$(call chosen,$(PYTHON))),$(call chosen,$(PYTHON)),$(call refuse,$(PYTHON)))
 
 $(VENV_)/bin/python:
 	$(python) -m venv $(call quote,$(call home,$(VENV)))
@@ -186,7 +200,8 @@ $(VENV_)/.installed: pyproject.toml constraints.txt | $(VENV_)/bin/python
 	@$(PIP) install 'pip>=25.1'
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@grep -v '^torch==' constraints.txt > $(call quote,$(call home,$(VENV)))/.constraints
-	@$(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints --group run
+	@# setuptools has 8 lines to say about every editable install
+	@PYTHONWARNINGS=ignore $(PIP) install -c $(call quote,$(call home,$(VENV)))/.constraints -e .
 	@touch $(call quote,$(call home,$(VENV)))/.installed
 
 $(VENV_)/.installed-dev: $(VENV_)/.installed

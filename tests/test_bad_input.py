@@ -1,4 +1,4 @@
-"""docs/mistakes.md is the table: every row is made true in a directory of its own, and its command is run.
+"""tests/mistakes.md is the table: every row is made true in a directory of its own, and its command is run.
 
 Whole commands as a person meets them, in this process (`make` in a real one): exactly the line that the page shows
 on standard error, exit code 2, no traceback, and no file written or changed but what the row says stays.
@@ -22,7 +22,7 @@ from common.settings import ROOT
 from shards import Store
 from tests.mistakes import ENVIRONMENTS, MISTAKES, call, make_right
 
-PAGE = ROOT / "docs" / "mistakes.md"
+PAGE = ROOT / "tests" / "mistakes.md"
 STAYS = {"the unfinished store stays": "activations/", "the new run stays": "checkpoints/"}
 """What a row may say of what is left behind, and where that is."""
 ROW = re.compile(r"\| (?P<wrong>[^|`]+) \| `(?P<command>[^|`]+)` \| `+ ?(?P<line>[^|]+?) ?`+ \|")

@@ -3,14 +3,20 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from common import files
 from common.errors import InputError
 from common.files import locked, whole_folder, write_whole
+from common.settings import ROOT
+from tests.disk import small_disk
 
 
 def test_holders_that_wait_take_turns(tmp_path: Path) -> None:
@@ -41,6 +47,68 @@ def test_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:
             pass
         assert lock.is_file()
     assert not lock.exists()
+
+
+def test_a_holder_that_is_killed_lets_go(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """At once, and the one that waits says for whom."""
+    lock = tmp_path / "lock"
+    code = "import sys, time; from pathlib import Path; from common.files import locked\n"
+    code += f"with locked(Path({str(lock)!r}), None): print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(InputError, match=rf"^held \(process {holder.pid}\)"), locked(lock, "held"):
+            pass
+        Timer(0.2, holder.kill).start()
+        with locked(lock, refusal=None):
+            assert lock.read_text() == f"{os.getpid()}\n"
+    assert capfd.readouterr().err == f"{lock}: waiting for process {holder.pid}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("refusal", ["held", None])
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_without_locks(
+    missing: int,
+    refusal: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is said, and no soft lock is left that a kill would not free."""
+    monkeypatch.setattr("fcntl.flock", failing(missing))
+    lock = tmp_path / "lock"
+    with locked(lock, refusal):
+        pass
+    assert capsys.readouterr().err == f"{lock}: cannot be locked here; start no second process on it\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.EIO, errno.EPERM])
+def test_a_disk_that_fails_to_lock_is_an_error_with_its_place(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", failing(error))
+    with pytest.raises(OSError) as failed, locked(tmp_path / "lock", refusal=None):
+        pass
+    assert (failed.value.errno, failed.value.filename) == (error, str(tmp_path / "lock"))
+
+
+def failing(number: int) -> Callable[[int, int], None]:
+    """A flock() that this file system does not do."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+def test_a_read_only_disk_is_an_error_with_its_place(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as (disk, remount):
+        remount("ro")
+        with pytest.raises(OSError, match="Read-only") as failed, locked(disk / "lock", "held"):
+            pass
+        assert failed.value.filename == str(disk / "lock")
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
