@@ -156,6 +156,21 @@ def test_a_checkpoint_without_some_weights(llama: Path, tmp_path: Path) -> None:
         load(copy_with(llama, tmp_path / "lacking", kept))
 
 
+def test_weights_that_the_configuration_has_no_place_for_are_named(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bias, as of a config.json without attention_bias."""
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.bias"] = torch.ones(32)
+    weights["model.layers.1.mlp.down_proj.bias"] = torch.ones(32)
+    load(copy_with(llama, tmp_path / "more", weights))
+    said = capsys.readouterr().err
+    lacking = "config.json has no place for the weights of model.layers.0.mlp.down_proj.bias (and 1 more)"
+    assert said.count(f"{lacking}; they are not used") == 1
+    load(llama)
+    assert "no place" not in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_other_shapes(llama: Path, tmp_path: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
