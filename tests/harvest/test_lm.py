@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.hooks import hooks_of
 from common.settings import Model
 from harvest import lm
-from tests.models import by_hugging_face
+from tests.models import by_hugging_face, save_model
 
 
 def load(directory: Path, dtype: str = "float32") -> lm.LanguageModel:
@@ -116,6 +116,16 @@ def test_the_digest_changes_with_any_weight(llama: Path) -> None:
     assert before == load(llama).weights_sha256()
     with torch.no_grad():
         model.bridge.original_model.model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    assert model.weights_sha256() != before
+
+
+def test_the_digest_takes_weights_without_dimensions(tmp_path: Path) -> None:
+    """Apertus' activation has two; they cannot be viewed as bytes."""
+    model = load(save_model(tmp_path / "apertus", "apertus", num_hidden_layers=1))
+    beta = model.bridge.original_model.get_buffer("model.layers.0.mlp.act_fn.beta")
+    before = model.weights_sha256()
+    assert beta.ndim == 0
+    beta += 1
     assert model.weights_sha256() != before
 
 
