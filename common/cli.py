@@ -153,7 +153,21 @@ def _list(text: str, names: bool) -> list[Any]:
         if values and all(isinstance(value, str) for value in values):
             return values
         text = text if names else text[1:-1]
-    return [part.strip() for part in text.split(",") if part.strip()]
+    parts = text.split(",")
+    return _joined_names(parts) if names else [part.strip() for part in parts if part.strip()]
+
+
+def _joined_names(parts: Sequence[str]) -> list[str]:
+    """What was between commas as names of files: where no file has a part's name, a comma may be in its name."""
+    names: list[str] = []
+    start = 0
+    while start < len(parts):
+        stops = range(start + 1, len(parts) + 1)
+        joined = {stop: ",".join(parts[start:stop]).strip() for stop in (*stops[len(stops) - 1 :], *stops)}
+        stop = next((stop for stop, name in joined.items() if name and Path(name).exists()), start + 1)
+        names.append(joined[stop])
+        start = stop
+    return [name for name in names if name]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -24,6 +24,60 @@ def model_sha256(model: Model) -> str | None:
     return file_sha256(path) if is_gguf(model.name) and path.is_file() else None
 
 
+FREE = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+}
+"""Keys of a config.json that change no activation: the precision is a setting and part of the weights' digest."""
+TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+"""What a tokenizer is made from where there is no tokenizer.json."""
+
+
+def description_sha256(model: Model) -> str | None:
+    """Digest of what a model directory says besides its weights; None for a name or a .gguf file."""
+    return described_sha256(Path(model.name)) if Path(model.name).is_dir() else None
+
+
+def described_sha256(directory: Path) -> str:
+    """Digest of config.json and of what makes tokens, however they are spelt; not of what changes no activation.
+
+    A file that is no JSON counts by its bytes: loading says what is wrong with it.
+    """
+    made = _json(directory / "tokenizer.json")
+    if isinstance(made, dict):
+        made = {key: made.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    elif made is None:
+        made = [_json(directory / name) for name in TOKENIZERS]
+    special = _json(directory / "tokenizer_config.json")
+    if isinstance(special, dict):
+        named = [special.get(key) for key in ("bos_token", "eos_token")]
+        special = [token.get("content") if isinstance(token, dict) else token for token in named]
+    said = [_used(_json(directory / "config.json")), made, special]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _json(path: Path) -> Any:
+    """What a JSON file says, the digest of another file, None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return sha256(path)
+
+
+def _used(config: Any) -> Any:
+    """A configuration, and those in it (text_config), without the keys that change no activation."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _used(value) for key, value in config.items() if key not in FREE and value is not None}
+
+
 def is_gguf(name: str) -> bool:
     """Whether this is the name of a .gguf file, in capitals or not."""
     return name.lower().endswith(".gguf") and not Path(name).is_dir()
@@ -109,7 +163,7 @@ def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
     """
     if (digest := found.get("model_sha256")) and (own := model_sha256(asked)):
         if own == digest:
-            return None
+            return _described_otherwise(asked, found)
         if found.get("model") == asked.name:
             return f"the weights in {asked.name}: there {digest[:12]}..., now {own[:12]}..."
         return (
@@ -123,3 +177,11 @@ def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
     if revisions[0] != revisions[1] and not Path(asked.name).exists():
         return f"model.revision: there {revisions[0]!r}, asked {revisions[1]!r}"
     return None
+
+
+def _described_otherwise(asked: Model, found: Mapping[str, Any]) -> str | None:
+    """That the same weights have another config.json or tokenizer; a store or run of before noted neither."""
+    there, now = found.get("description_sha256"), description_sha256(asked)
+    if there is None or now is None or there == now:
+        return None
+    return f"config.json or the tokenizer in {asked.name}: there {there[:12]}..., now {now[:12]}..."

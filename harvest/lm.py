@@ -5,18 +5,20 @@ Shapes: b contexts, T positions, D model width.
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.hooks import INPUT_HOOKS, OUTPUT_HOOK
-from common.identity import directory_sha256, is_gguf
+from common.identity import is_gguf
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
@@ -269,13 +271,13 @@ def check_layers(layers: Iterable[int], n_layers: int, name: str) -> None:
         raise InputError(f"layer: {absent[0]} asked for, but {name} has layers 0 to {n_layers - 1}")
 
 
-def files_sha256(where: str, revision: str | None) -> str | None:
-    """`directory_sha256` of the model at `where` (see `locate`); of a hub's, of the files that loading it has left."""
+def files_directory(where: str, revision: str | None) -> Path:
+    """Where the files of the model at `where` (see `locate`) lie; of a hub's, those that loading it has left."""
     if not Path(where).is_dir():
         import huggingface_hub
 
         where = huggingface_hub.snapshot_download(where, revision=revision, local_files_only=True)
-    return directory_sha256(Path(where))
+    return Path(where)
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
@@ -312,6 +314,13 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
                 raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
+            if unused := sorted(info["unexpected_keys"]):
+                more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+                tqdm.write(
+                    f"note: {model.name}: config.json has no place for the weights of {unused[0]}{more}; "
+                    "they are not used",
+                    file=sys.stderr,
+                )
             bridge = TransformerBridge.boot_transformers(
                 where,
                 device=str(device),

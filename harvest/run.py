@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.hooks import hooks_of
-from common.identity import differs, model_sha256
+from common.identity import described_sha256, description_sha256, differs, directory_sha256, model_sha256
 from common.processes import Processes, joined
 from common.progress import progress
 from common.settings import Data, Model, Settings
@@ -77,6 +77,7 @@ def requested(settings: Settings) -> dict[str, Any]:
         "model": settings.model.name,
         "revision": settings.model.revision,
         "model_sha256": model_sha256(settings.model),
+        "description_sha256": description_sha256(settings.model),
         "input": asked.input,
         "dataset": "files" if data.files else data.dataset,
         "dataset_name": None if files else data.name,
@@ -143,8 +144,7 @@ def _harvest(
     # Before the text pass: what is wrong with the model shows before anything is written.
     model = lm.load(settings.model, where, tokenizer)
     _check_fit(settings, model, tokenizer, special)
-    files = request["model_sha256"] or lm.files_sha256(where, settings.model.revision)
-    of_model = _of_model(model, special, files)
+    of_model = _of_model(model, special, _of_files(request, where, settings.model))
     sources = [
         _source(settings, model, layer, request | of_model | _files_as_begun(writer, request))
         for layer, writer in writers.items()
@@ -261,10 +261,18 @@ def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: 
 # -- model ---------------------------------------------------------------------------------------------
 
 
-def _of_model(model: lm.LanguageModel, special: Special, files: str | None) -> dict[str, Any]:
-    """What all layers' `Source` have in common, beside what was asked for; `files`: the digest of the model's files."""
+def _of_files(request: dict[str, Any], where: str, model: Model) -> dict[str, str | None]:
+    """The digests of the model's files: as asked for; of a hub's name they are known once it was loaded."""
+    if request["model_sha256"] is not None:
+        return {key: request[key] for key in ("model_sha256", "description_sha256")}
+    directory = lm.files_directory(where, model.revision)
+    return {"model_sha256": directory_sha256(directory), "description_sha256": described_sha256(directory)}
+
+
+def _of_model(model: lm.LanguageModel, special: Special, files: dict[str, str | None]) -> dict[str, Any]:
+    """What all layers' `Source` have in common, beside what was asked for; `files`: the digests of the model's."""
     return {
-        "model_sha256": files,
+        **files,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sha256": model.weights_sha256(),
         "n_layers": model.n_layers,

@@ -12,6 +12,9 @@ from common.settings import ROOT, Settings
 from tests.hub import TOKEN, Hub, Run, running
 from tests.models import FAMILIES, save_model, save_wide_gemma, sentences, write_jsonl
 
+# A subprocess on a busy machine would take a thread less and say so in a line of its own (common/device.py).
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("ci")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9")
@@ -60,6 +61,11 @@ def _note(axes: Axes, text: str, place: tuple[float, float], color: str = INK, *
 
 def _number(value: float | None) -> float:
     return np.nan if value is None else value
+
+
+def _positive(axis: Axis) -> bool:
+    """Whether anything is drawn above zero; constant outputs have no FVU, and a log scale of nothing is refused."""
+    return bool(np.isfinite(axis.get_minpos()))
 
 
 def loss_curve(log: Sequence[Line]) -> Figure:
@@ -222,7 +228,8 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
         axes.set(xlabel="group", ylabel=label, xticks=range(len(groups)))
         axes.margins(x=0.15)
         axes.grid(axis="x", visible=False)
-    panels[0].set_yscale("log")
+    if _positive(panels[0].yaxis):
+        panels[0].set_yscale("log")
     return fig
 
 
@@ -279,7 +286,8 @@ def error_by_size(errors: Line) -> Figure:
     right.set(xlabel="distance from the mean (1 = root mean square)", ylabel="share (%)")
     right.set_ylim(bottom=0)
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
+        if _positive(axes.xaxis):
+            axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _legend(right)
     return fig

@@ -51,8 +51,9 @@ def make_run(
     transcoder: Transcoder | None = None,
     vocabulary: list[str] | None = None,
     heldout: int = 1500,
+    constant: bool = False,
 ) -> Store:
-    """Store, weights, settings and log of a run named tiny; outputs are a noisy linear map of the inputs."""
+    """Store, weights, settings and log of the run "tiny"; outputs are a noisy linear map of the inputs, or constant."""
     settings = settings_of(root)
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((D_IN, D_OUT)).astype(np.float32)
@@ -60,7 +61,7 @@ def make_run(
     def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
         inputs = rng.standard_normal((n, D_IN)).astype(np.float32)
         noise = 0.1 * rng.standard_normal((n, D_OUT)).astype(np.float32)
-        return inputs, inputs @ mixing + noise + 1
+        return inputs, np.ones_like(noise) if constant else inputs @ mixing + noise + 1
 
     store = make_store(settings.store_path(0), train=rows(2000), heldout=rows(heldout), vocabulary=vocabulary)
     run_dir = settings.run_dir()

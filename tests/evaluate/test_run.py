@@ -258,6 +258,14 @@ def test_a_transcoder_that_never_fires_is_reported(n_latents: int, tmp_path: Pat
     assert metrics["latents"]["groups"][0]["median_density"] is None
 
 
+def test_constant_outputs_are_evaluated(tmp_path: Path) -> None:
+    """As of an MLP that is all zeros: no variance to explain, and nothing to say of its share."""
+    make_run(tmp_path, constant=True)
+    metrics, _ = evaluate(settings_of(tmp_path))
+    assert [prefix["fvu"] for prefix in metrics["prefixes"]] == [None] * len(ENDS)
+    assert (settings_of(tmp_path).run_dir() / "evaluation/report.html").exists()
+
+
 def test_an_evaluation_of_another_version_is_done_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

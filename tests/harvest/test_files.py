@@ -107,6 +107,27 @@ def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
     assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
 
 
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ("a,b.txt", ("a,b.txt",)),
+        ("a, b.txt", ("a, b.txt",)),
+        ("c.txt,a,b.txt", ("c.txt", "a,b.txt")),
+        ("a,b.txt,,c.txt", ("a,b.txt", "c.txt")),
+        ("d,e,f/a,b.txt, c.txt", ("d,e,f/a,b.txt", "c.txt")),
+        ("c.txt,none,b.txt", ("c.txt", "none", "b.txt")),
+    ],
+)
+def test_names_with_commas_are_those_of_files(
+    given: str, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("d,e,f").mkdir()
+    for name in ("a,b.txt", "a, b.txt", "c.txt", "d,e,f/a,b.txt"):
+        Path(name).write_text("text")
+    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+
+
 # -- formats -------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,53 @@ def test_a_model_is_known_by_its_weights_not_by_its_name(
             InputError, match=r"the weights in a/checkpoint-1000: there \w{12}\.\.\., now \w{12}"
         ):
             refused(settings_for(Path("a/checkpoint-1000")))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None], **layout: Any) -> None:
+    said = json.loads(path.read_text())
+    change(said)
+    path.write_text(json.dumps(said, **layout))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda said: said.update(rms_norm_eps=0.1)),
+        ("config.json", lambda said: said.update(hidden_act="gelu")),
+        ("tokenizer.json", lambda said: said.update(normalizer={"type": "Lowercase"})),
+        ("tokenizer.json", lambda said: said["model"]["vocab"].update({"<other>": 0})),
+        ("tokenizer_config.json", lambda said: said.update(bos_token="the")),
+    ],
+)
+def test_a_changed_configuration_or_tokenizer_is_another_model(
+    file: str, change: Callable[[dict[str, Any]], None], llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    settings = settings_for(model)
+    harvest(settings)
+    edit(model / file, change)
+    for refused in (harvest, Store.of, plan_only):
+        with pytest.raises(
+            InputError, match=r"config.json or the tokenizer in .*model: there \w{12}\.\.\., now"
+        ):
+            refused(settings)
+
+
+def test_what_changes_no_activation_changes_no_model(
+    llama: Path, settings_for: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another layout, a version, padding and truncation of the tokenizer's own, a model card."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    harvest(settings_for(model))
+    edit(
+        model / "config.json",
+        lambda said: said.update(transformers_version="4.0", dtype="bfloat16"),
+        indent=7,
+    )
+    edit(model / "tokenizer.json", lambda said: said.update(truncation=None, padding=None), indent=1)
+    (model / "README.md").write_text("a model")
+    harvest(settings_for(model))
+    assert "is already harvested" in capsys.readouterr().out
 
 
 def in_parts(model: Path) -> None:

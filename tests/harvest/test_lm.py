@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.hooks import hooks_of
 from common.settings import Model
 from harvest import lm
-from tests.models import by_hugging_face
+from tests.models import by_hugging_face, save_model
 
 
 def load(directory: Path, dtype: str = "float32") -> lm.LanguageModel:
@@ -119,6 +119,16 @@ def test_the_digest_changes_with_any_weight(llama: Path) -> None:
     assert model.weights_sha256() != before
 
 
+def test_the_digest_takes_weights_without_dimensions(tmp_path: Path) -> None:
+    """Apertus' activation has two; they cannot be viewed as bytes."""
+    model = load(save_model(tmp_path / "apertus", "apertus", num_hidden_layers=1))
+    beta = model.bridge.original_model.get_buffer("model.layers.0.mlp.act_fn.beta")
+    before = model.weights_sha256()
+    assert beta.ndim == 0
+    beta += 1
+    assert model.weights_sha256() != before
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -154,6 +164,21 @@ def test_a_checkpoint_without_some_weights(llama: Path, tmp_path: Path) -> None:
         r"\(and 2 more\)",
     ):
         load(copy_with(llama, tmp_path / "lacking", kept))
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_named(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bias, as of a config.json without attention_bias."""
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.bias"] = torch.ones(32)
+    weights["model.layers.1.mlp.down_proj.bias"] = torch.ones(32)
+    load(copy_with(llama, tmp_path / "more", weights))
+    said = capsys.readouterr().err
+    lacking = "config.json has no place for the weights of model.layers.0.mlp.down_proj.bias (and 1 more)"
+    assert said.count(f"{lacking}; they are not used") == 1
+    load(llama)
+    assert "no place" not in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_shapes(llama: Path, tmp_path: Path) -> None:
