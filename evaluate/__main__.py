@@ -31,14 +31,10 @@ def main() -> None:
     settings, given = load(made)
     from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
     from train import log
+    from transcoder.weights import chosen_run
 
     log.check(settings.wandb)
-    if not given.run:
-        from evaluate.runs import chosen
-
-        settings, line = chosen(settings)
-        if line:
-            print(line)
+    settings = chosen_run(settings, given.run)
     metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
     if fresh:
         log.log_evaluation(settings.run_dir(), settings, metrics.written())

@@ -184,6 +184,7 @@ def main() -> None:
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
     settings, given = load(made)
+    settings = weights.chosen_run(settings, given.run)
     run_dir, asked = settings.run_dir(), numbers(given.latents)
     weights.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))

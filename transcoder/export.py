@@ -106,6 +106,7 @@ def main() -> None:
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
     settings, given = load(made)
+    settings = weights.chosen_run(settings, given.run, every_layer=given.format == "circuit_tracer")
     if given.format == "circuit_tracer":
         print(export_set(settings, given.prefix, given.partial))
     else:
