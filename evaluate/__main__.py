@@ -26,7 +26,8 @@ def main() -> None:
         type=int,
         default=CROSS_ENTROPY_TOKENS,
         metavar="N",
-        help="tokens on which the language model runs with its MLP replaced; 0: not at all [%(default)s]",
+        help="tokens of the cross-entropy, the slow part: the language model runs with its MLP replaced; fewer are "
+        "faster, 0: no cross-entropy [%(default)s]",
     )
     settings, given = load(made)
     from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
