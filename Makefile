@@ -56,7 +56,7 @@ help:
 	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
 	@echo 'make export|import|push|upload   other tools, the hub, object stores'
 	@echo 'make bench|soak|audit|licences   ratios, an hour of kills, known vulnerabilities, what is installed'
-	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: README.md'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:

@@ -29,6 +29,13 @@ OWN_SECTIONS = {
 """Sections of the settings that a stage's --help shows; --help-all shows all."""
 
 
+MAKE_VARIABLES = (
+    *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FORMAT"),
+    *("PREFIX", "TO", "FROM", "REPO", "WITH", "MINUTES"),
+)
+"""Variables of the Makefile that are passed on as the option of the same name."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.hidden: dict[argparse.Action, str] = {}
@@ -36,7 +43,14 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; --help-all lists every option")
+        said = re.sub(r"--(\w+)(?![\w.-])", lambda found: _both_names(found[0], found[1]), message)
+        said = said.replace("the following arguments are required:", "expected")
+        raise InputError(f"command line: {said}; --help-all lists every option")
+
+
+def _both_names(option: str, word: str) -> str:
+    """An option, and the variable of make that passes it on where there is one."""
+    return f"{word.upper()}=... ({option})" if word.upper() in MAKE_VARIABLES else option
 
 
 class _HelpAll(argparse.Action):
@@ -67,7 +81,7 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_help_format,
     )
-    options.add_argument("--layer", help='layer, or several in quotes for a harvest: "8 12 17"')
+    options.add_argument("--layer", help='layer; several, "8 12 17", where a stage takes them')
     options.add_argument("--profile", help="profile of pipeline.toml, for example demo")
     options.add_argument("--run", help="name of the training run")
     options.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
@@ -78,6 +92,8 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
             several, default = str(field.annotation).startswith("tuple"), field.default
             metavar = "VALUE,..." if several else "VALUE"
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            if default is None:  # as the command line takes it
+                shown = "auto" if "auto: " in (field.description or "") else "none"
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
             action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
             if name not in OWN_SECTIONS.get(prog, ()):

@@ -28,10 +28,6 @@ FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
 """Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
 
 
-FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
-"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -67,7 +63,7 @@ class Data(Section):
     text_column: str = "text"
     """Column that holds the text; meta.text: text of the object meta; one of chats goes through the chat template."""
     files: tuple[str, ...] = ()
-    """Local files, directories or patterns, read in this order instead of data.dataset; kinds: README.md."""
+    """Local files, directories or patterns, read in this order instead of data.dataset; kinds: docs/your_model.md."""
     special_tokens: Literal["text", "parse"] = "text"
     """What <eos> in a text is: text, its characters; parse, the token, which gives no row. Chats need parse."""
     on_bad_row: Literal["stop", "skip"] = "stop"

@@ -26,19 +26,16 @@ def main() -> None:
         type=int,
         default=CROSS_ENTROPY_TOKENS,
         metavar="N",
-        help="tokens on which the language model runs with its MLP replaced; 0: not at all [%(default)s]",
+        help="tokens of the cross-entropy, the slow part: the language model runs with its MLP replaced; fewer are "
+        "faster, 0: no cross-entropy [%(default)s]",
     )
     settings, given = load(made)
     from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
     from train import log
+    from transcoder.weights import chosen_run
 
     log.check(settings.wandb)
-    if not given.run:
-        from evaluate.runs import chosen
-
-        settings, line = chosen(settings)
-        if line:
-            print(line)
+    settings = chosen_run(settings, given.run)
     metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
     if fresh:
         log.log_evaluation(settings.run_dir(), settings, metrics.written())

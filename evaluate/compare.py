@@ -40,7 +40,7 @@ from train.record import stopped
 from train.sweep import RESULTS
 from transcoder import Transcoder
 from transcoder.formats import fetched, weights_file
-from transcoder.weights import FILE_NAME
+from transcoder.weights import FILE_NAME, chosen_run
 
 COLUMNS = {
     "fvu": "FVU",
@@ -217,7 +217,7 @@ def main() -> None:
         help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
     )
     settings, arguments = load(options)
-    show(*compare(settings, arguments.others), Console())
+    show(*compare(chosen_run(settings, arguments.run), arguments.others), Console())
 
 
 def show(comparison: Comparison, folder: Path, console: Console) -> None:

@@ -88,6 +88,7 @@ def main() -> None:
         "--repo", required=True, metavar="OWNER/NAME", help="repository, or owner/name/path within one"
     )
     settings, given = load(made)
+    settings = weights.chosen_run(settings, given.run)
     address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
     weights.refuse_another_model(settings.run_dir(), settings)
     push(settings.run_dir(), address, settings.model.public_name)

@@ -109,7 +109,9 @@ def main() -> None:
     from rich.table import Table
 
     from evaluate.subject import run_of
+    from transcoder.weights import chosen_run
 
+    settings = chosen_run(settings, given.run)
     store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
     transcoder = Transcoder.load(run_of(settings, store))
     if at := transcoder.metadata.get("checkpoint"):

@@ -8,7 +8,6 @@ from typing import Any
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.numbers import number_or_dash
-from common.settings import Settings
 from evaluate.files import finished
 from evaluate.stores import print_table, size_of
 from train import checkpoint, record
@@ -108,24 +107,6 @@ def _asked(settings: dict[str, Any], used: dict[str, Any]) -> dict[str, str]:
 
 def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
     return {"FVU": number_or_dash(fvu), "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
-
-
-def chosen(settings: Settings) -> tuple[Settings, str | None]:
-    """Settings of the run to evaluate where no name was given, and the line that says which.
-
-    The run that profile and training settings name, if it is there; else the newest finished one of the layer.
-    """
-    folder = settings.run_dir().parent
-    age = {path.parent.name: path.stat().st_mtime for path in folder.glob(f"*/{weights.FILE_NAME}")}
-    if not age:
-        return settings, None
-    newest = max(age, key=lambda name: (age[name], name))
-    if settings.run != "default" and settings.run in age:
-        later = "" if settings.run == newest else f"; the newest is {newest} (RUN={newest})"
-        return settings, f"run {settings.run}, by its settings{later}"
-    other = f" of {len(age)}; RUN=name takes another" if len(age) > 1 else ""
-    line = f"run {newest}, the newest of layer {settings.layer}{other}"
-    return settings.model_copy(update={"run": newest}), line
 
 
 def main() -> None:

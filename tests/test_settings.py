@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import PIPELINE_TOML, load, parser
+from common.cli import MAKE_VARIABLES, PIPELINE_TOML, load, parser
 from common.errors import InputError
 from common.settings import SECTIONS, Settings
 from shards.storage import STORAGES
@@ -220,6 +220,30 @@ def test_every_setting_has_a_docstring() -> None:
         f"{n}.{k}" for n, s in SECTIONS.items() for k, f in s.model_fields.items() if not f.description
     ]
     assert not undocumented
+
+
+def test_what_is_missing_is_named_as_make_has_it_too() -> None:
+    made = parser("evaluate.read", "")
+    made.add_argument("--text", required=True)
+    with pytest.raises(InputError, match=re.escape("command line: expected TEXT=... (--text); --help-all")):
+        load(made, ("--layer", "3"))
+    with pytest.raises(
+        InputError, match=re.escape("argument LAYER=... (--layer): expected one argument; --help-all")
+    ):
+        load(parser("train", ""), ("--layer",))
+    with pytest.raises(InputError, match=re.escape("argument --harvest.rows: expected one argument")):
+        load(parser("harvest", ""), ("--harvest.rows",))
+    passed = set(re.findall(r"option,([A-Z]+),--([a-z]+)", (ROOT / "Makefile").read_text()))
+    assert {name for name, _ in passed} <= set(MAKE_VARIABLES)
+    assert all(name.lower() == option for name, option in passed)
+
+
+def test_help_shows_what_no_value_means() -> None:
+    said = " ".join(parser("train", "").format_help().split())
+    assert "by the rule of train/step/schedule.py. [auto]" in said
+    assert "a hundredth of the peak. [auto]" in said
+    assert "none: never. [none]" in said
+    assert "[None]" not in said
 
 
 def test_exit_code_2_and_no_traceback() -> None:

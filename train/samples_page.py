@@ -184,6 +184,7 @@ def main() -> None:
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
     settings, arguments = load(options)
+    settings = weights.chosen_run(settings, arguments.run)
     run_dir, requested = settings.run_dir(), numbers(arguments.latents)
     weights.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))

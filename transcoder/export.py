@@ -106,6 +106,7 @@ def main() -> None:
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
     settings, arguments = load(options)
+    settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
     if arguments.format == "circuit_tracer":
         print(export_set(settings, arguments.prefix, arguments.partial))
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,3 +143,32 @@ def refuse_another_model(run_dir: Path, settings: Settings) -> None:
             f"{run_dir}: holds a run of another model than is asked for ({other}); "
             "give another name (RUN=name), or --model.name of this run"
         )
+
+
+def chosen_run(settings: Settings, named: str | None, every_layer: bool = False) -> Settings:
+    """Settings of the run that a stage reads where none is `named`; a line on standard error says which it is.
+
+    The run that profile and training settings name, if it is there; else the newest finished one of the layer, or,
+    with `every_layer`, of all layers asked for (none: of all there are).
+    """
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    if named:
+        return settings
+    if every_layer:
+        layers = [model / f"layer_{layer}" for layer in settings.layers] or [*model.glob("layer_*")]
+    else:
+        layers = [settings.run_dir().parent]
+    age: dict[str, float] = {}
+    for path in (path for layer in layers for path in layer.glob(f"*/{FILE_NAME}")):
+        age[path.parent.name] = max(age.get(path.parent.name, 0), path.stat().st_mtime)
+    if not age:
+        return settings
+    newest = max(age, key=lambda name: (age[name], name))
+    if settings.run != "default" and settings.run in age:
+        later = "" if settings.run == newest else f"; the newest is {newest} (RUN={newest})"
+        print(f"run {settings.run}, by its settings{later}", file=sys.stderr)
+        return settings
+    of = f"layer {layers[0].name.removeprefix('layer_')}" if len(layers) == 1 else f"{len(layers)} layers"
+    other = f" of {len(age)}; RUN=name takes another" if len(age) > 1 else ""
+    print(f"run {newest}, the newest of {of}{other}", file=sys.stderr)
+    return settings.model_copy(update={"run": newest})

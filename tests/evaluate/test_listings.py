@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import InputError
 from common.settings import Settings
+from evaluate import compare, push, read, stores
 from evaluate import runs as listing
-from evaluate import stores
 from evaluate.__main__ import main as evaluate_main
 from evaluate.files import write_record
 from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
+from train import samples_page
+from transcoder import export
+from transcoder.weights import chosen_run
 
 
 @pytest.fixture
@@ -110,13 +114,24 @@ def test_evaluate_without_a_name_takes_the_newest_run(
         tiny_transcoder().save(tiny.with_name(name))
         os.utime(tiny.with_name(name) / "transcoder.safetensors", (age, age))
     unnamed = settings_of(root).model_copy(update={"run": "default"})
-    chosen, line = listing.chosen(unnamed)
-    assert (chosen.run, line) == ("newer", "run newer, the newest of layer 0 of 3; RUN=name takes another")
-    asked, line = listing.chosen(unnamed.model_copy(update={"run": "tiny"}))  # as a profile's name is
-    assert (asked.run, line) == ("tiny", "run tiny, by its settings; the newest is newer (RUN=newer)")
-    assert listing.chosen(unnamed.model_copy(update={"run": "default-k7"}))[0].run == "newer"
-    elsewhere = unnamed.model_copy(update={"layers": (5,)})
-    assert listing.chosen(elsewhere) == (elsewhere, None)
+
+    def chosen(settings: Settings, every_layer: bool = False) -> tuple[str, str]:
+        found = chosen_run(settings, None, every_layer).run
+        return found, capsys.readouterr().err
+
+    newest = "run newer, the newest of layer 0 of 3; RUN=name takes another\n"
+    assert chosen(unnamed) == ("newer", newest)
+    by_profile = unnamed.model_copy(update={"run": "tiny"})  # as a profile's name is
+    assert chosen(by_profile) == ("tiny", "run tiny, by its settings; the newest is newer (RUN=newer)\n")
+    assert chosen(unnamed.model_copy(update={"run": "default-k7"})) == ("newer", newest)
+    assert chosen_run(unnamed, "default") == unnamed
+    assert chosen(unnamed.model_copy(update={"layers": (5,)})) == ("default", "")
+    other = tiny.parent.with_name("layer_3") / "deep"
+    tiny_transcoder().save(other)
+    assert chosen(unnamed.model_copy(update={"layers": ()}), every_layer=True) == (
+        "deep",
+        "run deep, the newest of 2 layers of 4; RUN=name takes another\n",
+    )
 
     seen = []
     monkeypatch.setattr("evaluate.run.evaluate", lambda settings, _: seen.append(settings.run) or ({}, False))
@@ -127,4 +142,24 @@ def test_evaluate_without_a_name_takes_the_newest_run(
     monkeypatch.setattr("sys.argv", ["x", *words])
     evaluate_main()
     assert seen == ["newer", "tiny"]
-    assert capsys.readouterr().out.count("run newer, the newest of layer 0") == 1
+    assert capsys.readouterr().err.count("run newer, the newest of layer 0") == 1
+
+
+@pytest.mark.parametrize("stage", ["read", "compare", "push", "export", "samples"])
+def test_every_stage_that_reads_a_run_takes_the_same(
+    stage: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings_of(root).run_dir()
+    run.rename(run.with_name("newest"))  # the one there is
+    main, own = {
+        "read": (read.main, ("--text", "a", "--evaluate.checkpoint", "true")),
+        "compare": (compare.main, ()),
+        "push": (push.main, ("--repo", "no repository")),
+        "export": (export.main, ("--format", "saelens", "--prefix", "99")),
+        "samples": (samples_page.main, ("--latents", "999")),
+    }[stage]
+    words = arguments(root)
+    monkeypatch.setattr("sys.argv", ["x", *words[:2], *words[4:], *own])
+    with pytest.raises(InputError):  # of what was asked wrongly, after the run was chosen
+        main()
+    assert capsys.readouterr().err == "run newest, the newest of layer 0\n"
