@@ -105,7 +105,7 @@ def test_demo_takes_run_and_layer(venv: Path) -> None:
 def test_a_misspelt_variable_stops_make(venv: Path) -> None:
     calls, done = make(venv, "train", "LAYER=3", "RUM=x")
     assert (calls, done.returncode) == ([], 2)
-    assert "RUM=... is no variable of this Makefile; expected LAYER PROFILE RUN" in done.stderr
+    assert "RUM=... is not a variable of this Makefile; expected LAYER PROFILE RUN" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
