@@ -9,13 +9,13 @@ VENV   ?= .venv
 PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
-# What is asked for is what is typed after make: a RUN, TEXT or PREFIX of the environment was meant for something else.
+# Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
 ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
 $(foreach name,$(filter-out $(KNOWN),$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),\
-	$(error $(name)=... is no variable of this Makefile; expected $(ASKED) VENV PYTHON)))
+	$(error $(name)=... is not a variable of this Makefile; expected $(ASKED) VENV PYTHON)))
 
 empty :=
 space := $(empty) $(empty)
@@ -44,19 +44,19 @@ PIP    := $(PY) -m pip --disable-pip-version-check -q
 export TOKENIZERS_PARALLELISM ?= true
 export WANDB_SILENT ?= true
 
-# Without a target, or as `make help`: what there is. The lines of README's table, not the installation's.
+# Without a target, or as `make help`: lists the targets, as docs/commands.md does.
 help:
 	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
 	@echo 'make test                        install the development extras, lint, types, tests'
-	@echo 'make plan|harvest LAYER=17       how much it takes; the activation store of a layer'
-	@echo 'make verify LAYER=17             reads and checks every byte of the store'
-	@echo 'make train LAYER=17 RUN=name     trains; sweep: every combination of [sweep]'
-	@echo 'make evaluate LAYER=17 RUN=name  metrics.json, plots, report.html; compare WITH=...: others on the same rows'
-	@echo 'make runs|stores                 tables of what there is; LAYER=17 for those of a layer'
-	@echo 'make read TEXT="..."             which latents fire on a text of your own; samples: those of the training'
-	@echo 'make export|import|push|upload   other tools, the hub, object stores'
-	@echo 'make bench|soak|audit|licences   ratios, an hour of kills, known vulnerabilities, what is installed'
-	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with each stage, NPROC=n with harvest and train: docs/commands.md'
+	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the activation store of a layer'
+	@echo 'make verify LAYER=17             read and check every byte of the store'
+	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
+	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
+	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
+	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
+	@echo 'make bench|soak|audit|licences   timings, an hour of kills, known vulnerabilities, licences of what is installed'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:
@@ -151,7 +151,7 @@ bench-storage: install install-embedded
 soak: install-dev
 	@$(PY) -m bench.soak --minutes $(call quote,$(or $(call asked,MINUTES),60)) $(call spliced,ARGS)
 
-# Known vulnerabilities of the pinned versions. --strict: a package nothing is known of fails, and is not passed over.
+# Known vulnerabilities of the pinned versions. --strict: a package that has no record fails instead of being skipped.
 audit: $(AUDIT_)/.installed
 	@at=$(call quote,$(call home,$(AUDIT))); \
 		"$$at/bin/python" -m pip_audit --strict -r constraints.txt --no-deps --disable-pip --progress-spinner off \

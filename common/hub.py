@@ -56,12 +56,12 @@ def download(url: str, names: Sequence[str]) -> Path:
         root = huggingface_hub.snapshot_download(
             where.repo, repo_type=where.repo_type, revision=where.revision, allow_patterns=wanted
         )
-    found = Path(root) / where.path
-    if not found.exists():
+    local = Path(root) / where.path
+    if not local.exists():
         raise InputError(
             f"{url}: nothing there; expected a file, or a directory with one of {', '.join(names)}"
         )
-    return found
+    return local
 
 
 def upload(folder: Path, url: str, message: str, names: Sequence[str] | None = None) -> None:
@@ -96,10 +96,10 @@ class HubFiles:
 
         self.where, self._address = url.rstrip("/"), parse(url)
         with _explained(self.where):
-            found = huggingface_hub.HfApi().repo_info(
+            info = huggingface_hub.HfApi().repo_info(
                 self._address.repo, repo_type=self._address.repo_type, revision=self._address.revision
             )
-        self._commit = found.sha  # files of one commit, whatever is pushed meanwhile
+        self._commit = info.sha  # files of one commit, whatever is pushed meanwhile
         self.root = self.local(first).parent
 
     def local(self, name: str) -> Path:
@@ -107,10 +107,10 @@ class HubFiles:
 
         path = f"{self._address.path}/{name}".lstrip("/")
         with _explained(f"{self.where}/{name}"):
-            found = huggingface_hub.hf_hub_download(
+            path_in_cache = huggingface_hub.hf_hub_download(
                 self._address.repo, path, repo_type=self._address.repo_type, revision=self._commit
             )
-        return Path(found)
+        return Path(path_in_cache)
 
 
 @contextmanager

@@ -36,8 +36,8 @@ def licence(package: PackageMetadata) -> str:
     if "license_expression" in said:
         return str(said["license_expression"])
     prefix = "License :: "
-    found = [each for each in package.get_all("Classifier", []) if each.startswith(prefix)]
-    names = [re.sub(r"^License :: (OSI Approved :: )?", "", each) for each in found]
+    classifiers = [each for each in package.get_all("Classifier", []) if each.startswith(prefix)]
+    names = [re.sub(r"^License :: (OSI Approved :: )?", "", each) for each in classifiers]
     if told := [name for name in names if name != "OSI Approved"]:
         return ", ".join(told)
     return str(said.get("license", "")).strip().partition("\n")[0]

@@ -19,9 +19,9 @@ def notebook_of(guide: str) -> Any:
     cells = []
     for index, part in enumerate(re.split(r"^```python\n(.*?)^```\n", guide, flags=re.DOTALL | re.MULTILINE)):
         if text := part.strip():
-            made = (new_markdown_cell, new_code_cell)[index % 2](text)
-            made.id = f"cell-{len(cells)}"
-            cells.append(made)
+            cell = (new_markdown_cell, new_code_cell)[index % 2](text)
+            cell.id = f"cell-{len(cells)}"
+            cells.append(cell)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "accelerator": "GPU"})
 

@@ -92,8 +92,8 @@ def test_a_mistake(
         ENVIRONMENTS.get(row.wrong, lambda _: None)(patch)
         program, *arguments = shlex.split(row.command)
         if program == "make":
-            done = make(*arguments)
-            code, errors = done.returncode, done.stderr
+            process = make(*arguments)
+            code, errors = process.returncode, process.stderr
         else:
             assert [program, arguments[0]] == ["python", "-m"]
             code, errors = call(*arguments[1:]), capfd.readouterr().err
@@ -115,11 +115,11 @@ def test_every_mistake_is_on_the_page_once() -> None:
 
 
 def test_processes_that_stop_together_end_as_one(here: Path) -> None:
-    done = make("train", "LAYER=x", "NPROC=2")
-    assert set(said(done.stderr)) == {
+    process = make("train", "LAYER=x", "NPROC=2")
+    assert set(said(process.stderr)) == {
         "error: layer: expected layer numbers from 0, found 'x'; for example LAYER=17"
     }
-    assert done.returncode == 2
+    assert process.returncode == 2
 
 
 def test_names_with_spaces(here: Path) -> None:
@@ -133,8 +133,8 @@ def test_names_with_spaces(here: Path) -> None:
     options += ["--paths.activations", "my stores", "--paths.checkpoints", "my runs"]
     text = ["--data.files", "my text.jsonl", "--data.pack", "concat", "--harvest.context_length", "32"]
     text += ["--harvest.rows", "2000", "--harvest.heldout_fraction", "0.1"]
-    done = make("harvest", "LAYER=0", f"ARGS={shlex.join([*options, *text])}")
-    assert done.returncode == 0, done.stderr
+    process = make("harvest", "LAYER=0", f"ARGS={shlex.join([*options, *text])}")
+    assert process.returncode == 0, process.stderr
     assert call("train", *options) == 0
     assert call("evaluate", *options, "--cross-entropy-tokens", "64") == 0
     run = Path("my runs/transcoder/bob's tiny llama/layer_0/a")

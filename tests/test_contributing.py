@@ -57,9 +57,9 @@ TESTS = {
 def applied(section: str, root: Path) -> None:
     """Apply the diff below a heading: each hunk's old lines must be there exactly once."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    found = re.search(rf"^## {section}\n.*?```diff\n(.*?)```", text, re.DOTALL | re.MULTILINE)
-    assert found
-    for change in re.split(r"^--- ", found[1], flags=re.MULTILINE)[1:]:
+    section_diff = re.search(rf"^## {section}\n.*?```diff\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert section_diff
+    for change in re.split(r"^--- ", section_diff[1], flags=re.MULTILINE)[1:]:
         head, *hunks = re.split(r"^@@\n", change, flags=re.MULTILINE)
         file = root / head.split("+++ b/")[1].strip()
         for hunk in hunks:
@@ -86,5 +86,5 @@ def test_an_addition_is_what_contributing_shows(section: str, proof: str, tmp_pa
     scratch.mkdir()
     for command in (["-c", proof, str(scratch)], ["-m", "pytest", "-q", *TESTS[section]]):
         line = [sys.executable, *command]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert process.returncode == 0, process.stdout + process.stderr

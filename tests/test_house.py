@@ -52,7 +52,7 @@ def test_text_names_its_encoding(file: Path) -> None:
         if not isinstance(call, ast.Call):
             continue
         name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
-        given = {word.arg for word in call.keywords}
+        keywords = {word.arg for word in call.keywords}
         words = [word.value for word in call.args if isinstance(word, ast.Constant)]
         if name in ("read_text", "write_text"):
             text = len(call.args) < (1 if name == "read_text" else 2)
@@ -64,8 +64,8 @@ def test_text_names_its_encoding(file: Path) -> None:
             )
             text = mine and not any(isinstance(mode, str) and "b" in mode for mode in words)
         else:
-            text = bool(given & {"text", "universal_newlines"})
-        assert not text or "encoding" in given, f"{file}:{call.lineno}: {ast.unparse(call)}"
+            text = bool(keywords & {"text", "universal_newlines"})
+        assert not text or "encoding" in keywords, f"{file}:{call.lineno}: {ast.unparse(call)}"
 
 
 def test_every_exception_is_one() -> None:

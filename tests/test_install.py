@@ -26,7 +26,7 @@ def asked_for_venv(folder: Path, pythons: dict[str, str], *typed: str) -> tuple[
         (there / tool).symlink_to(Path("/bin/sh") if tool == "sh" else Path("/usr/bin/make"))
     own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "PYTHON"}
     said = folder / "said"
-    done = subprocess.run(
+    process = subprocess.run(
         ["make", "-f", str(ROOT / "Makefile"), f"VENV={folder / 'new'}", *typed, "install"],
         cwd=ROOT,
         env=own | {"PATH": str(there), "SAID": str(said)},
@@ -34,8 +34,8 @@ def asked_for_venv(folder: Path, pythons: dict[str, str], *typed: str) -> tuple[
         text=True,
         check=False,
     )
-    assert done.returncode == 2
-    return (Path(said.read_text().split()[0]).name if said.is_file() else None), done.stderr
+    assert process.returncode == 2
+    return (Path(said.read_text().split()[0]).name if said.is_file() else None), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,12 @@ def test_this_python_suits(tmp_path: Path) -> None:
 
 def test_packages_import_from_any_directory(tmp_path: Path) -> None:
     """The editable install: pipeline.toml is the project's, relative paths are the directory's."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "import common.settings as s; print(s.ROOT); import shards, transcoder.selection"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )  # fmt: skip
-    assert done.returncode == 0, f"the environment is older than pyproject.toml: make install\n{done.stderr}"
-    assert (Path(done.stdout.strip()) / "pipeline.toml").is_file()
+    assert process.returncode == 0, (
+        f"the environment is older than pyproject.toml: make install\n{process.stderr}"
+    )
+    assert (Path(process.stdout.strip()) / "pipeline.toml").is_file()

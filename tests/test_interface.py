@@ -102,8 +102,10 @@ def test_plots_are_figures_of_plain_values() -> None:
 def test_help_and_typos_do_not_wait_for_torch(stage: str) -> None:
     """0.2 s instead of 2: the options are read before anything heavy is imported."""
     command = [sys.executable, "-X", "importtime", "-m", stage, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "--layer" in done.stdout
-    assert "pydantic" in done.stderr
-    assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "zarr")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0
+    assert "--layer" in process.stdout
+    assert "pydantic" in process.stderr
+    assert not [
+        line for line in process.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "zarr")
+    ]

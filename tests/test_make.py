@@ -33,11 +33,11 @@ def make(venv: Path, *typed: str, **around: str) -> tuple[list[list[str]], subpr
     said.write_bytes(b"")
     own = {key: value for key, value in os.environ.items() if not key.startswith("MAKE") and key != "ARGS"}
     command = ["make", "-f", str(ROOT / "Makefile"), f"VENV={venv}", *typed]
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=own | around | {"SAID": str(said)}
     )
     calls = said.read_bytes().decode().split("\0\0")[:-1]
-    return [call.split("\0") for call in calls], done
+    return [call.split("\0") for call in calls], process
 
 
 TEXTS = [
@@ -53,8 +53,8 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_arrives_as_it_was_typed(text: str, venv: Path) -> None:
-    calls, done = make(venv, "read", "LAYER=3", f"TEXT={text}", "RUN=a")
-    assert (done.returncode, done.stderr) == (0, "")
+    calls, process = make(venv, "read", "LAYER=3", f"TEXT={text}", "RUN=a")
+    assert (process.returncode, process.stderr) == (0, "")
     said = [["--text", text], [f"--text={text}"]][text.startswith("-")]
     assert calls == [["-m", "evaluate.read", *said, "--layer", "3", "--run", "a"]]
 
@@ -97,24 +97,24 @@ def test_demo_takes_run_and_layer(venv: Path) -> None:
     calls, _ = make(venv, "demo", "RUN=x", "LAYER=3", "ARGS=--train.lr 1e-3")
     options = ["--profile", "demo", "--layer", "3", "--run", "x", "--train.lr", "1e-3"]
     assert calls == [["-m", stage, *options] for stage in ("harvest", "train", "evaluate")]
-    calls, done = make(venv, "demo", "PROFILE=guide")
-    assert (calls, done.returncode) == ([], 2)
-    assert "make demo is PROFILE=demo" in done.stderr
+    calls, process = make(venv, "demo", "PROFILE=guide")
+    assert (calls, process.returncode) == ([], 2)
+    assert "make demo is PROFILE=demo" in process.stderr
 
 
 def test_a_misspelt_variable_stops_make(venv: Path) -> None:
-    calls, done = make(venv, "train", "LAYER=3", "RUM=x")
-    assert (calls, done.returncode) == ([], 2)
-    assert "RUM=... is no variable of this Makefile; expected LAYER PROFILE RUN" in done.stderr
-    assert done.stderr.count("\n") == 1
+    calls, process = make(venv, "train", "LAYER=3", "RUM=x")
+    assert (calls, process.returncode) == ([], 2)
+    assert "RUM=... is not a variable of this Makefile; expected LAYER PROFILE RUN" in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 def test_an_environment_in_a_place_with_spaces_is_made_and_kept(venv: Path) -> None:
     """Its Python is called by its whole name; stamps tell what is installed."""
     assert make(venv, "install-dev", "install-embedded")[0] == []
     (venv / ".installed-dev").unlink()
-    calls, done = make(venv, "install-dev")
-    assert done.returncode == 0, done.stderr
+    calls, process = make(venv, "install-dev")
+    assert process.returncode == 0, process.stderr
     assert calls[0][-2:] == ["--group", "dev"]
     assert str(venv / ".constraints") in calls[0]
     assert (venv / ".installed-dev").is_file()

@@ -76,9 +76,9 @@ def test_sampled_products() -> None:
     left, right = torch.randn(4, 3, generator=draw), torch.randn(5, 3, generator=draw)
     rows, columns = torch.tensor([0, 0, 2, 3]).int(), torch.tensor([4, 1, 0, 4]).int()
     offsets = torch.zeros(4, dtype=torch.int32)  # wrong on purpose: not read when rows are given
-    found = operator(left, right, columns, offsets, rows, 0)
+    products = operator(left, right, columns, offsets, rows, 0)
     torch.testing.assert_close(
-        found, (left[rows] * right[columns]).sum(1), msg=lambda text: f"{text}\n{hint}"
+        products, (left[rows] * right[columns]).sum(1), msg=lambda text: f"{text}\n{hint}"
     )
 
 

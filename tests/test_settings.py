@@ -248,13 +248,13 @@ def test_help_shows_what_no_value_means() -> None:
 
 def test_exit_code_2_and_no_traceback() -> None:
     command = [sys.executable, "-m", "harvest", "--layer", "17", "--train.lrr", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
     assert (
-        done.stderr
+        process.stderr
         == "error: command line: unknown option --train.lrr; did you mean --train.lr?; --help-all lists every option\n"
     )
-    assert done.stdout == ""
+    assert process.stdout == ""
 
 
 @pytest.mark.parametrize(

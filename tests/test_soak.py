@@ -16,10 +16,10 @@ from train.loop import train
 @pytest.mark.timeout(900)
 def test_two_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    done = soak(tmp_path, seed=3, minutes=0, cycles=2, steps=300)
-    assert len(done) == 2
-    assert sum(len(each.kills) for each in done) > 0
-    assert verdict(done)[1] == []
+    cycles_run = soak(tmp_path, seed=3, minutes=0, cycles=2, steps=300)
+    assert len(cycles_run) == 2
+    assert sum(len(each.kills) for each in cycles_run) > 0
+    assert verdict(cycles_run)[1] == []
 
 
 def test_a_difference_and_a_left_over_are_found(tmp_path: Path) -> None:

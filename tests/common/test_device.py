@@ -47,7 +47,7 @@ def test_beside_a_busy_program_it_takes_fewer_and_says_so() -> None:
     cores = os.sched_getaffinity(0)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
         )
     finally:
@@ -55,5 +55,5 @@ def test_beside_a_busy_program_it_takes_fewer_and_says_so() -> None:
             each.kill()
             each.wait()
     if len(cores) > 1:
-        assert done.stdout.strip() == "1"
-        assert done.stderr.startswith(f"threads: 1 of {len(cores)}, as other programs keep ")
+        assert process.stdout.strip() == "1"
+        assert process.stderr.startswith(f"threads: 1 of {len(cores)}, as other programs keep ")

@@ -47,10 +47,10 @@ def peer(peer_python: Path, tmp_path: Path) -> Peer:
                 argument = file
             line.append(str(argument))
         env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        done = subprocess.run(
+        process = subprocess.run(
             [*line, str(out)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
         return load_file(out)
 
     return call

@@ -96,10 +96,10 @@ def test_every_snippet_runs_in_order(folder: Path, surroundings: dict[str, str],
             # `install` is taken as done: the environment is the one that runs this test.
             kind, here = "make", f"make -f {ROOT}/Makefile -o install "
             command = ["bash", "-euc", re.sub(r"^make ", here, text, flags=re.M)]
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=280, check=False
         )
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        assert process.returncode == 0, f"{text}\n{process.stdout}\n{process.stderr}"
         counts[kind] += 1
     assert counts == {"make": 3, "ours": 1, "theirs": 2}
     assert (settings_in(folder, 12).run_dir() / "comparison" / "compare.json").is_file()
