@@ -79,7 +79,7 @@ def test_an_addition_is_what_contributing_shows(section: str, proof: str, tmp_pa
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
-    for file in ("pipeline.toml", "pyproject.toml"):
+    for file in ("pipeline.toml", "pyproject.toml", "Makefile"):
         shutil.copy(ROOT / file, tmp_path)
     applied(section, tmp_path)
     scratch = tmp_path / "scratch"
