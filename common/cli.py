@@ -178,11 +178,12 @@ def _joined_names(parts: Sequence[str]) -> list[str]:
     names: list[str] = []
     start = 0
     while start < len(parts):
-        stops = range(start + 1, len(parts) + 1)
-        joined = {stop: ",".join(parts[start:stop]).strip() for stop in (*stops[len(stops) - 1 :], *stops)}
-        stop = next((stop for stop, name in joined.items() if name and Path(name).exists()), start + 1)
-        names.append(joined[stop])
-        start = stop
+        # All that is left, else as few parts as make a name.
+        ends = (len(parts), *range(start + 1, len(parts)))
+        candidates = [(end, ",".join(parts[start:end]).strip()) for end in ends]
+        present = (each for each in candidates if each[1] and Path(each[1]).exists())
+        start, name = next(present, (start + 1, parts[start].strip()))
+        names.append(name)
     return [name for name in names if name]
 
 

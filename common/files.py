@@ -139,9 +139,8 @@ def locked(path: Path, refusal: str | None) -> Iterator[None]:
             path.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # before the release: a waiter sees that its file has gone, and opens the next
+        # Before the release: a waiter sees that its file has gone, and opens the next.
+        path.unlink(missing_ok=True)
         lock.release()
 
 

@@ -36,6 +36,8 @@ FREE = {
 """Keys of a config.json that change no activation: the precision is a setting and part of the weights' digest."""
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 """What a tokenizer is made from where there is no tokenizer.json."""
+DESCRIBING = ("config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZERS)
+"""Files that `described_sha256` reads."""
 
 
 def description_sha256(model: Model) -> str | None:
@@ -48,6 +50,13 @@ def described_sha256(directory: Path) -> str:
 
     A file that is no JSON counts by its bytes: loading says what is wrong with it.
     """
+    files = [directory / name for name in DESCRIBING if (directory / name).is_file()]
+    return _description(directory, (tuple(files), _marks(files)))
+
+
+@cache
+def _description(directory: Path, _: Any) -> str:
+    """See `described_sha256`; a tokenizer.json of 33 MB (Gemma's) takes seconds."""
     made = _json(directory / "tokenizer.json")
     if isinstance(made, dict):
         made = {key: made.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
