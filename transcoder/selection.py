@@ -29,7 +29,7 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
     >>> kth_largest(torch.tensor([3.0, 1.0, 2.0]), 2)
     tensor(2.)
     """
-    if values.is_cuda:  # kthvalue runs on one multiprocessor: 128,000 values 0.52 ms, sorted 0.08 (H100)
+    if not values.is_cpu:  # kthvalue runs on one multiprocessor: 128,000 values 0.52 ms, sorted 0.08 (H100)
         return values.sort(descending=True).values[k - 1]
     return values.kthvalue(len(values) - k + 1).values
 
@@ -79,7 +79,7 @@ def _above(values: Tensor, cut: Tensor) -> Tensor:
     >>> _above(values, torch.tensor(0.5))
     tensor([ 3,  9, 17])
     """
-    if values.is_cuda:
+    if not values.is_cpu:
         return (values > cut).nonzero().squeeze(1)  # sync: how many values
     width = len(values) // LANES
     lanes, rest = values[: LANES * width].view(LANES, width), values[LANES * width :]
