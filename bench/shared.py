@@ -41,10 +41,10 @@ def child() -> None:
     adam = Adam(parameters)
     step = SparseStep(Objective(ends, prefix_weights(4), 32, "batch_topk", 0, 0.0))
     none = torch.zeros(0, dtype=torch.int64)
-    apply(adam, step(parameters, x, y, none)[1], 1e-4)
+    apply(adam, step(parameters, x, y, none, 32)[1], 1e-4)
     begun, steps = time.perf_counter(), 0
     while time.perf_counter() - begun < SECONDS:
-        apply(adam, step(parameters, x, y, none)[1], 1e-4)
+        apply(adam, step(parameters, x, y, none, 32)[1], 1e-4)
         steps += 1
     print(steps * rows / (time.perf_counter() - begun))
 

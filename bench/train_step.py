@@ -62,7 +62,7 @@ def dense(parameters: Parameters, objective: Objective, x: torch.Tensor, y: torc
     step, none = DenseStep(objective), torch.arange(0)
 
     def once() -> None:
-        _, gradients = step(leaves, x, y, none)
+        _, gradients = step(leaves, x, y, none, objective.k)
         whole = gradients.whole()
         with torch.no_grad():
             project(whole["W_dec"], (whole["W_dec"] * leaves.W_dec).sum(1), leaves.W_dec)
@@ -82,7 +82,7 @@ def sparse(
 
     @torch.no_grad()
     def once() -> None:
-        _, gradients = step(adam.parameters, x, y, dead)
+        _, gradients = step(adam.parameters, x, y, dead, objective.k)
         apply(adam, gradients, LR)
 
     return once

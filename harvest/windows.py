@@ -41,10 +41,14 @@ def run_windows(
     processes.wait()  # everyone has looked before anyone writes
     work = [window for window in _all_windows(writers[0]) if any(window[:2] in m for m in missing.values())]
     work = work[processes.rank :: processes.world]
+    writing_threads = min(len(writers), 4)
     hooks = {hook for writer in writers for hook in (writer.source.input_hook, writer.source.output_hook)}
     with (
-        ThreadPoolExecutor(max_workers=min(len(writers), 4), initializer=_after_the_model) as pool,
-        ThreadPoolExecutor(max_workers=max(1, cores() - 1), initializer=_after_the_model) as encoders,
+        # Entered first, so left last: windows that are being written when something fails still need it.
+        ThreadPoolExecutor(
+            max_workers=max(writing_threads, cores() - 1), initializer=_after_the_model
+        ) as encoders,
+        ThreadPoolExecutor(max_workers=writing_threads, initializer=_after_the_model) as pool,
         model.capturing(sorted(hooks)) as caught,
         progress("harvest", sum(len(kept) for *_, kept in work), "tokens") as bar,
     ):

@@ -50,7 +50,7 @@ DENSE_SHARE = 1 / 8
 def step_for(
     objective: Objective, device: torch.device, peers: Processes = ALONE, buffers: Buffers | None = None
 ) -> Step:
-    """The one place that decides between the steps; all of them give the same gradients."""
+    """The one place that decides between the steps; all give the same gradients, to their precision."""
     if device.type == "cuda" and objective.precision != "float32":
         return MatrixStep(objective, peers)
     dense = objective.k > DENSE_SHARE * objective.d_sae
@@ -76,7 +76,7 @@ def train_step(
     if recipe.train.density_limit is not None:
         restrain(state, recipe.train.density_limit, lr)
 
-    fired, rows = peers.total(values.fired), len(x) * peers.world
+    fired, rows = peers.total(values.fired.clone()), len(x) * peers.world
     state.n_dead = len(dead)
     state.count(values.cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
     return values
@@ -89,6 +89,8 @@ def restrain(state: State, limit: float, lr: float) -> None:
     the limit, a little above it where the pull is strong.
     """
     excess = (state.density / (0.9 * limit) - 1).clamp_(0, 2)
+    if state.adam.skip is not None:
+        excess *= 1 - state.adam.skip
     state.parameters.b_enc.sub_(excess, alpha=RESTRAINT * lr * state.adam.rates["b_enc"])
 
 
@@ -124,7 +126,7 @@ class Run:
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
         self._unchecked: list[tuple[int, int]] = []
-        """(step, its first row) of the steps since the last look whether one failed."""
+        """(step, its first row) of the steps since the last check for a failure."""
         self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
 
     @property
@@ -140,7 +142,7 @@ class Run:
         probes = state.step % train.heldout_every == 0 or self.done
         logs = state.step % train.log_every == 0 or probes
         saves = state.step % train.checkpoint_every == 0 or self.done
-        if logs or saves or values.loss.is_cpu:
+        if logs or values.loss.is_cpu:  # where it saves, `save` looks
             self._check()
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
@@ -161,11 +163,10 @@ class Run:
         step, prefix = self.state.failed.tolist()
         if step:
             row = dict(self._unchecked)[step]
-            chunk, groups = (
-                row // self.store.manifest.source.chunk_rows,
-                len(self.recipe.objective.prefix_ends),
+            chunk = row // self.store.manifest.source.chunk_rows
+            what = (
+                "auxiliary loss" if prefix == len(self.recipe.objective.prefix_ends) else f"prefix {prefix}"
             )
-            what = f"prefix {prefix}" if prefix < groups else "auxiliary loss"
             raise InputError(
                 f"{self.dir}: loss is not finite at step {step} ({what}; rows from chunk {chunk} "
                 "of train on); lower train.lr, or check the store with make verify"

@@ -8,6 +8,7 @@ from common import container
 from common.errors import InputError
 from train.activation_samples import PER_LATENT
 from train.step.losses import Objective
+from train.step.schedule import DENSER
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -27,19 +28,25 @@ def passing(objective: Objective, d_in: int, d_out: int, batch: int, device: tor
     """Bytes that a step or a measurement takes on top, once for all runs of a sweep.
 
     A step: pre-activations and their flags [B, F], S and its blocks [B, G, D], rows in both spaces,
-    about six numbers of 8 bytes for each of 1.25 K*B candidates; in bfloat16 a copy of W_enc.
-    On a GPU also the gradients of all latents, and in the precision of the products the activations, their gradient,
-    and both matrices.
+    about six numbers of 8 bytes for each of 1.25 K*B candidates, K at its highest; in bfloat16 a copy of W_enc.
+    On a GPU also the gradients of all latents. Its matrix step has a second array of flags, the gradient of the
+    activations and its parts, every prefix's error, and one product of the decoder's size; in bfloat16 copies of the
+    activations and both matrices.
     A measurement: W_enc folded to raw activations.
     """
     groups, d_sae = len(objective.prefix_ends), objective.d_sae
-    wide = batch * d_sae * (4 + 1) + batch * groups * d_out * 4 + 4 * batch * (d_in + d_out) * 4
-    step = wide + int(1.25 * objective.k * batch) * 48
-    low = 2 if objective.precision == "bfloat16" else 4
-    if device.type == "cuda":
-        step += d_sae * (d_in + d_out) * 4 + 2 * batch * d_sae * low
-    if low == 2:
-        step += d_sae * (d_in + (d_out if device.type == "cuda" else 0)) * low
+    acts, errors = batch * d_sae, batch * groups * d_out
+    wide = acts * (4 + 1) + errors * 4 + 4 * batch * (d_in + d_out) * 4
+    step = wide + int(1.25 * DENSER * objective.k * batch) * 48
+    bfloat16 = objective.precision == "bfloat16"
+    if device.type == "cpu":
+        step += 2 * d_sae * d_in if bfloat16 else 0
+    else:
+        step += 4 * d_sae * (d_in + d_out)
+        if bfloat16:
+            step += acts * (1 + 3 * 2) + errors * (4 + 2) + 2 * d_sae * (d_in + d_out) + 4 * d_sae * d_out
+        elif objective.precision == "tfloat32":
+            step += acts * (1 + 2 * 4) + errors * 4 + 4 * d_sae * d_out
     return step + 4 * d_sae * d_in
 
 

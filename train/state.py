@@ -33,8 +33,8 @@ class State:
     density: Tensor
     """[F] float32: share of the rows on which each latent fires, a moving average over batches."""
     failed: Tensor
-    """[2] int64: first step whose loss was not finite, 0 if none was; its first prefix of which that holds, or G.
-    From that step on no update changes the parameters. Not saved: a failed run ends."""
+    """[2] int64: the first step whose loss was not finite (0: none), and the first prefix whose error was not (G: only
+    the auxiliary loss). From that step on Adam changes nothing. Not saved: a failed run ends."""
     kept: Tensor
     """[G] float64: number of activations that the selection kept in each prefix, in the last tenth of training."""
     kept_rows: int = 0

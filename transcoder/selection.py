@@ -48,7 +48,9 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     stride = _stride(len(values))
     sample = values[::stride]
     rank = min(len(sample), math.ceil(1.25 * k / stride / peers.world) + 8)
-    guess = kth_largest(sample, rank).clamp_min(0) if rank < len(sample) else values.new_zeros(())
+    if rank >= len(sample):
+        return _above(values, values.new_zeros(()))
+    guess = kth_largest(sample, rank).clamp_min(0)
     guess = peers.total(guess.float() / peers.world)
     positions = _above(values, guess)
     for cut in (guess / 4, torch.zeros_like(guess)):

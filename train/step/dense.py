@@ -20,18 +20,17 @@ class DenseStep:
         self.objective, self.peers = objective, peers
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
-        process's part of them.
+        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         with torch.enable_grad():
             leaves = parameters.map(lambda tensor: tensor.detach().requires_grad_())
             pre = torch.addmm(leaves.b_enc, x, leaves.W_enc.T)
-            entries, cut = SELECT[objective.selection](pre.detach(), k or objective.k, peers=peers)
+            entries, cut = SELECT[objective.selection](pre.detach(), k, peers=peers)
             kept = torch.zeros_like(pre, dtype=torch.bool)
             kept[entries.rows, entries.latents] = True
             acts = torch.relu(pre) * kept
@@ -62,6 +61,5 @@ class DenseStep:
         block = Block(0, d_enc, d_bias, d_dec, (d_dec * parameters.W_dec).sum(1))
         errors, l2, aux = (peers.total(part.detach()) for part in (squared_errors, l2, aux))
         fired = firings(entries, objective.d_sae)
-        return StepValues(errors, l2, aux, fired, lambda: entries, cut), Gradients(
-            gradients, lambda: iter([block])
-        )
+        values = StepValues(errors, l2, aux, fired, lambda: entries, cut)
+        return values, Gradients(gradients, lambda: iter([block.copy()]))

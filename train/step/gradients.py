@@ -23,6 +23,10 @@ class Block(NamedTuple):
     along: Tensor
     """[n] <gradient of W_dec[f], W_dec[f]>: the component that the unit norm removes."""
 
+    def copy(self) -> "Block":
+        """The same in memory of its own."""
+        return Block(self.start, *(gradient.clone() for gradient in self[1:]))
+
     @property
     def rows(self) -> slice:
         """The latents as a slice of the parameters."""
@@ -35,7 +39,8 @@ class Gradients(NamedTuple):
     shared: dict[str, Tensor]
     """b_dec, and W_skip if the transcoder has one."""
     blocks: Callable[[], Iterator[Block]]
-    """Yields every latent once, in order. Can be called again until a block has changed the parameters."""
+    """Yields every latent once, in order, in blocks that the caller may change. Can be called again until a block has
+    changed the parameters."""
 
     def over(self, peers: Processes) -> "Gradients":
         """These gradients summed over all processes."""

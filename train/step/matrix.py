@@ -28,15 +28,14 @@ class MatrixStep:
         self.objective, self.peers = objective, peers
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
-        process's part of them.
+        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
         """
         with tensor_cores(self.objective.precision):
-            return self._step(parameters, x, y, dead, k or self.objective.k)
+            return self._step(parameters, x, y, dead, k)
 
     def _step(
         self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
@@ -67,20 +66,24 @@ class MatrixStep:
         for weight, r in zip(reversed(objective.prefix_weights), reversed(residuals), strict=True):
             above = torch.add(above, r, alpha=2 * weight / n_values)
             S.insert(0, above)
-        block = self._block(parameters, x_low, W_dec_low, acts_low, kept, [self._low(s) for s in S], groups)
-        aux = l2.new_zeros(())
+        aux, extras = l2.new_zeros(()), None
         if len(dead) and objective.aux_k and objective.aux_coefficient:
             aux, extras = aux_gradients(parameters, dead_pre, x, -residuals[-1], dead, objective, peers)
-            for gradient, extra in zip(block[1:], extras, strict=True):
+        S_low = [self._low(s) for s in S]
+
+        def blocks() -> Iterator[Block]:
+            with tensor_cores(objective.precision):
+                block = self._block(parameters, x_low, W_dec_low, acts_low, kept, S_low, groups)
+            for gradient, extra in zip(block[1:], extras or (), strict=False):
                 gradient.index_add_(0, dead, extra)
+            yield block
+
         shared = {"b_dec": S[0].sum(0)}
         if parameters.W_skip is not None:
             shared["W_skip"] = S[0].T @ x
         fired = kept.sum(0)
-        return (
-            StepValues(squared_errors, l2, aux, fired, lambda: _entries(acts), cut),
-            Gradients(shared, lambda: iter([block])),
-        )
+        values = StepValues(squared_errors, l2, aux, fired, lambda: _entries(acts), cut)
+        return values, Gradients(shared, blocks)
 
     def _low(self, matrix: Tensor) -> Tensor:
         """The matrix in the precision of the products' inputs."""
@@ -105,24 +108,21 @@ class MatrixStep:
     def _block(
         self,
         parameters: Parameters,
-        x: Tensor,
-        W_dec: Tensor,
-        acts: Tensor,
+        x_low: Tensor,
+        W_dec_low: Tensor,
+        acts_low: Tensor,
         kept: Tensor,
-        S: list[Tensor],
+        S_low: list[Tensor],
         groups: list[slice],
     ) -> Block:
-        """d_acts = S W_dec^T where an activation is kept, dW_dec = acts^T S, dW_enc = d_acts^T x.
-
-        `x`, `W_dec`, `acts` and `S` are in the precision of the products.
-        """
-        d_pre = torch.empty(acts.shape, dtype=acts.dtype, device=acts.device)
+        """d_acts = S W_dec^T where an activation is kept, dW_dec = acts^T S, dW_enc = d_acts^T x."""
+        d_acts_low = torch.empty_like(acts_low)
         d_dec = torch.empty_like(parameters.W_dec)
-        for group, s in zip(groups, S, strict=True):
-            torch.mul(s @ W_dec[group].T, kept[:, group], out=d_pre[:, group])
-            _product(acts[:, group].T, s, out=d_dec[group])
+        for group, s in zip(groups, S_low, strict=True):
+            torch.mul(s @ W_dec_low[group].T, kept[:, group], out=d_acts_low[:, group])
+            _product(acts_low[:, group].T, s, out=d_dec[group])
         along = torch.linalg.vecdot(d_dec, parameters.W_dec)
-        return Block(0, _product(d_pre.T, x), d_pre.sum(0, dtype=d_dec.dtype), d_dec, along)
+        return Block(0, _product(d_acts_low.T, x_low), d_acts_low.sum(0, dtype=d_dec.dtype), d_dec, along)
 
 
 def _entries(acts: Tensor) -> Entries:

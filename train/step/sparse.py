@@ -63,16 +63,15 @@ class SparseStep:
         self._buffers = buffers or Buffers()
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
-        process's part of them.
+        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         pre = self._encode(parameters, x)
-        entries, cut = self._select(parameters, x, pre, k or objective.k)
+        entries, cut = self._select(parameters, x, pre, k)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._buffers.get("residual", y.shape, y) if wants_aux else None

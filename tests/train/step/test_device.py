@@ -35,7 +35,7 @@ def trained(
     with torch.no_grad():
         for _ in range(steps):
             dead = state.dead(after_rows=250)
-            values, gradients = compute(state.parameters, x, y, dead)
+            values, gradients = compute(state.parameters, x, y, dead, case.objective.k)
             state.adam.skip = state.note_failure(values.loss, values.squared_errors)
             apply(state.adam, gradients.plus(revival(dead, 1301, 20)), 1e-3)
             state.count(values.cut, values.fired, case.objective.prefix_ends, 300, counting=0)

@@ -1,18 +1,23 @@
 """Adam in blocks against torch.optim.AdamW, and the decoder's unit norm."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.train.steps import Problem, problem
 from train.step import sparse
+from train.step.dense import DenseStep
 from train.step.gradients import Gradients
+from train.step.losses import revival
+from train.step.matrix import MatrixStep
 from train.step.optimizer import BETAS, DECAY, Adam, apply, clip_scale, group_rates
 from train.step.sparse import SparseStep
 
 
-def gradients_of(case: Problem) -> Gradients:
+def gradients_of(case: Problem, step: Any = SparseStep) -> Gradients:
     with torch.no_grad():
-        return SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)[1]
+        return step(case.objective)(case.parameters, case.x, case.y, case.dead, case.objective.k)[1]
 
 
 def reference(
@@ -46,9 +51,10 @@ def reference(
     return named
 
 
+@pytest.mark.parametrize("step", [SparseStep, DenseStep, MatrixStep])
 @pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
 def test_steps_equal_torch_adamw_by_group_with_the_constraint(
-    clip_norm: float | None, monkeypatch: pytest.MonkeyPatch
+    clip_norm: float | None, step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "LATENTS", 4)  # 11 latents: two whole blocks and a rest
     case = problem(rows=20, n_dead=3, skip=True)
@@ -56,7 +62,7 @@ def test_steps_equal_torch_adamw_by_group_with_the_constraint(
     adam = Adam(case.parameters, case.objective.prefix_ends)
     for _ in range(5):
         with torch.no_grad():
-            apply(adam, gradients_of(case), 1e-2, clip_norm)
+            apply(adam, gradients_of(case, step), 1e-2, clip_norm)
     for name, tensor in case.parameters.named().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -84,3 +90,17 @@ def test_clip_scale_by_hand() -> None:
 def test_group_rates_by_hand() -> None:
     assert group_rates((1, 16, 256)) == pytest.approx([4.0, 2.0, 1.0])
     assert group_rates((7,)) == [1.0]
+
+
+@pytest.mark.parametrize("step", [SparseStep, DenseStep, MatrixStep])
+def test_a_clip_that_clips_nothing_changes_nothing(step: Any) -> None:
+    """The blocks are computed twice then, and what is added to one must not be found in the other."""
+    ends = []
+    for clip_norm in (None, 1e9):
+        case = problem(rows=40, n_dead=8, skip=True)
+        adam, lift = Adam(case.parameters, case.objective.prefix_ends), revival(case.dead, 11, 3) * 1000
+        with torch.no_grad():
+            apply(adam, gradients_of(case, step).plus(lift), 1e-2, clip_norm)
+        ends.append(case.parameters.named())
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-12, atol=1e-14, msg=name)

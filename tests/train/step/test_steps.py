@@ -21,7 +21,7 @@ AnyStep = type[DenseStep] | type[SparseStep] | type[MatrixStep]
 
 def run(step: AnyStep, case: Problem) -> tuple[StepValues, dict[str, Tensor]]:
     with torch.no_grad():
-        values, gradients = step(case.objective)(case.parameters, case.x, case.y, case.dead)
+        values, gradients = step(case.objective)(case.parameters, case.x, case.y, case.dead, case.objective.k)
         along = torch.cat([block.along for block in gradients.blocks()])
         return values, gradients.whole() | {"along": along}
 
@@ -85,8 +85,8 @@ def test_buffers_of_an_earlier_step_leave_no_trace() -> None:
     first, second = problem(seed=1, rows=9, n_dead=4), problem(seed=2, rows=9, n_dead=4)
     step = SparseStep(second.objective)
     with torch.no_grad():
-        step(first.parameters, first.x, first.y, first.dead)
-        _, kept = step(second.parameters, second.x, second.y, second.dead)
+        step(first.parameters, first.x, first.y, first.dead, first.objective.k)
+        _, kept = step(second.parameters, second.x, second.y, second.dead, second.objective.k)
         again = kept.whole()
     _, fresh = run(SparseStep, second)
     assert all(torch.equal(again[name], fresh[name]) for name in again)
@@ -248,7 +248,7 @@ def test_dead_latents_biases_are_pulled_up_and_no_others() -> None:
     assert pull.tolist() == pytest.approx([0, -REVIVAL / 10, 0, 0, -REVIVAL / 10, 0])
     case = problem()
     with torch.no_grad():
-        _, plain = SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)
+        _, plain = SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead, case.objective.k)
         before, after = plain.whole(), plain.plus(torch.arange(11.0).double()).whole()
     torch.testing.assert_close(after["b_enc"], before["b_enc"] + torch.arange(11.0).double())
     assert all(torch.equal(after[name], before[name]) for name in before if name != "b_enc")

@@ -102,7 +102,7 @@ def test_operators_that_wait_are_called_from_marked_lines(
     case = problem(rows=40, n_dead=8, aux_k=2, skip=True, selection=selection_rule, dtype=torch.float32)
     running = State.start(case.parameters, case.objective.prefix_ends)
     with torch.no_grad(), Recorder() as recorder:
-        values, computed = step(case.objective)(case.parameters, case.x, case.y, case.dead)
+        values, computed = step(case.objective)(case.parameters, case.x, case.y, case.dead, case.objective.k)
         running.adam.skip = running.note_failure(values.loss, values.squared_errors)
         optimizer.apply(running.adam, computed.plus(losses.revival(case.dead, 11, 3)), 1e-3, clip_norm=0.1)
         running.count(values.cut, values.fired, case.objective.prefix_ends, 40, counting=0)
