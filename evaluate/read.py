@@ -12,6 +12,7 @@ from common.cli import load, parser, run_stage
 from common.device import pick_device
 from common.errors import InputError
 from common.settings import Model
+from common.tokens import PART, TokenText
 from shards import Store
 from shards.layout import kept_mask
 from shards.store import as_harvested, read_tokenizer
@@ -26,6 +27,7 @@ class Sentence(NamedTuple):
     """Every token of a text but the first position and special tokens, which a harvest leaves out too."""
 
     tokens: list[str]
+    """A character that is split over tokens stands at the one that completes it; the others are empty."""
     inputs: Tensor
     """[n, D_in] float32, by the store's convention: without the norm's gain, if it was harvested so."""
     outputs: Tensor
@@ -93,9 +95,8 @@ class Reader:
             self.model.run_blocks(context, source.layer)
             inputs, outputs = (caught[hook][0].float() for hook in hooks)
         kept = torch.from_numpy(kept_mask(context.numpy(), source.dropped_token_ids)[0])
-        tokens = [
-            self.tokenizer.decode([token], skip_special_tokens=False) for token in context[0, kept].tolist()
-        ]
+        pieces = TokenText(self.tokenizer).pieces(context[0].tolist())
+        tokens = [piece for piece, here in zip(pieces, kept.tolist(), strict=True) if here]
         inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
         left_out = whole.shape[1] - context.shape[1]
         return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
@@ -122,7 +123,8 @@ def main() -> None:
         values, latents = acts.sort(descending=True)
         active = int((values > 0).sum())
         shown = zip(latents[: min(active, SHOWN)].tolist(), values.tolist(), strict=False)
-        table.add_row(repr(token), str(active), "  ".join(f"{latent}:{value:.3g}" for latent, value in shown))
+        numbers = "  ".join(f"{latent}:{value:.3g}" for latent, value in shown)
+        table.add_row(repr(token) if token else PART, str(active), numbers)
     Console(markup=False, emoji=False).print(table)
     if sentence.left_out:
         length = store.manifest.source.context_length

@@ -18,8 +18,10 @@ from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import whole
 from common.settings import first_mistake
+from common.tokens import PART, TokenText
 from shards import Store
 from shards.layout import SHARD_ROWS
+from shards.reader import Contexts
 from shards.store import read_tokenizer
 from train import record
 from train.activation_samples import Samples
@@ -34,7 +36,10 @@ RENDERED = 500
 
 
 class Text(TypedDict):
-    """A token, and what stands up to `AROUND` tokens before and after it."""
+    """A token, and what stands up to `AROUND` tokens before and after it.
+
+    A character that is split over tokens stands at the one that completes it, as in the report; the others are "".
+    """
 
     before: str
     token: str
@@ -70,7 +75,12 @@ def write(
     """Add context and text to the samples and write them; the file appears whole."""
     values, rows = samples.values.cpu().numpy() * scale_out, samples.rows.cpu().numpy()
     contexts, positions = _provenance(store, rows)
-    texts = _texts(store, contexts[rows >= 0], positions[rows >= 0])
+    texts = _texts(
+        TokenText(read_tokenizer(store.tokenizer_path)),
+        store.train.contexts,
+        contexts[rows >= 0],
+        positions[rows >= 0],
+    )
     group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
     file = run_dir / "activation_samples" / "samples.jsonl"
     with whole(file) as out:
@@ -100,21 +110,21 @@ def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return contexts, positions
 
 
-def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Text]:
-    """Text before, of and after each token, decoded in blocks."""
-    tokenizer = read_tokenizer(store.tokenizer_path)
+def _texts(
+    text: TokenText,
+    table: Contexts | np.ndarray,
+    contexts: np.ndarray,
+    positions: np.ndarray,
+    block: int = 1000,
+) -> Iterator[Text]:
+    """Text before, of and after each token; contexts are read in blocks."""
     for start in range(0, len(contexts), block):
-        where = positions[start : start + block]
-        tokens = store.train.contexts[contexts[start : start + block]]
-        parts = [
-            part.tolist()
-            for line, at in zip(tokens, where, strict=True)
-            for part in (line[max(0, at - AROUND) : at], line[at : at + 1], line[at + 1 : at + 1 + AROUND])
-        ]
-        decoded = tokenizer.decode_batch(parts, skip_special_tokens=False)
-        for i in range(len(where)):
-            before, token, after = decoded[3 * i : 3 * i + 3]
-            yield Text(before=before, token=token, after=after)
+        tokens = table[contexts[start : start + block]]
+        for line, at in zip(tokens, positions[start : start + block].tolist(), strict=True):
+            first = max(0, at - AROUND)
+            pieces = text.pieces(line[first : at + 1 + AROUND].tolist())
+            before, after = pieces[: at - first], pieces[at - first + 1 :]
+            yield Text(before="".join(before), token=pieces[at - first], after="".join(after))
 
 
 def read(run_dir: Path) -> Iterator[Line]:
@@ -142,7 +152,8 @@ def render(latents: Iterable[Line]) -> str:
     for latent in latents:
         parts.append(f"<h2>latent {latent['latent']} <small>group {latent['group']}</small></h2>")
         for sample in latent["samples"]:
-            before, token, after = (html.escape(sample[key]) for key in ("before", "token", "after"))
+            before, after = html.escape(sample["before"]), html.escape(sample["after"])
+            token = html.escape(sample["token"] or PART)
             place = f"context {sample['context']}, position {sample['position']}"
             parts.append(
                 f'<p title="{place}"><b>{sample["value"]:.3g}</b> {before}<mark>{token}</mark>{after}</p>'
@@ -199,7 +210,7 @@ def main() -> None:
     for line in islice(shown, None if requested else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")
         for sample in line["samples"]:
-            text = f"{sample['before']}[[{sample['token']}]]{sample['after']}".replace("\n", "\\n")
+            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}".replace("\n", "\\n")
             print(f"  {sample['value']:8.3f}  {text}")
         if not line["samples"]:
             print("  never active when looked at")

@@ -10,10 +10,10 @@ from typing import TypedDict
 
 import numpy as np
 
+from common.tokens import TokenText
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.rows import ContextTable
-from evaluate.metrics.tokens import TokenText
 
 POOL_TOKENS = 3_000_000
 """Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""

@@ -70,6 +70,16 @@ def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(setti
     assert (len(long.tokens), long.left_out) == (31, length - 31)
 
 
+def test_a_split_character_stands_at_the_token_that_completes_it(settings: Settings) -> None:
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16), layer=1), "cpu")
+    ids = reader.tokenizer.encode("a🙂b", add_special_tokens=False).ids
+    assert len(ids) > 3, "the emoji is one token: nothing is split"
+    tokens = reader("a🙂b").tokens
+    assert len(tokens) == len(ids)
+    assert "".join(tokens).strip() == "a🙂b"
+    assert tokens[-2:] == ["🙂", "b"]
+
+
 def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:
     store, coder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
     here, there = Path(settings.model.name), tmp_path / "elsewhere" / "tiny"
