@@ -43,9 +43,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
-        said = re.sub(r"--(\w+)(?![\w.-])", lambda found: _both_names(found[0], found[1]), message)
-        said = said.replace("the following arguments are required:", "expected")
-        raise InputError(f"command line: {said}; --help-all lists every option")
+        text = re.sub(r"--(\w+)(?![\w.-])", lambda match: _both_names(match[0], match[1]), message)
+        text = text.replace("the following arguments are required:", "expected")
+        raise InputError(f"command line: {text}; --help-all lists every option")
 
 
 def _both_names(option: str, word: str) -> str:
@@ -102,58 +102,62 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
 
 
 def load(
-    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
+    options: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
 ) -> tuple[Settings, argparse.Namespace]:
     """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
 
     Also returns the parsed command line, for the options that are a stage's own.
     Raises `InputError` with one line that names the key, the value and what is allowed.
     """
-    given, unknown = made.parse_known_args(argv)
+    arguments, unknown = options.parse_known_args(argv)
     if unknown:
-        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help-all lists every option")
+        raise InputError(f"command line: {_unknown(unknown[0], options)}; --help-all lists every option")
     toml = toml or PIPELINE_TOML
-    asked = _sections_of(given)
+    overrides = _sections_of(arguments)
     file = _read_toml(toml)
     profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
     recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
     if stray := sorted(file.keys() & {"run", "harvest_name"}):
         raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
-    profile = profiles.get(given.profile, {}) if given.profile else {}
-    if given.profile and given.profile not in profiles:
+    profile = profiles.get(arguments.profile, {}) if arguments.profile else {}
+    if arguments.profile and arguments.profile not in profiles:
         known = ", ".join(profiles) or "none"
-        raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
+        raise InputError(f"profile: expected one of {known}, found {arguments.profile!r}; see {toml.name}")
     merged = _merge(file, profile)
-    layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
-    if len(layers) == 1 and isinstance(model := _merge(merged, asked).get("model", {}), dict):
+    layers = _layers(arguments.layer if arguments.layer is not None else merged.get("layers", ()))
+    if len(layers) == 1 and isinstance(model := _merge(merged, overrides).get("model", {}), dict):
         recipe = recipes.get(model.get("name", Model().name), {})
         merged = _merge(merged, recipe.get(str(layers[0]), {}))
-    top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
+    top = {
+        "layers": layers,
+        "profile": arguments.profile,
+        "harvest_name": _name("harvest", arguments.harvest_name),
+    }
     base = validated(_merge(merged, top), toml.name)
-    settings = validated(_merge(_merge(merged, top), asked), "command line")
-    run = _name("run", given.run) or _run_name(base, settings)
-    return settings.model_copy(update={"run": run}), given
+    settings = validated(_merge(_merge(merged, top), overrides), "command line")
+    run = _name("run", arguments.run) or _run_name(base, settings)
+    return settings.model_copy(update={"run": run}), arguments
 
 
-def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
+def _unknown(argument: str, options: argparse.ArgumentParser) -> str:
     """What to say of an argument that no option takes, with the option that may have been meant."""
     if not argument.startswith("-"):
         return f"{argument!r} is no option; settings are given as --section.key value"
     option = argument.partition("=")[0]
-    return f"unknown option {option}{nearest(option, list(made._option_string_actions))}"
+    return f"unknown option {option}{nearest(option, list(options._option_string_actions))}"
 
 
-def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _sections_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The --section.key options that were given, nested; comma-separated lists are split."""
-    asked: dict[str, dict[str, Any]] = {}
-    for option, text in vars(given).items():
+    sections: dict[str, dict[str, Any]] = {}
+    for option, text in vars(arguments).items():
         section, _, key = option.partition(".")
         if text is None or not key:
             continue
         is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
         value = _list(text, names=option == "data.files") if is_list else text
-        asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
-    return asked
+        sections.setdefault(section, {})[key] = None if text.lower() == "none" else value
+    return sections
 
 
 def _list(text: str, names: bool) -> list[Any]:

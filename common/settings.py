@@ -332,8 +332,8 @@ class Settings(BaseModel):
     def layer(self) -> int:
         """The one layer of a stage that takes one."""
         if len(self.layers) != 1:
-            asked = " ".join(map(str, self.layers)) or "none"
-            raise InputError(f"layer: expected one layer, found {asked}; give LAYER=17 (--layer 17)")
+            layers = " ".join(map(str, self.layers)) or "none"
+            raise InputError(f"layer: expected one layer, found {layers}; give LAYER=17 (--layer 17)")
         return self.layers[0]
 
     @property
@@ -432,8 +432,8 @@ def first_mistake(error: ValidationError) -> str:
         return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub("^expected (?=greater|less)", "expected a number ", message)
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-    return f"{key}: {message}{found}".removeprefix(": ")
+    value = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{key}: {message}{value}".removeprefix(": ")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

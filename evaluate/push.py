@@ -83,13 +83,13 @@ def card(transcoder: Transcoder, results: Results, address: str) -> str:
 
 
 def main() -> None:
-    made = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
-    made.add_argument(
+    options = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
+    options.add_argument(
         "--repo", required=True, metavar="OWNER/NAME", help="repository, or owner/name/path within one"
     )
-    settings, given = load(made)
-    settings = weights.chosen_run(settings, given.run)
-    address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
+    settings, arguments = load(options)
+    settings = weights.chosen_run(settings, arguments.run)
+    address = f"{hub.SCHEME}{arguments.repo.removeprefix(hub.SCHEME)}"
     weights.refuse_another_model(settings.run_dir(), settings)
     push(settings.run_dir(), address, settings.model.public_name)
     print(address)

@@ -59,7 +59,7 @@ class Reader:
         self.store, self.source = store, store.manifest.source
         self.device = pick_device(device)
         self.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
-        asked = Model.model_validate(
+        requested = Model.model_validate(
             {
                 "name": model or self.source.model,
                 "revision": self.source.revision,
@@ -67,7 +67,7 @@ class Reader:
                 "device": device,
             }
         )
-        self.model = language_model(asked, self.source)
+        self.model = language_model(requested, self.source)
         self.tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), self.source.special_tokens)
 
     def __call__(self, text: str) -> Sentence:
@@ -105,19 +105,19 @@ class Reader:
 def main() -> None:
     options = parser("evaluate.read", "Show which latents fire on a text of your own.")
     options.add_argument("--text", required=True, help="a sentence or more")
-    settings, given = load(options)
+    settings, arguments = load(options)
     from rich.console import Console
     from rich.table import Table
 
     from evaluate.subject import run_of
     from transcoder.weights import chosen_run
 
-    settings = chosen_run(settings, given.run)
+    settings = chosen_run(settings, arguments.run)
     store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
     transcoder = Transcoder.load(run_of(settings, store))
     if at := transcoder.metadata.get("checkpoint"):
         print(f"the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
-    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(given.text)
+    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(arguments.text)
     table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
         values, latents = acts.sort(descending=True)

@@ -19,10 +19,10 @@ TEXT = GUIDE.read_text(encoding="utf-8")
 
 
 def test_the_notebook_is_the_guide_without_outputs() -> None:
-    found = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(found)
-    assert found == notebook_of(TEXT), "run python docs/notebook.py"
-    code = [cell for cell in found.cells if cell.cell_type == "code"]
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook == notebook_of(TEXT), "run python docs/notebook.py"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) > 10
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
@@ -57,8 +57,8 @@ def test_the_notebooks_cells_run(tmp_path: Path) -> None:
     python = environment / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    for done in (".installed", ".installed-embedded"):  # what the tests run in is installed
-        (environment / done).touch()
+    for stamp in (".installed", ".installed-embedded"):  # what the tests run in is installed
+        (environment / stamp).touch()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = []
     for cell in notebook.cells:

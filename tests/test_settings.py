@@ -29,14 +29,14 @@ def settings(*argv: str, toml: Path = PIPELINE_TOML) -> Settings:
     ],
 )
 def test_the_recipes_for_gemma_2(layer: str, d_sae: int, groups: tuple[int, ...], rows: int) -> None:
-    made = settings("--layer", layer)
-    assert made.model.name == "google/gemma-2-2b"
-    assert (made.data.dataset, made.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    assert made.transcoder.resolve(d_in=2304) == (d_sae, groups)
-    assert made.transcoder.k == 96
+    chosen = settings("--layer", layer)
+    assert chosen.model.name == "google/gemma-2-2b"
+    assert (chosen.data.dataset, chosen.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert chosen.transcoder.resolve(d_in=2304) == (d_sae, groups)
+    assert chosen.transcoder.k == 96
     assert settings("--layer", layer, "--profile", "guide").train.lr == 4e-4
-    assert (made.harvest.rows, made.train.rows) == (rows, rows)
-    assert made.train.sample_every > 0
+    assert (chosen.harvest.rows, chosen.train.rows) == (rows, rows)
+    assert chosen.train.sample_every > 0
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_precedence(tmp_path: Path) -> None:
         "[profile.p.train]\nbatch_size = 16\nseed = 5\norder_seed = 6\n"
         "[recipe.m.7.train]\nseed = 7\norder_seed = 8\n"
     )
-    made = settings("--layer", "7", "--profile", "p", "--train.order_seed", "9", toml=toml)
-    train = made.train
+    chosen = settings("--layer", "7", "--profile", "p", "--train.order_seed", "9", toml=toml)
+    train = chosen.train
     assert (train.lr, train.batch_size, train.seed, train.order_seed) == (1e-3, 16, 7, 9)
     assert train.log_every == Settings().train.log_every
 
@@ -63,13 +63,13 @@ def test_any_layer_of_the_demo_model_works() -> None:
 
 
 def test_sizes_may_be_multiples_of_d_in() -> None:
-    made = settings("--layer", "3", "--model.name", "m").transcoder
-    assert made.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
+    transcoder = settings("--layer", "3", "--model.name", "m").transcoder
+    assert transcoder.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
 
 
 def test_a_rate_left_to_the_rule() -> None:
-    made = settings("--profile", "demo", "--train.min_lr", "auto").train
-    assert (made.lr, made.min_lr) == (None, None)
+    train = settings("--profile", "demo", "--train.min_lr", "auto").train
+    assert (train.lr, train.min_lr) == (None, None)
 
 
 def test_run_names_tell_what_differs_from_the_recipe() -> None:
@@ -178,19 +178,19 @@ def test_every_setting_is_read_somewhere() -> None:
     """As one of its own section; [sweep] is read as a whole, by train/sweep.py."""
     packages = ("common", "harvest", "shards", "transcoder", "train", "evaluate")
     files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
-    found = set().union(*(reads(ast.parse(path.read_text())) for path in files))
+    used = set().union(*(reads(ast.parse(path.read_text())) for path in files))
     classes = [
         node
         for node in ast.parse((ROOT / "common/settings.py").read_text()).body
         if isinstance(node, ast.ClassDef)
     ]
     for node in classes:
-        found |= {(node.name.lower() if owner == "self" else owner, key) for owner, key in reads(node)}
+        used |= {(node.name.lower() if owner == "self" else owner, key) for owner, key in reads(node)}
     unread = [
         f"{name}.{key}"
         for name, owners in OWNERS.items()
         for key in SECTIONS[name].model_fields
-        if not {(owner, key) for owner in owners} & found
+        if not {(owner, key) for owner in owners} & used
     ]
     assert unread == []
     assert OWNERS.keys() | {"sweep"} == SECTIONS.keys()
@@ -199,7 +199,7 @@ def test_every_setting_is_read_somewhere() -> None:
 def test_the_file_lists_every_setting_with_its_default() -> None:
     """Commented out where the default is none, or a path of this machine; [sweep] has none."""
     text = PIPELINE_TOML.read_text().split("[recipe.")[0]
-    given = tomllib.loads(text)
+    file = tomllib.loads(text)
     for name, section in SECTIONS.items():
         if name == "sweep":
             continue
@@ -207,7 +207,7 @@ def test_the_file_lists_every_setting_with_its_default() -> None:
         lines = re.search(rf"^\[{name}\]\n(.*?)(?=^\[|\Z)", text, re.DOTALL | re.MULTILINE)
         assert lines
         for key in section.model_fields:
-            default, listed = getattr(defaults, key), given[name].get(key)
+            default, listed = getattr(defaults, key), file[name].get(key)
             if listed is None:
                 assert re.search(rf"^# {key} = ", lines[1], re.MULTILINE), f"{name}.{key} is not in the file"
                 assert default is None or key == "cache", f"{name}.{key} is {default!r} by default"
@@ -223,10 +223,10 @@ def test_every_setting_has_a_docstring() -> None:
 
 
 def test_what_is_missing_is_named_as_make_has_it_too() -> None:
-    made = parser("evaluate.read", "")
-    made.add_argument("--text", required=True)
+    options = parser("evaluate.read", "")
+    options.add_argument("--text", required=True)
     with pytest.raises(InputError, match=re.escape("command line: expected TEXT=... (--text); --help-all")):
-        load(made, ("--layer", "3"))
+        load(options, ("--layer", "3"))
     with pytest.raises(
         InputError, match=re.escape("argument LAYER=... (--layer): expected one argument; --help-all")
     ):

@@ -81,7 +81,7 @@ class Log:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = progress(settings.run, total, "rows", done=rows)
+        self._bar = progress(settings.run, total, "rows", initial=rows)
         self._wandb = WandbRun(run_dir, settings, config)
 
     def step(self, rows: int) -> None:

@@ -35,10 +35,10 @@ def combinations(settings: Settings, d_in: int) -> list[Settings]:
     lists = {key: values for key, values in settings.sweep if values}
     if not lists:
         raise InputError("sweep: nothing to combine; give lists in [sweep], or --sweep.lr 2e-4,4e-4")
-    made = [
+    runs = [
         _one(settings, dict(zip(lists, values, strict=True)), d_in) for values in product(*lists.values())
     ]
-    names = [one.run for one in made]
+    names = [one.run for one in runs]
     if longest := max(names, key=len)[100:]:
         raise InputError(
             f"sweep: the runs' names are {len(longest)} characters too long; give a shorter RUN=name"
@@ -46,7 +46,7 @@ def combinations(settings: Settings, d_in: int) -> list[Settings]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"sweep: two runs would be called {twice}; list each value once")
-    return made
+    return runs
 
 
 def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
@@ -65,13 +65,13 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
         if "d_sae" in chosen:
             (wider,) = latents((chosen["d_sae"],), d_in)
             values["transcoder"] |= {"d_sae": wider, "group_sizes": _in_proportion(groups, wider)}
-        made = Settings.model_validate(values)
+        run = Settings.model_validate(values)
     except ValidationError as error:
         raise InputError(f"sweep: {first_mistake(error)}") from error
     except ValueError as error:
         raise InputError(f"sweep: {error}") from error
-    name = run_name(settings.run, plain, made)
-    return made.model_copy(update={"run": name})
+    name = run_name(settings.run, plain, run)
+    return run.model_copy(update={"run": name})
 
 
 def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
@@ -86,8 +86,8 @@ def report(runs: list[Settings], folder: Path) -> Table:
     rows = []
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
-        found = metadata["heldout"]
-        rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
+        heldout = metadata["heldout"]
+        rows.append({"run": settings.run, "fvu": heldout["fvu"], "l0": heldout["l0"], "dead": heldout["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
     write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())

@@ -29,10 +29,10 @@ TEXT = (
 def settings(llama: Path, settings_for: Make, tmp_path: Path) -> Settings:
     """Every document is the same one; its first 31 tokens are its one context."""
     files = write_jsonl(tmp_path / "same.jsonl", [TEXT + " " + TEXT] * 40)
-    made = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
-    made = made.model_copy(update={"paths": made.paths.model_copy(update={"checkpoints": tmp_path})})
-    harvest(made)
-    return made
+    chosen = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
+    chosen = chosen.model_copy(update={"paths": chosen.paths.model_copy(update={"checkpoints": tmp_path})})
+    harvest(chosen)
+    return chosen
 
 
 def test_the_rows_of_a_harvest(settings: Settings) -> None:

@@ -27,14 +27,14 @@ def swept(base: Settings, **lists: object) -> Settings:
 
 
 def test_combinations_are_named_after_what_differs(base: Settings) -> None:
-    made = sweep.combinations(swept(base, **WANTED), d_in=12)
-    assert [one.run for one in made] == [
+    runs = sweep.combinations(swept(base, **WANTED), d_in=12)
+    assert [one.run for one in runs] == [
         "s-lr0.001",
         "s-d_sae128-groups16_32_80-lr0.001",
         "s",
         "s-d_sae128-groups16_32_80",
     ]
-    assert made[1].transcoder.group_sizes == (16, 32, 80)
+    assert runs[1].transcoder.group_sizes == (16, 32, 80)
     nested = sweep.combinations(swept(base, group_sizes=("4x", "1x/3x")), d_in=12)
     assert [one.transcoder.resolve(12) for one in nested] == [(48, (48,)), (48, (12, 36))]
 
