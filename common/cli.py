@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _both_names(option: str, word: str) -> str:
-    """An option, and the variable of make that passes it on where there is one."""
+    """An option, and the variable of make that passes it on, if any."""
     return f"{word.upper()}=... ({option})" if word.upper() in MAKE_VARIABLES else option
 
 
@@ -71,7 +71,7 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
 
-    Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
+    Uses argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
     """
     options = _Parser(
         prog=f"python -m {prog}",
@@ -85,7 +85,9 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     options.add_argument("--profile", help="profile of pipeline.toml, for example demo")
     options.add_argument("--run", help="name of the training run")
     options.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
-    options.add_argument("--help-all", action=_HelpAll, nargs=0, help="the settings of every stage, and exit")
+    options.add_argument(
+        "--help-all", action=_HelpAll, nargs=0, help="list the settings of every stage and exit"
+    )
     for name, section in SECTIONS.items():
         group = options.add_argument_group(name)
         for key, field in section.model_fields.items():
@@ -118,7 +120,8 @@ def load(
     profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
     recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
     if stray := sorted(file.keys() & {"run", "harvest_name"}):
-        raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
+        where = "give RUN=name or HARVEST=name on the command line"
+        raise InputError(f"{toml.name}: {stray[0]}: is not a setting; {where}")
     profile = profiles.get(arguments.profile, {}) if arguments.profile else {}
     if arguments.profile and arguments.profile not in profiles:
         known = ", ".join(profiles) or "none"
@@ -142,7 +145,7 @@ def load(
 def _unknown(argument: str, options: argparse.ArgumentParser) -> str:
     """What to say of an argument that no option takes, with the option that may have been meant."""
     if not argument.startswith("-"):
-        return f"{argument!r} is no option; settings are given as --section.key value"
+        return f"{argument!r} is not an option; give settings as --section.key value"
     option = argument.partition("=")[0]
     return f"unknown option {option}{nearest(option, list(options._option_string_actions))}"
 
@@ -294,7 +297,7 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         if error.errno not in ENVIRONMENT:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _last_word(f"error: {where}{error.strerror}; mend that, and the same command continues")
+        _last_word(f"error: {where}{error.strerror}; fix that and rerun the same command to continue")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         hint = str(interrupt) or "the same command continues"

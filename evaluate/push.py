@@ -37,7 +37,7 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
     """Write what `push` publishes into `folder`; returns the commit's message."""
     transcoder = Transcoder.load(run_dir)
     if "training" not in transcoder.metadata:
-        raise InputError(f"{run_dir}: was not trained here; push what it was imported from")
+        raise InputError(f"{run_dir}: was imported, not trained here; push the original")
     metrics = finished(run_dir / "evaluation")
     if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / weights.FILE_NAME):
         raise InputError(

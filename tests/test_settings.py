@@ -240,7 +240,7 @@ def test_what_is_missing_is_named_as_make_has_it_too() -> None:
 
 def test_help_shows_what_no_value_means() -> None:
     said = " ".join(parser("train", "").format_help().split())
-    assert "by the rule of train/step/schedule.py. [auto]" in said
+    assert "auto: the rule in docs/training.md. [auto]" in said
     assert "a hundredth of the peak. [auto]" in said
     assert "none: never. [none]" in said
     assert "[None]" not in said

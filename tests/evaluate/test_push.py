@@ -158,7 +158,7 @@ def test_only_what_was_trained_and_evaluated_is_published(root: Path, hub: Hub, 
     own = Transcoder.load(settings_of(root).run_dir())
     replace(own, metadata={"source": own.metadata["source"]}).save(settings.run_dir())
     command = ("-m", "evaluate.push", "--repo", "me/one", *arguments(root), "--run", "bare")
-    assert "was not trained here" in one_line(at_hub(*command))
+    assert "was imported, not trained here; push the original" in one_line(at_hub(*command))
     own.save(settings.run_dir())
     assert "evaluate it (make evaluate)" in one_line(at_hub(*command))
     assert hub.repos == {}
