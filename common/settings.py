@@ -428,7 +428,7 @@ def first_mistake(error: ValidationError) -> str:
         return (
             f"unknown setting {key}{nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
         )
-    if first["type"] in ("model_type", "dict_type"):
+    if key and first["type"] in ("model_type", "dict_type"):
         return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub("^expected (?=greater|less)", "expected a number ", message)

@@ -14,7 +14,6 @@ from common.tokens import TokenText
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.files import (
     METRICS_VERSION,
-    LogLine,
     bring_back,
     find,
     finished,
@@ -36,6 +35,7 @@ from evaluate.report.report import write_report
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
 from shards.store import StoreSplit, read_tokenizer
+from train.log import LogLine
 from transcoder import Transcoder
 from transcoder.gain import refuse_mismatch
 from transcoder.weights import FILE_NAME, read_metadata, save_tensors
