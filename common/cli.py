@@ -71,8 +71,8 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
 
-    Uses argparse because a recipe is chosen by the layer on the command line, and each --help shows one stage's sections;
-    pydantic-settings does neither, and takes `--harvest NAME` for the section (docs/log.md has the figures).
+    Uses argparse because a recipe is chosen by the layer on the command line, and --help shows one stage's sections.
+    pydantic-settings does neither, and takes `--harvest NAME` for the section; docs/log.md has the figures.
     """
     options = _Parser(
         prog=f"python -m {prog}",

@@ -1,5 +1,6 @@
 """python -m evaluate.compare: several transcoders on the same held-out rows, one table with differences."""
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from evaluate.run import prepare
 from evaluate.subject import read
 from shards.store import StoreSplit
 from train.record import stopped
-from train.sweep import RESULTS
+from train.sweep import RESULTS, keep_earlier
 from transcoder import Transcoder
 from transcoder.formats import fetched, weights_file
 from transcoder.weights import FILE_NAME, chosen_run
@@ -73,8 +74,9 @@ class Measured(NamedTuple):
 def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path]:
     """Measures the run that `settings` name and the `others` (see `chosen`) on the same rows.
 
-    Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
-    folder. Differences are to the run's full dictionary.
+    Writes compare.json, compare.png and compare.html into <run>/comparison, and keeps what was there in its folder
+    `earlier` if it has other transcoders or rows; returns the values and the folder. Differences are to the run's
+    full dictionary.
     """
     if not others:
         raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
@@ -194,8 +196,27 @@ def _line(one: Measured, reference: Measured) -> ComparedPrefix:
     )
 
 
+def _holds_all(comparison: Comparison, file: Path) -> bool:
+    """Whether the comparison has every transcoder of the one in `file`, with the same weights on the same rows."""
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        weights = set(there["provenance"]["weights_sha256"].values())  # their names depend on the others
+        rows = [there["rows"], *(there["provenance"][key] for key in ("split", "store_fingerprint"))]
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another version, or damaged
+        return False
+    of = comparison.provenance
+    return weights <= set(of.weights_sha256.values()) and rows == [
+        comparison.rows,
+        of.split,
+        of.store_fingerprint,
+    ]
+
+
 def _write(folder: Path, comparison: Comparison) -> None:
     folder.mkdir(exist_ok=True)
+    file = folder / "compare.json"
+    if file.exists() and not _holds_all(comparison, file):
+        keep_earlier(folder, file.name)
     series: dict[str, list[tuple[float, float | None]]] = {}
     for line in comparison.lines:
         series.setdefault(line.transcoder, []).append((line.l0, line.fvu))
@@ -203,7 +224,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
     plot = figures.save(figure, folder / "compare.png")
     page = html("compare.html", values=comparison, columns=COLUMNS, plot=Markup(plot))
     write_whole(folder / "compare.html", page.encode())
-    write_record(folder / "compare.json", comparison)
+    write_record(file, comparison)
 
 
 def main() -> None:

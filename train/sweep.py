@@ -1,11 +1,14 @@
 """python -m train.sweep --layer 17 [--sweep.lr 2e-4,4e-4 ...]: every combination of [sweep], in one pass.
 
 Each run has its own directory, <run>-<what differs>, and is bit-identical to the same run alone.
-The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-sweep/sweep.png.
+The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-sweep/sweep.png; those of another sweep
+under the same name are kept in <run>-sweep/earlier.
 """
 
 import json
 import os
+import sys
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from rich.table import Table
 from common.cli import load, parser, run_stage
 from common.device import share_cores
 from common.errors import InputError
-from common.files import write_whole
+from common.files import sha256, write_whole
 from common.numbers import number_or_dash
 from common.settings import Settings, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
@@ -90,6 +93,8 @@ def report(runs: list[Settings], folder: Path) -> Table:
         rows.append({"run": settings.run, "fvu": heldout["fvu"], "l0": heldout["l0"], "dead": heldout["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
+    if not _runs_in(folder) <= {row["run"] for row in rows}:
+        keep_earlier(folder, RESULTS)
     write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())
     if measured := [row for row in rows if None not in row["fvu"]]:
         _plot(measured, folder / "sweep.png")
@@ -99,6 +104,29 @@ def report(runs: list[Settings], folder: Path) -> Table:
         dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
         table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
     return table
+
+
+def _runs_in(folder: Path) -> set[str]:
+    """The runs of the table that is there; of one that cannot be read its path, which is no run."""
+    file = folder / RESULTS
+    if not file.exists():
+        return set()
+    try:
+        return {row["run"] for row in json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, LookupError, TypeError):
+        return {str(file)}
+
+
+def keep_earlier(folder: Path, table: str) -> None:
+    """Move the files of `folder` to earlier/<date>-<digest> in it, the `table` last: after a kill the rest follows."""
+    file = folder / table
+    date = datetime.fromtimestamp(file.stat().st_mtime).date()
+    place = folder / "earlier" / f"{date}-{sha256(file)[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    for each in sorted(folder.iterdir(), key=lambda each: each == file):
+        if each.is_file():
+            each.replace(place / each.name)
+    print(f"the table that was here is kept: {place}", file=sys.stderr)
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
