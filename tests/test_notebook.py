@@ -13,12 +13,12 @@ from nbformat.v4 import new_code_cell
 from bench.expected import disk, recipes, table
 from common.cli import load, parser
 from common.settings import ROOT, SECTIONS
-from docs.notebook import GUIDE, NOTEBOOK, notebook_of
+from docs.notebook import PAGE, NOTEBOOK, notebook_of
 
-TEXT = GUIDE.read_text(encoding="utf-8")
+TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_the_notebook_is_the_guide_without_outputs() -> None:
+def test_the_notebook_is_the_page_without_outputs() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert notebook == notebook_of(TEXT), "run python docs/notebook.py"
@@ -27,7 +27,7 @@ def test_the_notebook_is_the_guide_without_outputs() -> None:
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_the_guides_tables_are_the_derived_ones() -> None:
+def test_the_tables_of_the_page_are_the_derived_ones() -> None:
     assert table() in TEXT
     bytes_a_row, recipe = re.search(r"([\d,]+) bytes a row", TEXT), recipes()[0]
     assert bytes_a_row
