@@ -98,7 +98,13 @@ def test_plots_are_figures_of_plain_values() -> None:
         assert figure.canvas.get_width_height()[0] > 100
 
 
-@pytest.mark.parametrize("stage", ["harvest", "train", "evaluate", "shards"])
+COMMANDS = (
+    *("harvest", "shards", "train", "train.sweep", "train.samples_page"),
+    *("evaluate", "evaluate.compare", "evaluate.read", "evaluate.push"),
+)
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_and_typos_do_not_wait_for_torch(stage: str) -> None:
     """0.2 s instead of 2: the options are read before anything heavy is imported."""
     command = [sys.executable, "-X", "importtime", "-m", stage, "--help"]

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell
 from bench.expected import disk, recipes, table
 from common.cli import load, parser
 from common.settings import ROOT, SECTIONS
-from docs.notebook import PAGE, NOTEBOOK, notebook_of
+from docs.notebook import NOTEBOOK, PAGE, notebook_of
 
 TEXT = PAGE.read_text(encoding="utf-8")
 

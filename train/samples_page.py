@@ -1,31 +1,21 @@
 """python -m train.samples_page --layer 17 --run name [--latents 5,17]: the activation samples of a run.
 
-The file, written when training ends: activation_samples/samples.jsonl, one `Line` per latent.
+The file, activation_samples/samples.jsonl, has one `Line` per latent; train/activation_samples.py writes it at the end.
 """
 
 import html
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
-from common.files import whole
 from common.settings import first_mistake
-from common.tokens import PART, TokenText
-from shards import Store
-from shards.layout import SHARD_ROWS
-from shards.reader import Contexts
-from shards.store import read_tokenizer
-from train import record
-from train.activation_samples import Samples
-from transcoder import weights
+from common.tokens import PART
 
 AROUND = 16
 """Tokens shown before and after."""
@@ -69,68 +59,12 @@ class Line(TypedDict):
 LINE = TypeAdapter(Line)
 
 
-def write(
-    run_dir: Path, samples: Samples, store: Store, prefix_ends: tuple[int, ...], scale_out: float
-) -> None:
-    """Add context and text to the samples and write them; the file appears whole."""
-    values, rows = samples.values.cpu().numpy() * scale_out, samples.rows.cpu().numpy()
-    contexts, positions = _provenance(store, rows)
-    texts = _texts(
-        TokenText(read_tokenizer(store.tokenizer_path)),
-        store.train.contexts,
-        contexts[rows >= 0],
-        positions[rows >= 0],
-    )
-    group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
-    file = run_dir / "activation_samples" / "samples.jsonl"
-    with whole(file) as out:
-        for latent in range(len(values)):
-            examples = [
-                {
-                    "value": round(float(values[latent, i]), 5),
-                    "row": int(rows[latent, i]),
-                    "context": int(contexts[latent, i]),
-                    "position": int(positions[latent, i]),
-                    **next(texts),
-                }
-                for i in np.flatnonzero(rows[latent] >= 0)
-            ]
-            line = {"latent": latent, "group": int(group[latent]), "samples": examples}
-            out.write(json.dumps(line).encode() + b"\n")
-
-
-def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(context, position) of each row number; windows of the store that hold none are not read."""
-    contexts, positions = np.full(rows.shape, -1, np.int64), np.full(rows.shape, -1, np.int64)
-    for window in np.unique(rows[rows >= 0] // SHARD_ROWS):
-        start = int(window) * SHARD_ROWS
-        context, position = store.train.provenance(start, min(start + SHARD_ROWS, len(store.train)))
-        here = (rows >= start) & (rows < start + SHARD_ROWS)
-        contexts[here], positions[here] = context[rows[here] - start], position[rows[here] - start]
-    return contexts, positions
-
-
-def _texts(
-    text: TokenText,
-    table: Contexts | np.ndarray,
-    contexts: np.ndarray,
-    positions: np.ndarray,
-    block: int = 1000,
-) -> Iterator[Text]:
-    """Text before, of and after each token; contexts are read in blocks."""
-    for start in range(0, len(contexts), block):
-        tokens = table[contexts[start : start + block]]
-        for line, at in zip(tokens, positions[start : start + block].tolist(), strict=True):
-            first = max(0, at - AROUND)
-            pieces = text.pieces(line[first : at + 1 + AROUND].tolist())
-            before, after = pieces[: at - first], pieces[at - first + 1 :]
-            yield Text(before="".join(before), token=pieces[at - first], after="".join(after))
-
-
 def read(run_dir: Path) -> Iterator[Line]:
     """The lines of samples.jsonl; raises `InputError` when it is not there, naming a line that is no such line."""
     file = run_dir / "activation_samples" / "samples.jsonl"
     if not file.is_file():
+        from train import record
+
         if stands := record.stopped(run_dir):
             raise InputError(
                 f"{run_dir}: {stands}; its samples are written when it ends (the same make train)"
@@ -195,6 +129,8 @@ def main() -> None:
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
     settings, arguments = load(options)
+    from transcoder import weights  # with torch, which --help need not wait for
+
     settings = weights.chosen_run(settings, arguments.run)
     run_dir, requested = settings.run_dir(), numbers(arguments.latents)
     weights.refuse_another_model(run_dir, settings)

@@ -18,16 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import load, parser, run_stage
-from common.device import share_cores
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.numbers import number_or_dash
 from common.settings import Settings, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
-from shards import Store
-from train import record
 from train.log import where
-from transcoder.weights import read_metadata
 
 RESULTS = "results.json"
 """The table of a sweep, in a folder of its own beside the runs."""
@@ -86,6 +82,8 @@ def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
 
 def report(runs: list[Settings], folder: Path) -> Table:
     """Write results.json, and sweep.png where there are held-out rows; the table, best FVU of the full prefix first."""
+    from transcoder.weights import read_metadata
+
     rows = []
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
@@ -144,12 +142,16 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     settings, _ = load(parser("train.sweep", "Train every combination of [sweep]."))
+    from shards import Store  # with torch, which --help need not wait for
+    from train import record
+
     store = Store.of(settings)
     fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
     folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
+        from common.device import share_cores
         from train.loop import train_together
 
         share_cores()

@@ -15,7 +15,7 @@ from common.tokens import TokenText
 from shards import Store
 from tests.common.test_tokens import byte_level
 from train import samples_page
-from train.activation_samples import PER_LATENT, Samples
+from train.activation_samples import PER_LATENT, Samples, _texts
 from train.loop import train
 from transcoder.entries import Entries
 
@@ -75,9 +75,7 @@ def test_samples_point_at_their_rows(sampled: Path, store: Store) -> None:
 def test_a_split_character_stands_at_the_token_that_completes_it() -> None:
     tokenizer = byte_level(["a"])
     ids = np.array([tokenizer.encode("a🙂b").ids])
-    three, four, five = samples_page._texts(
-        TokenText(tokenizer), ids, np.zeros(3, np.int64), np.array([3, 4, 5])
-    )
+    three, four, five = _texts(TokenText(tokenizer), ids, np.zeros(3, np.int64), np.array([3, 4, 5]))
     assert three == {"before": "a", "token": "", "after": "🙂b"}
     assert four == {"before": "a", "token": "🙂", "after": "b"}
     assert five == {"before": "a🙂", "token": "b", "after": ""}
