@@ -36,6 +36,10 @@ MAKE_VARIABLES = (
 """Variables of the Makefile that are passed on as the option of the same name."""
 
 
+ANOTHER_DASH = re.compile("-*[\u2010-\u2015\u2212][-\u2010-\u2015\u2212]*")
+"""In an option pasted from a typeset text: hyphens, dashes, a minus sign, which look like - and are not."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.hidden: dict[argparse.Action, str] = {}
@@ -98,7 +102,8 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
             if default is None:  # as the command line takes it
                 shown = "auto" if "auto: " in (field.description or "") else "none"
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
-            action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text, **flag)
             if name not in OWN_SECTIONS.get(prog, ()):
                 options.hidden[action], action.help = help_text, argparse.SUPPRESS
     return options
@@ -145,6 +150,8 @@ def load(
 
 def _unknown(argument: str, options: argparse.ArgumentParser) -> str:
     """What to say of an argument that no option takes, with the option that may have been meant."""
+    if dashes := ANOTHER_DASH.match(argument):
+        return f"{argument!r} begins with another dash than -; type --{argument[dashes.end() :]}"
     if not argument.startswith("-"):
         return f"{argument!r} is not an option; give settings as --section.key value"
     option = argument.partition("=")[0]
@@ -165,7 +172,7 @@ def _sections_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _list(text: str, names: bool) -> list[Any]:
-    """A list as pipeline.toml has it, ["a,b.jsonl", "c.txt"], or what is between commas.
+    """A list as pipeline.toml has it, ["a,b.jsonl", "c.txt"], or what is between commas, or spaces but for names.
 
     Of names, brackets that make no list of strings are a part: text[1].jsonl.
     """
@@ -177,8 +184,8 @@ def _list(text: str, names: bool) -> list[Any]:
         if values and all(isinstance(value, str) for value in values):
             return values
         text = text if names else text[1:-1]
-    parts = text.split(",")
-    return _joined_names(parts) if names else [part.strip() for part in parts if part.strip()]
+    parts = text.split(",") if names else text.replace(",", " ").split()
+    return _joined_names(parts) if names else parts
 
 
 def _joined_names(parts: Sequence[str]) -> list[str]:
@@ -197,7 +204,9 @@ def _joined_names(parts: Sequence[str]) -> list[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # Windows' editors begin a file with a mark
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -227,7 +236,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def _layers(text: Any) -> tuple[int, ...]:
     parts = text.replace(",", " ").split() if isinstance(text, str) else text
     parts = parts if isinstance(parts, list | tuple) else [parts]
-    if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
+    if not all(re.fullmatch(r"[0-9]+", str(part)) for part in parts):
         raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
     return tuple(sorted({int(part) for part in parts}))
 

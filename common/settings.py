@@ -17,6 +17,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -30,6 +32,23 @@ FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _exponents(cls, value: Any, info: ValidationInfo) -> Any:
+        """1e6 on the command line is a whole number, as it is in pipeline.toml."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        if "int" not in kind or "str" in kind:
+            return value
+        return [_exponent(each) for each in value] if isinstance(value, list) else _exponent(value)
+
+
+def _exponent(value: Any) -> Any:
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value)
+        else value
+    )
 
 
 def _public(name: str | None) -> str | None:
@@ -432,6 +451,8 @@ def first_mistake(error: ValidationError) -> str:
         return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub("^expected (?=greater|less)", "expected a number ", message)
+    if first["type"] == "too_short":
+        message = "expected at least one value"
     value = "" if first["type"] == "value_error" else f", found {first['input']!r}"
     return f"{key}: {message}{value}".removeprefix(": ")
 

@@ -238,6 +238,50 @@ def test_what_is_missing_is_named_as_make_has_it_too() -> None:
     assert all(name.lower() == option for name, option in passed)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where", "value"),
+    [
+        (("--train.rows", "1e6"), "train.rows", 1_000_000),
+        (("--harvest.rows", "1.5E6"), "harvest.rows", 1_500_000),
+        (("--evaluate.rows", "1e5"), "evaluate.rows", 100_000),
+        (("--sweep.dead_after_rows", "1e4, 2e4"), "sweep.dead_after_rows", (10_000, 20_000)),
+        (("--sweep.lr", "1e-4 2e-4"), "sweep.lr", (1e-4, 2e-4)),
+        (("--transcoder.skip",), "transcoder.skip", True),
+        (("--transcoder.skip", "false"), "transcoder.skip", False),
+        (("--transcoder.d_sae", "8x"), "transcoder.d_sae", "8x"),
+        (("--data.files", "a b.txt"), "data.files", ("a b.txt",)),
+    ],
+)
+def test_values_as_people_type_them(arguments: tuple[str, ...], where: str, value: object) -> None:
+    section, key = where.split(".")
+    chosen = getattr(getattr(settings("--layer", "3", *arguments), section), key)
+    assert (chosen, type(chosen)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--train.rows", "1.5e0"),
+            "train.rows: expected a valid integer, got a number with a fractional part",
+        ),
+        (("\u2013-train.lr", "3"), "'\u2013-train.lr' begins with another dash than -; type --train.lr"),
+        (("\u2014train.lr", "3"), "'\u2014train.lr' begins with another dash than -; type --train.lr"),
+        (("--transcoder.group_sizes", ""), "transcoder.group_sizes: expected at least one value, found"),
+        (("--transcoder.skip", "maybe"), "transcoder.skip: expected a valid boolean"),
+    ],
+)
+def test_values_that_people_mistype(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        settings("--layer", "3", *arguments)
+
+
+def test_a_file_that_an_editor_of_windows_wrote(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_bytes(b"\xef\xbb\xbf" + b"[train]\r\nlr = 0.5\r\n")
+    assert settings("--layer", "3", toml=toml).train.lr == 0.5
+
+
 def test_help_shows_what_no_value_means() -> None:
     said = " ".join(parser("train", "").format_help().split())
     assert "auto: the rule in docs/training.md. [auto]" in said

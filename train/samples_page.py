@@ -110,6 +110,15 @@ b { font-variant-numeric: tabular-nums }
 <h1>Activation samples</h1>"""
 
 
+def printable(text: str) -> str:
+    """The text in one line, escapes for what a terminal would obey: text of the web may hold its commands.
+
+    >>> printable("a\\tb\\x1b[2J é")
+    'a\\\\tb\\\\x1b[2J é'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def numbers(words: Sequence[str]) -> list[int]:
     """The latents that were asked for, in that order, each once: numbers apart by commas, spaces or both."""
     parts = [part for word in words for part in word.replace(",", " ").split()]
@@ -146,8 +155,8 @@ def main() -> None:
     for line in islice(shown, None if requested else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")
         for sample in line["samples"]:
-            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}".replace("\n", "\\n")
-            print(f"  {sample['value']:8.3f}  {text}")
+            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}"
+            print(f"  {sample['value']:8.3f}  {printable(text)}")
         if not line["samples"]:
             print("  never active when looked at")
     print(f"\n{len(chosen):,} of {total:,} latents in {file}")

@@ -115,6 +115,10 @@ def test_the_command_prints_and_renders(
     assert re.findall(r"<h2>latent (\d+)", page) == ["56", "12", "3"]
 
 
+def test_text_cannot_command_the_terminal() -> None:
+    assert samples_page.printable("a\nb\x1b[2J\x9b\u202e é 🙂") == "a\\nb\\x1b[2J\\x9b\\u202e é 🙂"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
