@@ -48,14 +48,14 @@ export WANDB_SILENT ?= true
 help:
 	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
 	@echo 'make test                        install the development extras, lint, types, tests'
-	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the activation store of a layer'
+	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the layer'\''s activation store'
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
-	@echo 'make bench|soak|audit|licences   timings, an hour of kills, known vulnerabilities, licences of what is installed'
+	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import load, parser, run_stage
+from common.numbers import number_or_dash, percent_or_dash
 from common.progress import progress
 from common.settings import ROOT, Settings
 from evaluate.files import read_lines
@@ -188,16 +189,17 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
                    "CE recovered", "rows/s"):  # fmt: skip
         shown.add_column(column, justify="left" if column == "store" else "right")
     for name, numbers in results.items():
-        flat, recovered = numbers.get("one_group"), numbers["cross_entropy_recovered"]
+        flat = numbers["one_group"]["fvu"][0] if "one_group" in numbers else None
+        costs = flat and numbers["fvu"][-1] / flat - 1
         shown.add_row(
             name,
-            " ".join(f"{fvu:.4f}" for fvu in numbers["fvu"]),
-            f"{flat['fvu'][0]:.4f}" if flat else "-",
-            f"{100 * (numbers['fvu'][-1] / flat['fvu'][0] - 1):.1f} %" if flat else "-",
+            " ".join(number_or_dash(fvu, ".4f") for fvu in numbers["fvu"]),
+            number_or_dash(flat, ".4f"),
+            percent_or_dash(costs),
             " ".join(f"{100 * share:.1f}" for share in numbers["never_fire"]) + " %",
-            f"{100 * numbers['over_1_percent']:.1f} %",
+            percent_or_dash(numbers["over_1_percent"]),
             " ".join(f"{100 * share:.1f}" for share in numbers["over_10_percent"]) + " %",
-            "-" if recovered is None else f"{100 * recovered:.1f} %",
+            percent_or_dash(numbers["cross_entropy_recovered"]),
             f"{numbers['rows_per_second']:,.0f}",
         )
     return shown

@@ -36,6 +36,10 @@ MAKE_VARIABLES = (
 """Variables of the Makefile that are passed on as the option of the same name."""
 
 
+ANOTHER_DASH = re.compile("-*[\u2010-\u2015\u2212][-\u2010-\u2015\u2212]*")
+"""In an option pasted from a typeset text: hyphens, dashes, a minus sign, which look like - and are not."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.hidden: dict[argparse.Action, str] = {}
@@ -43,13 +47,13 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
-        said = re.sub(r"--(\w+)(?![\w.-])", lambda found: _both_names(found[0], found[1]), message)
-        said = said.replace("the following arguments are required:", "expected")
-        raise InputError(f"command line: {said}; --help-all lists every option")
+        text = re.sub(r"--(\w+)(?![\w.-])", lambda match: _both_names(match[0], match[1]), message)
+        text = text.replace("the following arguments are required:", "expected")
+        raise InputError(f"command line: {text}; --help-all lists every option")
 
 
 def _both_names(option: str, word: str) -> str:
-    """An option, and the variable of make that passes it on where there is one."""
+    """An option, and the variable of make that passes it on, if any."""
     return f"{word.upper()}=... ({option})" if word.upper() in MAKE_VARIABLES else option
 
 
@@ -71,7 +75,8 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     """A stage's command line: --layer, --profile, --run, --harvest and every --section.key.
 
-    Written on argparse because pydantic-settings cannot tell `--harvest NAME` from the section.
+    Uses argparse because a recipe is chosen by the layer on the command line, and --help shows one stage's sections.
+    pydantic-settings does neither, and takes `--harvest NAME` for the section; docs/log.md has the figures.
     """
     options = _Parser(
         prog=f"python -m {prog}",
@@ -85,7 +90,9 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     options.add_argument("--profile", help="profile of pipeline.toml, for example demo")
     options.add_argument("--run", help="name of the training run")
     options.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
-    options.add_argument("--help-all", action=_HelpAll, nargs=0, help="the settings of every stage, and exit")
+    options.add_argument(
+        "--help-all", action=_HelpAll, nargs=0, help="list the settings of every stage and exit"
+    )
     for name, section in SECTIONS.items():
         group = options.add_argument_group(name)
         for key, field in section.model_fields.items():
@@ -95,69 +102,77 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
             if default is None:  # as the command line takes it
                 shown = "auto" if "auto: " in (field.description or "") else "none"
             help_text = f"{field.description} [{shown}]".replace("%", "%%")
-            action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text)
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+            action = group.add_argument(f"--{name}.{key}", metavar=metavar, help=help_text, **flag)
             if name not in OWN_SECTIONS.get(prog, ()):
                 options.hidden[action], action.help = help_text, argparse.SUPPRESS
     return options
 
 
 def load(
-    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
+    options: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
 ) -> tuple[Settings, argparse.Namespace]:
     """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
 
     Also returns the parsed command line, for the options that are a stage's own.
     Raises `InputError` with one line that names the key, the value and what is allowed.
     """
-    given, unknown = made.parse_known_args(argv)
+    arguments, unknown = options.parse_known_args(argv)
     if unknown:
-        raise InputError(f"command line: {_unknown(unknown[0], made)}; --help-all lists every option")
+        raise InputError(f"command line: {_unknown(unknown[0], options)}; --help-all lists every option")
     toml = toml or PIPELINE_TOML
-    asked = _sections_of(given)
+    overrides = _sections_of(arguments)
     file = _read_toml(toml)
     profiles = _tables(file, "profile", "[profile.NAME.train]", toml.name)
     recipes = _tables(file, "recipe", '[recipe."MODEL".LAYER.train]', toml.name)
     if stray := sorted(file.keys() & {"run", "harvest_name"}):
-        raise InputError(f"{toml.name}: {stray[0]}: is no setting of the file; give RUN=name, HARVEST=name")
-    profile = profiles.get(given.profile, {}) if given.profile else {}
-    if given.profile and given.profile not in profiles:
+        where = "give RUN=name or HARVEST=name on the command line"
+        raise InputError(f"{toml.name}: {stray[0]}: is not a setting; {where}")
+    profile = profiles.get(arguments.profile, {}) if arguments.profile else {}
+    if arguments.profile and arguments.profile not in profiles:
         known = ", ".join(profiles) or "none"
-        raise InputError(f"profile: expected one of {known}, found {given.profile!r}; see {toml.name}")
+        raise InputError(f"profile: expected one of {known}, found {arguments.profile!r}; see {toml.name}")
     merged = _merge(file, profile)
-    layers = _layers(given.layer if given.layer is not None else merged.get("layers", ()))
-    if len(layers) == 1 and isinstance(model := _merge(merged, asked).get("model", {}), dict):
+    layers = _layers(arguments.layer if arguments.layer is not None else merged.get("layers", ()))
+    if len(layers) == 1 and isinstance(model := _merge(merged, overrides).get("model", {}), dict):
         recipe = recipes.get(model.get("name", Model().name), {})
         merged = _merge(merged, recipe.get(str(layers[0]), {}))
-    top = {"layers": layers, "profile": given.profile, "harvest_name": _name("harvest", given.harvest_name)}
+    top = {
+        "layers": layers,
+        "profile": arguments.profile,
+        "harvest_name": _name("harvest", arguments.harvest_name),
+    }
     base = validated(_merge(merged, top), toml.name)
-    settings = validated(_merge(_merge(merged, top), asked), "command line")
-    run = _name("run", given.run) or _run_name(base, settings)
-    return settings.model_copy(update={"run": run}), given
+    settings = validated(_merge(_merge(merged, top), overrides), "command line")
+    run = _name("run", arguments.run) or _run_name(base, settings)
+    return settings.model_copy(update={"run": run}), arguments
 
 
-def _unknown(argument: str, made: argparse.ArgumentParser) -> str:
+def _unknown(argument: str, options: argparse.ArgumentParser) -> str:
     """What to say of an argument that no option takes, with the option that may have been meant."""
+    if dashes := ANOTHER_DASH.match(argument):
+        return f"{argument!r} begins with another dash than -; type --{argument[dashes.end() :]}"
     if not argument.startswith("-"):
-        return f"{argument!r} is no option; settings are given as --section.key value"
+        return f"{argument!r} is not an option; give settings as --section.key value"
     option = argument.partition("=")[0]
-    return f"unknown option {option}{nearest(option, list(made._option_string_actions))}"
+    return f"unknown option {option}{nearest(option, list(options._option_string_actions))}"
 
 
-def _sections_of(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _sections_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The --section.key options that were given, nested; comma-separated lists are split."""
-    asked: dict[str, dict[str, Any]] = {}
-    for option, text in vars(given).items():
+    sections: dict[str, dict[str, Any]] = {}
+    for option, text in vars(arguments).items():
         section, _, key = option.partition(".")
         if text is None or not key:
             continue
         is_list = str(SECTIONS[section].model_fields[key].annotation).startswith("tuple")
         value = _list(text, names=option == "data.files") if is_list else text
-        asked.setdefault(section, {})[key] = None if text.lower() == "none" else value
-    return asked
+        sections.setdefault(section, {})[key] = None if text.lower() == "none" else value
+    return sections
 
 
 def _list(text: str, names: bool) -> list[Any]:
-    """A list as pipeline.toml has it, ["a,b.jsonl", "c.txt"], or what is between commas.
+    """A list as pipeline.toml has it, ["a,b.jsonl", "c.txt"], or what is between commas, or spaces but for names.
 
     Of names, brackets that make no list of strings are a part: text[1].jsonl.
     """
@@ -169,8 +184,8 @@ def _list(text: str, names: bool) -> list[Any]:
         if values and all(isinstance(value, str) for value in values):
             return values
         text = text if names else text[1:-1]
-    parts = text.split(",")
-    return _joined_names(parts) if names else [part.strip() for part in parts if part.strip()]
+    parts = text.split(",") if names else text.replace(",", " ").split()
+    return _joined_names(parts) if names else parts
 
 
 def _joined_names(parts: Sequence[str]) -> list[str]:
@@ -189,7 +204,9 @@ def _joined_names(parts: Sequence[str]) -> list[str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(
+            path.read_text(encoding="utf-8-sig")
+        )  # Windows' editors begin a file with a mark
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -219,7 +236,7 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def _layers(text: Any) -> tuple[int, ...]:
     parts = text.replace(",", " ").split() if isinstance(text, str) else text
     parts = parts if isinstance(parts, list | tuple) else [parts]
-    if not all(re.fullmatch(r"\d+", str(part)) for part in parts):
+    if not all(re.fullmatch(r"[0-9]+", str(part)) for part in parts):
         raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
     return tuple(sorted({int(part) for part in parts}))
 
@@ -290,7 +307,7 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         if error.errno not in ENVIRONMENT:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _last_word(f"error: {where}{error.strerror}; mend that, and the same command continues")
+        _last_word(f"error: {where}{error.strerror}; fix that and rerun the same command to continue")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         hint = str(interrupt) or "the same command continues"

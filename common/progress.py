@@ -24,7 +24,7 @@ class Lines:
         self._log.flush()
 
 
-def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
+def progress(what: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
     """A bar on standard error with speed in `unit` a second and the time that is left; `update(n)` moves it.
 
     In a terminal or a notebook it moves all the time; in a log file it is a line every LOG_SECONDS.
@@ -33,7 +33,7 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> "tqdm[Any]":
     return tqdm(
         desc=what,
         total=total,
-        initial=done,
+        initial=initial,
         unit=unit if unit == "B" else f" {unit}",
         unit_scale=True,
         dynamic_ncols=True,

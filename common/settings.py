@@ -17,6 +17,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -25,11 +27,28 @@ from common.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
-"""Settings of train that may change while a run goes on, and are no part of its name: they decide no weight."""
+"""Settings of train that may change during a run and are not part of its name: they do not affect the weights."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _exponents(cls, value: Any, info: ValidationInfo) -> Any:
+        """1e6 on the command line is a whole number, as it is in pipeline.toml."""
+        kind = str(cls.model_fields[info.field_name or ""].annotation)
+        if "int" not in kind or "str" in kind:
+            return value
+        return [_exponent(each) for each in value] if isinstance(value, list) else _exponent(value)
+
+
+def _exponent(value: Any) -> Any:
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value)
+        else value
+    )
 
 
 def _public(name: str | None) -> str | None:
@@ -48,7 +67,7 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and forward pass; auto: bfloat16 on GPUs that have it, float16 on others, float32 on CPU."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Used by every stage."""
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one. Used by every stage."""
 
 
 class Data(Section):
@@ -63,18 +82,18 @@ class Data(Section):
     text_column: str = "text"
     """Column that holds the text; meta.text: text of the object meta; one of chats goes through the chat template."""
     files: tuple[str, ...] = ()
-    """Local files, directories or patterns, read in this order instead of data.dataset; kinds: docs/your_model.md."""
+    """Local files, directories or patterns, in this order, instead of data.dataset; file types: docs/your_model.md."""
     special_tokens: Literal["text", "parse"] = "text"
-    """What <eos> in a text is: text, its characters; parse, the token, which gives no row. Chats need parse."""
+    """How <eos> in a text is read: text: as characters; parse: as the token, which gives no row. Chats need parse."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What a row without a readable text does: stop the harvest, or be left out and counted."""
+    """On a row without readable text: stop the harvest, or skip the row and count it."""
     pack: Literal["document", "concat"] = "document"
-    """document: contexts of one document, shorter ones and remainders left out; concat: documents joined."""
+    """document: contexts from one document each, short documents and remainders dropped; concat: documents joined."""
 
 
 class Harvest(Section):
     rows: int = Field(default=15_000_000, gt=0)
-    """Train rows to harvest (one row is one token); held-out rows come on top."""
+    """Train rows to harvest (one row is one token); held-out rows are additional."""
     context_length: int = Field(default=1024, ge=2, le=65_535)
     """Tokens per context, the beginning-of-sequence token included."""
     batch_size: int = Field(default=16, gt=0)
@@ -171,7 +190,7 @@ class Train(Section):
     batch_size: int = Field(default=1024, gt=0)
     """Rows per step."""
     lr: Rate = Field(default=None, gt=0)
-    """Peak learning rate of Adam; auto: by the rule of train/step/schedule.py."""
+    """Peak learning rate of Adam; auto: the rule in docs/training.md."""
     min_lr: Rate = Field(default=None, ge=0)
     """Learning rate at the end of the cosine decay; auto: a hundredth of the peak."""
     warmup_steps: int = Field(default=1000, ge=0)
@@ -185,13 +204,13 @@ class Train(Section):
     init_from: str | None = None
     """Run directory whose weights this run starts from."""
     init_mismatch: bool = False
-    """Let train.init_from be of another layer, model or hook than the store."""
+    """Allow train.init_from to be of a different layer, model or hook than the store."""
     aux_k: int = Field(default=512, ge=0)
     """Dead latents per row that reconstruct the residual; 0: no auxiliary loss."""
     aux_coefficient: float = Field(default=0.125, ge=0)
     """Weight of the auxiliary loss, relative to the residual's own size (see train/step/losses.py)."""
     dead_after_rows: int = Field(default=16_000, gt=0)
-    """A latent that has not fired for so many rows is dead."""
+    """A latent that has not fired for this many rows is dead."""
     density_limit: float | None = Field(default=None, gt=0, lt=1)
     """Share of the rows on which a latent may fire; its bias is lowered above nine tenths of it. None: no limit."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -269,7 +288,7 @@ class Sweep(Section):
 
 class Wandb(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """offline writes below the run directory and never asks for a key; auto: WANDB_MODE, WANDB_DISABLED, or offline."""
+    """offline: writes into the run directory, needs no key; auto: WANDB_MODE, WANDB_DISABLED, or offline."""
     project: str | None = None
     """Project the runs are logged to; none: WANDB_PROJECT, or matryoshka-transcoder."""
 
@@ -282,7 +301,7 @@ class Evaluate(Section):
     checkpoint: bool = False
     """Evaluate (or read with) the newest checkpoint of a run instead of its finished weights."""
     allow_mismatch: bool = False
-    """Measure a transcoder on a store of another layer, model or hook than it was trained on."""
+    """Allow a store of a different layer, model or hook than the transcoder was trained on."""
 
 
 class Paths(Section):
@@ -332,8 +351,8 @@ class Settings(BaseModel):
     def layer(self) -> int:
         """The one layer of a stage that takes one."""
         if len(self.layers) != 1:
-            asked = " ".join(map(str, self.layers)) or "none"
-            raise InputError(f"layer: expected one layer, found {asked}; give LAYER=17 (--layer 17)")
+            layers = " ".join(map(str, self.layers)) or "none"
+            raise InputError(f"layer: expected one layer, found {layers}; give LAYER=17 (--layer 17)")
         return self.layers[0]
 
     @property
@@ -428,12 +447,14 @@ def first_mistake(error: ValidationError) -> str:
         return (
             f"unknown setting {key}{nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
         )
-    if first["type"] in ("model_type", "dict_type"):
+    if key and first["type"] in ("model_type", "dict_type"):
         return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub("^expected (?=greater|less)", "expected a number ", message)
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-    return f"{key}: {message}{found}".removeprefix(": ")
+    if first["type"] == "too_short":
+        message = "expected at least one value"
+    value = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{key}: {message}{value}".removeprefix(": ")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """python docs/notebook.py: docs/colab.ipynb from docs/colab.md, whose ```python blocks become its cells.
 
-The guide is the only source; a test fails where the two differ.
+colab.md is the only source; a test fails if the two differ.
 """
 
 import re
@@ -10,14 +10,14 @@ from typing import Any
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-GUIDE = Path(__file__).parent / "colab.md"
-NOTEBOOK = GUIDE.with_suffix(".ipynb")
+PAGE = Path(__file__).parent / "colab.md"
+NOTEBOOK = PAGE.with_suffix(".ipynb")
 
 
-def notebook_of(guide: str) -> Any:
+def notebook_of(page: str) -> Any:
     """The notebook of a Markdown text: no outputs, cells numbered in order."""
     cells = []
-    for index, part in enumerate(re.split(r"^```python\n(.*?)^```\n", guide, flags=re.DOTALL | re.MULTILINE)):
+    for index, part in enumerate(re.split(r"^```python\n(.*?)^```\n", page, flags=re.DOTALL | re.MULTILINE)):
         if text := part.strip():
             cell = (new_markdown_cell, new_code_cell)[index % 2](text)
             cell.id = f"cell-{len(cells)}"
@@ -27,4 +27,4 @@ def notebook_of(guide: str) -> Any:
 
 
 if __name__ == "__main__":
-    nbformat.write(notebook_of(GUIDE.read_text(encoding="utf-8")), NOTEBOOK)
+    nbformat.write(notebook_of(PAGE.read_text(encoding="utf-8")), NOTEBOOK)

@@ -1,81 +1,36 @@
 """python -m evaluate.compare: several transcoders on the same held-out rows, one table with differences."""
 
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from markupsafe import Markup
 from rich.console import Console
 
 from common.cli import load, parser, run_stage
-from common.device import pick_device
 from common.errors import InputError
-from common.files import sha256, write_whole
 from common.numbers import number_or_dash
-from common.progress import progress
 from common.settings import Settings
-from evaluate.files import write_record
-from evaluate.metrics.baselines import Baselines, fit_ridge
-from evaluate.metrics.measure import Measurement
-from evaluate.metrics.redundancy import decoder_similarity
-from evaluate.metrics.rows import blocks
-from evaluate.records import (
-    ComparedPrefix,
-    Comparison,
-    ComparisonProvenance,
-    Differences,
-    PrefixMetrics,
-    Provenance,
-)
-from evaluate.report import figures, plots
+from evaluate.records import Comparison, ComparisonProvenance, Provenance
 from evaluate.report.console import plain, rows_of, table_of
-from evaluate.report.templates import html
-from evaluate.run import prepare
-from evaluate.subject import read
-from shards.store import StoreSplit
-from train.record import stopped
-from train.sweep import RESULTS
-from transcoder import Transcoder
-from transcoder.formats import fetched, weights_file
-from transcoder.weights import FILE_NAME, chosen_run
-
-COLUMNS = {
-    "fvu": "FVU",
-    "l0": "L0",
-    "cosine": "cosine",
-    "mse": "MSE",
-    "relative_bias": "bias",
-    "dead_fraction": "dead share",
-    "redundancy": "redundancy",
-}
-"""Of `Differences`, with their titles in the table."""
-
-
-class Measured(NamedTuple):
-    """A prefix of one of the transcoders."""
-
-    transcoder: str
-    prefix: int
-    metrics: PrefixMetrics
-    redundancy: float | None
-
-    @property
-    def numbers(self) -> dict[str, float | None]:
-        """What is compared, by its key in `COLUMNS`."""
-        return {
-            key: self.redundancy if key == "redundancy" else getattr(self.metrics, key) for key in COLUMNS
-        }
+from train.sweep import RESULTS, keep_earlier
 
 
 def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path]:
     """Measures the run that `settings` name and the `others` (see `chosen`) on the same rows.
 
-    Writes compare.json, compare.png and compare.html into <run>/comparison; returns the values and the
-    folder. Differences are to the run's full dictionary.
+    Writes compare.json, compare.png and compare.html into <run>/comparison, and keeps what was there in its folder
+    `earlier` if it has other transcoders or rows; returns the values and the folder. Differences are to the run's
+    full dictionary.
     """
+    from common.device import pick_device  # these import torch, which --help need not wait for
+    from common.files import sha256
+    from evaluate.metrics.side_by_side import line_of, side_by_side
+    from evaluate.run import prepare
+    from evaluate.subject import read
+    from transcoder.formats import weights_file
+
     if not others:
         raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
     job = prepare(settings, ce_tokens=0)
@@ -86,12 +41,12 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     coders = {
         name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
     }
-    measured, linear = _measure(coders, job.split, job.n_rows, job.store.train)
+    measured, linear = side_by_side(coders, job.split, job.n_rows, job.store.train)
     reference = [each for each in measured if each.transcoder == names[0]][-1]
     digests = {name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)}
     comparison = Comparison(
         rows=job.n_rows,
-        lines=[_line(each, reference) for each in measured],
+        lines=[line_of(each, reference) for each in measured],
         linear_map_fvu=linear,
         provenance=_provenance(job.provenance, digests),
     )
@@ -115,6 +70,9 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
     folder of a sweep's table, a run that is not trained to its end. Raises `InputError` when nothing is left, or a word
     names nothing.
     """
+    from train.record import stopped
+    from transcoder.weights import FILE_NAME
+
     transcoders: dict[Path, Path] = {}
     left: list[str] = []
     for path in (path for other in others for path in _paths(run_dir, other)):
@@ -134,6 +92,9 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
 
 def _paths(run_dir: Path, other: str) -> list[Path]:
     """What one word of WITH names; a run's name comes before a path of the same spelling."""
+    from transcoder.formats import fetched
+    from transcoder.weights import FILE_NAME
+
     runs = run_dir.parent
     is_name = re.fullmatch(r"[\w.+=*?\[\]-]+", other) and other not in (".", "..")
     if is_name and (runs / other).is_dir():
@@ -157,45 +118,35 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     raise InputError(f"compare: {max(paths, key=paths.count)} is given twice")
 
 
-@torch.inference_mode()
-def _measure(
-    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, train: StoreSplit
-) -> tuple[list[Measured], float | None]:
-    """One pass: every coder's prefixes, and the FVU of the best linear map."""
-    measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
-    baselines = Baselines(fit_ridge(train))
-    with progress("compare", n_rows, "rows") as bar:
-        for start, stop in blocks(n_rows):
-            inputs, outputs = split.rows(start, stop)
-            baselines.add(inputs, outputs)
-            for measurement in measurements.values():
-                device = measurement.coder.W_dec.device
-                measurement.add(inputs.to(device), outputs.to(device))
-            bar.update(stop - start)
-    lines: list[Measured] = []
-    for name, measurement in measurements.items():
-        redundancy, _ = decoder_similarity(coders[name].W_dec, coders[name].prefix_ends, n_neighbours=0)
-        both = zip(measurement.result(), redundancy.prefixes, strict=True)
-        lines += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
-    deviation = next(iter(measurements.values())).deviation.total
-    return lines, baselines.result(deviation).linear.fvu
-
-
-def _line(one: Measured, reference: Measured) -> ComparedPrefix:
-    """A prefix as compare.json has it."""
-    pairs = {key: (value, reference.numbers[key]) for key, value in one.numbers.items()}
-    differences = {key: None if a is None or b is None else a - b for key, (a, b) in pairs.items()}
-    return ComparedPrefix(
-        transcoder=one.transcoder,
-        prefix=one.prefix,
-        **dict(one.metrics),
-        redundancy=one.redundancy,
-        difference=Differences(**differences),
-    )
+def _holds_all(comparison: Comparison, file: Path) -> bool:
+    """Whether the comparison has every transcoder of the one in `file`, with the same weights on the same rows."""
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        weights = set(there["provenance"]["weights_sha256"].values())  # their names depend on the others
+        rows = [there["rows"], *(there["provenance"][key] for key in ("split", "store_fingerprint"))]
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another version, or damaged
+        return False
+    of = comparison.provenance
+    return weights <= set(of.weights_sha256.values()) and rows == [
+        comparison.rows,
+        of.split,
+        of.store_fingerprint,
+    ]
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
+    from markupsafe import Markup
+
+    from common.files import write_whole
+    from evaluate.files import write_record
+    from evaluate.metrics.side_by_side import COLUMNS
+    from evaluate.report import figures, plots
+    from evaluate.report.templates import html
+
     folder.mkdir(exist_ok=True)
+    file = folder / "compare.json"
+    if file.exists() and not _holds_all(comparison, file):
+        keep_earlier(folder, file.name)
     series: dict[str, list[tuple[float, float | None]]] = {}
     for line in comparison.lines:
         series.setdefault(line.transcoder, []).append((line.l0, line.fvu))
@@ -203,7 +154,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
     plot = figures.save(figure, folder / "compare.png")
     page = html("compare.html", values=comparison, columns=COLUMNS, plot=Markup(plot))
     write_whole(folder / "compare.html", page.encode())
-    write_record(folder / "compare.json", comparison)
+    write_record(file, comparison)
 
 
 def main() -> None:
@@ -217,6 +168,8 @@ def main() -> None:
         help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
     )
     settings, arguments = load(options)
+    from transcoder.weights import chosen_run
+
     show(*compare(chosen_run(settings, arguments.run), arguments.others), Console())
 
 

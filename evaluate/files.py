@@ -6,20 +6,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from common.errors import InputError
 from common.files import write_whole
 from evaluate.records import Metrics, Provenance, Record, Results
+from train.log import LogLine, log_lines
 
 METRICS_VERSION = 1
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
-
-
-LogLine = dict[str, float | None]
-"""A line of metrics.jsonl."""
-LINE = TypeAdapter(LogLine)
 
 
 class _Asked(BaseModel):
@@ -57,17 +53,8 @@ def read_json(path: Path, remedy: str) -> dict[str, object]:
 
 
 def read_lines(path: Path) -> list[LogLine]:
-    """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    objects: list[LogLine] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            objects.append(LINE.validate_python(json.loads(line)))
-        except ValueError as error:
-            if line.endswith("\n"):
-                why = _first(error) if isinstance(error, ValidationError) else error
-                raise InputError(f"{path}: line {number} is damaged ({why}); remove that line") from error
-    return objects
+    """The values of every line of a run's metrics.jsonl; none if there is no file."""
+    return [values for _, values in log_lines(path)]
 
 
 def write_record(path: Path, record: Record) -> None:

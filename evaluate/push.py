@@ -5,21 +5,14 @@ Loaded again with Transcoder.load("hf://owner/name/path"). Local paths stay here
 """
 
 import json
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from common import hub
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import sha256
-from evaluate.files import finished
-from evaluate.records import Results
-from evaluate.report.templates import markdown
-from transcoder import Transcoder, weights
-from transcoder.public import ON_HUB, last_part, published
 
 
 def push(run_dir: Path, address: str, name: str | None = None) -> None:
@@ -35,9 +28,14 @@ def push(run_dir: Path, address: str, name: str | None = None) -> None:
 
 def write(run_dir: Path, folder: Path, address: str, name: str | None = None) -> str:
     """Write what `push` publishes into `folder`; returns the commit's message."""
+    from evaluate.files import finished
+    from evaluate.report.card import card
+    from transcoder import Transcoder, weights
+    from transcoder.public import last_part, published
+
     transcoder = Transcoder.load(run_dir)
     if "training" not in transcoder.metadata:
-        raise InputError(f"{run_dir}: was not trained here; push what it was imported from")
+        raise InputError(f"{run_dir}: was imported, not trained here; push the original")
     metrics = finished(run_dir / "evaluation")
     if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / weights.FILE_NAME):
         raise InputError(
@@ -56,40 +54,16 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
     return f"Transcoder {run_dir.name}, layer {source['layer']}"
 
 
-def plain(value: Any) -> Any:
-    """`value` with all its strings as words: a manifest's names become neither HTML nor Markdown nor a header."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return re.sub(r"[^\w ./:,@+=-]", "_", value) if isinstance(value, str) else value
-
-
-def card(transcoder: Transcoder, results: Results, address: str) -> str:
-    """The model card, Markdown with the hub's header."""
-    model = transcoder.metadata["source"]["model"]
-    on_hub = ON_HUB.fullmatch(model)
-    return markdown(
-        "card.md",
-        **plain(transcoder.metadata),
-        metrics=plain(results.written()),
-        address=address,
-        base_model=model if on_hub else None,
-        d_in=transcoder.d_in,
-        d_sae=transcoder.d_sae,
-        d_out=transcoder.d_out,
-        skip=transcoder.W_skip is not None,
-    )
-
-
 def main() -> None:
-    made = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
-    made.add_argument(
+    options = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
+    options.add_argument(
         "--repo", required=True, metavar="OWNER/NAME", help="repository, or owner/name/path within one"
     )
-    settings, given = load(made)
-    settings = weights.chosen_run(settings, given.run)
-    address = f"{hub.SCHEME}{given.repo.removeprefix(hub.SCHEME)}"
+    settings, arguments = load(options)
+    from transcoder import weights  # with torch, which --help need not wait for
+
+    settings = weights.chosen_run(settings, arguments.run)
+    address = f"{hub.SCHEME}{arguments.repo.removeprefix(hub.SCHEME)}"
     weights.refuse_another_model(settings.run_dir(), settings)
     push(settings.run_dir(), address, settings.model.public_name)
     print(address)

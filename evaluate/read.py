@@ -1,128 +1,57 @@
-"""python -m evaluate.read --layer 17 --run name --text "...": which latents fire on a text of your own.
+"""python -m evaluate.read --layer 17 --run name --text "...": which latents fire on your own text.
 
-Shapes: n tokens that give rows, D_in, D_out, F latents.
+`Reader` and `Sentence` are those of evaluate/reader.py.
 """
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from common.cli import load, parser, run_stage
-from common.device import pick_device
-from common.errors import InputError
-from common.settings import Model
-from shards import Store
-from shards.layout import kept_mask
-from shards.store import as_harvested, read_tokenizer
-from transcoder import Transcoder
-from transcoder.gain import bind
+from common.tokens import PART
+
+if TYPE_CHECKING:
+    from evaluate.reader import Reader, Sentence
+
+__all__ = ["Reader", "Sentence"]
 
 SHOWN = 5
 """Latents listed for a token."""
 
 
-class Sentence(NamedTuple):
-    """Every token of a text but the first position and special tokens, which a harvest leaves out too."""
+def __getattr__(name: str) -> Any:
+    """`Reader` and `Sentence`, when they are first asked for: --help and a typo need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from evaluate import reader
 
-    tokens: list[str]
-    inputs: Tensor
-    """[n, D_in] float32, by the store's convention: without the norm's gain, if it was harvested so."""
-    outputs: Tensor
-    """[n, D_out] float32"""
-    acts: Tensor
-    """[n, F]"""
-    left_out: int
-    """Tokens of the text beyond the end of the store's contexts."""
-
-
-class Reader:
-    """The language model that a store was harvested from, and a transcoder that reads along.
-
-    The transcoder is bound to the store (`transcoder.gain.bind`): checked, and converted to the store's input
-    convention; `mismatch` lets one of another layer or model read on purpose. `model`: where the model is, if not where
-    it was harvested from. Raises `InputError` when it cannot be had, or is another one.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        transcoder: Transcoder,
-        device: str = "auto",
-        model: str | None = None,
-        mismatch: bool = False,
-    ) -> None:
-        from evaluate.metrics.language import language_model
-
-        self.store, self.source = store, store.manifest.source
-        self.device = pick_device(device)
-        self.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
-        asked = Model.model_validate(
-            {
-                "name": model or self.source.model,
-                "revision": self.source.revision,
-                "dtype": self.source.dtype,
-                "device": device,
-            }
-        )
-        self.model = language_model(asked, self.source)
-        self.tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), self.source.special_tokens)
-
-    def __call__(self, text: str) -> Sentence:
-        """Run `text` through the model; it is cut where the store's contexts end.
-
-        Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
-        """
-        source = self.source
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
-            ) from error
-        start = [] if source.bos_token_id is None else [source.bos_token_id]
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if source.special_tokens == "parse" and ids[:1] == start:
-            ids = ids[1:]  # every context begins with one
-        if not ids:
-            raise InputError("text: nothing to read; give some words")
-        whole = torch.tensor([start + ids])
-        context = whole[:, : source.context_length]
-        hooks = [source.input_hook, source.output_hook]
-        with self.model.capturing(hooks) as caught:
-            self.model.run_blocks(context, source.layer)
-            inputs, outputs = (caught[hook][0].float() for hook in hooks)
-        kept = torch.from_numpy(kept_mask(context.numpy(), source.dropped_token_ids)[0])
-        tokens = [
-            self.tokenizer.decode([token], skip_special_tokens=False) for token in context[0, kept].tolist()
-        ]
-        inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
-        left_out = whole.shape[1] - context.shape[1]
-        return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
+    return getattr(reader, name)
 
 
 def main() -> None:
-    options = parser("evaluate.read", "Show which latents fire on a text of your own.")
+    options = parser("evaluate.read", "Show which latents fire on your own text.")
     options.add_argument("--text", required=True, help="a sentence or more")
-    settings, given = load(options)
+    settings, arguments = load(options)
     from rich.console import Console
     from rich.table import Table
 
+    from evaluate.reader import Reader  # with torch, which --help need not wait for
     from evaluate.subject import run_of
+    from shards import Store
+    from transcoder import Transcoder
     from transcoder.weights import chosen_run
 
-    settings = chosen_run(settings, given.run)
+    settings = chosen_run(settings, arguments.run)
     store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
     transcoder = Transcoder.load(run_of(settings, store))
     if at := transcoder.metadata.get("checkpoint"):
         print(f"the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
-    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(given.text)
+    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(arguments.text)
     table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
         values, latents = acts.sort(descending=True)
         active = int((values > 0).sum())
         shown = zip(latents[: min(active, SHOWN)].tolist(), values.tolist(), strict=False)
-        table.add_row(repr(token), str(active), "  ".join(f"{latent}:{value:.3g}" for latent, value in shown))
+        numbers = "  ".join(f"{latent}:{value:.3g}" for latent, value in shown)
+        table.add_row(repr(token) if token else PART, str(active), numbers)
     Console(markup=False, emoji=False).print(table)
     if sentence.left_out:
         length = store.manifest.source.context_length

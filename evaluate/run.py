@@ -10,10 +10,10 @@ from common.errors import InputError
 from common.files import locked, remove_asides, sha256
 from common.progress import progress
 from common.settings import Settings
+from common.tokens import TokenText
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.files import (
     METRICS_VERSION,
-    LogLine,
     bring_back,
     find,
     finished,
@@ -27,7 +27,6 @@ from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
-from evaluate.metrics.tokens import TokenText
 from evaluate.nesting import one_group
 from evaluate.records import Checkpoint, LatentMetrics, Metrics, OneGroupMetrics, Provenance, Results
 from evaluate.report.figures import draw
@@ -35,7 +34,8 @@ from evaluate.report.page_data import page_data
 from evaluate.report.report import write_report
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
-from shards.store import StoreSplit
+from shards.store import StoreSplit, read_tokenizer
+from train.log import LogLine
 from transcoder import Transcoder
 from transcoder.gain import refuse_mismatch
 from transcoder.weights import FILE_NAME, read_metadata, save_tensors
@@ -161,7 +161,7 @@ def _measure(
     split = job.split
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
-    text = TokenText(job.store.tokenizer_path)
+    text = TokenText(read_tokenizer(job.store.tokenizer_path))
     linear = fit_ridge(job.store.train)
     with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, linear, moments, text.size, bar.update)
@@ -190,7 +190,7 @@ def _measure(
 
 def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[LogLine]) -> Metrics:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
-    folder, text = job.folder, TokenText(job.store.tokenizer_path)
+    folder, text = job.folder, TokenText(read_tokenizer(job.store.tokenizer_path))
     folder.mkdir(exist_ok=True)
     for old in (folder / "metrics.json", *folder.glob("*.png")):
         old.unlink(missing_ok=True)

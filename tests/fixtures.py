@@ -69,7 +69,7 @@ def make_store(
 ) -> Store:
     """A complete store that holds these rows: kept position i is row i; contexts are made of random tokens."""
     Compressor(compressor)
-    made = make_source(
+    origin = make_source(
         train[0].shape[1],
         train[1].shape[1],
         len(train[0]),
@@ -83,23 +83,23 @@ def make_store(
     writer = StoreWriter(Path(path))
     with writer.lock():
         digest = write_whole(writer.root / "tokenizer.json", tokenizer.to_str().encode())
-        per_context = made.context_length - 1
+        per_context = origin.context_length - 1
         splits = dict(zip(SPLITS, (train, heldout), strict=True))
         counts, digests = {}, {}
         for name, (inputs, _) in splits.items():
-            contexts = ContextWriter(writer.root, name, made.context_length)
+            contexts = ContextWriter(writer.root, name, origin.context_length)
             rng = np.random.default_rng(len(inputs))
             for _ in range(-(-len(inputs) // per_context)):
-                tokens = rng.integers(2, len(words), made.context_length)
+                tokens = rng.integers(2, len(words), origin.context_length)
                 tokens[0] = 0
                 contexts.append(tokens)
             counts[name], digests[name] = contexts.contexts, contexts.finish()
         writer.finish_text({}, Text({s: len(r[0]) for s, r in splits.items()}, counts, digests, digest))
-        writer.begin(made)
+        writer.begin(origin)
         for name, (inputs, outputs) in splits.items():
             for number, window in enumerate(windows(len(inputs))):
-                rows = WindowRows.empty(len(window), made)
-                order = stored_order(made, name, number, len(window))
+                rows = WindowRows.empty(len(window), origin)
+                order = stored_order(origin, name, number, len(window))
                 kept = np.arange(window.start, window.stop)
                 rows.inputs[order], rows.outputs[order] = inputs[kept], outputs[kept]
                 rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1

@@ -68,13 +68,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            self._with_repo(f"{found[1]}/{found[2]}", self._info)
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+            self._with_repo(f"{match[1]}/{match[2]}", self._info)
+        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
             deep = "recursive=True" in self.path or "recursive=true" in self.path
-            self._with_repo(f"{found[1]}/{found[2]}", self._tree, found[3] or "", deep)
-        elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
-            self._with_repo(f"{found[1] or 'models/'}{found[2]}", self._file, found[3])
+            self._with_repo(f"{match[1]}/{match[2]}", self._tree, match[3] or "", deep)
+        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.*)", path):
+            self._with_repo(f"{match[1] or 'models/'}{match[2]}", self._file, match[3])
         elif path == "/api/agent-harnesses":
             self._json([])
         else:
@@ -85,19 +85,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
             self._json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked.get('type') or 'model'}s/{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            repo = f"{request.get('type') or 'model'}s/{request['organization']}/{request['name']}"
             status = 409 if repo in self.server.repos else 200
             self.server.repos.setdefault(repo, {})
             self._json({"url": f"{self.server.url}/{repo.removeprefix('models/')}"}, status)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/[^/]+", path):
-            self._with_repo(f"{found[1]}/{found[2]}", self._preupload, body)
-        elif found := re.fullmatch(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/[^/]+", path):
+            self._with_repo(f"{match[1]}/{match[2]}", self._preupload, body)
+        elif match := re.fullmatch(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             self._batch(body)
-        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/[^/]+", path):
-            self._with_repo(f"{found[1]}/{found[2]}", self._commit, body)
+        elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/commit/[^/]+", path):
+            self._with_repo(f"{match[1]}/{match[2]}", self._commit, body)
         else:
             self._unknown()
 
@@ -120,16 +120,19 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def _tree(self, repo: str, folder: str, deep: bool) -> None:
-        found, start = [], f"{folder}/" if folder else ""
+        entries, start = [], f"{folder}/" if folder else ""
         for path, data in self.server.repos[repo].items():
             name, _, below = path.removeprefix(start).partition("/")
             if not path.startswith(start):
                 continue
             if deep or not below:
-                found.append({"type": "file", "path": path, "size": len(data), "oid": _oid(data)})
-            if below and (line := {"type": "directory", "path": start + name, "oid": "0" * 40}) not in found:
-                found.append(line)
-        self._json(found)
+                entries.append({"type": "file", "path": path, "size": len(data), "oid": _oid(data)})
+            if (
+                below
+                and (line := {"type": "directory", "path": start + name, "oid": "0" * 40}) not in entries
+            ):
+                entries.append(line)
+        self._json(entries)
 
     def _file(self, repo: str, path: str) -> None:
         if repo in self.server.gated:

@@ -23,16 +23,16 @@ from evaluate.run import evaluate
 from tests.memory import resident
 
 settings, _ = load(parser("evaluate", ""), sys.argv[1:])
-peak, done = [0], threading.Event()
+peak, ended = [0], threading.Event()
 
 def watch():
-    while not done.wait(0.005):
+    while not ended.wait(0.005):
         peak[0] = max(peak[0], resident("RssAnon"))
 
 watcher = threading.Thread(target=watch)
 watcher.start()
 evaluate(settings, ce_tokens=0)
-done.set()
+ended.set()
 watcher.join()
 print(peak[0])
 """
@@ -61,5 +61,5 @@ def of_evaluation(*arguments: str) -> float:
 
 def _measured(script: str, *arguments: str) -> float:
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 2**20
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(process.stdout.split()[-1]) / 2**20

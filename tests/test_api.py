@@ -49,10 +49,10 @@ def test_parameters_are_those_of_the_code() -> None:
     owners = {owner.__name__: owner for owner in CLASSES}
     checked = 0
     for (of, name), listed in NAMED.items():
-        found = getattr(owners[of], name, None)
-        assert callable(found) == (listed is not None), f"{of}.{name}"
-        if listed is not None and found is not None:
-            own = [each for each in inspect.signature(found).parameters if each != "self"]
+        member = getattr(owners[of], name, None)
+        assert callable(member) == (listed is not None), f"{of}.{name}"
+        if listed is not None and member is not None:
+            own = [each for each in inspect.signature(member).parameters if each != "self"]
             assert listed.split(", ") == (own or [""]), f"{of}.{name}"
             checked += 1
     assert checked >= 15

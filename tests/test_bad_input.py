@@ -38,8 +38,8 @@ class Row(NamedTuple):
 def rows() -> list[Row]:
     table = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     matched = [(line, ROW.fullmatch(line)) for line in table if not line.startswith("| what is wrong |")]
-    assert not [line for line, found in matched if not found]
-    return [Row(**found.groupdict()) for _, found in matched if found]
+    assert not [line for line, match in matched if not match]
+    return [Row(**match.groupdict()) for _, match in matched if match]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def here(right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_mistake(
     row: Row, here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = MISTAKES.get(row.wrong, lambda: None)()
+    handle = MISTAKES.get(row.wrong, lambda: None)()
     before = files(here)
     capfd.readouterr()
     with monkeypatch.context() as patch:
@@ -97,8 +97,8 @@ def test_a_mistake(
         else:
             assert [program, arguments[0]] == ["python", "-m"]
             code, errors = call(*arguments[1:]), capfd.readouterr().err
-    if isinstance(made, io.IOBase):
-        made.close()  # the other process lets go
+    if isinstance(handle, io.IOBase):
+        handle.close()  # the other process lets go
     (line,) = said(errors)
     assert (line[: len(row.line) - 3] + "..." if row.line.endswith("...") else line) == row.line
     assert code == 2

@@ -32,8 +32,8 @@ from evaluate.metrics.measure import measure
 from tests.evaluate.fakes import random_coder, random_rows
 
 coder, rows = random_coder(5, 6, (3, 9)), random_rows(40, 5, 6)
-found = measure(coder, rows, 40, None, lambda _: None).result()
-for g, prefix in enumerate(found):
+prefixes = measure(coder, rows, 40, None, lambda _: None).result()
+for g, prefix in enumerate(prefixes):
     error = (coder.prefix(g)(rows.inputs) - rows.outputs).double().square().sum(1)
     assert abs(prefix.largest_squared_error - float(error.max())) < 1e-4 * float(error.max())
 """

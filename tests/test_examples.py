@@ -13,6 +13,8 @@ HARD = {
         "Best", "Shader", "_distinct_contexts", "_evenly_spaced", "_nth_of_its_latent", "lottery", "strength",
         "token_weights",
     },
+    "evaluate.metrics.coactivation": {"_best", "_overlaps"},
+    "evaluate.report.page_data": {"Stretches.around", "_first_half"},
     "train.activation_samples": {"_newest"},
     "shards.order": {"chunk_groups", "permutation"},
 }  # fmt: skip

@@ -48,8 +48,10 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     (tmp_path / "swallows.py").write_text(swallows)
     code = f"import sys\nfrom common import cli\nsys.path.append({str(tmp_path)!r})\n"
     code += "def main():\n    import swallows\n    print('went on')\ncli.run_stage(main)\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    said = (done.returncode, done.stdout, done.stderr)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said = (process.returncode, process.stdout, process.stderr)
     assert said == (130, "", "interrupted: the same command continues\n")
 
 
@@ -88,9 +90,9 @@ def test_closed_standard_streams(closed: str, said: str, tmp_path: Path) -> None
     (tmp_path / "stage_.py").write_text(code.replace("    print('caf", "    print('caf", 1), encoding="utf-8")
     line = f"'{sys.executable}' '{tmp_path}/stage_.py' {closed}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, check=False)
-    assert done.returncode == 0
-    assert done.stdout.decode().replace("child\n", "") == said
+    process = subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert process.returncode == 0
+    assert process.stdout.decode().replace("child\n", "") == said
     assert (tmp_path / "out").read_text(encoding="utf-8") == "x"
 
 
@@ -98,10 +100,10 @@ def test_standard_error_on_a_full_disk() -> None:
     """The line cannot be read there, but the exit code can."""
     code = f"{SAYS}    raise errors.InputError('no')\ncli.run_stage(main)\n"
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=full, check=False
         )
-    assert done.returncode == 2
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -110,5 +112,7 @@ def test_standard_error_on_a_full_disk() -> None:
 def test_a_terminal_that_lacks_a_character(encoding: str, said: bytes) -> None:
     env = os.environ | {"PYTHONIOENCODING": encoding}
     code = f"{SAYS}cli.run_stage(main)\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, b"said\n")
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, said, b"said\n")

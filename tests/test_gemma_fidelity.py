@@ -46,20 +46,22 @@ class Harvested(NamedTuple):
 def harvested(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harvested:
     """Both layers of a model with one zero gain, harvested with and without the gain."""
     root = tmp_path_factory.mktemp("gemma")
-    made = save_model(root / "made", "gemma2") if request.param == "tiny" else save_wide_gemma(root / "made")
-    model = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    folder = (
+        save_model(root / "made", "gemma2") if request.param == "tiny" else save_wide_gemma(root / "made")
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     zero = model.config.hidden_size // 2 + 1
     with torch.no_grad():
         for layer in model.model.layers:  # random bfloat16 gains hit zero by chance too, at 1 of 2304
             weight = layer.pre_feedforward_layernorm.weight
             weight[weight == -1.0] = 0.5
         model.model.layers[WITH_ZERO].pre_feedforward_layernorm.weight[zero] = -1.0
-    model.save_pretrained(made)
+    model.save_pretrained(folder)
     corpus = write_jsonl(root / "corpus.jsonl", sentences(200))
 
     def settings(convention: str, layer: int = WHOLE) -> Settings:
         sections = {
-            "model": {"name": str(made), "device": "cpu"},
+            "model": {"name": str(folder), "device": "cpu"},
             "data": {"files": (str(corpus),), "pack": "concat"},
             "harvest": {"rows": 1100, "context_length": 32, "heldout_fraction": 0.1, "input": convention}
             | {"storage": "float32"},
@@ -73,7 +75,7 @@ def harvested(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
     for convention in CONVENTIONS:
         harvest(settings(convention).model_copy(update={"layers": (WHOLE, WITH_ZERO)}))
-    return Harvested(made, zero, settings)
+    return Harvested(folder, zero, settings)
 
 
 def by_modules(model: Path, layer: int, contexts: Tensor) -> dict[str, Tensor]:
@@ -114,10 +116,10 @@ def test_rows_are_what_gemma_scope_reads_and_predicts(
 def params(harvested: Harvested, folder: Path, blind: bool = False) -> Path:
     """A JumpReLU transcoder of the model's width in Gemma Scope's format; `blind` to the zero dimension."""
     width = harvested.store("normalized").manifest.source.d_in
-    made = random_coder(width, width, (96,), per_latent=True)
+    coder = random_coder(width, width, (96,), per_latent=True)
     if blind:
-        made.W_enc[:, harvested.zero] = 0
-    return gemma_scope.write(folder, *made.saved())
+        coder.W_enc[:, harvested.zero] = 0
+    return gemma_scope.write(folder, *coder.saved())
 
 
 def test_their_transcoder_says_the_same_on_stores_of_both_conventions(
@@ -138,10 +140,10 @@ def test_a_zero_gain_is_refused_by_its_dimension(harvested: Harvested, tmp_path:
     with pytest.raises(InputError, match=rf"the gain of dimension {harvested.zero} is zero"):
         read(params(harvested, tmp_path), store, mismatch=True)
     folder = params(harvested, tmp_path / "blind", blind=True)
-    found = read(folder, store, mismatch=True)(store.heldout.rows(0, 50)[0])
+    outputs = read(folder, store, mismatch=True)(store.heldout.rows(0, 50)[0])
     other = harvested.store("normalized", WITH_ZERO)
     torch.testing.assert_close(
-        found, read(folder, other, mismatch=True)(other.heldout.rows(0, 50)[0]), rtol=1e-3, atol=1e-3
+        outputs, read(folder, other, mismatch=True)(other.heldout.rows(0, 50)[0]), rtol=1e-3, atol=1e-3
     )
 
 

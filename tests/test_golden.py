@@ -59,11 +59,11 @@ def test_every_storage_has_a_golden_store_and_all_are_small() -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_golden_store_decodes_to_the_committed_values(storage: str) -> None:
     store = Store.open(GOLDEN / f"{storage}.zarr")
-    found = decoded(store)
-    assert {name: split["shown"] for name, split in found.items()} == {
+    contents_of = decoded(store)
+    assert {name: split["shown"] for name, split in contents_of.items()} == {
         name: split["shown"] for name, split in WRITTEN["stores"][storage].items()
     }
-    assert found == WRITTEN["stores"][storage]
+    assert contents_of == WRITTEN["stores"][storage]
     context, position = store.train.provenance(0, 1030)
     kept = context.astype(int) * 15 + position - 1
     for values, written in zip(store.train.rows(0, 1030), rows(1030), strict=True):
@@ -78,9 +78,9 @@ def test_the_writer_gives_the_golden_bytes(storage: str, tmp_path: Path) -> None
     """Contexts are compared from their own tokens: the generator that drew them is numpy's to change."""
     golden = Store.open(GOLDEN / f"{storage}.zarr")
     again = write_store(tmp_path / "again.zarr", storage)
-    expected, found = arrays_of(golden.path), arrays_of(again.path)
-    assert found.keys() == expected.keys()
-    differing = [name for name in expected if found[name] != expected[name] and "/contexts/c/" not in name]
+    expected, written = arrays_of(golden.path), arrays_of(again.path)
+    assert written.keys() == expected.keys()
+    differing = [name for name in expected if written[name] != expected[name] and "/contexts/c/" not in name]
     assert differing == [], "other bytes than the committed ones; has numcodecs' version changed?"
     splits = read_manifest(golden.path).splits
     for name, split in (("train", golden.train), ("heldout", golden.heldout)):
@@ -120,12 +120,12 @@ def header_and_data(file: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def test_the_golden_weights_decode_to_the_committed_values() -> None:
-    found = contents(Transcoder.load(FILE))
+    values = contents(Transcoder.load(FILE))
     expected = WRITTEN["transcoder"]
     for exact in ("tensors", "metadata"):
-        assert found[exact] == expected[exact]
+        assert values[exact] == expected[exact]
     for computed in ("activations", "outputs", "outputs_of_prefix_0"):
-        assert found[computed] == [pytest.approx(row, abs=1e-6) for row in expected[computed]]
+        assert values[computed] == [pytest.approx(row, abs=1e-6) for row in expected[computed]]
 
 
 def test_the_weights_are_written_as_the_golden_ones(tmp_path: Path) -> None:

@@ -34,8 +34,10 @@ def lengths(file: Path) -> dict[str, int]:
     """Lines of the file and of each of its functions, by name."""
     text = (ROOT / file).read_text()
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    made = {f"{file}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
-    return {str(file): len(text.splitlines())} | made
+    per_function = {
+        f"{file}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions
+    }
+    return {str(file): len(text.splitlines())} | per_function
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -69,9 +71,9 @@ def test_text_names_its_encoding(file: Path) -> None:
 
 
 def test_every_exception_is_one() -> None:
-    found = {name: lines for file in FILES for name, lines in lengths(file).items()}
+    sizes = {name: lines for file in FILES for name, lines in lengths(file).items()}
     for name in LONGER:
-        assert found[name] > (FUNCTION_LINES if ":" in name else FILE_LINES), (
+        assert sizes[name] > (FUNCTION_LINES if ":" in name else FILE_LINES), (
             f"{name} is no exception any more"
         )
 

@@ -19,7 +19,7 @@ from transcoder import Transcoder
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A store and a finished run on it."""
     root = tmp_path_factory.mktemp("interface")
     settings = tiny_settings(root / "activations", root / "checkpoints", train__rows=64 * 40)
@@ -28,8 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return Path(settings.store_path(0)), settings.run_dir()
 
 
-def test_store(made: tuple[Path, Path]) -> None:
-    store = Store.open(str(made[0]))
+def test_store(artifacts: tuple[Path, Path]) -> None:
+    store = Store.open(str(artifacts[0]))
     assert store.manifest.source.d_in == 12
     assert (len(store.train), len(store.heldout)) == (3000, 600)
     inputs, outputs = store.train.rows(10, 30)
@@ -43,8 +43,8 @@ def test_store(made: tuple[Path, Path]) -> None:
     assert seen == 3000 - 3000 % 1024
 
 
-def test_transcoder(made: tuple[Path, Path]) -> None:
-    store, t = Store.open(made[0]), Transcoder.load(str(made[1]))
+def test_transcoder(artifacts: tuple[Path, Path]) -> None:
+    store, t = Store.open(artifacts[0]), Transcoder.load(str(artifacts[1]))
     inputs, _ = store.heldout.rows(0, 50)
     acts = t.encode(inputs)
     assert acts.shape == (50, t.d_sae)
@@ -60,8 +60,8 @@ def test_transcoder(made: tuple[Path, Path]) -> None:
     assert t.prefix_ends == (8, 24, 64)
 
 
-def test_objects_show_what_they_are(made: tuple[Path, Path]) -> None:
-    store, t = Store.open(made[0]), Transcoder.load(made[1])
+def test_objects_show_what_they_are(artifacts: tuple[Path, Path]) -> None:
+    store, t = Store.open(artifacts[0]), Transcoder.load(artifacts[1])
     assert "3,000 train and 600 held-out rows, 12 -> 10, int8" in repr(store)
     assert "&#x27;" in store._repr_html_()  # escaped
     assert repr(store.heldout) == "StoreSplit(600 rows, 12 -> 10, int8)"
@@ -98,7 +98,13 @@ def test_plots_are_figures_of_plain_values() -> None:
         assert figure.canvas.get_width_height()[0] > 100
 
 
-@pytest.mark.parametrize("stage", ["harvest", "train", "evaluate", "shards"])
+COMMANDS = (
+    *("harvest", "shards", "train", "train.sweep", "train.samples_page"),
+    *("evaluate", "evaluate.compare", "evaluate.read", "evaluate.push"),
+)
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_and_typos_do_not_wait_for_torch(stage: str) -> None:
     """0.2 s instead of 2: the options are read before anything heavy is imported."""
     command = [sys.executable, "-X", "importtime", "-m", stage, "--help"]

@@ -18,13 +18,13 @@ printf '\\0' >> "$SAID"
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
     """An environment in a place with spaces, an apostrophe and brackets, installed by its stamps."""
-    made = tmp_path / "Bob's  new (2) venv"
-    (made / "bin").mkdir(parents=True)
-    (made / "bin" / "python").write_text(STAND_IN)
-    (made / "bin" / "python").chmod(0o755)
+    environment = tmp_path / "Bob's  new (2) venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "python").write_text(STAND_IN)
+    (environment / "bin" / "python").chmod(0o755)
     for name in (".installed", ".installed-dev", ".installed-embedded"):
-        (made / name).touch()
-    return made
+        (environment / name).touch()
+    return environment
 
 
 def make(venv: Path, *typed: str, **around: str) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:

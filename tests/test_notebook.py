@@ -13,21 +13,21 @@ from nbformat.v4 import new_code_cell
 from bench.expected import disk, recipes, table
 from common.cli import load, parser
 from common.settings import ROOT, SECTIONS
-from docs.notebook import GUIDE, NOTEBOOK, notebook_of
+from docs.notebook import NOTEBOOK, PAGE, notebook_of
 
-TEXT = GUIDE.read_text(encoding="utf-8")
+TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_the_notebook_is_the_guide_without_outputs() -> None:
-    found = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(found)
-    assert found == notebook_of(TEXT), "run python docs/notebook.py"
-    code = [cell for cell in found.cells if cell.cell_type == "code"]
+def test_the_notebook_is_the_page_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook == notebook_of(TEXT), "run python docs/notebook.py"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) > 10
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_the_guides_tables_are_the_derived_ones() -> None:
+def test_the_tables_of_the_page_are_the_derived_ones() -> None:
     assert table() in TEXT
     bytes_a_row, recipe = re.search(r"([\d,]+) bytes a row", TEXT), recipes()[0]
     assert bytes_a_row
@@ -57,8 +57,8 @@ def test_the_notebooks_cells_run(tmp_path: Path) -> None:
     python = environment / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    for done in (".installed", ".installed-embedded"):  # what the tests run in is installed
-        (environment / done).touch()
+    for stamp in (".installed", ".installed-embedded"):  # what the tests run in is installed
+        (environment / stamp).touch()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = []
     for cell in notebook.cells:

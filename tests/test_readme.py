@@ -33,9 +33,9 @@ def lines_of(command: str) -> list[list[str]]:
     skipped = [
         word for name in ("install", "install-dev", "install-embedded", "lint") for word in ("-o", name)
     ]
-    asked = ["make", "--dry-run", *skipped, *shlex.split(command.replace("$(seq -s ' ' 0 29)", "0 1"))[1:]]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if " -m " in line]
+    words = ["make", "--dry-run", *skipped, *shlex.split(command.replace("$(seq -s ' ' 0 29)", "0 1"))[1:]]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in process.stdout.replace("\\\n", " ").splitlines() if " -m " in line]
 
 
 def test_a_value_reaches_the_stage_as_it_was_given() -> None:
@@ -56,10 +56,10 @@ def test_a_command_starts_a_stage_with_settings_that_exist(command: str) -> None
         path = ROOT / module.replace(".", "/")
         assert module in INSTALLED or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
         if module in ("harvest", "train", "evaluate"):
-            given = [word for word in arguments if word not in OWN]
-            settings, _ = load(parser(module, ""), given)
-            asked = re.search(r'LAYER="?([\d ]+)', command)
-            assert settings.layers == (tuple(map(int, asked[1].split())) if asked else settings.layers)
+            options = [word for word in arguments if word not in OWN]
+            settings, _ = load(parser(module, ""), options)
+            layers = re.search(r'LAYER="?([\d ]+)', command)
+            assert settings.layers == (tuple(map(int, layers[1].split())) if layers else settings.layers)
 
 
 def test_the_settings_that_newcomers_are_pointed_to_exist() -> None:
@@ -83,12 +83,12 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = re.search(r'Transcoder\.load\("(.+?)"\)', code)
     assert store
     assert run
-    made = make_store(store[1], rows, rows)
+    split_store = make_store(store[1], rows, rows)
     coder = random_coder(6, 5, (4, 10))
     coder.save(run[1])
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    inputs = made.train.loader(batch_size=1024, seed=0)
+    inputs = split_store.train.loader(batch_size=1024, seed=0)
     first, outputs = next(iter(inputs))
     expected = (coder.prefix(0)(first) - outputs).pow(2).mean()
     assert float(names["error"]) == pytest.approx(float(expected))  # pyright: ignore[reportArgumentType]

@@ -44,35 +44,35 @@ KEYWORDS = {"allow_pickle": False, "shell": False, "trust_remote_code": False, "
 
 def hazards(source: str) -> list[str]:
     """What `source` imports or calls that could run what it reads, under whatever name it was imported."""
-    tree, names, found = ast.parse(source), dict[str, str](), []
+    tree, names, names_of_hazards = ast.parse(source), dict[str, str](), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+            names_of_hazards += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
             names |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found += [node.module] if node.module and node.module.split(".")[0] in MODULES else []
+            names_of_hazards += [node.module] if node.module and node.module.split(".")[0] in MODULES else []
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         called = _dotted(node.func, names)
-        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
-        if called in CALLS or (called == "numpy.load" and "allow_pickle" not in given):
-            found.append(called)
+        if called in CALLS or (called == "numpy.load" and "allow_pickle" not in keywords):
+            names_of_hazards.append(called)
         if called == "importlib.import_module" and str(first).split(".")[0] in MODULES:
-            found.append(str(first))
+            names_of_hazards.append(str(first))
         # Without the argument transformers asks on the terminal, and `yes |` answers.
         if (
             isinstance(node.func, ast.Attribute)
             and _loads(node.func, names)
-            and "trust_remote_code" not in given
+            and "trust_remote_code" not in keywords
         ):
-            found.append(called)
-        for name, value in given.items():
+            names_of_hazards.append(called)
+        for name, value in keywords.items():
             if name in KEYWORDS and not (isinstance(value, ast.Constant) and value.value is KEYWORDS[name]):
-                found.append(f"{name}={ast.unparse(value)}")
-    return found
+                names_of_hazards.append(f"{name}={ast.unparse(value)}")
+    return names_of_hazards
 
 
 def _loads(function: ast.Attribute, names: dict[str, str]) -> bool:
@@ -134,8 +134,8 @@ def test_nothing_of_ours_runs_what_it_reads() -> None:
     folders = ("common", "harvest", "shards", "transcoder", "train", "evaluate", "bench", "docs")
     files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
     assert len(files) > 60
-    found = {str(path): hazards(path.read_text()) for path in files}
-    assert {path: names for path, names in found.items() if names} == {}
+    hazards_of = {str(path): hazards(path.read_text()) for path in files}
+    assert {path: names for path, names in hazards_of.items() if names} == {}
 
 
 # -- what a store's bytes may start --------------------------------------------------------------------

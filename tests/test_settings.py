@@ -29,14 +29,14 @@ def settings(*argv: str, toml: Path = PIPELINE_TOML) -> Settings:
     ],
 )
 def test_the_recipes_for_gemma_2(layer: str, d_sae: int, groups: tuple[int, ...], rows: int) -> None:
-    made = settings("--layer", layer)
-    assert made.model.name == "google/gemma-2-2b"
-    assert (made.data.dataset, made.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    assert made.transcoder.resolve(d_in=2304) == (d_sae, groups)
-    assert made.transcoder.k == 96
+    chosen = settings("--layer", layer)
+    assert chosen.model.name == "google/gemma-2-2b"
+    assert (chosen.data.dataset, chosen.data.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
+    assert chosen.transcoder.resolve(d_in=2304) == (d_sae, groups)
+    assert chosen.transcoder.k == 96
     assert settings("--layer", layer, "--profile", "guide").train.lr == 4e-4
-    assert (made.harvest.rows, made.train.rows) == (rows, rows)
-    assert made.train.sample_every > 0
+    assert (chosen.harvest.rows, chosen.train.rows) == (rows, rows)
+    assert chosen.train.sample_every > 0
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_precedence(tmp_path: Path) -> None:
         "[profile.p.train]\nbatch_size = 16\nseed = 5\norder_seed = 6\n"
         "[recipe.m.7.train]\nseed = 7\norder_seed = 8\n"
     )
-    made = settings("--layer", "7", "--profile", "p", "--train.order_seed", "9", toml=toml)
-    train = made.train
+    chosen = settings("--layer", "7", "--profile", "p", "--train.order_seed", "9", toml=toml)
+    train = chosen.train
     assert (train.lr, train.batch_size, train.seed, train.order_seed) == (1e-3, 16, 7, 9)
     assert train.log_every == Settings().train.log_every
 
@@ -63,13 +63,13 @@ def test_any_layer_of_the_demo_model_works() -> None:
 
 
 def test_sizes_may_be_multiples_of_d_in() -> None:
-    made = settings("--layer", "3", "--model.name", "m").transcoder
-    assert made.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
+    transcoder = settings("--layer", "3", "--model.name", "m").transcoder
+    assert transcoder.resolve(d_in=576) == (4608, (288, 576, 1152, 2592))
 
 
 def test_a_rate_left_to_the_rule() -> None:
-    made = settings("--profile", "demo", "--train.min_lr", "auto").train
-    assert (made.lr, made.min_lr) == (None, None)
+    train = settings("--profile", "demo", "--train.min_lr", "auto").train
+    assert (train.lr, train.min_lr) == (None, None)
 
 
 def test_run_names_tell_what_differs_from_the_recipe() -> None:
@@ -178,19 +178,19 @@ def test_every_setting_is_read_somewhere() -> None:
     """As one of its own section; [sweep] is read as a whole, by train/sweep.py."""
     packages = ("common", "harvest", "shards", "transcoder", "train", "evaluate")
     files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
-    found = set().union(*(reads(ast.parse(path.read_text())) for path in files))
+    used = set().union(*(reads(ast.parse(path.read_text())) for path in files))
     classes = [
         node
         for node in ast.parse((ROOT / "common/settings.py").read_text()).body
         if isinstance(node, ast.ClassDef)
     ]
     for node in classes:
-        found |= {(node.name.lower() if owner == "self" else owner, key) for owner, key in reads(node)}
+        used |= {(node.name.lower() if owner == "self" else owner, key) for owner, key in reads(node)}
     unread = [
         f"{name}.{key}"
         for name, owners in OWNERS.items()
         for key in SECTIONS[name].model_fields
-        if not {(owner, key) for owner in owners} & found
+        if not {(owner, key) for owner in owners} & used
     ]
     assert unread == []
     assert OWNERS.keys() | {"sweep"} == SECTIONS.keys()
@@ -199,7 +199,7 @@ def test_every_setting_is_read_somewhere() -> None:
 def test_the_file_lists_every_setting_with_its_default() -> None:
     """Commented out where the default is none, or a path of this machine; [sweep] has none."""
     text = PIPELINE_TOML.read_text().split("[recipe.")[0]
-    given = tomllib.loads(text)
+    file = tomllib.loads(text)
     for name, section in SECTIONS.items():
         if name == "sweep":
             continue
@@ -207,7 +207,7 @@ def test_the_file_lists_every_setting_with_its_default() -> None:
         lines = re.search(rf"^\[{name}\]\n(.*?)(?=^\[|\Z)", text, re.DOTALL | re.MULTILINE)
         assert lines
         for key in section.model_fields:
-            default, listed = getattr(defaults, key), given[name].get(key)
+            default, listed = getattr(defaults, key), file[name].get(key)
             if listed is None:
                 assert re.search(rf"^# {key} = ", lines[1], re.MULTILINE), f"{name}.{key} is not in the file"
                 assert default is None or key == "cache", f"{name}.{key} is {default!r} by default"
@@ -223,10 +223,10 @@ def test_every_setting_has_a_docstring() -> None:
 
 
 def test_what_is_missing_is_named_as_make_has_it_too() -> None:
-    made = parser("evaluate.read", "")
-    made.add_argument("--text", required=True)
+    options = parser("evaluate.read", "")
+    options.add_argument("--text", required=True)
     with pytest.raises(InputError, match=re.escape("command line: expected TEXT=... (--text); --help-all")):
-        load(made, ("--layer", "3"))
+        load(options, ("--layer", "3"))
     with pytest.raises(
         InputError, match=re.escape("argument LAYER=... (--layer): expected one argument; --help-all")
     ):
@@ -238,9 +238,53 @@ def test_what_is_missing_is_named_as_make_has_it_too() -> None:
     assert all(name.lower() == option for name, option in passed)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "where", "value"),
+    [
+        (("--train.rows", "1e6"), "train.rows", 1_000_000),
+        (("--harvest.rows", "1.5E6"), "harvest.rows", 1_500_000),
+        (("--evaluate.rows", "1e5"), "evaluate.rows", 100_000),
+        (("--sweep.dead_after_rows", "1e4, 2e4"), "sweep.dead_after_rows", (10_000, 20_000)),
+        (("--sweep.lr", "1e-4 2e-4"), "sweep.lr", (1e-4, 2e-4)),
+        (("--transcoder.skip",), "transcoder.skip", True),
+        (("--transcoder.skip", "false"), "transcoder.skip", False),
+        (("--transcoder.d_sae", "8x"), "transcoder.d_sae", "8x"),
+        (("--data.files", "a b.txt"), "data.files", ("a b.txt",)),
+    ],
+)
+def test_values_as_people_type_them(arguments: tuple[str, ...], where: str, value: object) -> None:
+    section, key = where.split(".")
+    chosen = getattr(getattr(settings("--layer", "3", *arguments), section), key)
+    assert (chosen, type(chosen)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--train.rows", "1.5e0"),
+            "train.rows: expected a valid integer, got a number with a fractional part",
+        ),
+        (("\u2013-train.lr", "3"), "'\u2013-train.lr' begins with another dash than -; type --train.lr"),
+        (("\u2014train.lr", "3"), "'\u2014train.lr' begins with another dash than -; type --train.lr"),
+        (("--transcoder.group_sizes", ""), "transcoder.group_sizes: expected at least one value, found"),
+        (("--transcoder.skip", "maybe"), "transcoder.skip: expected a valid boolean"),
+    ],
+)
+def test_values_that_people_mistype(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        settings("--layer", "3", *arguments)
+
+
+def test_a_file_that_an_editor_of_windows_wrote(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_bytes(b"\xef\xbb\xbf" + b"[train]\r\nlr = 0.5\r\n")
+    assert settings("--layer", "3", toml=toml).train.lr == 0.5
+
+
 def test_help_shows_what_no_value_means() -> None:
     said = " ".join(parser("train", "").format_help().split())
-    assert "by the rule of train/step/schedule.py. [auto]" in said
+    assert "auto: the rule in docs/training.md. [auto]" in said
     assert "a hundredth of the peak. [auto]" in said
     assert "none: never. [none]" in said
     assert "[None]" not in said

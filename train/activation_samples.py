@@ -1,12 +1,24 @@
-"""Activation samples: each latent's strongest rows among the sampled batches.
+"""Activation samples: each latent's strongest rows among the sampled batches, and their file with text.
 
 Shapes: F latents, N samples per latent, E active entries of a batch.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from common.files import whole
+from common.tokens import TokenText
+from shards import Store
+from shards.layout import SHARD_ROWS
+from shards.reader import Contexts
+from shards.store import read_tokenizer
+from train.samples_page import AROUND, Text
 from transcoder.entries import Entries, strongest
 
 PER_LATENT = 10
@@ -50,3 +62,61 @@ def _newest(entries: Entries, row_numbers: Tensor) -> tuple[Tensor, Tensor, Tens
     values[slot, nth] = entries.values[order]
     rows[slot, nth] = row_numbers[entries.rows[order]]
     return touched, values, rows
+
+
+def write(
+    run_dir: Path, samples: Samples, store: Store, prefix_ends: tuple[int, ...], scale_out: float
+) -> None:
+    """Add context and text to the samples and write them; the file appears whole."""
+    values, rows = samples.values.cpu().numpy() * scale_out, samples.rows.cpu().numpy()
+    contexts, positions = _provenance(store, rows)
+    texts = _texts(
+        TokenText(read_tokenizer(store.tokenizer_path)),
+        store.train.contexts,
+        contexts[rows >= 0],
+        positions[rows >= 0],
+    )
+    group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
+    file = run_dir / "activation_samples" / "samples.jsonl"
+    with whole(file) as out:
+        for latent in range(len(values)):
+            examples = [
+                {
+                    "value": round(float(values[latent, i]), 5),
+                    "row": int(rows[latent, i]),
+                    "context": int(contexts[latent, i]),
+                    "position": int(positions[latent, i]),
+                    **next(texts),
+                }
+                for i in np.flatnonzero(rows[latent] >= 0)
+            ]
+            line = {"latent": latent, "group": int(group[latent]), "samples": examples}
+            out.write(json.dumps(line).encode() + b"\n")
+
+
+def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(context, position) of each row number; windows of the store that hold none are not read."""
+    contexts, positions = np.full(rows.shape, -1, np.int64), np.full(rows.shape, -1, np.int64)
+    for window in np.unique(rows[rows >= 0] // SHARD_ROWS):
+        start = int(window) * SHARD_ROWS
+        context, position = store.train.provenance(start, min(start + SHARD_ROWS, len(store.train)))
+        here = (rows >= start) & (rows < start + SHARD_ROWS)
+        contexts[here], positions[here] = context[rows[here] - start], position[rows[here] - start]
+    return contexts, positions
+
+
+def _texts(
+    text: TokenText,
+    table: Contexts | np.ndarray,
+    contexts: np.ndarray,
+    positions: np.ndarray,
+    block: int = 1000,
+) -> Iterator[Text]:
+    """Text before, of and after each token; contexts are read in blocks."""
+    for start in range(0, len(contexts), block):
+        tokens = table[contexts[start : start + block]]
+        for line, at in zip(tokens, positions[start : start + block].tolist(), strict=True):
+            first = max(0, at - AROUND)
+            pieces = text.pieces(line[first : at + 1 + AROUND].tolist())
+            before, after = pieces[: at - first], pieces[at - first + 1 :]
+            yield Text(before="".join(before), token=pieces[at - first], after="".join(after))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from common.errors import InputError, first_line
 from common.files import inside, whole_folder, write_whole
+from train.log import log_lines
 from train.state import State
 from transcoder.weights import save_tensors
 
@@ -86,14 +87,5 @@ def cut_metrics(run_dir: Path, step: int) -> None:
     file = run_dir / "metrics.jsonl"
     if not file.exists():
         return
-    lines = [
-        line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{file}: line {number} is damaged ({error}); remove that line") from error
+    kept = [text for text, values in log_lines(file) if text.endswith("\n") and (values["step"] or 0) <= step]
     write_whole(file, "".join(kept).encode())

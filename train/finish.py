@@ -10,7 +10,7 @@ from torch import Tensor
 from common.numbers import number_or_dash
 from common.settings import Settings
 from shards import Store
-from train import record, samples_page
+from train import activation_samples, record
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.normalisation import fold
 from train.recipe import Recipe
@@ -32,7 +32,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
     """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
     transcoder = calibrated(settings, store, recipe, state, (state.kept / state.kept_rows).tolist())
     if state.samples is not None:
-        samples_page.write(
+        activation_samples.write(
             settings.run_dir(), state.samples, store, transcoder.prefix_ends, recipe.scaling.scale_out
         )
     transcoder.save(settings.run_dir())

@@ -13,13 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
 from common.errors import InputError
 from common.files import write_whole
 from common.numbers import number_or_dash
 from common.progress import progress
-from common.settings import Settings, Wandb
+from common.settings import Settings, Wandb, first_mistake
 
 Mode = Literal["online", "offline", "disabled"]
 MODES: dict[str, Mode] = {
@@ -33,6 +34,30 @@ MODES: dict[str, Mode] = {
 PROJECT = "matryoshka-transcoder"
 ARTIFACT_NAME = 128
 """Longest name that W&B takes."""
+
+LogLine = dict[str, float | None]
+"""The values of a line of metrics.jsonl."""
+LINE = TypeAdapter(LogLine)
+
+
+def log_lines(file: Path) -> list[tuple[str, LogLine]]:
+    """The lines of metrics.jsonl, each as written and its values; none if there is no file.
+
+    A last line that a kill cut short is left out. Raises `InputError` naming any other line that is damaged.
+    """
+    texts = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    lines: list[tuple[str, LogLine]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            values = LINE.validate_python(json.loads(text))
+            if values.get("step") is None:
+                raise ValueError("no step")
+            lines.append((text, values))
+        except ValueError as error:
+            if text.endswith("\n"):
+                why = first_mistake(error) if isinstance(error, ValidationError) else error
+                raise InputError(f"{file}: line {number} is damaged ({why}); remove that line") from error
+    return lines
 
 
 def mode_of(wandb: Wandb) -> Mode:
@@ -81,7 +106,7 @@ class Log:
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = progress(settings.run, total, "rows", done=rows)
+        self._bar = progress(settings.run, total, "rows", initial=rows)
         self._wandb = WandbRun(run_dir, settings, config)
 
     def step(self, rows: int) -> None:

@@ -1,29 +1,21 @@
 """python -m train.samples_page --layer 17 --run name [--latents 5,17]: the activation samples of a run.
 
-The file, written when training ends: activation_samples/samples.jsonl, one `Line` per latent.
+The file, activation_samples/samples.jsonl, has one `Line` per latent; train/activation_samples.py writes it at the end.
 """
 
 import html
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
-from common.files import whole
 from common.settings import first_mistake
-from shards import Store
-from shards.layout import SHARD_ROWS
-from shards.store import read_tokenizer
-from train import record
-from train.activation_samples import Samples
-from transcoder import weights
+from common.tokens import PART
 
 AROUND = 16
 """Tokens shown before and after."""
@@ -34,7 +26,10 @@ RENDERED = 500
 
 
 class Text(TypedDict):
-    """A token, and what stands up to `AROUND` tokens before and after it."""
+    """A token, and what stands up to `AROUND` tokens before and after it.
+
+    A character that is split over tokens stands at the one that completes it, as in the report; the others are "".
+    """
 
     before: str
     token: str
@@ -64,63 +59,12 @@ class Line(TypedDict):
 LINE = TypeAdapter(Line)
 
 
-def write(
-    run_dir: Path, samples: Samples, store: Store, prefix_ends: tuple[int, ...], scale_out: float
-) -> None:
-    """Add context and text to the samples and write them; the file appears whole."""
-    values, rows = samples.values.cpu().numpy() * scale_out, samples.rows.cpu().numpy()
-    contexts, positions = _provenance(store, rows)
-    texts = _texts(store, contexts[rows >= 0], positions[rows >= 0])
-    group = np.searchsorted(prefix_ends, np.arange(len(values)), side="right")
-    file = run_dir / "activation_samples" / "samples.jsonl"
-    with whole(file) as out:
-        for latent in range(len(values)):
-            examples = [
-                {
-                    "value": round(float(values[latent, i]), 5),
-                    "row": int(rows[latent, i]),
-                    "context": int(contexts[latent, i]),
-                    "position": int(positions[latent, i]),
-                    **next(texts),
-                }
-                for i in np.flatnonzero(rows[latent] >= 0)
-            ]
-            line = {"latent": latent, "group": int(group[latent]), "samples": examples}
-            out.write(json.dumps(line).encode() + b"\n")
-
-
-def _provenance(store: Store, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(context, position) of each row number; windows of the store that hold none are not read."""
-    contexts, positions = np.full(rows.shape, -1, np.int64), np.full(rows.shape, -1, np.int64)
-    for window in np.unique(rows[rows >= 0] // SHARD_ROWS):
-        start = int(window) * SHARD_ROWS
-        context, position = store.train.provenance(start, min(start + SHARD_ROWS, len(store.train)))
-        here = (rows >= start) & (rows < start + SHARD_ROWS)
-        contexts[here], positions[here] = context[rows[here] - start], position[rows[here] - start]
-    return contexts, positions
-
-
-def _texts(store: Store, contexts: np.ndarray, positions: np.ndarray, block: int = 1000) -> Iterator[Text]:
-    """Text before, of and after each token, decoded in blocks."""
-    tokenizer = read_tokenizer(store.tokenizer_path)
-    for start in range(0, len(contexts), block):
-        where = positions[start : start + block]
-        tokens = store.train.contexts[contexts[start : start + block]]
-        parts = [
-            part.tolist()
-            for line, at in zip(tokens, where, strict=True)
-            for part in (line[max(0, at - AROUND) : at], line[at : at + 1], line[at + 1 : at + 1 + AROUND])
-        ]
-        decoded = tokenizer.decode_batch(parts, skip_special_tokens=False)
-        for i in range(len(where)):
-            before, token, after = decoded[3 * i : 3 * i + 3]
-            yield Text(before=before, token=token, after=after)
-
-
 def read(run_dir: Path) -> Iterator[Line]:
     """The lines of samples.jsonl; raises `InputError` when it is not there, naming a line that is no such line."""
     file = run_dir / "activation_samples" / "samples.jsonl"
     if not file.is_file():
+        from train import record
+
         if stands := record.stopped(run_dir):
             raise InputError(
                 f"{run_dir}: {stands}; its samples are written when it ends (the same make train)"
@@ -142,7 +86,8 @@ def render(latents: Iterable[Line]) -> str:
     for latent in latents:
         parts.append(f"<h2>latent {latent['latent']} <small>group {latent['group']}</small></h2>")
         for sample in latent["samples"]:
-            before, token, after = (html.escape(sample[key]) for key in ("before", "token", "after"))
+            before, after = html.escape(sample["before"]), html.escape(sample["after"])
+            token = html.escape(sample["token"] or PART)
             place = f"context {sample['context']}, position {sample['position']}"
             parts.append(
                 f'<p title="{place}"><b>{sample["value"]:.3g}</b> {before}<mark>{token}</mark>{after}</p>'
@@ -165,6 +110,15 @@ b { font-variant-numeric: tabular-nums }
 <h1>Activation samples</h1>"""
 
 
+def printable(text: str) -> str:
+    """The text in one line, escapes for what a terminal would obey: text of the web may hold its commands.
+
+    >>> printable("a\\tb\\x1b[2J é")
+    'a\\\\tb\\\\x1b[2J é'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def numbers(words: Sequence[str]) -> list[int]:
     """The latents that were asked for, in that order, each once: numbers apart by commas, spaces or both."""
     parts = [part for word in words for part in word.replace(",", " ").split()]
@@ -184,6 +138,8 @@ def main() -> None:
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
     settings, arguments = load(options)
+    from transcoder import weights  # with torch, which --help need not wait for
+
     settings = weights.chosen_run(settings, arguments.run)
     run_dir, requested = settings.run_dir(), numbers(arguments.latents)
     weights.refuse_another_model(run_dir, settings)
@@ -199,8 +155,8 @@ def main() -> None:
     for line in islice(shown, None if requested else SHOWN):
         print(f"\nlatent {line['latent']} (group {line['group']})")
         for sample in line["samples"]:
-            text = f"{sample['before']}[[{sample['token']}]]{sample['after']}".replace("\n", "\\n")
-            print(f"  {sample['value']:8.3f}  {text}")
+            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}"
+            print(f"  {sample['value']:8.3f}  {printable(text)}")
         if not line["samples"]:
             print("  never active when looked at")
     print(f"\n{len(chosen):,} of {total:,} latents in {file}")

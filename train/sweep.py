@@ -1,11 +1,14 @@
 """python -m train.sweep --layer 17 [--sweep.lr 2e-4,4e-4 ...]: every combination of [sweep], in one pass.
 
 Each run has its own directory, <run>-<what differs>, and is bit-identical to the same run alone.
-The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-sweep/sweep.png.
+The table goes to <run>-sweep/results.json, the plot of FVU against L0 to <run>-sweep/sweep.png; those of another sweep
+under the same name are kept in <run>-sweep/earlier.
 """
 
 import json
 import os
+import sys
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import load, parser, run_stage
-from common.device import share_cores
 from common.errors import InputError
-from common.files import write_whole
+from common.files import sha256, write_whole
 from common.numbers import number_or_dash
 from common.settings import Settings, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
-from shards import Store
-from train import record
 from train.log import where
-from transcoder.weights import read_metadata
 
 RESULTS = "results.json"
 """The table of a sweep, in a folder of its own beside the runs."""
@@ -35,10 +34,10 @@ def combinations(settings: Settings, d_in: int) -> list[Settings]:
     lists = {key: values for key, values in settings.sweep if values}
     if not lists:
         raise InputError("sweep: nothing to combine; give lists in [sweep], or --sweep.lr 2e-4,4e-4")
-    made = [
+    runs = [
         _one(settings, dict(zip(lists, values, strict=True)), d_in) for values in product(*lists.values())
     ]
-    names = [one.run for one in made]
+    names = [one.run for one in runs]
     if longest := max(names, key=len)[100:]:
         raise InputError(
             f"sweep: the runs' names are {len(longest)} characters too long; give a shorter RUN=name"
@@ -46,7 +45,7 @@ def combinations(settings: Settings, d_in: int) -> list[Settings]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"sweep: two runs would be called {twice}; list each value once")
-    return made
+    return runs
 
 
 def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
@@ -65,13 +64,13 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
         if "d_sae" in chosen:
             (wider,) = latents((chosen["d_sae"],), d_in)
             values["transcoder"] |= {"d_sae": wider, "group_sizes": _in_proportion(groups, wider)}
-        made = Settings.model_validate(values)
+        run = Settings.model_validate(values)
     except ValidationError as error:
         raise InputError(f"sweep: {first_mistake(error)}") from error
     except ValueError as error:
         raise InputError(f"sweep: {error}") from error
-    name = run_name(settings.run, plain, made)
-    return made.model_copy(update={"run": name})
+    name = run_name(settings.run, plain, run)
+    return run.model_copy(update={"run": name})
 
 
 def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
@@ -83,13 +82,17 @@ def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
 
 def report(runs: list[Settings], folder: Path) -> Table:
     """Write results.json, and sweep.png where there are held-out rows; the table, best FVU of the full prefix first."""
+    from transcoder.weights import read_metadata
+
     rows = []
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
-        found = metadata["heldout"]
-        rows.append({"run": settings.run, "fvu": found["fvu"], "l0": found["l0"], "dead": found["dead"],
+        heldout = metadata["heldout"]
+        rows.append({"run": settings.run, "fvu": heldout["fvu"], "l0": heldout["l0"], "dead": heldout["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
+    if not _runs_in(folder) <= {row["run"] for row in rows}:
+        keep_earlier(folder, RESULTS)
     write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())
     if measured := [row for row in rows if None not in row["fvu"]]:
         _plot(measured, folder / "sweep.png")
@@ -99,6 +102,29 @@ def report(runs: list[Settings], folder: Path) -> Table:
         dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
         table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
     return table
+
+
+def _runs_in(folder: Path) -> set[str]:
+    """The runs of the table that is there; of one that cannot be read its path, which is no run."""
+    file = folder / RESULTS
+    if not file.exists():
+        return set()
+    try:
+        return {row["run"] for row in json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, LookupError, TypeError):
+        return {str(file)}
+
+
+def keep_earlier(folder: Path, table: str) -> None:
+    """Move the files of `folder` to earlier/<date>-<digest> in it, the `table` last: after a kill the rest follows."""
+    file = folder / table
+    date = datetime.fromtimestamp(file.stat().st_mtime).date()
+    place = folder / "earlier" / f"{date}-{sha256(file)[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    for each in sorted(folder.iterdir(), key=lambda each: each == file):
+        if each.is_file():
+            each.replace(place / each.name)
+    print(f"the table that was here is kept: {place}", file=sys.stderr)
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -116,12 +142,16 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     settings, _ = load(parser("train.sweep", "Train every combination of [sweep]."))
+    from shards import Store  # with torch, which --help need not wait for
+    from train import record
+
     store = Store.of(settings)
     fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
     folder = settings.run_dir().with_name(f"{settings.run}-sweep")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
+        from common.device import share_cores
         from train.loop import train_together
 
         share_cores()

@@ -92,6 +92,12 @@ def _overlaps(
 
     `rows`, `own` are the entries of the block's latents; the others active on those rows are
     latents[bounds[row]:bounds[row + 1]]. The work is the sum over rows of L0^2, not R F^2.
+
+    Row 0 has latents 0 and 2, row 1 has 0, 1 and 2. The block is latents 0 and 1; latent 0 has entries on both rows:
+
+    >>> latents, bounds = np.array([0, 2, 0, 1, 2]), np.array([0, 2, 5])
+    >>> _overlaps(np.array([0, 1, 1]), np.array([0, 0, 1]), latents, bounds, n_own=2, n_latents=3).tolist()
+    [[2, 1, 2], [1, 1, 1]]
     """
     counts = np.zeros(n_own * n_latents, dtype=np.int64)
     lengths = bounds[rows + 1] - bounds[rows]
@@ -113,7 +119,13 @@ def _empty(n_latents: int, n: int) -> Partners:
 
 
 def _best(partners: Partners, scores: np.ndarray, start: int, n: int) -> None:
-    """Writes each row's `n` highest positive scores."""
+    """Writes each row's `n` highest positive scores.
+
+    >>> partners = _empty(3, 2)
+    >>> _best(partners, np.array([[0.0, 0.5, 0.9], [0.2, 0.0, 0.0]]), start=1, n=2)  # of latents 1 and 2
+    >>> partners.latents.tolist()
+    [[-1, -1], [2, 1], [0, -1]]
+    """
     n = min(n, scores.shape[1])
     top = np.argpartition(-scores, n - 1, axis=1)[:, :n]
     values = np.take_along_axis(scores, top, axis=1)

@@ -10,10 +10,10 @@ from typing import TypedDict
 
 import numpy as np
 
+from common.tokens import TokenText
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.rows import ContextTable
-from evaluate.metrics.tokens import TokenText
 
 POOL_TOKENS = 3_000_000
 """Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
@@ -148,7 +148,19 @@ class Stretches:
 
     @classmethod
     def around(cls, samples: Samples, shown: np.ndarray, context_length: int) -> "Stretches":
-        """Stretches of REACH tokens either side of the `shown` samples, within their contexts of `context_length`."""
+        """Stretches of REACH tokens either side of the `shown` samples, within their contexts of `context_length`.
+
+        Contexts of 100 tokens, REACH 16. Positions 5 and 30 of context 0 overlap: one stretch, [0, 47); position 20 of
+        context 1, place 120, has [104, 137), which begins at 47 in the pool:
+
+        >>> places, empty = np.array([5, 30, 120]), np.zeros(0)
+        >>> samples = Samples(latents=np.arange(3), places=places, values=empty, quantiles=empty, shades=empty)
+        >>> stretches = Stretches.around(samples, shown=np.arange(3), context_length=100)
+        >>> stretches.starts.tolist(), stretches.lengths.tolist()
+        ([0, 104], [47, 33])
+        >>> stretches.sample_at.tolist(), stretches.sample_focus.tolist()  # sample 1 begins at its place 14
+        ([0, 14, 47], [5, 16, 16])
+        """
         places = samples.places[shown]
         context = places // context_length
         start = np.maximum(places - REACH, context * context_length)
@@ -183,7 +195,11 @@ class Stretches:
 
 
 def _first_half(latents: np.ndarray) -> np.ndarray:
-    """Mask of the even-numbered entries of each latent, so that both kinds of samples stay."""
+    """Mask of the even-numbered entries of each latent, so that both kinds of samples stay.
+
+    >>> _first_half(np.array([4, 4, 4, 7, 7])).tolist()
+    [True, False, True, True, False]
+    """
     nth = np.arange(len(latents)) - np.searchsorted(latents, latents)
     return nth % 2 == 0
 

@@ -48,7 +48,7 @@ def _environment(escaped: bool) -> Environment:
 HTML = _environment(escaped=True)
 """Of pages: what a value holds is text."""
 MARKDOWN = _environment(escaped=False)
-"""Of the model card, whose values are cut down to words first (evaluate/push.py)."""
+"""Of the model card, whose values are cut down to words first (evaluate/report/card.py)."""
 
 
 def html(name: str, **values: object) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.numbers import number_or_dash
+from common.numbers import number_or_dash, percent_or_dash
 from evaluate.report.templates import number, percent
 
 
@@ -33,3 +33,4 @@ def test_numbers_of_the_pages(value: float | None, text: str) -> None:
 
 def test_shares_are_percentages() -> None:
     assert [percent(None), percent(0.1234), percent(1)] == ["–", "12.3", "100"]
+    assert [percent_or_dash(None), percent_or_dash(0.1234)] == ["-", "12.3 %"]

@@ -1,6 +1,7 @@
 """Several transcoders, other tools' too, on the same rows."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from common.settings import ROOT
+from common.settings import ROOT, Evaluate
 from evaluate.compare import chosen, compare, distinct_names
 from evaluate.metrics.measure import measure
 from evaluate.run import evaluate
@@ -73,6 +74,28 @@ def test_the_command_prints_the_table_and_the_page(root: Path) -> None:
         [*command[:3], *arguments(root)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+
+
+def test_a_comparison_with_others_is_kept(root: Path) -> None:
+    settings = settings_of(root)
+    shutil.rmtree(settings.run_dir() / "comparison", ignore_errors=True)
+    one, other = (str(export(settings.run_dir(), "gemma_scope", prefix=g)) for g in (0, 1))
+    _, folder = compare(settings, [one])
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    compare(settings, [one])  # the same again
+    compare(settings, [one, other])  # and one more: nothing is lost
+    assert not (folder / "earlier").exists()
+    both = json.loads((folder / "compare.json").read_text())
+    compare(settings, [one])
+    (kept,) = (folder / "earlier").iterdir()
+    assert json.loads((kept / "compare.json").read_text()) == both
+    assert {file.name for file in kept.iterdir()} == before.keys()
+    assert (folder / "compare.json").read_bytes() == before["compare.json"]
+    compare(settings.model_copy(update={"evaluate": Evaluate(rows=100)}), [one])  # other rows
+    assert len(list((folder / "earlier").iterdir())) == 2
+    (folder / "compare.json").write_text("[")
+    compare(settings, [one])
+    assert len(list((folder / "earlier").iterdir())) == 3
 
 
 def test_an_imported_transcoder_is_evaluated_like_a_run(root: Path) -> None:

@@ -25,7 +25,7 @@ def test_a_full_disk(room: int, tmp_path: Path, capsys: pytest.CaptureFixture[st
         line = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2
         assert line.startswith(f"error: {folder}/")
-        assert line.endswith("No space left on device; mend that, and the same command continues")
+        assert line.endswith("No space left on device; fix that and rerun the same command to continue")
         assert finished(folder) is None
         assert not list(disk.rglob("*.tmp"))
         remount("size=8m")

@@ -8,8 +8,9 @@ from jinja2 import Environment
 
 import evaluate.run
 from common.settings import ROOT
-from evaluate import compare, push
+from evaluate import compare
 from evaluate.report import templates
+from evaluate.report.card import card
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import make_run, settings_of
 from train import samples_page
@@ -38,12 +39,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     random_coder(6, 5, (8,)).save(rival)
     with patch.context() as changed:
         changed.setattr("evaluate.run.prepare", hostile)
-        changed.setattr("evaluate.compare.prepare", hostile)
         metrics, _ = evaluate.run.evaluate(settings, ce_tokens=0)
         compare.compare(settings, [str(rival)])
     own.metadata.update(training={"rows": 1, "steps": 1}, git_commit=None)
     own.metadata["source"] |= {"model": HOSTILE, "revision": HOSTILE, "output_hook": HOSTILE}
-    card = push.card(own, metrics, "hf://me/name")
+    text = card(own, metrics, "hf://me/name")
     sample = {
         "value": 1.0,
         "context": 0,
@@ -56,7 +56,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     read = {
         name: (folder / name).read_text() for name in ("evaluation/report.html", "comparison/compare.html")
     }
-    return read | {"samples": rendered, "card": card}
+    return read | {"samples": rendered, "card": text}
 
 
 PAGES = ("evaluation/report.html", "comparison/compare.html", "samples")
@@ -109,7 +109,7 @@ def test_one_environment_always_escapes_and_the_other_writes_markdown() -> None:
     markdown = [
         path.name for path in files if "markdown(" in path.read_text() and path.name != "templates.py"
     ]
-    assert markdown == ["push.py"]
+    assert markdown == ["card.py"]
     assert str(templates.HTML.from_string("{{ x }}").render(x=HOSTILE)).startswith(
         "&lt;/title&gt;&lt;script&gt;"
     )

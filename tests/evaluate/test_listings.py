@@ -116,8 +116,8 @@ def test_evaluate_without_a_name_takes_the_newest_run(
     unnamed = settings_of(root).model_copy(update={"run": "default"})
 
     def chosen(settings: Settings, every_layer: bool = False) -> tuple[str, str]:
-        found = chosen_run(settings, None, every_layer).run
-        return found, capsys.readouterr().err
+        run = chosen_run(settings, None, every_layer).run
+        return run, capsys.readouterr().err
 
     newest = "run newer, the newest of layer 0 of 3; RUN=name takes another\n"
     assert chosen(unnamed) == ("newer", newest)

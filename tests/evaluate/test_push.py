@@ -19,14 +19,14 @@ from transcoder import Transcoder
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluated run that knows its training."""
-    made = tmp_path_factory.mktemp("push")
-    make_run(made)
-    run_dir = settings_of(made).run_dir()
+    folder = tmp_path_factory.mktemp("push")
+    make_run(folder)
+    run_dir = settings_of(folder).run_dir()
     own = Transcoder.load(run_dir)
     training = {"training": {"rows": 4096, "steps": 64, "l0": [1.0, 2.0, 3.0]}, "git_commit": None}
     replace(own, metadata=own.metadata | training).save(run_dir)
-    evaluate(settings_of(made), ce_tokens=0)
-    return made
+    evaluate(settings_of(folder), ce_tokens=0)
+    return folder
 
 
 LOAD = """
@@ -40,16 +40,16 @@ found.save(sys.argv[2])
 def test_a_run_is_published_with_its_card_and_loaded_again(
     root: Path, hub: Hub, at_hub: Run, tmp_path: Path
 ) -> None:
-    done = at_hub("-m", "evaluate.push", "--repo", "me/transcoders/layer_0", *arguments(root))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "hf://me/transcoders/layer_0"
+    process = at_hub("-m", "evaluate.push", "--repo", "me/transcoders/layer_0", *arguments(root))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "hf://me/transcoders/layer_0"
     files = hub.repos["models/me/transcoders"]
     assert sorted(files) == [
         f"layer_0/{name}" for name in ("README.md", "settings.json", "transcoder.safetensors")
     ]
     assert hub.commits["models/me/transcoders"] == ["Transcoder tiny, layer 0"]
-    done = at_hub("-c", LOAD, "hf://me/transcoders/layer_0", str(tmp_path / "again"))
-    assert done.returncode == 0, done.stderr
+    process = at_hub("-c", LOAD, "hf://me/transcoders/layer_0", str(tmp_path / "again"))
+    assert process.returncode == 0, process.stderr
     own, again = Transcoder.load(settings_of(root).run_dir()), Transcoder.load(tmp_path / "again")
     for name, tensor in own.parameters.named().items():
         assert torch.equal(again.parameters.named()[name], tensor)
@@ -75,15 +75,16 @@ def test_the_card_says_what_was_measured_and_how_to_load_it(root: Path, hub: Hub
 def test_neither_the_token_nor_a_local_path_is_written_anywhere(
     root: Path, hub: Hub, at_hub: Run, tmp_path: Path
 ) -> None:
-    done = at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root))
-    assert done.returncode == 0, done.stderr
+    process = at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root))
+    assert process.returncode == 0, process.stderr
     assert at_hub("-c", LOAD, "hf://me/one", str(tmp_path / "again")).returncode == 0
     assert f"Bearer {TOKEN}" in hub.tokens
     published = [data for files in hub.repos.values() for data in files.values()]
     local = [path.read_bytes() for folder in (root, tmp_path) for path in folder.rglob("*") if path.is_file()]
     assert len(local) > 10
     assert not any(
-        TOKEN.encode() in data for data in [*published, *local, done.stdout.encode(), done.stderr.encode()]
+        TOKEN.encode() in data
+        for data in [*published, *local, process.stdout.encode(), process.stderr.encode()]
     )
     assert not any(str(root).encode() in data for data in published)
 
@@ -123,9 +124,9 @@ def test_no_byte_of_what_is_published_names_a_path(tmp_path: Path) -> None:
     assert json.loads((folder / "settings.json").read_text())["model"]["name"] == "me/llama"
 
 
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    return done.stderr
+def one_line(process: subprocess.CompletedProcess[str]) -> str:
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    return process.stderr
 
 
 def test_what_the_hub_refuses_is_one_line(root: Path, hub: Hub, at_hub: Run) -> None:
@@ -157,7 +158,7 @@ def test_only_what_was_trained_and_evaluated_is_published(root: Path, hub: Hub, 
     own = Transcoder.load(settings_of(root).run_dir())
     replace(own, metadata={"source": own.metadata["source"]}).save(settings.run_dir())
     command = ("-m", "evaluate.push", "--repo", "me/one", *arguments(root), "--run", "bare")
-    assert "was not trained here" in one_line(at_hub(*command))
+    assert "was imported, not trained here; push the original" in one_line(at_hub(*command))
     own.save(settings.run_dir())
     assert "evaluate it (make evaluate)" in one_line(at_hub(*command))
     assert hub.repos == {}
@@ -165,18 +166,18 @@ def test_only_what_was_trained_and_evaluated_is_published(root: Path, hub: Hub, 
 
 def test_a_store_goes_to_the_hub_and_is_read_from_there(root: Path, hub: Hub, at_hub: Run) -> None:
     to = "hf://datasets/me/activations"
-    done = at_hub("-m", "shards", "upload", "--to", to, *arguments(root))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1] == "its manifest is there too, and says: tests/tiny"
+    process = at_hub("-m", "shards", "upload", "--to", to, *arguments(root))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[1] == "its manifest is there too, and says: tests/tiny"
     names = hub.repos["datasets/me/activations"]
     assert "tiny/layer_0.zarr/files.sha256" in names
     assert not any(".tmp" in name or ".harvest" in name for name in names)
     assert len(hub.commits["datasets/me/activations"]) == 1
     remote = arguments(root)
     remote[remote.index("--paths.activations") + 1] = to
-    done = at_hub("-m", "shards", "verify", *remote)
-    assert done.returncode == 0, done.stderr
-    assert "every byte is as it was committed" in done.stdout
+    process = at_hub("-m", "shards", "verify", *remote)
+    assert process.returncode == 0, process.stderr
+    assert "every byte is as it was committed" in process.stdout
     del names["tiny/layer_0.zarr/files.sha256"]
     hub.commits["datasets/me/activations"].append("one file removed")
     assert "files.sha256: not in the repository" in one_line(at_hub("-m", "shards", "verify", *remote))

@@ -29,10 +29,10 @@ TEXT = (
 def settings(llama: Path, settings_for: Make, tmp_path: Path) -> Settings:
     """Every document is the same one; its first 31 tokens are its one context."""
     files = write_jsonl(tmp_path / "same.jsonl", [TEXT + " " + TEXT] * 40)
-    made = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
-    made = made.model_copy(update={"paths": made.paths.model_copy(update={"checkpoints": tmp_path})})
-    harvest(made)
-    return made
+    chosen = settings_for(llama, "--data.files", str(files), "--data.pack", "document", rows=500)
+    chosen = chosen.model_copy(update={"paths": chosen.paths.model_copy(update={"checkpoints": tmp_path})})
+    harvest(chosen)
+    return chosen
 
 
 def test_the_rows_of_a_harvest(settings: Settings) -> None:
@@ -68,6 +68,16 @@ def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(setti
     length = len(reader.tokenizer.encode(TEXT * 9, add_special_tokens=False).ids)
     long = reader(TEXT * 9)
     assert (len(long.tokens), long.left_out) == (31, length - 31)
+
+
+def test_a_split_character_stands_at_the_token_that_completes_it(settings: Settings) -> None:
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16), layer=1), "cpu")
+    ids = reader.tokenizer.encode("a🙂b", add_special_tokens=False).ids
+    assert len(ids) > 3, "the emoji is one token: nothing is split"
+    tokens = reader("a🙂b").tokens
+    assert len(tokens) == len(ids)
+    assert "".join(tokens).strip() == "a🙂b"
+    assert tokens[-2:] == ["🙂", "b"]
 
 
 def test_a_model_that_has_moved(settings: Settings, tmp_path: Path) -> None:

@@ -137,11 +137,11 @@ def test_a_full_and_a_read_only_disk(
         assert done.returncode == 2
         last = done.stderr.splitlines()[-1]
         assert "No space left on device" in last
-        assert last.endswith("mend that, and the same command continues")
+        assert last.endswith("fix that and rerun the same command to continue")
         assert "Traceback" not in done.stderr
         remount("ro")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert (done.returncode, "Read-only file system; mend that" in done.stderr) == (2, True)
+        assert (done.returncode, "Read-only file system; fix that" in done.stderr) == (2, True)
         remount("rw,size=64m")
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         assert verify(LocalFiles(Path(settings.store_path(1)))) == []

@@ -28,10 +28,10 @@ Peer = Callable[..., dict[str, Tensor]]
 
 @pytest.fixture(scope="session")
 def peer_python() -> Path:
-    found = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
-    if not found.is_file():
-        pytest.skip(f"{found} is not there; make test-peers installs it")
-    return found
+    python = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"{python} is not there; make test-peers installs it")
+    return python
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def model(settings_of: Callable[..., Settings]) -> Path:
 def runs(settings_of: Callable[..., Settings], model: Path) -> dict[str, Settings]:
     """Trained runs: demo on both layers (harvested in one pass), skip, and gain, whose inputs are with the gain."""
     harvest(settings_of(layer=" ".join(map(str, LAYERS))))
-    made = {f"demo_{layer}": settings_of(layer=str(layer)) for layer in LAYERS}
-    made["skip"] = settings_of("--run", "skip", "--transcoder.skip", "true")
-    made["gain"] = settings_of("--run", "gain", "--harvest", "gain", "--harvest.input", "mlp_in")
-    harvest(made["gain"])
-    for settings in made.values():
+    settings_by_name = {f"demo_{layer}": settings_of(layer=str(layer)) for layer in LAYERS}
+    settings_by_name["skip"] = settings_of("--run", "skip", "--transcoder.skip", "true")
+    settings_by_name["gain"] = settings_of("--run", "gain", "--harvest", "gain", "--harvest.input", "mlp_in")
+    harvest(settings_by_name["gain"])
+    for settings in settings_by_name.values():
         loop.train(settings, Store.of(settings))
-    return made
+    return settings_by_name
 
 
 def heldout(settings: Settings, n: int = 400) -> Tensor:

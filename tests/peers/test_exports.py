@@ -70,8 +70,8 @@ def test_circuit_tracer_computes_the_same(runs: Runs, peer: Peer, tmp_path: Path
     theirs = peer("circuit_tracer", folder, inputs)
     for layer in LAYERS:
         own = exported(runs[f"demo_{layer}"].run_dir(), None)
-        found = {name: theirs[f"{name}_{layer}"] for name in ("pre", "acts", "outputs")}
-        agree(own, inputs[f"inputs_{layer}"], found)
+        results = {name: theirs[f"{name}_{layer}"] for name in ("pre", "acts", "outputs")}
+        agree(own, inputs[f"inputs_{layer}"], results)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
     assert config["feature_input_hook"] == "ln2.hook_normalized"
@@ -118,8 +118,8 @@ def test_the_spliced_cross_entropy_is_ours(runs: Runs, model: Path, peer: Peer, 
     theirs = peer("splice", export(settings.run_dir(), "saelens"), old, {"tokens": ids, "excluded": excluded})
     losses = splice(language_model(model), source, ids.numpy(), {"spliced": own}, lambda _: None)
     for name in ("clean", "spliced"):
-        found = losses[name].cross_entropy / losses[name].positions
-        assert found == pytest.approx(float(theirs[name]), abs=1e-4)
+        mean = losses[name].cross_entropy / losses[name].positions
+        assert mean == pytest.approx(float(theirs[name]), abs=1e-4)
     assert theirs["spliced"] - theirs["clean"] > 0.01
 
 

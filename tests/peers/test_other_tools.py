@@ -44,15 +44,15 @@ def settings_in(folder: Path, layer: int) -> Settings:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the page's reader has: a store of layer 12, and an evaluated run of it; runs of the other layers too."""
-    made = tmp_path_factory.mktemp("readme")
+    root = tmp_path_factory.mktemp("readme")
     rows = tuple(values.numpy() for values in vars(random_rows(1100, D, D)).values())
     hooks = {"input_hook": "blocks.12.ln2.hook_normalized", "output_hook": "blocks.12.hook_mlp_out"}
-    where = settings_in(made, 12).store_path(12)
+    where = settings_in(root, 12).store_path(12)
     store = make_store(where, rows, rows, model="embedded/smollm2-135m", layer=12, n_layers=30, **hooks)
     source = store.manifest.source.model_dump(mode="json")
     for layer in LAYERS:
         named = {key: value.replace("12", str(layer)) for key, value in hooks.items()} | {"layer": layer}
-        settings = settings_in(made, layer)
+        settings = settings_in(root, layer)
         metadata = {
             "settings": settings.model_dump(mode="json"),
             "source": source | named,
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "git_commit": None,
         }
         replace(random_coder(D, D, ENDS, seed=layer), metadata=metadata).save(settings.run_dir())
-    evaluate(settings_in(made, 12), ce_tokens=0)
-    return made
+    evaluate(settings_in(root, 12), ce_tokens=0)
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -44,19 +44,19 @@ def transcoder_set(folder: str):
     from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
 
     path = Path(folder)
-    found, config = load_transcoder_from_hub(path.name, cache_dir=str(path.parent), lazy_decoder=False)
-    return found, config
+    transcoders, config = load_transcoder_from_hub(path.name, cache_dir=str(path.parent), lazy_decoder=False)
+    return transcoders, config
 
 
 def circuit_tracer(folder: str, rows: str, out: str) -> None:
-    found, config = transcoder_set(folder)
-    made, inputs = {}, load_file(rows)
-    for layer, transcoder in enumerate(found):
+    transcoders, config = transcoder_set(folder)
+    tensors, inputs = {}, load_file(rows)
+    for layer, transcoder in enumerate(transcoders):
         x = inputs[f"inputs_{layer}"]
         pre = transcoder.encode(x, apply_activation_function=False)
         values = computed(pre, transcoder.encode(x), transcoder(x))
-        made |= {f"{name}_{layer}": tensor for name, tensor in values.items()}
-    save_file(made, out, metadata={"config": json.dumps(config)})
+        tensors |= {f"{name}_{layer}": tensor for name, tensor in values.items()}
+    save_file(tensors, out, metadata={"config": json.dumps(config)})
 
 
 def hooked_transformer(model: str):
@@ -105,7 +105,7 @@ def replace(folder: str, model: str, tokens: str, out: str) -> None:
     from circuit_tracer import ReplacementModel
     from transformer_lens import HookedTransformer
 
-    found, _ = transcoder_set(folder)
+    transcoders, _ = transcoder_set(folder)
     config, weights, reference = hooked_transformer(model)
     ids = load_file(tokens)["tokens"]
     plain = HookedTransformer(config)
@@ -113,14 +113,14 @@ def replace(folder: str, model: str, tokens: str, out: str) -> None:
     hooks = [name for name in plain.hook_dict if name.endswith(("ln2.hook_normalized", "hook_mlp_out"))]
     with torch.inference_mode():
         logits, cache = plain.run_with_cache(ids, names_filter=hooks)
-        made = {name: tensor.contiguous() for name, tensor in cache.items()}
-        made["logits"], made["reference"] = logits, reference(ids).logits
-    replaced = ReplacementModel.from_config(config, found)
+        tensors = {name: tensor.contiguous() for name, tensor in cache.items()}
+        tensors["logits"], tensors["reference"] = logits, reference(ids).logits
+    replaced = ReplacementModel.from_config(config, transcoders)
     replaced.load_state_dict(renamed(weights), strict=False)
     for row, tokens_of_row in enumerate(ids):
         _, activations = replaced.get_activations(tokens_of_row)
-        made[f"acts_{row}"] = activations.detach().to_dense().contiguous()
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, out)
+        tensors[f"acts_{row}"] = activations.detach().to_dense().contiguous()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
 
 
 def renamed(weights: dict) -> dict:
@@ -136,8 +136,8 @@ def splice(folder: str, model: str, tokens: str, out: str) -> None:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
     from torch.nn.functional import cross_entropy
 
-    sae, given = SAE.load_from_disk(folder), load_file(tokens)
-    ids = given["tokens"]
+    sae, arrays = SAE.load_from_disk(folder), load_file(tokens)
+    ids = arrays["tokens"]
     bridge = SAETransformerBridge.boot_transformers(model, device="cpu", dtype=torch.float32)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def splice(folder: str, model: str, tokens: str, out: str) -> None:
         clean = loss(bridge(ids, return_type="logits"))
         bridge.add_sae(sae)
         for wrapper in bridge._acts_to_saes.values():  # what HookedSAETransformer does for excluded tokens
-            wrapper.set_token_mask(given["excluded"])
+            wrapper.set_token_mask(arrays["excluded"])
         spliced = loss(bridge(ids, return_type="logits"))
     save_file({"clean": clean, "spliced": spliced}, out)
 

@@ -104,7 +104,7 @@ def test_deleted_emptied_and_truncated_files_of_each_kind(store: Store, tmp_path
         for damage in (Path.unlink, cut, lambda path: path.write_bytes(b"")):
             copy = shutil.copytree(store.path, tmp_path / "s.zarr")
             damage(copy / name)
-            assert str(name) in [found.file for found in verify(LocalFiles(copy))], name
+            assert str(name) in [each.file for each in verify(LocalFiles(copy))], name
             shutil.rmtree(copy)
 
 

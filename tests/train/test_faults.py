@@ -57,7 +57,7 @@ def test_a_full_disk(
         moved = settings.model_copy(update={"paths": settings.paths.model_copy(update={"checkpoints": disk})})
         line = refused(moved, store, capsys)
         assert line.startswith(f"error: {disk}")
-        assert line.endswith("No space left on device; mend that, and the same command continues")
+        assert line.endswith("No space left on device; fix that and rerun the same command to continue")
         assert not [path for path in disk.rglob("*") if path.suffix == ".tmp" or path.name == ".lock"]
         remount("size=4m")
         train(moved, store)
@@ -85,7 +85,7 @@ def test_a_disk_that_becomes_read_only(
         remount("ro")
         before = {path: path.stat().st_mtime_ns for path in disk.rglob("*")}
         line = refused(moved, store, capsys)
-        assert line.endswith("Read-only file system; mend that, and the same command continues")
+        assert line.endswith("Read-only file system; fix that and rerun the same command to continue")
         assert {path: path.stat().st_mtime_ns for path in disk.rglob("*")} == before
         remount("rw")
         train(moved, store)

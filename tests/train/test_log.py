@@ -32,11 +32,11 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, fails: str = "") -> None:
         super().__init__("wandb")
-        self.fails, self.given, self.logged, self.summary, self.artifacts = fails, {}, [], {}, []
+        self.fails, self.arguments, self.logged, self.summary, self.artifacts = fails, {}, [], {}, []
         self.Settings = dict
 
     def init(self, **arguments: Any) -> "FakeWandb":
-        self.given = arguments
+        self.arguments = arguments
         self._may_fail("init")
         return self
 
@@ -89,20 +89,20 @@ def test_wandb_gets_metrics_config_and_one_id(logged: Callable[..., list[dict]],
     logged(first)
     logged(second)
     assert [step for step, _ in first.logged] == [1, 2]
-    assert first.given["config"] == {"a": 1}
-    assert first.given["mode"] == "offline"
-    assert first.given["dir"] == str(tmp_path / "run")
-    assert first.given["id"] == second.given["id"]
+    assert first.arguments["config"] == {"a": 1}
+    assert first.arguments["mode"] == "offline"
+    assert first.arguments["dir"] == str(tmp_path / "run")
+    assert first.arguments["id"] == second.arguments["id"]
 
 
 def test_disabled_means_wandb_is_not_touched(logged: Callable[..., list[dict]]) -> None:
     fake = FakeWandb()
     logged(fake, "disabled")
-    assert fake.given == {}
+    assert fake.arguments == {}
 
 
 @pytest.mark.parametrize(
-    ("asked", "around", "mode"),
+    ("setting", "around", "mode"),
     [
         ("auto", {}, "offline"),
         ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
@@ -116,13 +116,13 @@ def test_disabled_means_wandb_is_not_touched(logged: Callable[..., list[dict]]) 
     ],
 )
 def test_the_environment_decides_where_settings_ask_nothing(
-    asked: str, around: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+    setting: str, around: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in around.items():
         monkeypatch.setenv(name, value)
-    assert mode_of(Wandb.model_validate({"mode": asked})) == mode
+    assert mode_of(Wandb.model_validate({"mode": setting})) == mode
 
 
 def test_names_that_wandb_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_evaluation_adds_its_numbers_to_the_run_that_trained(
         "prefixes": [prefix, {"fvu": 0.25, "cross_entropy": None}],
     }
     log_evaluation(tmp_path / "run", make_settings(wandb__mode="offline"), metrics)
-    assert second.given["id"] == first.given["id"]
+    assert second.arguments["id"] == first.arguments["id"]
     assert (
         second.summary
         == evaluation_numbers(metrics)

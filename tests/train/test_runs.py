@@ -187,9 +187,9 @@ def test_the_same_command_continues_after_a_signal(
 
 def test_a_finished_run_is_known_without_its_store(make_settings: Make, finished: Path) -> None:
     settings = Settings.model_validate(json.loads((finished / "settings.json").read_text())["settings"])
-    done = record.finished(finished, settings, None)
-    assert done is not None
-    assert done["training"]["steps"] == 96
+    metadata = record.finished(finished, settings, None)
+    assert metadata is not None
+    assert metadata["training"]["steps"] == 96
 
 
 def test_a_finished_run_is_not_that_of_another_harvest(
@@ -277,10 +277,10 @@ def test_init_from_a_run_of_the_other_convention_is_converted(
     run = Run(settings, with_gain, torch.device("cpu"))
     assert run.log is not None
     run.log.close()
-    found, own = fold(run.state.parameters, run.recipe.scaling), Transcoder.load(finished)
+    start, own = fold(run.state.parameters, run.recipe.scaling), Transcoder.load(finished)
     expected = own.W_enc / torch.tensor(gain)
-    torch.testing.assert_close(found.W_enc, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.b_enc, own.b_enc, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(start.W_enc, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(start.b_enc, own.b_enc, rtol=1e-4, atol=1e-4)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: Store) -> None:
@@ -365,21 +365,21 @@ def test_a_bias_falls_in_proportion_to_the_excess_over_the_density_limit(
 
 
 def test_few_latents_fire_above_the_density_limit(make_settings: Make, store: Store) -> None:
-    found = {}
+    density = {}
     for name, limit in (("free", None), ("limited", 0.12)):
         settings = make_settings(run=name, train__density_limit=limit, train__rows=64 * 400)
         train(settings, store)
         acts = Transcoder.load(settings.run_dir()).encode(store.train.rows(0, 4096)[0])
-        found[name] = (acts > 0).double().mean(0)
-    assert int((found["free"] > 0.14).sum()) > 2 * int((found["limited"] > 0.14).sum())
-    assert float(found["limited"].max()) < 0.16
-    assert float(found["limited"].sum()) == pytest.approx(float(found["free"].sum()), rel=0.1)
+        density[name] = (acts > 0).double().mean(0)
+    assert int((density["free"] > 0.14).sum()) > 2 * int((density["limited"] > 0.14).sum())
+    assert float(density["limited"].max()) < 0.16
+    assert float(density["limited"].sum()) == pytest.approx(float(density["free"].sum()), rel=0.1)
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_the_mean_of_the_rows_has_no_say(make_settings: Make, tmp_path: Path, storage: str) -> None:
     """99 % of the energy in the means: the same held-out FVU to 1 %, and as many latents that never fire."""
-    found = {}
+    heldout = {}
     for name, share in (("without", 0.0), ("with", 0.99)):
         splits = []
         for n, seed in ((4096, 2), (1024, 3)):
@@ -398,8 +398,8 @@ def test_the_mean_of_the_rows_has_no_say(make_settings: Make, tmp_path: Path, st
         assert np.square(moments.mean).sum() / np.sum(moments.second_moment) == pytest.approx(share, abs=1e-3)
         settings = make_settings(run=name)
         train(settings, store)
-        found[name] = Transcoder.load(settings.run_dir()).metadata["heldout"]
-    assert found["with"]["fvu"] == pytest.approx(found["without"]["fvu"], rel=0.01)
+        heldout[name] = Transcoder.load(settings.run_dir()).metadata["heldout"]
+    assert heldout["with"]["fvu"] == pytest.approx(heldout["without"]["fvu"], rel=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(make_settings: Make, store: Store) -> None:

@@ -4,15 +4,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InputError
+from common.tokens import TokenText
 from shards import Store
+from tests.common.test_tokens import byte_level
 from train import samples_page
-from train.activation_samples import PER_LATENT, Samples
+from train.activation_samples import PER_LATENT, Samples, _texts
 from train.loop import train
 from transcoder.entries import Entries
 
@@ -65,16 +68,27 @@ def test_samples_point_at_their_rows(sampled: Path, store: Store) -> None:
         row = sample["row"]
         assert (sample["context"], sample["position"]) == (context[row], position[row])
         token = int(store.train.contexts[int(context[row])][position[row]])
-        assert sample["token"] == f"word{token - 2}"
-        assert sample["before"].startswith("<s>")
+        assert sample["token"] == f" word{token - 2}"
+        assert sample["before"].startswith(" <s>")
+
+
+def test_a_split_character_stands_at_the_token_that_completes_it() -> None:
+    tokenizer = byte_level(["a"])
+    ids = np.array([tokenizer.encode("a🙂b").ids])
+    three, four, five = _texts(TokenText(tokenizer), ids, np.zeros(3, np.int64), np.array([3, 4, 5]))
+    assert three == {"before": "a", "token": "", "after": "🙂b"}
+    assert four == {"before": "a", "token": "🙂", "after": "b"}
+    assert five == {"before": "a🙂", "token": "b", "after": ""}
 
 
 def test_the_page_shows_text_and_runs_nothing(sampled: Path) -> None:
     line = next(samples_page.read(sampled))
     evil = {"value": 1.0, "context": 0, "position": 1, "before": "<script>", "token": "&", "after": "</p>"}
-    page = samples_page.render([line | {"samples": [evil]}, line | {"samples": []}])
+    part = evil | {"token": ""}
+    page = samples_page.render([line | {"samples": [evil, part]}, line | {"samples": []}])
     assert "<script" not in page
     assert "&lt;script&gt;<mark>&amp;</mark>&lt;/p&gt;" in page
+    assert "<mark>·</mark>" in page
     assert "never active" in page
 
 
@@ -99,6 +113,10 @@ def test_the_command_prints_and_renders(
     assert re.findall(r"^latent (\d+) \(group \d\)$", printed, re.MULTILINE) == ["56", "12", "3"]
     page = (sampled / "activation_samples" / "samples.html").read_text()
     assert re.findall(r"<h2>latent (\d+)", page) == ["56", "12", "3"]
+
+
+def test_text_cannot_command_the_terminal() -> None:
+    assert samples_page.printable("a\nb\x1b[2J\x9b\u202e é 🙂") == "a\\nb\\x1b[2J\\x9b\\u202e é 🙂"
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ def swept(base: Settings, **lists: object) -> Settings:
 
 
 def test_combinations_are_named_after_what_differs(base: Settings) -> None:
-    made = sweep.combinations(swept(base, **WANTED), d_in=12)
-    assert [one.run for one in made] == [
+    runs = sweep.combinations(swept(base, **WANTED), d_in=12)
+    assert [one.run for one in runs] == [
         "s-lr0.001",
         "s-d_sae128-groups16_32_80-lr0.001",
         "s",
         "s-d_sae128-groups16_32_80",
     ]
-    assert made[1].transcoder.group_sizes == (16, 32, 80)
+    assert runs[1].transcoder.group_sizes == (16, 32, 80)
     nested = sweep.combinations(swept(base, group_sizes=("4x", "1x/3x")), d_in=12)
     assert [one.transcoder.resolve(12) for one in nested] == [(48, (48,)), (48, (12, 36))]
 
@@ -85,6 +85,25 @@ def test_a_sweep_from_the_command_line(
 
     sweep.main()
     assert "4 runs, 4 of them already trained" in capsys.readouterr().out
+    assert not (folder / "earlier").exists()
+
+    before = {name: (folder / name).read_bytes() for name in ("results.json", "sweep.png")}
+    monkeypatch.setattr("sys.argv", ["train.sweep", *options[:-2], "--sweep.skip", "true"])  # fewer runs
+    sweep.main()
+    (kept,) = (folder / "earlier").iterdir()
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == before
+    assert f"the table that was here is kept: {kept}" in capsys.readouterr().err
+    assert len(json.loads((folder / "results.json").read_text())) == 2
+    monkeypatch.setattr("sys.argv", ["train.sweep", *options])  # these and more: nothing is lost
+    sweep.main()
+    assert len(list((folder / "earlier").iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["[{", "3", '[{"lr": 1}]'])
+def test_a_table_that_cannot_be_read_is_kept_too(text: str, tmp_path: Path) -> None:
+    (tmp_path / sweep.RESULTS).write_text(text)
+    assert not sweep._runs_in(tmp_path) <= {"a"}
+    assert sweep._runs_in(tmp_path / "nothing") == set()
 
 
 def test_a_store_without_heldout_rows_has_nothing_to_compare(

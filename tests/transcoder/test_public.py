@@ -140,11 +140,11 @@ def test_a_name_that_was_given_is_the_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-@pytest.mark.parametrize("asked", [None, "me/mine"])
+@pytest.mark.parametrize("public_name", [None, "me/mine"])
 def test_no_byte_of_an_export_names_a_path(
-    make_settings: Make, tmp_path: Path, to: str, asked: str | None
+    make_settings: Make, tmp_path: Path, to: str, public_name: str | None
 ) -> None:
-    named = {"model__public_name": asked} if asked else {}
+    named = {"model__public_name": public_name} if public_name else {}
     settings = make_settings(model__name=f"{tmp_path / 'secret' / 'llama'}/", **named)
     if to == "circuit_tracer":
         model = settings.paths.checkpoints / "transcoder" / settings.model_slug
@@ -163,7 +163,7 @@ def test_no_byte_of_an_export_names_a_path(
     for word in (str(tmp_path), tmp_path.name, "secret", "patients", f"{Path.home()}/"):
         assert word.encode() not in everything
     if to != "gemma_scope":
-        assert (asked or "llama").encode() in everything
+        assert (public_name or "llama").encode() in everything
     if to == "circuit_tracer":
         with safe_open(folder / "layer_2.safetensors", "pt") as file:
-            assert file.metadata()["model"] == (asked or "llama")
+            assert file.metadata()["model"] == (public_name or "llama")

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from common.tokens import TokenText
 from evaluate.metrics.catalogue import Catalogue, group_summaries, splitting
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.measure import measure
-from evaluate.metrics.tokens import TokenText
 from evaluate.report import page_data
 from evaluate.report.page_data import Stretches, Strings
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store
+from shards.store import read_tokenizer
 from tests.evaluate.report.test_page import large_catalogue
 from tests.evaluate.runs import ENDS, make_run, settings_of
 
@@ -98,7 +99,7 @@ def test_every_sample_finds_its_own_text(root: Path, reading: int, monkeypatch: 
     monkeypatch.setattr(page_data, "READ", reading)
     catalogue, length = small(), 50
     contexts = np.random.default_rng(0).integers(2, 90, (9, length)).astype(np.int32)
-    text = TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path)
+    text = TokenText(read_tokenizer(Store.open(settings_of(root).store_path(0)).tokenizer_path))
     data = page_data.page_data(catalogue, contexts, text)
     columns = {name: unpack(values) for name, values in data["columns"].items()}
     samples = catalogue.samples
@@ -140,7 +141,7 @@ def test_a_page_that_would_be_too_large_shows_fewer_samples(
 ) -> None:
     monkeypatch.setattr(page_data, "POOL_TOKENS", limit)
     catalogue = large_catalogue(64, n_contexts=90, length=50)
-    text = TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path)
+    text = TokenText(read_tokenizer(Store.open(settings_of(root).store_path(0)).tokenizer_path))
     data = page_data.page_data(catalogue, np.full((90, 50), 5, np.int32), text)
     columns = {name: unpack(each) for name, each in data["columns"].items()}
     assert set(np.diff(columns["sampleBounds"].astype(int)).tolist()) == {shown}
@@ -148,7 +149,7 @@ def test_a_page_that_would_be_too_large_shows_fewer_samples(
 
 
 def test_strings_are_kept_once(root: Path) -> None:
-    strings = Strings(TokenText(Store.open(settings_of(root).store_path(0)).tokenizer_path))
+    strings = Strings(TokenText(read_tokenizer(Store.open(settings_of(root).store_path(0)).tokenizer_path)))
     numbers = strings.labels(np.array([[5, 6], [5, -1]], np.int32))
     assert numbers.tolist() == [[0, 1], [0, -1]]
     assert strings.texts == [" word3", " word4"]

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from common.tokens import TokenText
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.redundancy import Neighbours
-from evaluate.metrics.tokens import TokenText
 from evaluate.records import Metrics
 from evaluate.report.page_data import page_data, script_json
 from evaluate.report.report import write_report
 from evaluate.run import evaluate
+from shards.store import read_tokenizer
 from tests.evaluate.runs import ENDS, make_run, settings_of
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -303,7 +304,8 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
 def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> None:
     length, n_contexts = 1024, 300
     contexts = np.random.default_rng(1).integers(2, 70, (n_contexts, length)).astype(np.int32)
-    data = page_data(large_catalogue(18_432, n_contexts, length), contexts, TokenText(tokenizer_of(report)))
+    text = TokenText(read_tokenizer(tokenizer_of(report)))
+    data = page_data(large_catalogue(18_432, n_contexts, length), contexts, text)
     values = json.loads((report.parent / "metrics.json").read_text())
     values["prefixes"] += values["prefixes"][-1:]
     values["redundancy"]["prefixes"] += values["redundancy"]["prefixes"][-1:]

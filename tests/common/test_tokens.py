@@ -6,15 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import InputError
-from evaluate.metrics.tokens import TokenText
+from common.tokens import TokenText
+from shards.store import read_tokenizer
 
 TEXT = "Größe naïve 日本語 🙂🙃 <script>alert(1)</script> it's\n\tdone العربية"
-
-
-def saved(tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    path = tmp_path / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
 
 
 def byte_level(merges_from: list[str]) -> Tokenizer:
@@ -29,9 +24,9 @@ def byte_level(merges_from: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def test_byte_level_text_comes_back_whole(tmp_path: Path) -> None:
+def test_byte_level_text_comes_back_whole() -> None:
     tokenizer = byte_level(["it is done it is"])
-    text = TokenText(saved(tokenizer, tmp_path))
+    text = TokenText(tokenizer)
     ids = tokenizer.encode(TEXT).ids
     pieces = text.pieces(ids)
     assert len(pieces) == len(ids)
@@ -41,9 +36,9 @@ def test_byte_level_text_comes_back_whole(tmp_path: Path) -> None:
     assert text.size == tokenizer.get_vocab_size()
 
 
-def test_a_split_character_belongs_to_the_token_that_completes_it(tmp_path: Path) -> None:
+def test_a_split_character_belongs_to_the_token_that_completes_it() -> None:
     tokenizer = byte_level(["a"])
-    text = TokenText(saved(tokenizer, tmp_path))
+    text = TokenText(tokenizer)
     ids = tokenizer.encode("a🙂b").ids
     assert text.pieces(ids) == ["a", "", "", "", "🙂", "b"]
     assert text.pieces(ids[:3]) == ["a", "", "\ufffd"]
@@ -52,36 +47,36 @@ def test_a_split_character_belongs_to_the_token_that_completes_it(tmp_path: Path
     assert text.pieces([]) == []
 
 
-def test_added_tokens_are_their_own_text(tmp_path: Path) -> None:
+def test_added_tokens_are_their_own_text() -> None:
     tokenizer = byte_level(["a"])
     tokenizer.add_special_tokens(["<|ünd|>"])
-    text = TokenText(saved(tokenizer, tmp_path))
+    text = TokenText(tokenizer)
     assert text.label(tokenizer.token_to_id("<|ünd|>")) == "<|ünd|>"
     assert text.label(tokenizer.token_to_id("<s>")) == "<s>"
     assert text.label(10**6) == "<unknown token 1000000>"
 
 
-def test_sentencepiece_spaces_and_byte_fallback(tmp_path: Path) -> None:
+def test_sentencepiece_spaces_and_byte_fallback() -> None:
     vocabulary = {"<unk>": 0, "▁it": 1, "s": 2, "<0xE2>": 3, "<0x82>": 4, "<0xAC>": 5, "▁": 6}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    text = TokenText(saved(tokenizer, tmp_path))
+    text = TokenText(tokenizer)
     assert text.pieces([1, 2, 6, 3, 4, 5]) == [" it", "s", " ", "", "", "€"]
     assert text.label(4) == "<82>"
 
 
-def test_wordpiece_and_plain_words(tmp_path: Path) -> None:
+def test_wordpiece_and_plain_words() -> None:
     wordpiece = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2}, unk_token="[UNK]"))
     wordpiece.decoder = decoders.WordPiece()
-    assert TokenText(saved(wordpiece, tmp_path)).pieces([1, 2]) == [" play", "ing"]
+    assert TokenText(wordpiece).pieces([1, 2]) == [" play", "ing"]
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    assert TokenText(saved(words, tmp_path)).pieces([1, 0]) == [" b", " a"]
+    assert TokenText(words).pieces([1, 0]) == [" b", " a"]
 
 
 def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="not a readable tokenizer") as error:
-        TokenText(tmp_path / "tokenizer.json")
+        read_tokenizer(tmp_path / "tokenizer.json")
     assert "\n" not in str(error.value)

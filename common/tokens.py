@@ -1,13 +1,16 @@
-"""Token ids as text, through the store's own tokenizer.json; right for bytes and split characters."""
+"""Token ids as text, through the tokenizer that made them; right for bytes and split characters.
+
+Not `tokenizers.decoders.DecodeStream`: it gives bytes that never become a character to the token after them, and
+raises an error where a sentencepiece character is cut.
+"""
 
 import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from shards.store import read_tokenizer
+from tokenizers import Tokenizer
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -19,13 +22,15 @@ def _byte_level_table() -> dict[str, int]:
 
 BYTE_OF = _byte_level_table()
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+PART = "·"
+"""Shown for a token without text of its own: a part of the character that follows."""
 
 
 class TokenText:
     """The text of tokens. What a piece means is read off the tokenizer's decoder, not off its name."""
 
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = read_tokenizer(path)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         spec = json.loads(self._tokenizer.to_str())
         self._added = {token["id"]: token["content"] for token in spec.get("added_tokens") or ()}
         self._to_bytes = _piece_decoder(_decoder_types(spec.get("decoder")))
