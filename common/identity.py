@@ -70,6 +70,24 @@ def _description(directory: Path, _: Any) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+def chat_template_sha256(directory: Path) -> str | None:
+    """Digest of the chat template that transformers reads from a model directory; None where it reads none.
+
+    Files of templates have precedence over tokenizer_config.json; of several templates it is the one called default.
+    """
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (default := directory / "chat_template.jinja").is_file():
+        files["default"] = default
+    if files:
+        return sha256(files["default"]) if "default" in files else None
+    config = _json(directory / "tokenizer_config.json")
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
+
+
 def _json(path: Path) -> Any:
     """What a JSON file says, the digest of another file, None where there is none."""
     if not path.is_file():
@@ -189,8 +207,17 @@ def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
 
 
 def _described_otherwise(asked: Model, found: Mapping[str, Any]) -> str | None:
-    """That the same weights have another config.json or tokenizer; a store or run of before noted neither."""
-    there, now = found.get("description_sha256"), description_sha256(asked)
-    if there is None or now is None or there == now:
+    """That the same weights have another config.json, tokenizer or chat template; None where they have not.
+
+    The template is looked at for a text of chats alone. A store or run of before noted none of them.
+    """
+    if not Path(asked.name).is_dir():
         return None
-    return f"config.json or the tokenizer in {asked.name}: there {there[:12]}..., now {now[:12]}..."
+    directory = Path(asked.name)
+    for what, key, digest_of in (
+        ("config.json or the tokenizer", "description_sha256", described_sha256),
+        ("the chat template", "chat_template_sha256", chat_template_sha256),
+    ):
+        if (there := found.get(key)) is not None and there != (now := digest_of(directory)):
+            return f"{what} in {asked.name}: there {there[:12]}..., now {f'{now[:12]}...' if now else 'none'}"
+    return None

@@ -14,13 +14,20 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.hooks import hooks_of
-from common.identity import described_sha256, description_sha256, differs, directory_sha256, model_sha256
+from common.identity import (
+    chat_template_sha256,
+    described_sha256,
+    description_sha256,
+    differs,
+    directory_sha256,
+    model_sha256,
+)
 from common.processes import Processes, joined
 from common.progress import progress
 from common.settings import Data, Model, Settings
 from harvest import lm
 from harvest.files import found_files
-from harvest.text import Packed, Skipped, Special, SpecialStrings, documents, is_heldout, pack_splits
+from harvest.text import Packed, RowCounts, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
@@ -152,10 +159,11 @@ def _harvest(
     if first:
         for writer, source in zip(stores, sources, strict=True):
             _begin_anew(writer, settings.model, request, source)
-        _text_pass(settings, stores, request, tokenizer, special, model.tokens)
+        template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
+        _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
     for writer, source in zip(stores, sources, strict=True):
-        writer.begin(source, create=first)
+        writer.begin(_with_template(source, writer), create=first)
     processes.wait()
     check_size = partial(_refuse_if_it_cannot_fit, stores, settings, force)
     if first:
@@ -171,6 +179,12 @@ def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, A
     """An unfinished store of before notes its files by name; where they are the same files, they stay as noted."""
     begun = writer.request
     return {"files": begun["files"]} if begun and _same(begun["files"], request["files"]) else {}
+
+
+def _with_template(source: Source, writer: StoreWriter) -> Source:
+    """The source with the chat template that the text pass has used; none where the text held no chat."""
+    begun = writer.request or {}
+    return source.model_copy(update={"chat_template_sha256": begun.get("chat_template_sha256")})
 
 
 def _begin_anew(writer: StoreWriter, model: Model, request: dict[str, Any], source: Source) -> None:
@@ -191,8 +205,9 @@ def _text_pass(
     tokenizer: PreTrainedTokenizerFast,
     special: Special,
     known: int,
+    template: str | None,
 ) -> None:
-    """Leave the same contexts and tokenizer in every store that has none yet.
+    """Leave the same contexts and tokenizer in every store that has none yet; `template`: digest of the chats'.
 
     Raises `InputError` for a token that the model's embedding, of `known` rows, does not know.
     """
@@ -214,16 +229,17 @@ def _text_pass(
 
         heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
         as_harvested(tokenizer.backend_tokenizer, data.special_tokens)  # TransformerLens has had it
-        strings, skipped = SpecialStrings(tokenizer), Skipped()
-        texts = strings.watch(documents(data, tokenizer, skipped))
+        strings, counts = SpecialStrings(tokenizer), RowCounts()
+        texts = strings.watch(documents(data, tokenizer, counts))
         packed = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
-    _tell_of_text(data, packed, strings, skipped)
+    _tell_of_text(data, packed, strings, counts)
     digests = {split: writer.finish() for split, writer in contexts.items()}
-    counts = {split: writer.contexts for split, writer in contexts.items()}
+    lengths = {split: writer.contexts for split, writer in contexts.items()}
     tokenizer_digest = write_whole(
         first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
     )
-    text = Text(packed.rows, counts, digests, tokenizer_digest, skipped.rows)
+    text = Text(packed.rows, lengths, digests, tokenizer_digest, counts.skipped)
+    request = request | {"chat_template_sha256": template if counts.chats else None}
     for other in others:
         other.clear()
         for split in SPLITS:
@@ -233,7 +249,7 @@ def _text_pass(
         writer.finish_text(request, text)
 
 
-def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: Skipped) -> None:
+def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, counts: RowCounts) -> None:
     """Print what the text pass left out, and what may not be as it was meant."""
     files = found_files(data)
     if len(files.read) > len(data.files) or files.left_out:
@@ -246,9 +262,10 @@ def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: 
             f"{packed.unused:,} of {packed.documents:,} documents are shorter than a context and were left out; "
             "data.pack concat joins them"
         )
-    if skipped.rows:
+    if counts.skipped:
         tqdm.write(
-            f"bad rows that were skipped: {skipped.rows:,}; the first: {skipped.first}", file=sys.stderr
+            f"bad rows that were skipped: {counts.skipped:,}; the first: {counts.first_skipped}",
+            file=sys.stderr,
         )
     if strings.documents and data.special_tokens == "text":
         tqdm.write(

@@ -37,30 +37,33 @@ FIXED_DATE = (
 
 
 @dataclass
-class Skipped:
-    """Rows that gave no text, under data.on_bad_row skip."""
+class RowCounts:
+    """Rows of the text that were not simply text."""
 
-    rows: int = 0
-    first: str = ""
-    """Where the first was, and what was wrong with it."""
+    chats: int = 0
+    """Made text by the chat template."""
+    skipped: int = 0
+    """That gave no text, under data.on_bad_row skip."""
+    first_skipped: str = ""
+    """Where the first of these was, and what was wrong with it."""
 
 
 def documents(
-    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, skipped: Skipped | None = None
+    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, counts: RowCounts | None = None
 ) -> Iterator[str]:
-    """Texts in the dataset's own order; a line of a .txt file is a document. Bad rows are counted in `skipped`.
+    """Texts in the dataset's own order; a line of a .txt file is a document. Chats and bad rows are counted.
 
     Raises `InputError` when the dataset cannot be opened or read, or has no such column: another dataset is
     never a silent fallback. So does a bad row, where data.on_bad_row is stop or where a file has no other.
     """
-    skipped = skipped or Skipped()
+    counts = counts or RowCounts()
     files = found_files(data).read
     none = True
     for source in files or [None]:
         where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
         rows, good = 0, False
         for rows, row in enumerate(_read_rows(data, source, where), 1):  # noqa: B007
-            text = _text(row.value, data, tokenizer)
+            text = _text(row.value, data, tokenizer, counts)
             if not isinstance(text, Bad):
                 none, good = False, True
                 yield text
@@ -68,16 +71,18 @@ def documents(
             why = f"{where}: {row.place}: {text.why}"
             if data.on_bad_row == "stop":
                 raise InputError(why)
-            skipped.rows, skipped.first = skipped.rows + 1, skipped.first or why
+            counts.skipped, counts.first_skipped = counts.skipped + 1, counts.first_skipped or why
         if rows and not good:
-            raise InputError(f"all {rows:,} rows are bad; the first: {skipped.first}")
+            raise InputError(f"all {rows:,} rows are bad; the first: {counts.first_skipped}")
         if not rows and (not source or str(source) in map(str, map(Path, data.files))):
             raise InputError(f"{where}: cannot be read: it is empty")
     if none:
         raise InputError(f"data.files {', '.join(data.files)}: all {len(files)} files are empty")
 
 
-def _text(value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None) -> str | Bad:
+def _text(
+    value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None, counts: RowCounts
+) -> str | Bad:
     """A row's text; of a chat, what the model's template makes of it."""
     if isinstance(value, Bad):
         return value
@@ -85,6 +90,7 @@ def _text(value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None) 
         value = _chat(value, data, tokenizer)
         if isinstance(value, Bad):
             return value
+        counts.chats += 1
     if not isinstance(value, str):
         chat = ", nor a chat of role and content," if isinstance(value, list) and value != [] else ""
         return Bad(f"column {data.text_column!r} is not text{chat} but {value!r:.60}")

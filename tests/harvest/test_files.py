@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.settings import Data
 from harvest.files import found_files
 from harvest.lm import load_tokenizer
-from harvest.text import Skipped, documents
+from harvest.text import RowCounts, documents
 from tests.models import save_tokenizer, write_jsonl
 
 
@@ -223,10 +223,10 @@ def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, bad: str | bytes, why: s
     file = written(tmp_path / "a.jsonl", b'{"text": "one"}\n\n' + bad + b'\n{"text": "four \\ud83d\\ude00"}')
     place = "line 3" + why
     assert refused(file) == f"{file}: {place}"
-    skipped = Skipped()
+    counts = RowCounts()
     data = Data(files=(str(file),), on_bad_row="skip")
-    assert list(documents(data, skipped=skipped)) == ["one", "four \U0001f600"]
-    assert skipped == Skipped(1, f"data.files {file}: {place}")
+    assert list(documents(data, counts=counts)) == ["one", "four \U0001f600"]
+    assert counts == RowCounts(skipped=1, first_skipped=f"data.files {file}: {place}")
 
 
 def test_bad_rows_of_the_other_formats(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import Settings
 from evaluate.read import Reader
-from harvest.run import harvest
+from harvest.run import _already_there, harvest, plan_only, requested
 from shards import Store
 from shards.commit import read_commit
 from shards.writer import StoreWriter
@@ -186,18 +186,101 @@ def test_special_tokens_are_text_and_announced_or_parsed(
     assert "".join(Reader(text, coder)("red<eos>").tokens) == "red<eos>"
 
 
-def test_chats_are_harvested_as_the_model_reads_them(llama: Path, settings_for: Make, tmp_path: Path) -> None:
-    template = "{{ bos_token }}{% for m in messages %}<pad>{{ m.role }} {{ m.content }}<eos>{% endfor %}"
-    model = changed(llama, tmp_path / "chat/tiny-llama", lambda _: None)
-    (model / "chat_template.jinja").write_text(template)
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in sentences(200)]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<pad>{{ m.role }} {{ m.content }}<eos>{% endfor %}"
+CHATS = ("--data.text_column", "messages", "--data.special_tokens", "parse", "--data.pack", "document")
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """200 conversations of one message."""
     file = tmp_path / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": text}], "text": text} for text in sentences(200)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--data.text_column", "messages", "--data.special_tokens", "parse", "--data.pack", "document")
-    (path,) = harvest(settings_for(model, *given(file), *options, rows=1000))
+    return file
+
+
+def with_template(model: Path, template: str | None, file: str = "chat_template.jinja") -> None:
+    """Give a model directory a chat template in one of its places; None: in neither."""
+    said = json.loads((model / "tokenizer_config.json").read_text())
+    said.pop("chat_template", None)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    if template is not None and file == "tokenizer_config.json":
+        said["chat_template"] = template
+    elif template is not None:
+        (model / file).write_text(template)
+    (model / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def test_chats_are_harvested_as_the_model_reads_them(
+    llama: Path, settings_for: Make, chats: Path, tmp_path: Path
+) -> None:
+    model = changed(llama, tmp_path / "chat/tiny-llama", lambda _: None)
+    with_template(model, TEMPLATE)
+    (path,) = harvest(settings_for(model, *given(chats), *CHATS, rows=1000))
     store = Store.open(path)
     contexts = store.train.contexts[:]
     assert (contexts[:, :2] == [0, 2]).all()
     tokenizer = Tokenizer.from_file(str(store.tokenizer_path))
     assert {tokenizer.decode(context[2:6].tolist())[:5] for context in contexts} == {"user "}
     assert read_commit(path)
+
+
+def test_another_chat_template_is_another_model_for_chats_alone(
+    llama: Path, settings_for: Make, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it stands; the same one in another place is the same. A store of plain texts does not ask for it."""
+    model = changed(llama, tmp_path / "chat/tiny-llama", lambda _: None)
+    with_template(model, TEMPLATE)
+    settings = settings_for(model, *given(chats), *CHATS, rows=1000)
+    plain = settings_for(model, *given(chats), "--harvest", "plain", rows=1000)
+    (path,), (plain_path,) = harvest(settings), harvest(plain)
+    sources = [Store.open(each).manifest.source for each in (path, plain_path)]
+    digest = sha256(model / "chat_template.jinja")
+    assert [source.chat_template_sha256 for source in sources] == [digest, None]
+    with_template(model, TEMPLATE, "tokenizer_config.json")
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "a processor's"}))
+    assert harvest(settings) == [path]
+    for template, file in (
+        ("other " + TEMPLATE, "chat_template.jinja"),
+        ("other " + TEMPLATE, "tokenizer_config.json"),
+        (None, ""),
+    ):
+        with_template(model, template, file)
+        now = r"\w{12}\.\.\." if template else "none"
+        said = rf"\(the chat template in .*tiny-llama: there {digest[:12]}\.\.\., now {now}\)"
+        for refused in (harvest, Store.of, plan_only):
+            with pytest.raises(InputError, match=said):
+                refused(settings)
+        capsys.readouterr()
+        assert harvest(plain) == [plain_path]
+        assert "is already harvested" in capsys.readouterr().out
+        Store.of(plain)
+
+
+def test_a_begun_harvest_of_chats_notices_another_template(
+    llama: Path, settings_for: Make, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a window it is begun anew, with one it is refused; a store of before noted no template and goes on."""
+    model = changed(llama, tmp_path / "chat/tiny-llama", lambda _: None)
+    with_template(model, TEMPLATE)
+    settings = settings_for(model, *given(chats), *CHATS, rows=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_window", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            harvest(settings)
+    with_template(model, "other " + TEMPLATE)
+    plan = Path(settings.store_path(1)) / ".harvest/plan.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "has_rows", True)
+        with pytest.raises(InputError, match="the chat template in"):
+            harvest(settings)
+        said = json.loads(plan.read_text())
+        del said["request"]["chat_template_sha256"]
+        plan.write_text(json.dumps(said))
+        assert not _already_there(StoreWriter(plan.parent.parent), 1, settings.model, requested(settings))
+    plan.write_text(json.dumps(said | {"request": said["request"] | {"chat_template_sha256": "0" * 64}}))
+    (path,) = harvest(settings)
+    store = Store.open(path)
+    assert store.manifest.source.chat_template_sha256 == sha256(model / "chat_template.jinja")
+    tokenizer = Tokenizer.from_file(str(store.tokenizer_path))
+    assert "other " in tokenizer.decode(store.train.contexts[0].tolist())
