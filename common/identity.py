@@ -36,7 +36,13 @@ FREE = {
 """Keys of a config.json that change no activation: the precision is a setting and part of the weights' digest."""
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 """What a tokenizer is made from where there is no tokenizer.json."""
-DESCRIBING = ("config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZERS)
+DESCRIBING = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    *TOKENIZERS,
+)
 """Files that `described_sha256` reads."""
 
 
@@ -57,16 +63,21 @@ def described_sha256(directory: Path) -> str:
 @cache
 def _description(directory: Path, _: Any) -> str:
     """See `described_sha256`; a tokenizer.json of 33 MB (Gemma's) takes seconds."""
-    made = _json(directory / "tokenizer.json")
-    if isinstance(made, dict):
-        made = {key: made.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    elif made is None:
-        made = [_json(directory / name) for name in TOKENIZERS]
-    special = _json(directory / "tokenizer_config.json")
+    tokenizer = _json(directory / "tokenizer.json")
+    if isinstance(tokenizer, dict):
+        keys = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        tokenizer = {key: tokenizer.get(key) for key in keys}
+    elif tokenizer is None:
+        tokenizer = [_json(directory / name) for name in TOKENIZERS]
+    special, older = _json(directory / "tokenizer_config.json"), _json(directory / "special_tokens_map.json")
+    if isinstance(older, dict) and isinstance(special, dict | None):
+        # transformers passes over the older file where the newer lists all tokens
+        lists_all = special is not None and "added_tokens_decoder" in special
+        special = special if lists_all else {**(special or {}), **older}
     if isinstance(special, dict):
         named = [special.get(key) for key in ("bos_token", "eos_token")]
         special = [token.get("content") if isinstance(token, dict) else token for token in named]
-    said = [_used(_json(directory / "config.json")), made, special]
+    said = [_used(_json(directory / "config.json")), tokenizer, special]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

@@ -89,6 +89,30 @@ def test_a_changed_configuration_or_tokenizer_is_another_model(
             refused(settings)
 
 
+def test_older_models_name_their_special_tokens_in_a_file_of_their_own(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    """special_tokens_map.json goes before tokenizer_config.json, unless that one lists all tokens itself."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = settings_for(model)
+    (path,) = harvest(settings)
+    write = (model / "special_tokens_map.json").write_text
+    write(json.dumps({"bos_token": "<bos>"}))
+    assert harvest(settings) == [path]
+    write(json.dumps({"bos_token": {"content": "<pad>", "lstrip": False, "normalized": False}}))
+    with pytest.raises(InputError, match=r"config.json or the tokenizer in .*model: there \w{12}\.\.\., now"):
+        harvest(settings)
+    (again,) = harvest(settings_for(model, "--harvest", "b"))
+    assert [Store.open(each).manifest.source.bos_token_id for each in (path, again)] == [0, 2]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {}}))
+    assert harvest(settings) == [path]
+    (third,) = harvest(settings_for(model, "--harvest", "c"))
+    assert Store.open(third).manifest.source.bos_token_id == 0
+
+
 def test_what_changes_no_activation_changes_no_model(
     llama: Path, settings_for: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
