@@ -9,7 +9,9 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import write_whole
-from common.settings import FREE, ROOT, Settings, validated
+from common.settings import FREE, ROOT, Data, Harvest, Settings, validated
+from shards.manifest import Manifest, Source
+from shards.storage import STORAGES
 from transcoder import weights
 
 FILE_NAME = "settings.json"
@@ -26,12 +28,35 @@ def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
 
 
-def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str, used: dict[str, Any]) -> None:
+def trained_with(settings: Settings, source: Source) -> dict[str, Any]:
+    """The settings of a run as plain values, with [data], [harvest] and model.dtype as its store was made with.
+
+    Those of the training's own command decide nothing. Local files are there by their digests; what a store does not
+    know (data.on_bad_row, harvest.batch_size and its limits) is left out.
+    """
+    files = source.files.values() if isinstance(source.files, dict) else source.files
+    automatic = STORAGES[source.storage].compressors == (source.input_compressor, source.output_compressor)
+    harvest = source.model_dump(include=set(Harvest.model_fields))
+    data = source.model_dump(include=set(Data.model_fields) - {"revision"}) | {
+        "name": source.dataset_name,
+        "revision": source.dataset_revision,
+        "files": list(files) if source.dataset == "files" else [],
+        **({"split": source.dataset_split} if source.dataset_split else {}),
+    }
+    values = settings.model_dump(mode="json")
+    return values | {
+        "model": values["model"] | {"dtype": source.dtype},
+        "data": data,
+        "harvest": harvest | {"compressor": "auto" if automatic else source.input_compressor},
+    }
+
+
+def claim(run_dir: Path, settings: Settings, manifest: Manifest, used: dict[str, Any]) -> None:
     """Make the run directory, which `refuse_another` has let pass, this run's own; `used`: see `Recipe.used`."""
     record = {
-        "settings": settings.model_dump(mode="json"),
-        "harvest_fingerprint": fingerprint,
-        "d_in": d_in,
+        "settings": trained_with(settings, manifest.source),
+        "harvest_fingerprint": manifest.fingerprint,
+        "d_in": manifest.source.d_in,
         "used": used,
     }
     write_whole(run_dir / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
