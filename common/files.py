@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,6 +116,22 @@ def remove_asides(*folders: Path) -> None:
     for folder in folders:
         for path in folder.glob("*.tmp"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below, however many hard links one has; symbolic links count as what they are themselves.
+
+    Half-written files (.tmp) are left out: they go, or become what they are for.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".tmp"):
+                continue
+            with suppress(FileNotFoundError):  # a file that another process was writing
+                found = Path(root, name).lstat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from typing import Any
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.files import size_of
 from common.numbers import number_or_dash
 from evaluate.files import finished
-from evaluate.stores import print_table, size_of
+from evaluate.stores import print_table
+from shards.plan import human
 from train import checkpoint, record
 from transcoder import weights
 
@@ -51,7 +53,7 @@ def line_of(run_dir: Path) -> dict[str, str]:
         "layer": run_dir.parts[-2].removeprefix("layer_"),
         "run": run_dir.name,
     }
-    line["size"] = size_of(run_dir)
+    line["size"] = human(size_of(run_dir))
     try:
         line |= _trained(run_dir) if (run_dir / weights.FILE_NAME).is_file() else _begun(run_dir)
     except (InputError, OSError, ValueError, LookupError, TypeError) as error:

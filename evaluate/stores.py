@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.files import size_of
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
 from shards.plan import human
@@ -44,7 +45,7 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
         "layer": str(layer),
         "harvest": harvest or "-",
     }
-    line["size"] = size_of(path)
+    line["size"] = human(size_of(path))
     if not (path / COMMIT).is_file():
         windows = len([*(path / WORK / "records").glob("*.json")])
         return line | {"state": f"unfinished, {windows} windows of 32,768 rows"}
@@ -58,18 +59,6 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
     if train.inputs and train.outputs:
         line["cost FVU"] = f"{train.inputs.quantisation_fvu:.1e} / {train.outputs.quantisation_fvu:.1e}"
     return line | {"storage": source.storage, "input": source.input, "state": "complete"}
-
-
-def size_of(folder: Path) -> str:
-    """Bytes of all files below, links not followed, in the unit that reads best."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += Path(root, name).lstat().st_size
-            except FileNotFoundError:  # a file that another process was writing
-                continue
-    return human(total)
 
 
 def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:

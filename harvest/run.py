@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import InputError
-from common.files import sha256, write_whole
+from common.files import sha256, size_of, write_whole
 from common.hooks import hooks_of
 from common.identity import (
     chat_template_sha256,
@@ -32,7 +32,7 @@ from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import NAMES, SPLITS, Manifest, Source
-from shards.plan import estimate, human, measure, shortage
+from shards.plan import expected_rows, human, plan_of, rows_in_words, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store, as_harvested
@@ -51,7 +51,9 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
         with joined() as processes, contextlib.ExitStack() as stack:
             for writer in todo.values() if processes.leads else ():
                 stack.enter_context(writer.lock())
-            _harvest(settings, todo, request, where, force, processes)
+            manifests = _harvest(settings, todo, request, where, force, processes)
+        for layer, manifest in manifests.items():  # when what was only for the writing has gone
+            _summary(layer, todo[layer].root, manifest)
     return [_local(settings.store_path(layer)) for layer in settings.layers]
 
 
@@ -144,7 +146,8 @@ def _harvest(
     where: str,
     force: bool,
     processes: Processes,
-) -> None:
+) -> dict[int, Manifest]:
+    """Write the stores; the manifest of each layer, where this process is the one that tells of them."""
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
     first, stores = processes.leads, list(writers.values())
@@ -171,8 +174,7 @@ def _harvest(
     after_first = check_size if first else lambda: None
     run_windows(model, stores, settings.harvest, after_first, processes)
     processes.wait()
-    for layer, writer in writers.items() if first else ():
-        _summary(layer, writer.root, writer.finish())
+    return {layer: writer.finish() for layer, writer in writers.items()} if first else {}
 
 
 def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, Any]:
@@ -366,12 +368,16 @@ def _versions() -> dict[str, str]:
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
-    todo = {layer: writer.root for layer, writer in _todo(settings, requested(settings)).items()}
-    if not todo:
+    request = requested(settings)
+    if not (todo := _todo(settings, request)):
         return
     shape, asked = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
     lm.check_layers(todo, shape.n_layers, settings.model.name)
-    plans = [estimate(2 * shape.width, asked.storage, asked.expected_rows, root) for root in todo.values()]
+    plans = []
+    for writer in todo.values():
+        read = writer.request is not None and not _differing(settings.model, request, writer.request)
+        rows = None if read else expected_rows(asked)
+        plans.append(plan_of(writer, 2 * shape.width, asked.storage, rows))
     for layer, plan in zip(todo, plans, strict=True):
         tqdm.write(f"layer {layer}: {plan}")
     if missing := shortage(plans):
@@ -380,7 +386,7 @@ def plan_only(settings: Settings) -> None:
 
 def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:
     """Print the plan; called before the first window on an estimate, after it on what was measured."""
-    plans = [measure(writer) for writer in writers]
+    plans = [plan_of(each, each.source.d_in + each.source.d_out, each.source.storage) for each in writers]
     for writer, plan in zip(writers, plans, strict=True):
         tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
     if (missing := shortage(plans)) and not force:
@@ -392,12 +398,11 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
 
 
 def _summary(layer: int, root: Path, manifest: Manifest) -> None:
-    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
     costs = [m.cost for m in (train.inputs, train.outputs) if m]
     tqdm.write(
-        f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
-        f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",
+        f"layer {layer}: {root}, {rows_in_words({name: split.rows for name, split in manifest.splits.items()})}, "
+        f"{human(size_of(root))}, storing costs FVU {' / '.join(costs)} (inputs / outputs)",
         file=sys.stdout,
     )
     if heldout.rows == 0:

@@ -14,7 +14,7 @@ import pytest
 
 from common import files
 from common.errors import InputError
-from common.files import locked, whole_folder, write_whole
+from common.files import locked, size_of, whole_folder, write_whole
 from common.settings import ROOT
 from tests.disk import small_disk
 
@@ -34,6 +34,21 @@ def test_holders_that_wait_take_turns(tmp_path: Path) -> None:
         list(pool.map(holder, range(8)))
     assert sorted(seen) == [[number] for number in range(8) for _ in range(100)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_a_folder_counts_bytes_once(tmp_path: Path) -> None:
+    """A second name of a file adds nothing, a link only itself, a half-written file nothing."""
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below/a").write_bytes(b"1234567")
+    (folder / "again").hardlink_to(folder / "below/a")
+    (tmp_path / "elsewhere").write_bytes(b"x" * 1000)
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "b.123.tmp").write_bytes(b"x" * 100)
+    assert size_of(folder) == 7 + len("../elsewhere")
+    (tmp_path / "moved").symlink_to(folder)
+    assert size_of(tmp_path / "moved") == size_of(folder)
+    assert size_of(tmp_path / "none") == 0
 
 
 def test_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ from common.errors import InputError
 from common.files import sha256
 from common.identity import directory_sha256
 from common.settings import Settings
-from harvest.run import harvest
+from evaluate import stores
+from harvest.run import harvest, plan_only
 from shards import Store
 from shards.commit import read_commit
+from shards.plan import human
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 
@@ -413,6 +415,31 @@ def test_after_its_first_window_the_plan_is_right_within_5_percent(
     assert found
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert float(found[1]) * 1e6 == pytest.approx(size, rel=0.05)
+
+
+def test_plan_harvest_and_the_list_of_stores_say_the_same_rows_and_size(
+    llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Held-out rows are "about" so many until the text was read; after that the plan has the harvest's own numbers."""
+    text = write_jsonl(tmp_path / "long.jsonl", sentences(1200, words=50))
+    settings = settings_for(llama, "--data.files", str(text), rows=40_000)
+    plan_only(settings)
+    assert "layer 1: 40,000 train + about 4,444 held-out rows, " in capsys.readouterr().out
+    with stopped_after(1):
+        harvest(settings)
+    rows = re.findall(r"plan: layer 1: (40,000 train \+ [\d,]+ held-out rows), ", capsys.readouterr().out)
+    plan_only(settings)
+    assert f"layer 1: {rows[-1]}, " in (planned := capsys.readouterr().out)
+    assert "(measured)" in planned
+    other = settings_for(llama, "--data.files", str(text), "--harvest.seed", "1", rows=40_000)
+    with pytest.raises(InputError, match="holds another harvest"):
+        plan_only(other)  # a window is written
+    (path,) = harvest(settings)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"layer 1: {path}, {rows[-1]}, ")
+    size = stores.line_of(path, 1, "")["size"]
+    assert f" held-out rows, {size}, storing costs" in said
+    assert size == human(sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()))
 
 
 def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, tmp_path: Path) -> None:

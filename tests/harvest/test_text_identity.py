@@ -53,8 +53,8 @@ def test_a_store_is_of_its_files_contents_in_their_order(
     ):
         with pytest.raises(InputError, match=r"holds another harvest \(files: there "):
             harvest(settings_for(llama, *given(*files), rows=1000))
-    copy = shutil.copy(first, tmp_path / "renamed.jsonl")
-    assert harvest(settings_for(llama, *given(copy, second), rows=1000)) == [path]
+    shutil.copy(first, tmp_path / "renamed.jsonl")
+    assert harvest(settings_for(llama, *given(tmp_path / "renamed.jsonl", second), rows=1000)) == [path]
     (tmp_path / "one").mkdir()
     shutil.copy(first, tmp_path / "one/0.jsonl")
     shutil.copy(second, tmp_path / "one/1.jsonl")

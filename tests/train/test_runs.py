@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,9 +78,9 @@ def test_what_a_run_writes(finished: Path, store: Store) -> None:
 def test_a_run_records_the_text_and_harvest_of_its_store(make_settings: Make, tmp_path: Path) -> None:
     """Not those of the training's command line, which decide nothing, nor what the store does not know."""
     of_files = {"dataset": "files", "files": ["a" * 64, "b" * 64], "special_tokens": "parse", "seed": 3}
-    rows = {"train": sparse_rows(1024, 2), "heldout": sparse_rows(64, 3)}
-    changes = {"dtype": "bfloat16", "text_column": "body", "pack": "document"} | of_files
-    store = make_store(tmp_path / "tiny/layer_0.zarr", **rows, **changes)
+    rows = sparse_rows(1024, 2), sparse_rows(64, 3)
+    changes: dict[str, Any] = {"dtype": "bfloat16", "text_column": "body", "pack": "document"} | of_files
+    store = make_store(tmp_path / "tiny/layer_0.zarr", *rows, **changes)
     asked = make_settings(train__rows=64, train__warmup_steps=0, model__dtype="float32")
     other = {
         "data": Data(text_column="other", files=("x.txt",)),
