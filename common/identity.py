@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import sha256
 from common.settings import Model
 
@@ -203,10 +203,10 @@ def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
         if own == digest:
             return _described_otherwise(asked, found)
         if found.get("model") == asked.name:
-            return f"the weights in {asked.name}: there {digest[:12]}..., now {own[:12]}..."
+            return f"the weights in {asked.name}: there {shown(digest)}, now {shown(own)}"
         return (
-            f"model: there {found.get('model')!r} with weights {digest[:12]}..., "
-            f"asked {asked.name!r} with {own[:12]}..."
+            f"model: there {found.get('model')!r} with weights {shown(digest)}, "
+            f"asked {asked.name!r} with {shown(own)}"
         )
     names = [str(found.get("model")), asked.name]
     if names[0] != names[1] and len({os.path.realpath(name) for name in names}) > 1:
@@ -230,5 +230,5 @@ def _described_otherwise(asked: Model, found: Mapping[str, Any]) -> str | None:
         ("the chat template", "chat_template_sha256", chat_template_sha256),
     ):
         if (there := found.get(key)) is not None and there != (now := digest_of(directory)):
-            return f"{what} in {asked.name}: there {there[:12]}..., now {f'{now[:12]}...' if now else 'none'}"
+            return f"{what} in {asked.name}: there {shown(there)}, now {shown(now) if now else 'none'}"
     return None

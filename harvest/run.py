@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import sha256, size_of, write_whole
 from common.hooks import hooks_of
 from common.identity import (
@@ -65,7 +65,7 @@ def _todo(settings: Settings, request: dict[str, Any]) -> dict[int, StoreWriter]
     return {
         layer: writer
         for layer, writer in writers.items()
-        if not _already_there(writer, layer, settings.model, request)
+        if not _already_there(writer, layer, settings, request)
     }
 
 
@@ -107,17 +107,17 @@ def requested(settings: Settings) -> dict[str, Any]:
     return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
 
 
-def _already_there(writer: StoreWriter, layer: int, model: Model, request: dict[str, Any]) -> bool:
+def _already_there(writer: StoreWriter, layer: int, settings: Settings, request: dict[str, Any]) -> bool:
     """Whether the complete store was asked for; raises `InputError` when another one has its place.
 
     One without a window is no obstacle: it is begun anew.
     """
-    found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
-    if found is None or not writer.has_rows:
+    source = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
+    if source is None or not writer.has_rows:
         return False
-    if differing := _differing(model, request, found):
+    if differing := _differing(settings, request, source):
         raise InputError(
-            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name for a second one, "
+            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
             "or remove it"
         )
     if writer.complete:
@@ -130,13 +130,29 @@ def _same(there: Any, asked: Any) -> bool:
     return sorted(there.values()) == sorted(asked) if isinstance(there, dict) else there == asked
 
 
-def _differing(model: Model, request: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _differing(settings: Settings, request: dict[str, Any], source: dict[str, Any]) -> list[str]:
     """In what another harvest was asked for than the one that is there; of the model its weights tell, not its name."""
-    other_model = differs(model, found)
-    keys = [key for key in request.keys() - NAMES if not _same(found.get(key, request[key]), request[key])]
-    return ([other_model] if other_model else []) + [
-        f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in request if key in keys
+    other_model = differs(settings.model, source)
+    keys = [key for key in request.keys() - NAMES if not _same(source.get(key, request[key]), request[key])]
+    differing = {key: f"{key}: there {shown(source[key])}, asked {shown(request[key])}" for key in keys}
+    if "files" in differing:
+        differing["files"] = _files_differ(source["files"], request["files"], found_files(settings.data).read)
+    return ([other_model] if other_model else []) + [differing[key] for key in request if key in keys]
+
+
+def _files_differ(there: list[str] | dict[str, str], digests: list[str], paths: list[Path]) -> str:
+    """Which files of a text are others than a store's, whose names it does not know."""
+    before = list(there.values()) if isinstance(there, dict) else there
+    if sorted(before) == sorted(digests):
+        return f"files: the same {len(digests)}, in another order"
+    new = [f"{path} ({shown(each)})" for path, each in zip(paths, digests, strict=True) if each not in before]
+    gone = [shown(each) for each in before if each not in digests]
+    parts = [
+        f"{' and '.join(new[:3])}{' and others' * (len(new) > 3)} not among them" if new else "",
+        f"{' and '.join(gone[:3])}{' and others' * (len(gone) > 3)} not asked" if gone else "",
     ]
+    said = ", ".join(part for part in parts if part) or "the same ones, not as often"
+    return f"files: there {len(before)}, asked {len(digests)}: {said}"
 
 
 def _harvest(
@@ -161,7 +177,7 @@ def _harvest(
     ]
     if first:
         for writer, source in zip(stores, sources, strict=True):
-            _begin_anew(writer, settings.model, request, source)
+            _begin_anew(writer, settings, request, source)
         template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
         _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
@@ -189,11 +205,11 @@ def _with_template(source: Source, writer: StoreWriter) -> Source:
     return source.model_copy(update={"chat_template_sha256": begun.get("chat_template_sha256")})
 
 
-def _begin_anew(writer: StoreWriter, model: Model, request: dict[str, Any], source: Source) -> None:
+def _begin_anew(writer: StoreWriter, settings: Settings, request: dict[str, Any], source: Source) -> None:
     """Forget what was begun otherwise than it is asked for now, where no window of it was written."""
     if writer.has_rows or (begun := writer.request) is None:
         return
-    if _differing(model, request, begun) or writer.begun_otherwise(source):
+    if _differing(settings, request, begun) or writer.begun_otherwise(source):
         writer.forget()
 
 
@@ -375,7 +391,7 @@ def plan_only(settings: Settings) -> None:
     lm.check_layers(todo, shape.n_layers, settings.model.name)
     plans = []
     for writer in todo.values():
-        read = writer.request is not None and not _differing(settings.model, request, writer.request)
+        read = writer.request is not None and not _differing(settings, request, writer.request)
         rows = None if read else expected_rows(asked)
         plans.append(plan_of(writer, 2 * shape.width, asked.storage, rows))
     for layer, plan in zip(todo, plans, strict=True):

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import write_whole
 from common.settings import FREE, ROOT, Data, Harvest, Settings, validated
 from shards.manifest import Manifest, Source
@@ -86,7 +86,7 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
         old["train.rows"] = new["train.rows"]
     differing = [f"{key} was {old[key]}, asked {new[key]}" for key in new if old[key] != new[key]]
     if fingerprint is not None and record["harvest_fingerprint"] != fingerprint:
-        differing.append(f"harvest was {record['harvest_fingerprint'][:12]}, is {fingerprint[:12]}")
+        differing.append(f"harvest was {shown(record['harvest_fingerprint'])}, is {shown(fingerprint)}")
     if differing:
         raise InputError(
             f"{run_dir}: holds a run with other settings: {'; '.join(differing)}; "

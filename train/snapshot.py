@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.settings import Settings
 from shards import Store
 from train import checkpoint, record
@@ -33,8 +33,8 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
     settings, fingerprint = record.read(run_dir)
     if fingerprint != store.manifest.fingerprint:
         raise InputError(
-            f"{run_dir}: trained on harvest {fingerprint[:12]}, {store.path} is {store.manifest.fingerprint[:12]}; a "
-            "checkpoint is evaluated on the store that it was trained on (HARVEST=name)"
+            f"{run_dir}: trained on harvest {shown(fingerprint)}, {store.path} is {shown(store.manifest.fingerprint)}; "
+            "a checkpoint is evaluated on the store that it was trained on (HARVEST=name)"
         )
     recipe = Recipe.of(settings, store, device)
     state = _restored(run_dir, settings, recipe, store, device)

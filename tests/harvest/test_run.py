@@ -213,7 +213,7 @@ def test_a_partial_store_of_another_harvest_is_refused(llama: Path, settings_for
     with pytest.raises(InputError, match="holds another harvest"):
         harvest(settings_for(llama, rows=1500))
     with pytest.raises(
-        InputError, match=r'begun with dtype "float32", now "bfloat16"; .* or give HARVEST=name'
+        InputError, match=r"begun with dtype 'float32', now 'bfloat16'; .* or give HARVEST=name"
     ):
         harvest(settings_for(llama, "--model.dtype", "bfloat16"))
 

@@ -1,6 +1,7 @@
 """Which text a store is of: what a harvest asks for again, and what the tokenizer's own settings may not change."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,14 +45,21 @@ def test_a_store_is_of_its_files_contents_in_their_order(
     first, second = two
     (path,) = harvest(settings_for(llama, *given(first, second), rows=1000))
     assert Store.open(path).manifest.source.files == [sha256(first), sha256(second)]
-    for files in (
-        [second, first],
-        [first],
-        [first, second, second],
-        [first, first, second],
-        [second, second],
-    ):
-        with pytest.raises(InputError, match=r"holds another harvest \(files: there "):
+    third = write_jsonl(tmp_path / "third.jsonl", sentences(100, seed=2))
+    digests = {file: f"{sha256(file)[:12]}..." for file in (first, second, third)}
+    twice = "there 2, asked 3: the same ones, not as often"
+    for files, said in {
+        (second, first): "the same 2, in another order",
+        (first,): f"there 2, asked 1: {digests[second]} not asked",
+        (first, second, second): twice,
+        (first, first, second): twice,
+        (second, second): f"there 2, asked 2: {digests[first]} not asked",
+        (
+            first,
+            third,
+        ): f"there 2, asked 2: {third} ({digests[third]}) not among them, {digests[second]} not asked",
+    }.items():
+        with pytest.raises(InputError, match=rf"holds another harvest \(files: {re.escape(said)}\); give"):
             harvest(settings_for(llama, *given(*files), rows=1000))
     shutil.copy(first, tmp_path / "renamed.jsonl")
     assert harvest(settings_for(llama, *given(tmp_path / "renamed.jsonl", second), rows=1000)) == [path]
@@ -277,7 +285,7 @@ def test_a_begun_harvest_of_chats_notices_another_template(
         said = json.loads(plan.read_text())
         del said["request"]["chat_template_sha256"]
         plan.write_text(json.dumps(said))
-        assert not _already_there(StoreWriter(plan.parent.parent), 1, settings.model, requested(settings))
+        assert not _already_there(StoreWriter(plan.parent.parent), 1, settings, requested(settings))
     plan.write_text(json.dumps(said | {"request": said["request"] | {"chat_template_sha256": "0" * 64}}))
     (path,) = harvest(settings)
     store = Store.open(path)
