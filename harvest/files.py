@@ -9,8 +9,9 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -75,17 +76,18 @@ def _named(name: str) -> Files:
         raise InputError("data.files: a name is empty; expected files, directories or patterns")
     if path.is_file():
         if kind_of(path) is None:
-            raise InputError(f"data.files: {path}: expected {KINDS}, found {path.suffix!r}")
+            ending = repr("".join(path.suffixes[-2:])) if path.suffix else "no ending"
+            raise InputError(f"data.files: {path}: expected {KINDS}, found {ending}")
         return Files([path], [])
     if path.is_dir():
         found = sorted(_below(path, set()))
         if (path / "state.json").is_file() and any(each.suffix == ".arrow" for each in found):
             raise InputError(
-                f"data.files: {path} is what save_to_disk() wrote; write it with to_parquet() instead"
+                f"data.files: {path} was written by save_to_disk(); write it with to_parquet() instead"
             )
     elif os.path.lexists(path):
         raise InputError(
-            f"data.files: {path} is not a regular file, or a link to none; copy its text into one"
+            f"data.files: {path} is not a regular file (or a link to one); copy its text into a regular file"
         )
     else:
         matches = glob.glob(name, recursive=True) if glob.has_magic(name) else []  # noqa: PTH207 - Path's takes no root
@@ -99,9 +101,10 @@ def _named(name: str) -> Files:
     found = sorted(once.values())
     read = [each for each in found if kind_of(each)]
     if not read:
-        raise InputError(f"data.files: {path}: none of its {len(found)} files is {KINDS}")
+        none = f"none of its {len(found)} files has one of the types {KINDS}" if found else "holds no files"
+        raise InputError(f"data.files: {path}: {none}")
     if broken := [each for each in read if not each.is_file()]:
-        raise InputError(f"data.files: {broken[0]} is not a regular file, or a link to none")
+        raise InputError(f"data.files: {broken[0]} is not a regular file (or a link to one)")
     return Files(read, [each for each in found if not kind_of(each)])
 
 
@@ -128,6 +131,11 @@ def kind_of(path: Path) -> str | None:
     packed = last in (".gz", ".zst")
     kind = first if packed else last
     return kind if kind in READERS and not (packed and kind == ".parquet") else None
+
+
+def has_columns(files: Sequence[Path]) -> bool:
+    """Whether data.text_column decides what is read: not of .txt files alone."""
+    return not files or any(kind_of(path) != ".txt" for path in files)
 
 
 # -- rows ----------------------------------------------------------------------------------------------
@@ -185,10 +193,11 @@ def _lines(path: Path, newline: str | None) -> Iterator[Iterator[str]]:
         )  # a line has its end; a mark alone is none
 
 
-def _txt(path: Path, column: str) -> Iterator[Row]:
+def _txt(path: Path, _: str) -> Iterator[Row]:
+    """Each line is a text: there are no columns to choose from."""
     with _lines(path, None) as lines:
         for number, line in enumerate(lines, 1):
-            yield Row(f"line {number}", pick({"text": line.removesuffix("\n")}, column))
+            yield Row(f"line {number}", line.removesuffix("\n"))
 
 
 def _integer(digits: str) -> float:
@@ -210,9 +219,14 @@ def _json_row(place: str, line: str, column: str) -> Row:
     try:
         return Row(place, _of_object(DECODER.decode(line.rstrip("\r\n")), column))
     except json.JSONDecodeError as error:
-        return Row(f"{place}, column {error.colno}", Bad(error.msg))
+        return Row(place, Bad(_not_json(error)))
     except RecursionError:
         return Row(place, Bad("its values are nested too deeply"))
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    what = re.sub("( starting)? at$", "", error.msg)
+    return f"not valid JSON: {what} at character {error.colno}"
 
 
 def _of_object(value: object, column: str) -> object:
@@ -240,7 +254,7 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         try:
             value, place = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+            raise ValueError(f"line {error.lineno}: {_not_json(error)}") from error
         except RecursionError as error:
             raise ValueError("its values are nested too deeply") from error
         for each in value if isinstance(value, list) else [value]:
@@ -264,7 +278,7 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 if table.line_num > before + 1:
-                    raise ValueError(f"{place}: {error}") from error
+                    raise ValueError(f"{place}: a quote that begins here has no end ({error})") from error
                 yield Row(place, Bad(str(error)))
                 continue
             if len(fields) == len(names):
@@ -345,14 +359,17 @@ def _no_column(column: str, names: list[str]) -> str:
     return f"no column {column!r}; expected data.text_column among {', '.join(shown) or 'none'}{more}"
 
 
-def not_unicode(text: str) -> str | None:
-    """Why a text is none: it holds a byte that is not UTF-8, or half of a surrogate pair (a cut emoji)."""
+def not_unicode(text: str, kind: str | None) -> str | None:
+    """Why a text is none: it holds a byte that is not UTF-8, or half of a surrogate pair (a cut emoji), which only
+    JSON can write; `kind` of its file.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = f"a lone surrogate \\u{code:04x}"
-        if code in ESCAPES:
-            what = f"byte 0x{code - 0xDC00:02x}, which is not UTF-8, or {what}"
-        return f"{what} at its character {error.start + 1}"
+        code, at = ord(text[error.start]), f"at character {error.start + 1}"
+        surrogate = f"a lone surrogate \\u{code:04x}"
+        if code not in ESCAPES:
+            return f"{surrogate} {at}"
+        also = "" if kind in (".txt", ".csv") else f", or {surrogate}"
+        return f"byte 0x{code - 0xDC00:02x} {at} is not UTF-8{also}"
     return None

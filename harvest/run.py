@@ -26,7 +26,7 @@ from common.processes import Processes, joined
 from common.progress import progress
 from common.settings import Data, Model, Settings
 from harvest import lm
-from harvest.files import found_files
+from harvest.files import found_files, has_columns
 from harvest.text import Packed, RowCounts, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
@@ -92,7 +92,7 @@ def requested(settings: Settings) -> dict[str, Any]:
         "dataset_name": None if files else data.name,
         "dataset_revision": None if files else data.revision,
         "dataset_split": None if files else data.split,
-        "text_column": data.text_column,
+        "text_column": data.text_column if has_columns(files) else "text",
         "files": [sha256(path) for path in files],
         "special_tokens": data.special_tokens,
         "pack": data.pack,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.settings import Data
-from harvest.files import Bad, Row, file_rows, found_files, not_unicode, pick
+from harvest.files import Bad, Row, file_rows, found_files, kind_of, not_unicode, pick
 from shards.layout import kept_mask
 from shards.manifest import SPLITS
 
@@ -61,29 +61,30 @@ def documents(
     none = True
     for source in files or [None]:
         where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
+        kind = kind_of(source) if source else None
         rows, good = 0, False
         for rows, row in enumerate(_read_rows(data, source, where), 1):  # noqa: B007
-            text = _text(row.value, data, tokenizer, counts)
+            text = _text(row.value, kind, data, tokenizer, counts)
             if not isinstance(text, Bad):
                 none, good = False, True
                 yield text
                 continue
             why = f"{where}: {row.place}: {text.why}"
             if data.on_bad_row == "stop":
-                raise InputError(why)
+                raise InputError(f"{why}; data.on_bad_row skip leaves such rows out" if good else why)
             counts.skipped, counts.first_skipped = counts.skipped + 1, counts.first_skipped or why
         if rows and not good:
             raise InputError(f"all {rows:,} rows are bad; the first: {counts.first_skipped}")
         if not rows and (not source or str(source) in map(str, map(Path, data.files))):
-            raise InputError(f"{where}: cannot be read: it is empty")
+            raise InputError(f"{where}: is empty")
     if none:
-        raise InputError(f"data.files {', '.join(data.files)}: all {len(files)} files are empty")
+        raise InputError(f"data.files {', '.join(data.files)}: all files are empty")
 
 
 def _text(
-    value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None, counts: RowCounts
+    value: object, kind: str | None, data: Data, tokenizer: PreTrainedTokenizerFast | None, counts: RowCounts
 ) -> str | Bad:
-    """A row's text; of a chat, what the model's template makes of it."""
+    """A row's text; of a chat, what the model's template makes of it. `kind` of file: a .txt has no columns."""
     if isinstance(value, Bad):
         return value
     if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
@@ -93,9 +94,11 @@ def _text(
         counts.chats += 1
     if not isinstance(value, str):
         chat = ", nor a chat of role and content," if isinstance(value, list) and value != [] else ""
-        return Bad(f"column {data.text_column!r} is not text{chat} but {value!r:.60}")
-    if why := not_unicode(value):
-        return Bad(f"column {data.text_column!r}: {why}")
+        return Bad(
+            f"column {data.text_column!r} is not text{chat} but {'null' if value is None else f'{value!r:.60}'}"
+        )
+    if why := not_unicode(value, kind):
+        return Bad(why if kind == ".txt" else f"column {data.text_column!r}: {why}")
     return value
 
 
@@ -132,7 +135,9 @@ def _read_rows(data: Data, file: Path | None, where: str) -> Iterator[Row]:
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
         cause = error if file else error.__cause__ or error
-        message = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        if isinstance(cause, StopIteration):
+            raise InputError(f"{where}: is empty") from error
+        message = first_line(cause)
         if "BuilderConfig" in message:
             message += f" (data.name is {data.name!r}; give --data.name)"
         if "too much memory for decoding" in message:

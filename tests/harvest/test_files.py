@@ -80,10 +80,10 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
     for name, line in {
         "none.jsonl": "no such file {}",
         "none*.jsonl": "no such file {}, and as a pattern it matches none",
-        "empty": "{}: none of its 0 files is .jsonl, .json, .csv, .txt (these also as .gz or .zst) or .parquet",
-        "pipe.jsonl": "{} is not a regular file, or a link to none; copy its text into one",
-        "broken": "{}/a.jsonl is not a regular file, or a link to none",
-        "saved": "{} is what save_to_disk() wrote; write it with to_parquet() instead",
+        "empty": "{}: holds no files",
+        "pipe.jsonl": "{} is not a regular file (or a link to one); copy its text into a regular file",
+        "broken": "{}/a.jsonl is not a regular file (or a link to one)",
+        "saved": "{} was written by save_to_disk(); write it with to_parquet() instead",
     }.items():
         assert refused(tmp_path / name) == f"data.files: {line.format(tmp_path / name)}"
     with pytest.raises(InputError, match=r"^data\.files: a name is empty"):
@@ -204,15 +204,15 @@ def test_columns_within_others(tmp_path: Path) -> None:
 # -- rows that are bad ---------------------------------------------------------------------------------
 
 BAD = {
-    '{"text": "two}': ", column 10: Unterminated string starting at",
+    '{"text": "two}': ": not valid JSON: Unterminated string at character 10",
     "[1]": ": expected a JSON object, found [1]",
     '{"texts": "x", "meta": {"a": 1}}': ": no column 'text'; expected data.text_column among texts, meta.a",
     '{"te\\nxt": 1}': ": no column 'text'; expected data.text_column among 'te\\nxt'",
-    '{"text": null}': ": column 'text' is not text but None",
+    '{"text": null}': ": column 'text' is not text but null",
     '{"text": ["a", "b"]}': ": column 'text' is not text, nor a chat of role and content, but ['a', 'b']",
-    '{"text": "a \\ud83d b"}': ": column 'text': a lone surrogate \\ud83d at its character 3",
-    b'{"text": "caf\xe9"}': ": column 'text': byte 0xe9, which is not UTF-8, or a lone surrogate \\udce9 at its "
-    "character 4",
+    '{"text": "a \\ud83d b"}': ": column 'text': a lone surrogate \\ud83d at character 3",
+    b'{"text": "caf\xe9"}': ": column 'text': byte 0xe9 at character 4 is not UTF-8, or a lone "
+    "surrogate \\udce9",
     '{"text": ' + "[" * 100_000: ": its values are nested too deeply",
 }
 
@@ -222,7 +222,7 @@ def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, bad: str | bytes, why: s
     bad = bad.encode() if isinstance(bad, str) else bad
     file = written(tmp_path / "a.jsonl", b'{"text": "one"}\n\n' + bad + b'\n{"text": "four \\ud83d\\ude00"}')
     place = "line 3" + why
-    assert refused(file) == f"{file}: {place}"
+    assert refused(file) == f"{file}: {place}; data.on_bad_row skip leaves such rows out"
     counts = RowCounts()
     data = Data(files=(str(file),), on_bad_row="skip")
     assert list(documents(data, counts=counts)) == ["one", "four \U0001f600"]
@@ -234,10 +234,11 @@ def test_bad_rows_of_the_other_formats(tmp_path: Path) -> None:
     assert refused(columns) == f"{columns}: line 2: 3 fields, expected 2; a text with commas is quoted"
     assert texts(columns, on_bad_row="skip") == ["good"]
     rows = table(tmp_path / "a.parquet", text=["a", None, "b"])
-    assert refused(rows) == f"{rows}: row 1: column 'text' is not text but None"
+    assert refused(rows).startswith(f"{rows}: row 1: column 'text' is not text but null; data.on_bad_row ")
     assert texts(rows, on_bad_row="skip") == ["a", "b"]
     text = written(tmp_path / "a.txt", b"one\ncaf\xe9\nthree")
-    assert refused(text).startswith(f"{text}: line 2: column 'text': byte 0xe9, which is not UTF-8, ")
+    said = f"{text}: line 2: byte 0xe9 at character 4 is not UTF-8; data.on_bad_row skip leaves such rows out"
+    assert refused(text, text_column="body") == said
     assert texts(text, on_bad_row="skip") == ["one", "three"]
 
 
@@ -256,10 +257,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     packed = gzip.compress(b'{"text": "one"}\n' * 9999)
     strings = pa.compress(b'{"text": "one"}\n' * 9999, "zstd", asbytes=True)
     for name, data, why in (
-        ("empty.jsonl", b"", "it is empty"),
-        ("blank.jsonl", b"\n \n", "it is empty"),
-        ("empty.csv", b"text\n", "it is empty"),
-        ("bom.txt", b"\xef\xbb\xbf", "it is empty"),
         ("packed.jsonl", packed, "it is compressed by gzip; its name must end in .gz"),
         ("packed.txt", strings, "it is compressed by zstd; its name must end in .zst"),
         ("plain.txt.gz", b"text", "Not a gzipped file (b'te')"),
@@ -273,15 +270,31 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             "it is a pointer of Git LFS, not the file",
         ),
         ("b.parquet", b"PAR1", "Parquet file size is 4 bytes"),
-        ("a.json", b'[{"text": "a"},\n{"text": }]', "line 2, column 10: Expecting value"),
-        ("open.csv", b'text\na\n"b\nc\n', "line 3: unexpected end of data"),
+        (
+            "a.json",
+            b'[{"text": "a"},\n{"text": }]',
+            "line 2: not valid JSON: Expecting value at character 10",
+        ),
+        (
+            "open.csv",
+            b'text\na\n"b\nc\n',
+            "line 3: a quote that begins here has no end (unexpected end of data)",
+        ),
         ("twice.csv", b"text,text\na,b\n", "column 'text' is there twice"),
         ("other.csv", b"body;n\na;1\n", "no column 'text'; expected data.text_column among body;n"),
     ):
         file = written(tmp_path / name, data)
         assert refused(file, on_bad_row="skip").startswith(f"{file}: cannot be read: {why}"), name
-    nothing = table(tmp_path / "none.parquet", text=pa.array([], pa.string()))
-    assert refused(nothing) == f"{nothing}: cannot be read: it is empty"
+    nothing = [table(tmp_path / "none.parquet", text=pa.array([], pa.string()))]
+    for name, data in (
+        ("a.jsonl", b""),
+        ("b.jsonl", b"\n \n"),
+        ("a.csv", b"text\n"),
+        ("a.txt", b"\xef\xbb\xbf"),
+    ):
+        nothing.append(written(tmp_path / name, data))
+    for file in nothing:
+        assert refused(file) == f"{file}: is empty"
     other = table(tmp_path / "other.parquet", meta=[{"a": 1}], chat=[[{"role": "user"}]])
     assert refused(other).endswith("no column 'text'; expected data.text_column among meta.a, chat")
 
@@ -289,7 +302,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_empty_parts_of_a_directory_are_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     table(tmp_path / "d/part-0.parquet", text=pa.array([], pa.string()))
-    assert refused(tmp_path / "d") == f"{tmp_path / 'd'}: all 1 files are empty"
+    assert refused(tmp_path / "d") == f"{tmp_path / 'd'}: all files are empty"
     table(tmp_path / "d/part-1.parquet", text=["a"])
     assert texts(tmp_path / "d") == ["a"]
 

@@ -139,7 +139,11 @@ def test_documents_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl: line 2, column 10: Expecting value"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"text": \n',
+            "a.jsonl: line 2: not valid JSON: Expecting value at character 10",
+        ),
         (
             "a.jsonl",
             '{"body": "x"}\n',

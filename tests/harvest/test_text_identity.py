@@ -16,6 +16,7 @@ from common.files import sha256
 from common.settings import Settings
 from evaluate.read import Reader
 from harvest.run import _already_there, harvest, plan_only, requested
+from harvest.text import documents
 from shards import Store
 from shards.commit import read_commit
 from shards.writer import StoreWriter
@@ -73,6 +74,21 @@ def test_a_store_is_of_its_files_contents_in_their_order(
         harvest(settings_for(llama, *given(first, second), "--data.special_tokens", "parse", rows=1000))
 
 
+def test_a_txt_has_no_column(llama: Path, settings_for: Make, two: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its harvest is the same whatever data.text_column is, which may be of a .jsonl beside it."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(sentences(100)))
+    column = ("--data.text_column", "body")
+    assert requested(settings_for(llama, *given(lines), *column)) == requested(
+        settings_for(llama, *given(lines))
+    )
+    mixed = settings_for(llama, *given(lines, two[0]), *column)
+    assert requested(mixed)["text_column"] == "body"
+    written = write_jsonl(tmp_path / "body.jsonl", ["one"])
+    written.write_text(written.read_text().replace('"text"', '"body"'))
+    assert [*documents(settings_for(llama, *given(lines, written), *column).data)] == [*sentences(100), "one"]
+
+
 def test_an_unfinished_store_of_before_goes_on(
     llama: Path, settings_for: Make, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,12 +119,12 @@ def test_skipped_rows_are_counted(
     lines = corpus.read_text().splitlines()
     bad = tmp_path / "bad.jsonl"
     bad.write_text("\n".join([lines[0], "{", *lines[1:20], '{"text": 1}', *lines[20:]]))
-    with pytest.raises(InputError, match=r"bad\.jsonl: line 2, column 2: "):
+    with pytest.raises(InputError, match=r"bad\.jsonl: line 2: not valid JSON: "):
         harvest(settings_for(llama, *given(bad)))
     assert not Path(settings_for(llama).store_path(1)).exists()
     store = Store.open(harvest(settings_for(llama, *given(bad), "--data.on_bad_row", "skip"))[0])
     assert store.manifest.bad_rows == 2
-    line = f"bad rows that were skipped: 2; the first: data.files {bad}: line 2, column 2: "
+    line = f"bad rows that were skipped: 2; the first: data.files {bad}: line 2: not valid JSON: "
     assert line in capsys.readouterr().err
     good = Store.open(harvest(settings_for(llama, "--harvest", "good"))[0])
     assert good.manifest.bad_rows == 0
