@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from common.errors import InputError, first_line
 from common.files import inside, whole_folder, write_whole
 from train.state import State
-from transcoder.weights import save_tensors
+from transcoder.weights import CHECKPOINT, save_tensors
 
 VERSION = 3
 """1, before 2026-11-25: one scale of the rows with their mean. 2, before 2026-11-26: one learning rate for all."""
@@ -33,7 +33,7 @@ def save(run_dir: Path, state: State) -> None:
         save_tensors(aside / "tensors.safetensors", state.tensors())
         text = json.dumps({"version": VERSION, **state.scalars()}, indent=1)
         write_whole(aside / "state.json", text.encode())
-    write_whole(folder / "latest", f"{final.name}\n".encode())
+    write_whole(run_dir / CHECKPOINT, f"{final.name}\n".encode())
     for old in folder.iterdir():
         if old.is_dir() and old != final:
             shutil.rmtree(old)
@@ -44,7 +44,7 @@ def latest(run_dir: Path) -> Path | None:
 
     Raises `InputError` when the pointer is damaged or leads out of the run.
     """
-    pointer = run_dir / "state" / "latest"
+    pointer = run_dir / CHECKPOINT
     if not pointer.is_file():
         return None
     name = pointer.read_bytes().decode(errors="replace").strip()

@@ -14,7 +14,7 @@ from shards.manifest import Manifest, Source
 from shards.storage import STORAGES
 from transcoder import weights
 
-FILE_NAME = "settings.json"
+FILE_NAME = weights.BEGUN
 
 
 def identity(settings: Settings, d_in: int) -> dict[str, Any]:
