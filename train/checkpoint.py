@@ -53,6 +53,11 @@ def latest(run_dir: Path) -> Path | None:
     return inside(pointer.parent, name)
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def restore(run_dir: Path, state: State) -> bool:
     """Bring `state` to the newest checkpoint; False when there is none.
 

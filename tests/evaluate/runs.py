@@ -68,7 +68,7 @@ def make_run(
     run_dir.mkdir(parents=True)
     saved = settings.model_dump(mode="json")
     saved["transcoder"] |= {"k": K, "group_sizes": np.diff((0, *ENDS)).tolist(), "d_sae": ENDS[-1]}
-    record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint}
+    record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint, "d_in": D_IN}
     source = store.manifest.source.model_dump(mode="json")
     replace(transcoder or tiny_transcoder(), metadata=record | {"source": source}).save(run_dir)
     (run_dir / "settings.json").write_text(json.dumps(record))
