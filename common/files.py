@@ -129,8 +129,8 @@ def size_of(folder: Path) -> int:
             if name.endswith(".tmp"):
                 continue
             with suppress(FileNotFoundError):  # a file that another process was writing
-                found = Path(root, name).lstat()
-                sizes[found.st_dev, found.st_ino] = found.st_size
+                status = Path(root, name).lstat()
+                sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())
 
 

@@ -193,42 +193,42 @@ def _tensors(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
         raise InputError(f"{path}: not a whole .safetensors file: {error}") from error
 
 
-def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
-    """In what the model `asked` for is another one than that of `found` (a store's or a run's source); None: the same.
+def differs(model: Model, source: Mapping[str, Any]) -> str | None:
+    """In what a model is another one than that of `source` (a store's or a run's); None: the same.
 
     Where both have weights at hand these decide: a directory may be moved, renamed, or named another way. A name of
     the hub, or a directory that is not on this machine, is compared by name.
     """
-    if (digest := found.get("model_sha256")) and (own := model_sha256(asked)):
+    if (digest := source.get("model_sha256")) and (own := model_sha256(model)):
         if own == digest:
-            return _described_otherwise(asked, found)
-        if found.get("model") == asked.name:
-            return f"the weights in {asked.name}: there {shown(digest)}, now {shown(own)}"
+            return _described_otherwise(model, source)
+        if source.get("model") == model.name:
+            return f"the weights in {model.name}: there {shown(digest)}, now {shown(own)}"
         return (
-            f"model: there {found.get('model')!r} with weights {shown(digest)}, "
-            f"asked {asked.name!r} with {shown(own)}"
+            f"model: there {source.get('model')!r} with weights {shown(digest)}, "
+            f"asked {model.name!r} with {shown(own)}"
         )
-    names = [str(found.get("model")), asked.name]
+    names = [str(source.get("model")), model.name]
     if names[0] != names[1] and len({os.path.realpath(name) for name in names}) > 1:
         return f"model: there {names[0]!r}, asked {names[1]!r}"
-    revisions = [found.get("revision"), asked.revision]
-    if revisions[0] != revisions[1] and not Path(asked.name).exists():
+    revisions = [source.get("revision"), model.revision]
+    if revisions[0] != revisions[1] and not Path(model.name).exists():
         return f"model.revision: there {revisions[0]!r}, asked {revisions[1]!r}"
     return None
 
 
-def _described_otherwise(asked: Model, found: Mapping[str, Any]) -> str | None:
+def _described_otherwise(model: Model, source: Mapping[str, Any]) -> str | None:
     """That the same weights have another config.json, tokenizer or chat template; None where they have not.
 
     The template is looked at for a text of chats alone. A store or run of before noted none of them.
     """
-    if not Path(asked.name).is_dir():
+    if not Path(model.name).is_dir():
         return None
-    directory = Path(asked.name)
+    directory = Path(model.name)
     for what, key, digest_of in (
         ("config.json or the tokenizer", "description_sha256", described_sha256),
         ("the chat template", "chat_template_sha256", chat_template_sha256),
     ):
-        if (there := found.get(key)) is not None and there != (now := digest_of(directory)):
-            return f"{what} in {asked.name}: there {shown(there)}, now {shown(now) if now else 'none'}"
+        if (there := source.get(key)) is not None and there != (now := digest_of(directory)):
+            return f"{what} in {model.name}: there {shown(there)}, now {shown(now) if now else 'none'}"
     return None

@@ -30,12 +30,12 @@ COLUMNS: tuple[str, ...] = (
 
 def stores_of(activations: Path, layers: tuple[int, ...] = ()) -> list[tuple[Path, int, str]]:
     """(directory, layer, name of the harvest) of the stores of these layers (none: of all), by model, layer, name."""
-    found = []
+    stores = []
     for path in activations.glob("*/layer_*.zarr"):
         match = re.fullmatch(r"layer_(\d+)(?:_(.+))?\.zarr", path.name)
         if match and path.is_dir() and (not layers or int(match[1]) in layers):
-            found.append((path, int(match[1]), match[2] or ""))
-    return sorted(found, key=lambda each: (each[0].parent.name, *each[1:]))
+            stores.append((path, int(match[1]), match[2] or ""))
+    return sorted(stores, key=lambda each: (each[0].parent.name, *each[1:]))
 
 
 def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
@@ -83,11 +83,11 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 
 
 def main() -> None:
-    settings, given = load(parser("evaluate.stores", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.stores", __doc__ or ""))
     where = settings.paths.activations
     if is_url(where):
         raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")
-    stores = stores_of(Path(where), settings.layers if given.layer else ())
+    stores = stores_of(Path(where), settings.layers if arguments.layer else ())
     print_table(
         [line_of(*each) for each in stores], COLUMNS, f"no stores in {where}; harvest one (make harvest)"
     )

@@ -1,4 +1,4 @@
-"""Local files of text: which there are, and the asked column of every row.
+"""Local files of text: which there are, and the requested column of every row.
 
 Of a row only its column is looked at, and its type is ours: whatever else a file holds, and wherever, is no matter.
 """
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     place: str
     """Within its file: "line 3", counted from 1; "row 2" of a .parquet, from 0."""
     value: object
-    """Of the asked column, or `Bad`."""
+    """Of the requested column, or `Bad`."""
 
 
 # -- which files ---------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def _named(name: str) -> Files:
             raise InputError(f"data.files: {path}: expected {KINDS}, found {ending}")
         return Files([path], [])
     if path.is_dir():
-        found = sorted(_below(path, set()))
-        if (path / "state.json").is_file() and any(each.suffix == ".arrow" for each in found):
+        files = sorted(_below(path, set()))
+        if (path / "state.json").is_file() and any(each.suffix == ".arrow" for each in files):
             raise InputError(
                 f"data.files: {path} was written by save_to_disk(); write it with to_parquet() instead"
             )
@@ -91,21 +91,21 @@ def _named(name: str) -> Files:
         )
     else:
         matches = glob.glob(name, recursive=True) if glob.has_magic(name) else []  # noqa: PTH207 - Path's takes no root
-        found = sorted(Path(match) for match in matches if not Path(match).is_dir())
-        if not found:
+        files = sorted(Path(match) for match in matches if not Path(match).is_dir())
+        if not files:
             pattern = ", and as a pattern it matches none" if glob.has_magic(name) else ""
             raise InputError(f"data.files: no such file {path}{pattern}")
     once = {
-        each.resolve(): each for each in reversed(found)
+        each.resolve(): each for each in reversed(files)
     }  # links may lead to a file twice, or in a circle
-    found = sorted(once.values())
-    read = [each for each in found if kind_of(each)]
+    files = sorted(once.values())
+    read = [each for each in files if kind_of(each)]
     if not read:
-        none = f"none of its {len(found)} files has one of the types {KINDS}" if found else "holds no files"
+        none = f"none of its {len(files)} files has one of the types {KINDS}" if files else "holds no files"
         raise InputError(f"data.files: {path}: {none}")
     if broken := [each for each in read if not each.is_file()]:
         raise InputError(f"data.files: {broken[0]} is not a regular file (or a link to one)")
-    return Files(read, [each for each in found if not kind_of(each)])
+    return Files(read, [each for each in files if not kind_of(each)])
 
 
 def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -142,7 +142,7 @@ def has_columns(files: Sequence[Path]) -> bool:
 
 
 def file_rows(path: Path, column: str) -> Iterator[Row]:
-    """The asked column of every row. Raises `ValueError` or `OSError` where the file cannot be read on."""
+    """The requested column of every row. Raises `ValueError` or `OSError` where the file cannot be read on."""
     kind = kind_of(path)
     assert kind, "found_files gives none of another kind"
     _refuse_another_kind(path)
@@ -185,7 +185,7 @@ def _refuse_another_kind(path: Path) -> None:
 def _lines(path: Path, newline: str | None) -> Iterator[Iterator[str]]:
     """Lines that end as `newline` of open() says, without byte order marks, which joined files have in the middle too.
 
-    What is not UTF-8 becomes `ESCAPES`: it matters in the asked column alone.
+    What is not UTF-8 becomes `ESCAPES`: it matters in the requested column alone.
     """
     with io.TextIOWrapper(_open(path), "utf-8", "surrogateescape", newline) as lines:
         yield filter(
@@ -313,11 +313,11 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
             for value in batch.column(top):
                 try:
-                    found = value.as_py()
+                    content = value.as_py()
                 except UnicodeDecodeError as error:
-                    found = Bad(f"column {column!r} is not UTF-8: {error.reason}")
-                nested = top != column and not isinstance(found, Bad)
-                yield Row(f"row {number}", pick({top: found}, column) if nested else found)
+                    content = Bad(f"column {column!r} is not UTF-8: {error.reason}")
+                nested = top != column and not isinstance(content, Bad)
+                yield Row(f"row {number}", pick({top: content}, column) if nested else content)
                 number += 1
 
 

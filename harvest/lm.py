@@ -142,9 +142,9 @@ def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else parameter.detach().float()
 
 
-def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -168,7 +168,7 @@ def locate(model: Model) -> str:
         return str(gguf.directory_of(Path(model.name)))
     if Path(model.name).is_file():
         raise InputError(
-            f"model.name: {model.name} is a file that is no .gguf; expected a directory with config.json, a tokenizer "
+            f"model.name: {model.name} is a file but not a .gguf; expected a directory with config.json, a tokenizer "
             "and .safetensors, or a .gguf file"
         )
     if Path(model.name).is_dir():
@@ -179,7 +179,7 @@ def locate(model: Model) -> str:
         if not list(Path(model.name).glob("*.safetensors")):
             raise InputError(
                 f"model.name: {model.name} has no .safetensors file; pickled weights (.bin, .pt) are not read: "
-                "load it with transformers where you trust it, and save_pretrained() it"
+                "if you trust it, load it with transformers and save it with save_pretrained()"
             )
         return model.name
     if model.name.startswith((".", "/", "~")):
@@ -214,7 +214,7 @@ def _locate_on_hub(model: Model) -> str:
             )
         except (errors.LocalEntryNotFoundError, OSError):
             raise InputError(
-                f"model {model.name}: the Hugging Face hub was not reached ({first_line(error)}) and the model is "
+                f"model {model.name}: the Hugging Face hub could not be reached ({first_line(error)}) and the model is "
                 "not in the local cache; go online, or give --model.name <local directory>; "
                 "make demo needs no hub"
             ) from error
@@ -268,7 +268,7 @@ def shape(where: str, revision: str | None) -> Shape:
 def check_layers(layers: Iterable[int], n_layers: int, name: str) -> None:
     """Raise `InputError` for the first of these layers that the model does not have."""
     if absent := [layer for layer in layers if layer >= n_layers]:
-        raise InputError(f"layer: {absent[0]} asked for, but {name} has layers 0 to {n_layers - 1}")
+        raise InputError(f"layer: {absent[0]} requested, but {name} has layers 0 to {n_layers - 1}")
 
 
 def files_directory(where: str, revision: str | None) -> Path:
@@ -310,8 +310,8 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
             )
             hf_model, info = loaded
             if wrong := sorted(info["mismatched_keys"]):
-                name, found, expected = wrong[0]
-                raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
+                name, actual, expected = wrong[0]
+                raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(actual)}")
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
             if unused := sorted(info["unexpected_keys"]):

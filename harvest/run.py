@@ -77,17 +77,17 @@ def _local(path: str) -> Path:
 
 def requested(settings: Settings) -> dict[str, Any]:
     """What was asked for, by the keys of `Source`; two harvests of one layer differ where this differs."""
-    data, asked = settings.data, settings.harvest
-    inputs, outputs = STORAGES[asked.storage].compressors
-    if asked.compressor != "auto":
-        inputs = outputs = Compressor(asked.compressor).name
+    data, options = settings.data, settings.harvest
+    inputs, outputs = STORAGES[options.storage].compressors
+    if options.compressor != "auto":
+        inputs = outputs = Compressor(options.compressor).name
     files = found_files(data).read
     request = {
         "model": settings.model.name,
         "revision": settings.model.revision,
         "model_sha256": model_sha256(settings.model),
         "description_sha256": description_sha256(settings.model),
-        "input": asked.input,
+        "input": options.input,
         "dataset": "files" if data.files else data.dataset,
         "dataset_name": None if files else data.name,
         "dataset_revision": None if files else data.revision,
@@ -96,11 +96,11 @@ def requested(settings: Settings) -> dict[str, Any]:
         "files": [sha256(path) for path in files],
         "special_tokens": data.special_tokens,
         "pack": data.pack,
-        "context_length": asked.context_length,
-        "heldout_fraction": asked.heldout_fraction,
-        "rows": asked.rows,
-        "seed": asked.seed,
-        "storage": asked.storage,
+        "context_length": options.context_length,
+        "heldout_fraction": options.heldout_fraction,
+        "rows": options.rows,
+        "seed": options.seed,
+        "storage": options.storage,
         "input_compressor": inputs,
         "output_compressor": outputs,
     }
@@ -125,9 +125,9 @@ def _already_there(writer: StoreWriter, layer: int, settings: Settings, request:
     return writer.complete
 
 
-def _same(there: Any, asked: Any) -> bool:
+def _same(there: Any, now: Any) -> bool:
     """Whether a store was harvested with what is asked; a store of before has its files by name, in no order."""
-    return sorted(there.values()) == sorted(asked) if isinstance(there, dict) else there == asked
+    return sorted(there.values()) == sorted(now) if isinstance(there, dict) else there == now
 
 
 def _differing(settings: Settings, request: dict[str, Any], source: dict[str, Any]) -> list[str]:
@@ -234,22 +234,22 @@ def _text_pass(
         return
     first, *others = lacking
     first.clear()
-    asked, data = settings.harvest, settings.data
-    contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
-    with progress("text", asked.rows, "tokens") as bar:
+    options, data = settings.harvest, settings.data
+    contexts = {split: ContextWriter(first.root, split, options.context_length) for split in SPLITS}
+    with progress("text", options.rows, "tokens") as bar:
 
         def emit(split: str, context: np.ndarray, kept: int) -> None:
             if (largest := int(context.max())) >= known:
                 raise _no_embedding(settings.model.name, tokenizer, largest, known)
             contexts[split].append(context)
             if split == "train":
-                bar.update(min(kept, asked.rows - bar.n))
+                bar.update(min(kept, options.rows - bar.n))
 
-        heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
+        heldout = partial(is_heldout, fraction=options.heldout_fraction, seed=options.seed)
         as_harvested(tokenizer.backend_tokenizer, data.special_tokens)  # TransformerLens has had it
         strings, counts = SpecialStrings(tokenizer), RowCounts()
         texts = strings.watch(documents(data, tokenizer, counts))
-        packed = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
+        packed = pack_splits(texts, tokenizer, special, options.context_length, options.rows, heldout, emit)
     _tell_of_text(data, packed, strings, counts)
     digests = {split: writer.finish() for split, writer in contexts.items()}
     lengths = {split: writer.contexts for split, writer in contexts.items()}
@@ -330,7 +330,7 @@ def _check_fit(
     length, ids = settings.harvest.context_length, tokenizer.backend_tokenizer.get_vocab_size(False)
     if model.positions is not None and length > model.positions:
         raise InputError(
-            f"harvest.context_length: {length} asked for, but {model.name} has {model.positions} positions; lower it"
+            f"harvest.context_length: {length} requested, but {model.name} has {model.positions} positions; lower it"
         )
     if (
         ids > model.tokens
@@ -360,14 +360,14 @@ def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dic
     input_hook, output_hook = hooks_of(layer, settings.harvest.input)
     model.check_hooks((input_hook, output_hook))
     gain = model.gain(layer)
-    found = {
+    of_layer = {
         "layer": layer,
         "input_hook": input_hook,
         "output_hook": output_hook,
         "gain": gain.values.tolist(),
         "gain_bias": None if gain.bias is None else gain.bias.tolist(),
     }
-    return Source.model_validate({**common, **found})
+    return Source.model_validate({**common, **of_layer})
 
 
 def _versions() -> dict[str, str]:
@@ -387,13 +387,13 @@ def plan_only(settings: Settings) -> None:
     request = requested(settings)
     if not (todo := _todo(settings, request)):
         return
-    shape, asked = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
+    shape, options = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
     lm.check_layers(todo, shape.n_layers, settings.model.name)
     plans = []
     for writer in todo.values():
         read = writer.request is not None and not _differing(settings, request, writer.request)
-        rows = None if read else expected_rows(asked)
-        plans.append(plan_of(writer, 2 * shape.width, asked.storage, rows))
+        rows = None if read else expected_rows(options)
+        plans.append(plan_of(writer, 2 * shape.width, options.storage, rows))
     for layer, plan in zip(todo, plans, strict=True):
         tqdm.write(f"layer {layer}: {plan}")
     if missing := shortage(plans):

@@ -115,15 +115,15 @@ def _chat(messages: list[dict[str, Any]], data: Data, tokenizer: PreTrainedToken
             "give another column, or a model that is trained on chats"
         )
     # A .parquet gives every message the keys of all, None where it has none of its own; templates ask for the key.
-    chat = [{key: given for key, given in each.items() if given is not None} for each in messages]
+    chat = [{key: value for key, value in each.items() if value is not None} for each in messages]
     if empty := [each for each in chat if not each.keys() & {"content", "tool_calls"}]:
         return Bad(f"{column}: a message of role {empty[0]['role']!r:.20} has no content")
     try:
         template = FIXED_DATE + tokenizer.get_chat_template()
-        made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program, and raises what it likes
         return Bad(f"{column}: the chat template refuses it: {first_line(error)}")
-    return str(made)
+    return str(text)
 
 
 def _read_rows(data: Data, file: Path | None, where: str) -> Iterator[Row]:
@@ -172,15 +172,15 @@ class SpecialStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         words = sorted({*tokenizer.all_special_tokens, *_special(tokenizer).values()})
-        self._found = re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")
+        self._names = re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")
         self.read, self.documents = 0, 0
         self.first = ""
 
     def watch(self, texts: Iterable[str]) -> Iterator[str]:
         """The same texts, counted as they pass."""
         for self.read, text in enumerate(texts, 1):
-            if found := self._found.search(text):
-                self.documents, self.first = self.documents + 1, self.first or found[0]
+            if match := self._names.search(text):
+                self.documents, self.first = self.documents + 1, self.first or match[0]
             yield text
 
 
@@ -303,6 +303,6 @@ def pack_splits(
             unused += special.separator is None and not contexts
     joined = "" if special.separator is not None else ", or join short documents (data.pack concat)"
     raise InputError(
-        f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
+        f"harvest.rows: {rows:,} requested, but the text gives only {kept['train']:,} train rows; "
         f"lower harvest.rows or give more text{joined}"
     )

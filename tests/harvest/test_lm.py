@@ -134,7 +134,7 @@ def test_the_digest_takes_weights_without_dimensions(tmp_path: Path) -> None:
     [
         ("/nowhere/model", "model.name: no such directory /nowhere/model"),
         ("embedded/other", "model.name: expected one of embedded/smollm2-135m, found 'embedded/other'"),
-        ("nobody/nothing", "model nobody/nothing: the Hugging Face hub was not reached"),
+        ("nobody/nothing", "model nobody/nothing: the Hugging Face hub could not be reached"),
     ],
 )
 def test_models_that_are_not_there(name: str, line: str) -> None:

@@ -365,7 +365,7 @@ def test_activations_that_are_not_finite_are_refused(llama: Path, settings_for: 
 
 def test_a_layer_that_does_not_exist(llama: Path, settings_for: Make) -> None:
     settings = settings_for(llama, layer="99")
-    with pytest.raises(InputError, match=r"layer: 99 asked for, but .* has layers 0 to 2"):
+    with pytest.raises(InputError, match=r"layer: 99 requested, but .* has layers 0 to 2"):
         harvest(settings)
     assert not Path(settings.store_path(99)).exists()
 
@@ -468,7 +468,9 @@ def test_gemma_2_without_a_network_ends_in_seconds_with_one_line(tmp_path: Path)
     command = [sys.executable, "-m", "harvest", "--layer", "17", "--paths.activations", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: model google/gemma-2-2b: the Hugging Face hub was not reached (")
+    assert done.stderr.startswith(
+        "error: model google/gemma-2-2b: the Hugging Face hub could not be reached ("
+    )
     assert "give --model.name <local directory>; make demo needs no hub" in done.stderr
     assert done.stderr.count("\n") == 1
     assert time.monotonic() - begun < 20

@@ -102,7 +102,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), None)
     with pytest.raises(
-        InputError, match=r"harvest\.rows: 99,999 asked for, but the text gives only [\d,]+ train rows"
+        InputError, match=r"harvest\.rows: 99,999 requested, but the text gives only [\d,]+ train rows"
     ):
         pack_splits(
             sentences(5),
