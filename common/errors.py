@@ -10,8 +10,9 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line: its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line: its type where it says nothing, the next line too after a colon."""
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def shown(value: Any) -> str:

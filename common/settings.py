@@ -285,12 +285,22 @@ class Evaluate(Section):
     """Measure a transcoder on a store of another layer, model or hook than it was trained on."""
 
 
+def _place(value: Any) -> Any:
+    """The name of a directory; ~ is the user's home, which a shell puts in place of it at a word's start alone."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("expected a directory, found an empty name")
+    try:
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    except RuntimeError as error:
+        raise ValueError(f"{value}: {error}") from error
+
+
 class Paths(Section):
-    activations: str = "activations"
+    activations: Annotated[str, BeforeValidator(_place)] = "activations"
     """Where stores live: a directory, or an s3://, gs://, https:// or hf:// address to read them from."""
-    checkpoints: Path = Path("checkpoints")
+    checkpoints: Annotated[Path, BeforeValidator(_place)] = Path("checkpoints")
     """Where runs live."""
-    cache: Path = ROOT / ".cache" / "stores"
+    cache: Annotated[Path, BeforeValidator(_place)] = ROOT / ".cache" / "stores"
     """Where files of remote stores are kept while they are used."""
     cache_bytes: int = Field(default=20_000_000_000, gt=0)
     """Size of that cache; an epoch of a larger store downloads it again."""

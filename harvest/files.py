@@ -94,7 +94,7 @@ def _named(name: str) -> Files:
         files = sorted(Path(match) for match in matches if not Path(match).is_dir())
         if not files:
             pattern = ", and as a pattern it matches none" if glob.has_magic(name) else ""
-            raise InputError(f"data.files: no such file {path}{pattern}")
+            raise InputError(f"data.files: no such file {name}{pattern}{_not_expanded(name)}")
     once = {
         each.resolve(): each for each in reversed(files)
     }  # links may lead to a file twice, or in a circle
@@ -106,6 +106,13 @@ def _named(name: str) -> Files:
     if broken := [each for each in read if not each.is_file()]:
         raise InputError(f"data.files: {broken[0]} is not a regular file (or a link to one)")
     return Files(read, [each for each in files if not kind_of(each)])
+
+
+def _not_expanded(name: str) -> str:
+    """What to say of a name that a shell or a browser would have made another of."""
+    if "://" in name:
+        return "; addresses are not read: download it first"
+    return "; ~ and $ are not expanded here: give the whole path" if name[:1] in ("~", "$") else ""
 
 
 def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -165,6 +172,9 @@ STARTS = {
     b"\x1f\x8b": "is compressed by gzip; its name must end in .gz",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; its name must end in .zst",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file; fetch it (git lfs pull)",
+    b"BZh": "is compressed by bzip2, which is not read; unpack it (bunzip2)",
+    b"\xfd7zXZ\0": "is compressed by xz, which is not read; unpack it (unxz)",
+    b"PK\x03\x04": "is a zip archive, which is not read; unpack it (unzip)",
     b"\xff\xfe": "is UTF-16; expected UTF-8, convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16; expected UTF-8, convert it (iconv -f UTF-16 -t UTF-8)",
 }

@@ -5,6 +5,7 @@ Shapes: b contexts, T positions, D model width.
 
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.hooks import INPUT_HOOKS, OUTPUT_HOOK
-from common.identity import is_gguf
+from common.identity import is_gguf, tensors_of, weight_files
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
@@ -172,6 +173,11 @@ def locate(model: Model) -> str:
             "and .safetensors, or a .gguf file"
         )
     if Path(model.name).is_dir():
+        if (Path(model.name) / "adapter_config.json").is_file():
+            raise InputError(
+                f"model.name: {model.name} has an adapter (adapter_config.json), which is not applied; give a "
+                "directory of the merged model (merge_and_unload() in peft, then save_pretrained())"
+            )
         if not (Path(model.name) / "config.json").is_file():
             raise InputError(
                 f"model.name: {model.name} has no config.json; expected a Hugging Face model directory"
@@ -182,8 +188,13 @@ def locate(model: Model) -> str:
                 "if you trust it, load it with transformers and save it with save_pretrained()"
             )
         return model.name
-    if model.name.startswith((".", "/", "~")):
-        raise InputError(f"model.name: no such directory {model.name}")
+    if model.name.startswith((".", "/", "~", "$")):
+        why = "; ~ and $ are not expanded here: give the whole path" if model.name[0] in "~$" else ""
+        raise InputError(f"model.name: no such directory {model.name}{why}")
+    if "://" in model.name:
+        raise InputError(
+            f"model.name: {model.name} is an address; expected owner/name as on the hub, or a directory"
+        )
     return _locate_on_hub(model)
 
 
@@ -244,6 +255,9 @@ def _why(error: Exception) -> str:
             "it needs Python code of its own (auto_map), which is never run; "
             "expected a model whose model_type transformers knows"
         )
+    if "pip install" in str(error) and "quanti" in str(error):
+        what = re.split(r"[.:(;]* *\(?`?[Pp]lease install|[:(] ?`?pip install", first_line(error))[0]
+        return f"{what.strip()}, which this project does not use; give the model as it was before it was quantised"
     return first_line(error)
 
 
@@ -280,6 +294,45 @@ def files_directory(where: str, revision: str | None) -> Path:
     return Path(where)
 
 
+OF_CODES = re.compile(r"scale|zero|absmax|quant|SCB|g_idx|amax")
+"""In the name of what stands beside a weight that is stored as codes."""
+
+
+def _check_loaded(model: Model, hf_model: Any, info: dict[str, Any], directory: Path) -> None:
+    """Raise `ValueError` where what was loaded is not what the files hold; a note of what was left aside.
+
+    Without a quantisation that transformers knows, it takes codes for weights: FVU 2e23 of fp8 with scales.
+    """
+    if wrong := sorted(info["mismatched_keys"]):
+        name, actual, expected = wrong[0]
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(actual)}")
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
+    names, unused = set(hf_model.state_dict()), sorted(info["unexpected_keys"])
+    stored = {
+        name: tensor[0] for path in weight_files(directory) for name, tensor in tensors_of(path).items()
+    }
+    codes = [
+        name for name in sorted(names & stored.keys()) if name.endswith("weight") and stored[name][0] in "IU"
+    ]
+    codes += [
+        name
+        for name in unused
+        if OF_CODES.search(last := name.rpartition(".")[2]) and f"{name.removesuffix(last)}weight" in names
+    ]
+    if codes and getattr(hf_model, "hf_quantizer", None) is None:
+        raise ValueError(
+            f"its weights are stored as codes ({codes[0]}), and config.json names no quantisation that transformers "
+            "knows; give the model as it was before it was quantised"
+        )
+    if unused:
+        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+        tqdm.write(
+            f"note: {model.name}: config.json has no place for the weights of {unused[0]}{more}; they are not used",
+            file=sys.stderr,
+        )
+
+
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
     """The model at `where` (see `locate`) on its device, in inference form.
 
@@ -309,18 +362,7 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
                 trust_remote_code=False,
             )
             hf_model, info = loaded
-            if wrong := sorted(info["mismatched_keys"]):
-                name, actual, expected = wrong[0]
-                raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(actual)}")
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
-            if unused := sorted(info["unexpected_keys"]):
-                more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
-                tqdm.write(
-                    f"note: {model.name}: config.json has no place for the weights of {unused[0]}{more}; "
-                    "they are not used",
-                    file=sys.stderr,
-                )
+            _check_loaded(model, hf_model, info, files_directory(where, model.revision))
             bridge = TransformerBridge.boot_transformers(
                 where,
                 device=str(device),

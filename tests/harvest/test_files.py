@@ -1,8 +1,11 @@
 """Local files: which are read in which order, what of each row, and the line for what cannot be read."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,6 +82,7 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken/a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for name, line in {
         "none.jsonl": "no such file {}",
+        "none/$HOME": "no such file {}",
         "none*.jsonl": "no such file {}, and as a pattern it matches none",
         "empty": "{}: holds no files",
         "pipe.jsonl": "{} is not a regular file (or a link to one); copy its text into a regular file",
@@ -86,6 +90,13 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
         "saved": "{} was written by save_to_disk(); write it with to_parquet() instead",
     }.items():
         assert refused(tmp_path / name) == f"data.files: {line.format(tmp_path / name)}"
+    for name, line in {
+        "~/a.jsonl": "no such file ~/a.jsonl; ~ and $ are not expanded here: give the whole path",
+        "$HOME/a.jsonl": "no such file $HOME/a.jsonl; ~ and $ are not expanded here: give the whole path",
+        "https://host/a.jsonl": "no such file https://host/a.jsonl; addresses are not read: download it first",
+    }.items():
+        with pytest.raises(InputError, match=rf"^data\.files: {re.escape(line)}$"):
+            list(documents(Data(files=(name,))))
     with pytest.raises(InputError, match=r"^data\.files: a name is empty"):
         list(documents(Data(files=("",))))
     with pytest.raises(InputError, match=r"^data\.dataset: .* is on this disk, .* \(--data\.files "):
@@ -259,6 +270,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, data, why in (
         ("packed.jsonl", packed, "it is compressed by gzip; its name must end in .gz"),
         ("packed.txt", strings, "it is compressed by zstd; its name must end in .zst"),
+        ("a.jsonl", bz2.compress(b"x"), "it is compressed by bzip2, which is not read; unpack it (bunzip2)"),
+        ("b.jsonl", lzma.compress(b"x"), "it is compressed by xz, which is not read; unpack it (unxz)"),
+        ("c.jsonl", b"PK\x03\x04\0", "it is a zip archive, which is not read; unpack it (unzip)"),
         ("plain.txt.gz", b"text", "Not a gzipped file (b'te')"),
         ("cut.jsonl.gz", packed[:-20], "Compressed file ended before the end-of-stream marker was reached"),
         ("cut.jsonl.zst", strings[:-9], "Truncated compressed stream"),
