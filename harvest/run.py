@@ -115,7 +115,7 @@ def _already_there(writer: StoreWriter, layer: int, settings: Settings, request:
     source = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
     if source is None or not writer.has_rows:
         return False
-    if differing := _differing(settings, request, source):
+    if differing := _differing(settings, request | {"layer": layer}, source):
         raise InputError(
             f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
             "or remove it"

@@ -398,6 +398,9 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
     text = shown.export_text()
     assert "the checkpoint of step 8 of 8: training has not ended" in text
     assert "at_step_8/evaluation/report.html" in text
+    train(settings, Store.of(settings))
+    show(of_checkpoint, Metrics.model_validate(metrics), False, shown)
+    assert "the checkpoint of step 8 of 8\n" in shown.export_text()
 
 
 def interrupted(*_: object) -> None:

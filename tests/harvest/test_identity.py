@@ -59,6 +59,21 @@ def test_a_model_is_known_by_its_weights_not_by_its_name(
             refused(settings_for(Path("a/checkpoint-1000")))
 
 
+def test_a_store_of_another_layer_is_not_already_harvested(llama: Path, settings_for: Make) -> None:
+    """A directory that was copied or renamed: its manifest says which layer it is of."""
+    (path,) = harvest(settings_for(llama))
+    shutil.copytree(path, path.with_name("layer_2.zarr"))
+    for refused in (harvest, plan_only):
+        with pytest.raises(
+            InputError, match=r"layer_2\.zarr: holds another harvest \(layer: there 1, asked 2\)"
+        ):
+            refused(settings_for(llama, layer="2"))
+    (begun,) = [path.rename(path.with_name("layer_0.zarr"))]
+    (begun / "files.sha256").unlink()
+    assert harvest(settings_for(llama, layer="0")) == [begun]
+    assert Store.open(begun).manifest.source.layer == 0
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], None], **layout: Any) -> None:
     said = json.loads(path.read_text())
     change(said)
