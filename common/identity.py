@@ -13,6 +13,7 @@ from common.errors import InputError, shown
 from common.files import sha256
 from common.settings import Model
 
+POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 
 
@@ -130,6 +131,10 @@ def directory_sha256(directory: Path) -> str | None:
     try:
         marks = _marks(files)
     except FileNotFoundError as error:
+        if Path(error.filename).is_symlink():
+            raise InputError(
+                f"{error.filename}: a link to a file that has gone; download the model again"
+            ) from error
         raise InputError(f"{error.filename}: no such file, though {INDEX} names it") from error
     return _digest(tuple(files), marks) if files else None
 
@@ -176,8 +181,16 @@ def _digest(files: tuple[Path, ...], _: Any) -> str:
     return digest.hexdigest()
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise `InputError` for what `git clone` leaves of a large file where Git LFS is not installed."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise InputError(f"{path}: is a pointer of Git LFS, not the file; fetch it (git lfs pull)")
+
+
 def tensors_of(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Name -> (type, shape, first byte, byte after the last) of each tensor; raises `InputError` for another file."""
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

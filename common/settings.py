@@ -91,7 +91,7 @@ class Harvest(Section):
     """Harvest stops when storing costs a larger fraction of one dimension's own variance than this."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that training never sees."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the held-out split and the order of rows within a window."""
 
     @property
@@ -178,9 +178,9 @@ class Train(Section):
     """Steps of linear warm-up."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Inputs of the encoder product; weights, selection and sums are float32 always."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Initialises the weights."""
-    order_seed: int = Field(default=0, ge=0)
+    order_seed: int = Field(default=0, ge=0, lt=2**63)
     """Orders the rows."""
     init_from: str | None = None
     """Run directory whose weights this run starts from."""

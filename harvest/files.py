@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
+from common.identity import POINTER
 from common.settings import Data
 from harvest.embedded import text_files
 
@@ -171,7 +172,7 @@ def _open(path: Path) -> Any:
 STARTS = {
     b"\x1f\x8b": "is compressed by gzip; its name must end in .gz",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; its name must end in .zst",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file; fetch it (git lfs pull)",
+    POINTER: "is a pointer of Git LFS, not the file; fetch it (git lfs pull)",
     b"BZh": "is compressed by bzip2, which is not read; unpack it (bunzip2)",
     b"\xfd7zXZ\0": "is compressed by xz, which is not read; unpack it (unxz)",
     b"PK\x03\x04": "is a zip archive, which is not read; unpack it (unzip)",
@@ -364,7 +365,10 @@ def _names(row: Mapping[str, object], before: str = "") -> Iterator[str]:
 
 
 def _no_column(column: str, names: list[str]) -> str:
-    shown = [name if name.isprintable() else repr(name) for name in names[:12]]
+    plain = [name.isprintable() and name == name.strip() for name in names[:12]]
+    shown = [
+        f"{name:.40}" if is_plain else f"{name!r:.40}" for name, is_plain in zip(names, plain, strict=False)
+    ]
     more = ", ..." if len(names) > 12 else ""
     return f"no column {column!r}; expected data.text_column among {', '.join(shown) or 'none'}{more}"
 

@@ -19,13 +19,14 @@ from transformers.utils import logging as transformers_logging
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.hooks import INPUT_HOOKS, OUTPUT_HOOK
-from common.identity import is_gguf, tensors_of, weight_files
+from common.identity import TOKENIZERS, is_gguf, refuse_pointer, tensors_of, weight_files
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
 from harvest.sealed import sealed
 from shards.store import as_harvested
 
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tiktoken.model", *TOKENIZERS)
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
 
 
@@ -233,7 +234,12 @@ def _locate_on_hub(model: Model) -> str:
 
 
 def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
-    """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token."""
+    """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token.
+
+    Raises `InputError` where there is none: transformers makes up an empty one of some classes (LlamaTokenizer).
+    """
+    if (own := Path(where) / "tokenizer.json").is_file():
+        refuse_pointer(own)
     try:
         with sealed(network=not Path(where).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
@@ -242,6 +248,13 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
         if Path(where).is_dir() and not (Path(where) / "tokenizer.json").is_file():
             why = "there is no tokenizer.json beside the weights; copy it there"
         raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
+    directory = files_directory(where, revision)
+    if not any(
+        (directory / name).is_file() for name in (*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES)
+    ):
+        raise InputError(
+            f"model {where}: has no tokenizer, only its settings; copy tokenizer.json beside the weights"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
     as_harvested(tokenizer.backend_tokenizer)

@@ -311,3 +311,14 @@ def test_a_place_may_be_below_the_home_and_is_never_empty(key: str, monkeypatch:
     for wrong, why in (("", "empty name"), (" ", "empty name"), ("~no_such_user/x", "~no_such_user/x: ")):
         with pytest.raises(InputError, match=rf"^here: paths\.{key}: .*{why}"):
             validated({"paths": {key: wrong}}, "here")
+
+
+@pytest.mark.parametrize("key", ["harvest.seed", "train.seed", "train.order_seed"])
+def test_a_seed_fits_into_64_bits(key: str) -> None:
+    section, name = key.split(".")
+    values = {section: {name: 2**63 - 1}}
+    assert getattr(getattr(validated(values, "here"), section), name) == 2**63 - 1
+    with pytest.raises(
+        InputError, match=rf"^here: {key}: expected a number less than 9223372036854775808, found"
+    ):
+        validated({section: {name: 2**63}}, "here")

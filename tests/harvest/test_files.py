@@ -295,6 +295,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             "line 3: a quote that begins here has no end (unexpected end of data)",
         ),
         ("twice.csv", b"text,text\na,b\n", "column 'text' is there twice"),
+        ("space.csv", b"id, text\n1,a\n", "no column 'text'; expected data.text_column among id, ' text'"),
+        (
+            "none.csv",
+            b"x" * 99 + b",y\na,1\n",
+            f"no column 'text'; expected data.text_column among {'x' * 40}, y",
+        ),
         ("other.csv", b"body;n\na;1\n", "no column 'text'; expected data.text_column among body;n"),
     ):
         file = written(tmp_path / name, data)

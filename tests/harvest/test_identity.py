@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import InputError
-from common.identity import differs
+from common.identity import differs, directory_sha256
 from common.settings import Model
 from harvest.run import harvest, plan_only
 from shards import Store
@@ -155,6 +155,22 @@ def in_parts(model: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     (model / "model.safetensors").rename(model / "consolidated.safetensors")
+
+
+def test_a_link_to_weights_that_have_gone_is_named(llama: Path, tmp_path: Path) -> None:
+    """As in a cache of the hub that was moved or cleaned; what an index names and is not there says so."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    in_parts(model)
+    (model / "two.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"two\.safetensors: no such file, though model\.safetensors\.index\.json"
+    ):
+        directory_sha256(model)
+    (model / "two.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        InputError, match=r"two\.safetensors: a link to a file that has gone; download the model"
+    ):
+        directory_sha256(model)
 
 
 def test_an_unfinished_harvest_goes_on_with_the_moved_model(

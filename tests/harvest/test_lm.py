@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.device import pick_device
 from common.errors import InputError
 from common.hooks import hooks_of
+from common.identity import directory_sha256
 from common.settings import Model
 from harvest import lm
 from tests.models import by_hugging_face, save_model
@@ -266,6 +267,26 @@ def test_a_checkpoint_cut_short(llama: Path, tmp_path: Path) -> None:
     (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be loaded: "):
         load(copied)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_is_not_made_up(name: str, llama: Path, tmp_path: Path) -> None:
+    """Of these classes transformers makes one with an empty vocabulary where the files are missing."""
+    copy = shutil.copytree(llama, tmp_path / "settings_only")
+    (copy / "tokenizer.json").unlink()
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    with pytest.raises(InputError, match=r"has no tokenizer, only its settings; copy tokenizer\.json beside"):
+        lm.load_tokenizer(str(copy), None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_what_git_leaves_of_a_large_file_is_named(name: str, llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "cloned")
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    line = rf"{name}: is a pointer of Git LFS, not the file; fetch it \(git lfs pull\)$"
+    with pytest.raises(InputError, match=line):
+        lm.load_tokenizer(str(copy), None) if name == "tokenizer.json" else directory_sha256(copy)
 
 
 def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:
