@@ -271,6 +271,8 @@ def _why(error: Exception) -> str:
     if "pip install" in str(error) and "quanti" in str(error):
         what = re.split(r"[.:(;]* *\(?`?[Pp]lease install|[:(] ?`?pip install", first_line(error))[0]
         return f"{what.strip()}, which this project does not use; give the model as it was before it was quantised"
+    if isinstance(error, KeyError):
+        return f"its files name {error}, which transformers does not know"
     return first_line(error)
 
 
@@ -320,7 +322,7 @@ def _check_loaded(model: Model, hf_model: Any, info: dict[str, Any], directory: 
         name, actual, expected = wrong[0]
         raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(actual)}")
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
+        raise ValueError(f"no weights for {missing[0]}{_and_more(missing)}")
     names, unused = set(hf_model.state_dict()), sorted(info["unexpected_keys"])
     stored = {
         name: tensor[0] for path in weight_files(directory) for name, tensor in tensors_of(path).items()
@@ -339,11 +341,15 @@ def _check_loaded(model: Model, hf_model: Any, info: dict[str, Any], directory: 
             "knows; give the model as it was before it was quantised"
         )
     if unused:
-        more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         tqdm.write(
-            f"note: {model.name}: config.json has no place for the weights of {unused[0]}{more}; they are not used",
+            f"note: {model.name}: config.json has no place for the weights of {unused[0]}{_and_more(unused)}; "
+            "they are not used",
             file=sys.stderr,
         )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
@@ -364,11 +370,16 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
         # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
         # numbers and says so in a warning, and because it would read pickles.
         with sealed(network=not Path(where).is_dir()):
+            config = AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False)
+            # Gemma-2 has no other; the loss is then the same for all. Asked for by argument alone, config.json's own
+            # _attn_implementation (Phi-3's: flash_attention_2, or the name of a kernel to download) would go before it.
+            config._attn_implementation = "eager"
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
+                config=config,
                 revision=model.revision,
                 dtype=dtype,
-                attn_implementation="eager",  # Gemma-2 has no other; the loss is then the same for all
+                attn_implementation="eager",
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # to be told of them
                 output_loading_info=True,

@@ -65,12 +65,12 @@ def test_directories_and_patterns_in_the_order_of_paths(tmp_path: Path) -> None:
     written(tmp_path / "d/README.md", "no text")
     (tmp_path / "d/linked").symlink_to(tmp_path / "e")
     (tmp_path / "e/round").symlink_to(tmp_path / "d")
-    found = ["d/a.jsonl", "d/b.jsonl", "d/in/c.jsonl", "e/z.jsonl"]
-    assert texts(tmp_path / "d") == found
+    names = ["d/a.jsonl", "d/b.jsonl", "d/in/c.jsonl", "e/z.jsonl"]
+    assert texts(tmp_path / "d") == names
     assert found_files(Data(files=(str(tmp_path / "d"),))).left_out == [tmp_path / "d/README.md"]
-    assert texts(tmp_path / "d/*.jsonl") == found[:2]
-    assert texts(tmp_path / "d/**/[bc].jsonl") == found[1:3]
-    assert texts(tmp_path / "d/b.jsonl", tmp_path / "d/a.jsonl") == [found[1], found[0]]
+    assert texts(tmp_path / "d/*.jsonl") == names[:2]
+    assert texts(tmp_path / "d/**/[bc].jsonl") == names[1:3]
+    assert texts(tmp_path / "d/b.jsonl", tmp_path / "d/a.jsonl") == [names[1], names[0]]
 
 
 def test_names_that_cannot_be_read(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "files"),
+    ("text", "files"),
     [
         ("text[1].jsonl", ("text[1].jsonl",)),
         ("texts[1]", ("texts[1]",)),
@@ -114,12 +114,12 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
         ('["a,b.txt", "[c]"]', ("a,b.txt", "[c]")),
     ],
 )
-def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
-    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+def test_names_on_the_command_line(text: str, files: tuple[str, ...]) -> None:
+    assert load(parser("harvest", ""), ["--data.files", text])[0].data.files == files
 
 
 @pytest.mark.parametrize(
-    ("given", "files"),
+    ("text", "files"),
     [
         ("a,b.txt", ("a,b.txt",)),
         ("a, b.txt", ("a, b.txt",)),
@@ -130,13 +130,13 @@ def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
     ],
 )
 def test_names_with_commas_are_those_of_files(
-    given: str, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d,e,f").mkdir()
     for name in ("a,b.txt", "a, b.txt", "c.txt", "d,e,f/a,b.txt"):
         Path(name).write_text("text")
-    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+    assert load(parser("harvest", ""), ["--data.files", text])[0].data.files == files
 
 
 # -- formats -------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, monkeypatch: pytest.M
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(expected))
     rows = [{"n": None, "text": text} for text in expected]
     quoted = "".join(f'{i},"{text}"\r\n' for i, text in enumerate(t.replace('"', '""') for t in expected))
-    made = {
+    contents = {
         "a.jsonl": lines,
         "a.txt": "\n".join(expected),
         "crlf.txt": "\r\n".join(expected) + "\r\n",
@@ -158,7 +158,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, monkeypatch: pytest.M
         "jq.json": "\n".join(json.dumps(row, indent=1) for row in rows),
         "a.csv": f"id,text\r\n{quoted}",
     }
-    for name, text in made.items():
+    for name, text in contents.items():
         for file, data in {
             name: text.encode(),
             f"bom-{name.upper()}": b"\xef\xbb\xbf" + text.encode(),

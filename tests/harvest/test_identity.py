@@ -185,11 +185,11 @@ def test_an_unfinished_harvest_goes_on_with_the_moved_model(
 
 
 def test_another_revision_is_another_model() -> None:
-    found = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
-    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), found) is None
+    source = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), source) is None
     said = "model.revision: there 'step1000', asked 'step2000'"
-    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), found) == said
-    assert differs(Model(name="other/pythia-70m", revision="step1000"), found) is not None
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), source) == said
+    assert differs(Model(name="other/pythia-70m", revision="step1000"), source) is not None
 
 
 # -- tokens without an embedding -----------------------------------------------------------------------

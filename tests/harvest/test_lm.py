@@ -53,11 +53,11 @@ def test_captured_tensors_equal_hugging_face(layer: int, model_directory: Path) 
 def test_logits_equal_hugging_faces(model_directory: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_directory, attn_implementation="eager").eval()
     with torch.inference_mode():
-        found, expected = (
+        logits, expected = (
             load(model_directory).bridge(tokens(), return_type="logits"),
             reference(tokens()).logits,
         )
-    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-6)
 
 
 def test_gemma_2_at_its_real_widths(wide_gemma: Path) -> None:
@@ -243,6 +243,36 @@ def test_no_package_is_advised_for_a_quantised_model(method: str, llama: Path, t
     with pytest.raises(InputError, match=r"give the model as it was before it was quantised$") as caught:
         load(copy)
     assert "pip" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own", ["flash_attention_2", "sdpa", "kernels-community/flash-attn"])
+def test_the_attention_of_the_configuration_has_no_say(own: str, gemma: Path, tmp_path: Path) -> None:
+    """Gemma-2 needs the eager one; a kernel would be downloaded and run."""
+    copy = shutil.copytree(gemma, tmp_path / "own")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"_attn_implementation": own}))
+    ids, hook = tokens(), "blocks.1.hook_mlp_out"
+    outputs = []
+    for model in (load(gemma), load(copy)):
+        assert model.bridge.original_model.config._attn_implementation == "eager"
+        with model.capturing([hook]) as caught:
+            model.run_blocks(ids, 1)
+        outputs.append(caught[hook])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "nobody's"}, {"rope_scaling": {"rope_type": "nobody's"}}], ids=str
+)
+def test_a_name_that_transformers_does_not_know_is_said(
+    change: dict[str, object], llama: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(llama, tmp_path / "other")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    line = 'cannot be loaded: its files name "nobody\'s", which transformers does not know'
+    with pytest.raises(InputError, match=line):
+        load(copy)
 
 
 def test_an_adapter_is_not_left_out_silently(llama: Path, tmp_path: Path) -> None:

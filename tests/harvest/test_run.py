@@ -317,8 +317,8 @@ def command_of(settings: Settings, processes: int = 1) -> list[str]:
 def test_two_processes_write_the_same_bytes(llama: Path, settings_for: Make, tmp_path: Path) -> None:
     whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
     settings = settings_for(llama)
-    done = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     assert read_commit(Path(settings.store_path(1))) == read_commit(whole)
 
 
@@ -334,8 +334,8 @@ def test_killed_and_continued(llama: Path, settings_for: Make, tmp_path: Path) -
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     assert read_commit(path) == read_commit(whole)
 
 
@@ -411,10 +411,10 @@ def test_after_its_first_window_the_plan_is_right_within_5_percent(
 ) -> None:
     text = write_jsonl(tmp_path / "long.jsonl", sentences(1200, words=50))
     (path,) = harvest(settings_for(llama, "--data.files", str(text), rows=40_000))
-    found = re.search(r"bytes a row \(measured\), ([\d.]+) MB on disk", capsys.readouterr().out)
-    assert found
+    match = re.search(r"bytes a row \(measured\), ([\d.]+) MB on disk", capsys.readouterr().out)
+    assert match
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    assert float(found[1]) * 1e6 == pytest.approx(size, rel=0.05)
+    assert float(match[1]) * 1e6 == pytest.approx(size, rel=0.05)
 
 
 def test_plan_harvest_and_the_list_of_stores_say_the_same_rows_and_size(
@@ -455,8 +455,8 @@ def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, t
         "--model.device",
         "cpu",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     store = Store.open(tmp_path / "wide-gemma" / "layer_1.zarr")
     assert (store.manifest.source.d_in, len(store.train)) == (2304, 1100)
     assert store.manifest.splits["train"].outputs
@@ -466,12 +466,12 @@ def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, t
 def test_gemma_2_without_a_network_ends_in_seconds_with_one_line(tmp_path: Path) -> None:
     begun = time.monotonic()
     command = [sys.executable, "-m", "harvest", "--layer", "17", "--paths.activations", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith(
         "error: model google/gemma-2-2b: the Hugging Face hub could not be reached ("
     )
-    assert "give --model.name <local directory>; make demo needs no hub" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "give --model.name <local directory>; make demo needs no hub" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert time.monotonic() - begun < 20
     assert not list(tmp_path.iterdir())

@@ -178,10 +178,10 @@ def test_make_read_has_the_whole_text_too(llama: Path, settings_for: Make) -> No
     values = json.loads(store.tokenizer_path.read_text())
     cuts_and_pads(values)
     store.tokenizer_path.write_text(json.dumps(values))
-    found = Reader(store, coder)(text)
-    assert found.tokens == expected.tokens
-    assert found.inputs.equal(expected.inputs)
-    assert "".join(found.tokens) == text
+    sentence = Reader(store, coder)(text)
+    assert sentence.tokens == expected.tokens
+    assert sentence.inputs.equal(expected.inputs)
+    assert "".join(sentence.tokens) == text
 
 
 # -- special tokens in the text ------------------------------------------------------------------------

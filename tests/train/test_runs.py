@@ -81,12 +81,12 @@ def test_a_run_records_the_text_and_harvest_of_its_store(make_settings: Make, tm
     rows = sparse_rows(1024, 2), sparse_rows(64, 3)
     changes: dict[str, Any] = {"dtype": "bfloat16", "text_column": "body", "pack": "document"} | of_files
     store = make_store(tmp_path / "tiny/layer_0.zarr", *rows, **changes)
-    asked = make_settings(train__rows=64, train__warmup_steps=0, model__dtype="float32")
+    base = make_settings(train__rows=64, train__warmup_steps=0, model__dtype="float32")
     other = {
         "data": Data(text_column="other", files=("x.txt",)),
         "harvest": Harvest(rows=7, storage="bfloat16"),
     }
-    settings = asked.model_copy(update=other)
+    settings = base.model_copy(update=other)
     train(settings, store)
     saved = json.loads((settings.run_dir() / "settings.json").read_text())["settings"]
     assert saved == Transcoder.load(settings.run_dir()).metadata["settings"]
@@ -108,7 +108,7 @@ def test_a_run_records_the_text_and_harvest_of_its_store(make_settings: Make, tm
         "heldout_fraction": 0.1,
         "seed": 3,
     }
-    assert saved["model"] == asked.model_dump(mode="json")["model"] | {"dtype": "bfloat16"}
+    assert saved["model"] == base.model_dump(mode="json")["model"] | {"dtype": "bfloat16"}
     kept = ("transcoder", "train", "paths", "wandb", "evaluate", "run", "layers")
     assert {key: saved[key] for key in kept} == {key: settings.model_dump(mode="json")[key] for key in kept}
     embedded = {"dataset": "embedded/english", "files": ["c" * 64], "dataset_split": "train"}
