@@ -52,7 +52,8 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
     try:
         manifest = read_manifest(path)
     except InputError as error:
-        return line | {"state": f"cannot be read: {error}"}
+        why = str(error).removeprefix(f"{path / 'zarr.json'}: ").removeprefix("cannot be read: ")
+        return line | {"state": f"cannot be read: {why}"}
     source, train = manifest.source, manifest.splits["train"]
     rows, heldout = (f"{manifest.splits[split].rows:,}" for split in SPLITS)
     line |= {"rows": rows, "held-out": heldout, "width": f"{source.d_in} -> {source.d_out}"}

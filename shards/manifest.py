@@ -183,7 +183,8 @@ def read_manifest(root: Path) -> Manifest:
         attributes = json.loads(path.read_bytes())["attributes"]
         manifest = dict(attributes.get("manifest", {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read: {why}") from error
     return Manifest.from_json(manifest, str(path))
 
 

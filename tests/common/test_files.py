@@ -51,6 +51,20 @@ def test_the_size_of_a_folder_counts_bytes_once(tmp_path: Path) -> None:
     assert size_of(tmp_path / "none") == 0
 
 
+@pytest.mark.parametrize("below", [".", "a/b"])
+def test_a_link_to_a_disk_that_has_gone_is_named(below: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").symlink_to("/nowhere/disk")
+    folder = tmp_path / "disk" / below
+    line = r"disk: a link to /nowhere/disk, which is not there; mount its disk, or remove the link$"
+    with pytest.raises(InputError, match=line):
+        write_whole(folder / "file", b"x")
+    with pytest.raises(InputError, match=line), locked(folder / "lock", "held"):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        write_whole(tmp_path / "file/below", b"x")
+
+
 def test_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with locked(lock, "held"):

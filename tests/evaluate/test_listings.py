@@ -103,7 +103,9 @@ def test_stores(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert [cell.strip() for cell in begun[1:4]] == ["tiny", "2", "my_own"]
     assert begun[10].strip() == "unfinished, 1 windows of 32,768 rows"
     (activations / "layer_0.zarr" / "zarr.json").write_text("{")
-    assert "cannot be read: " in shown(stores.main, root, monkeypatch, capsys, "--layer", "0")
+    assert "cannot be read: Expecting property name" in shown(
+        stores.main, root, monkeypatch, capsys, "--layer", "0"
+    )
 
 
 def test_evaluate_without_a_name_takes_the_newest_run(
