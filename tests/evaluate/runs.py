@@ -68,10 +68,10 @@ def make_run(
     run_dir.mkdir(parents=True)
     saved = settings.model_dump(mode="json")
     saved["transcoder"] |= {"k": K, "group_sizes": np.diff((0, *ENDS)).tolist(), "d_sae": ENDS[-1]}
-    record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint, "d_in": D_IN}
+    record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint}
     source = store.manifest.source.model_dump(mode="json")
     replace(transcoder or tiny_transcoder(), metadata=record | {"source": source}).save(run_dir)
-    (run_dir / "settings.json").write_text(json.dumps(record))
+    (run_dir / "settings.json").write_text(json.dumps(record | {"d_in": D_IN}))
     lines = [log_line(step) for step in range(50, 301, 50)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return store
