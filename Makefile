@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES PART
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -62,7 +62,7 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare read export import push bench bench-storage soak audit \
+        train sweep runs stores samples evaluate compare read export import push bench bench-storage gpu soak audit \
         licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
@@ -146,6 +146,10 @@ bench: install install-embedded
 bench-storage: install install-embedded
 	@$(PY) -m harvest --profile demo --harvest f32 --harvest.rows 32768 --harvest.storage float32
 	@$(PY) -m bench.storage $(DEMO_STORES)/layer_12_f32.zarr
+
+# Step, loop and harvest on this machine's GPU, each beside its floor. PART="step loop": only these.
+gpu: install-dev
+	@$(PY) -m bench.gpu $(call spliced,PART) $(call spliced,ARGS)
 
 # Train, evaluate and resume, killed at random instants, for MINUTES; fails where a byte differs or memory grows.
 soak: install-dev

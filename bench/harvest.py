@@ -36,7 +36,7 @@ def settings(*argv: str) -> Settings:
     return load(parser("harvest", ""), argv)[0]
 
 
-def speed(scratch: Path) -> dict[str, float]:
+def speed(scratch: Path, options: list[str]) -> dict[str, float]:
     """Tokens per second of a whole harvest's windows and of the bare forward pass over them, and the median of
     their ratios: each bare pass comes right after its harvest, so that both see the machine in the same mood.
     """
@@ -51,33 +51,33 @@ def speed(scratch: Path) -> dict[str, float]:
     run.run_windows = stopwatch  # type: ignore[assignment]
     model: lm.LanguageModel | None = None
     ours, bare = [], []
-    for turn in range(TURNS):
-        demo = settings(
-            "--profile",
-            "demo",
-            "--harvest.rows",
-            str(WINDOWS * SHARD_ROWS),
-            "--paths.activations",
-            str(scratch / str(turn)),
-        )
-        (path,) = run.harvest(demo)
-        store = Store.open(path)
-        ours.append((len(store.train) + len(store.heldout)) / seconds[-1])
-        if model is None:
-            where = lm.locate(demo.model)
-            model = lm.load(demo.model, where, lm.load_tokenizer(where, None))
-        bare.append(forward_only(model, store.train.contexts, store.manifest.source.dropped_token_ids, demo))
+    try:
+        for turn in range(TURNS):
+            chosen = settings(*options, "--paths.activations", str(scratch / str(turn)))
+            (path,) = run.harvest(chosen)
+            store = Store.open(path)
+            ours.append((len(store.train) + len(store.heldout)) / seconds[-1])
+            if model is None:
+                where = lm.locate(chosen.model)
+                model = lm.load(chosen.model, where, lm.load_tokenizer(where, None))
+            bare.append(
+                forward_only(model, store.train.contexts, store.manifest.source.dropped_token_ids, chosen)
+            )
+    finally:
+        run.run_windows = timed
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
     rates = {"harvest tokens/s": median(ours), "bare forward tokens/s": median(bare)}
     return rates | {"harvest / bare": median(ratios)}
 
 
-def forward_only(model: lm.LanguageModel, contexts: Contexts, dropped: list[int], demo: Settings) -> float:
+def forward_only(model: lm.LanguageModel, contexts: Contexts, dropped: list[int], chosen: Settings) -> float:
     kept = Kept.count(contexts, dropped)
     rows = int(kept.before[-1])
     begun = time.perf_counter()
-    for batch in kept.batches(range(rows), demo.harvest.batch_size):
-        model.run_blocks(torch.from_numpy(batch.tokens).long(), demo.layer)
+    for batch in kept.batches(range(rows), chosen.harvest.batch_size):
+        model.run_blocks(torch.from_numpy(batch.tokens).long(), int(chosen.layer))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     return rows / (time.perf_counter() - begun)
 
 
@@ -125,7 +125,8 @@ def main() -> None:
     options.add_argument("--skip-memory", action="store_true")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        results = speed(Path(scratch))
+        demo = ["--profile", "demo", "--harvest.rows", str(WINDOWS * SHARD_ROWS)]
+        results = speed(Path(scratch), demo)
         if not arguments.skip_memory:
             results |= memory(Path(scratch))
     table = Table("what", "figure")

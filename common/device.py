@@ -4,9 +4,11 @@ import os
 import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common import container
 from common.errors import InputError
@@ -30,6 +32,12 @@ def pick_device(name: str) -> torch.device:
         gpus = f"{there} GPU(s)" if there else "no GPU"
         raise InputError(f"model.device: {name} asked for, but PyTorch finds {gpus}; use --model.device cpu")
     return device
+
+
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These few numbers on the device, copied there once: a copy in every step would make the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)  # sync: the first time
 
 
 def cores() -> int:

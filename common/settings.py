@@ -176,8 +176,8 @@ class Train(Section):
     """Learning rate at the end of the cosine decay; auto: a hundredth of the peak."""
     warmup_steps: int = Field(default=1000, ge=0)
     """Steps of linear warm-up."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Inputs of the encoder product; weights, selection and sums are float32 always."""
+    precision: Literal["auto", "float32", "tfloat32", "bfloat16"] = "auto"
+    """Inputs of the products; weights and sums are float32 always. auto: tfloat32 on a GPU with TF32, else float32."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Initialises the weights."""
     order_seed: int = Field(default=0, ge=0, lt=2**63)

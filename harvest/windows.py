@@ -1,7 +1,7 @@
 """Fill, compress and publish every missing window of every layer.
 
-A window is compressed and written by background threads while the model fills the next one; at most one window
-per layer waits, so memory does not grow with the harvest.
+A window is compressed and written by background threads, its chunks side by side on all cores but one, while the
+model fills the next one; at most one window per layer waits, so memory does not grow with the harvest.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from common.device import cores
 from common.processes import Processes
 from common.progress import progress
 from common.settings import Harvest
@@ -43,6 +44,7 @@ def run_windows(
     hooks = {hook for writer in writers for hook in (writer.source.input_hook, writer.source.output_hook)}
     with (
         ThreadPoolExecutor(max_workers=min(len(writers), 4), initializer=_after_the_model) as pool,
+        ThreadPoolExecutor(max_workers=max(1, cores() - 1), initializer=_after_the_model) as encoders,
         model.capturing(sorted(hooks)) as caught,
         progress("harvest", sum(len(kept) for *_, kept in work), "tokens") as bar,
     ):
@@ -60,7 +62,7 @@ def run_windows(
                 after_first()
             limits = options.max_quantisation_fvu, options.max_dimension_fvu
             writing = [
-                pool.submit(writer.write_window, split, number, rows, *limits)
+                pool.submit(writer.write_window, split, number, rows, *limits, encoders.map)
                 for writer, rows in zip(here, filled, strict=True)
             ]
         _wait(writing)

@@ -4,43 +4,63 @@ Shapes: n rows of a window, d columns.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shards.codecs import crc32c
 from shards.layout import CHUNK_ROWS, FILE_CHUNKS, Array
 from shards.manifest import Moments
-from shards.storage import Storage
+from shards.storage import Encoded, Storage
 
 CONSTANT = 1e-10
 """Share of a dimension's mean square up to which its variance is float32's rounding of one number (1e-5 of it)."""
 
 
+Mapped = Callable[[Callable[[int], Any], Iterable[int]], Iterator[Any]]
+"""`map`, or that of a pool of threads."""
+
+
+class _Chunk(NamedTuple):
+    encoded: Encoded
+    total: np.ndarray
+    """[d] float64 sum of each dimension"""
+    squares: np.ndarray
+    errors: np.ndarray
+    """[d] float64 squared error of storing"""
+
+
 def encode_rows(
-    rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str
+    rows: np.ndarray, storage: Storage, arrays: dict[str, Array], side: str, mapped: Mapped = map
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files by array name, sums) of a window's rows [n, d] float32.
 
     Sums are float64, chunk by chunk in order: n; of each dimension sum, sum of squares, squared error of storing.
+    `mapped` of a pool takes the chunks side by side; the bytes and the sums are the same.
     """
+
+    def one(start: int) -> _Chunk:
+        chunk = rows[start : start + CHUNK_ROWS]
+        encoded = storage.encode(chunk)
+        wide = chunk.astype(np.float64)
+        errors = np.square(storage.decode(encoded) - chunk, dtype=np.float64).sum(axis=0)
+        return _Chunk(encoded, wide.sum(axis=0), np.einsum("nd,nd->d", wide, wide), errors)
+
     stored = np.empty(rows.shape, storage.dtype)
     scales, offsets = np.empty((2, math.ceil(len(rows) / CHUNK_ROWS), rows.shape[1]), np.float32)
     row_scales = np.empty(len(rows), np.float32)
     total, squares, errors = np.zeros((3, rows.shape[1]))
-    for number, start in enumerate(range(0, len(rows), CHUNK_ROWS)):
+    starts = range(0, len(rows), CHUNK_ROWS)
+    for number, (start, chunk) in enumerate(zip(starts, mapped(one, starts), strict=True)):
         here = slice(start, start + CHUNK_ROWS)
-        chunk = rows[here]
-        encoded = storage.encode(chunk)
-        stored[here] = encoded.stored
+        stored[here] = chunk.encoded.stored
         if storage.scaled:
-            scales[number], row_scales[here], offsets[number] = encoded[1:]
-        back = storage.decode(encoded)
-        wide = chunk.astype(np.float64)
-        total += wide.sum(axis=0)
-        squares += np.einsum("nd,nd->d", wide, wide)
-        errors += np.square(back - chunk, dtype=np.float64).sum(axis=0)
-    files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored)}
+            scales[number], row_scales[here], offsets[number] = chunk.encoded[1:]
+        total += chunk.total
+        squares += chunk.squares
+        errors += chunk.errors
+    files = {f"{side}s": encode_shard(arrays[f"{side}s"], stored, mapped)}
     if storage.scaled:
         files[f"{side}_scales"] = encode_shard(arrays[f"{side}_scales"], scales)
         files[f"{side}_offsets"] = encode_shard(arrays[f"{side}_offsets"], offsets)
@@ -67,14 +87,16 @@ def encode_chunk(array: Array, values: np.ndarray) -> bytes:
     return data + crc32c(data)
 
 
-def encode_shard(array: Array, values: np.ndarray) -> bytes:
+def encode_shard(array: Array, values: np.ndarray, mapped: Mapped = map) -> bytes:
     """The bytes of a file: its chunks, the index of their (offset, length) pairs, its checksum (sharding codec 1.0)."""
+    starts = range(0, len(values), array.chunk[0])
     # An absent chunk has both its numbers at their largest.
     index = np.full((FILE_CHUNKS, 2), np.iinfo("<u8").max, "<u8")
     parts: list[bytes] = []
     offset = 0
-    for number, start in enumerate(range(0, len(values), array.chunk[0])):
-        parts.append(encode_chunk(array, values[start : start + array.chunk[0]]))
+    chunks = mapped(lambda start: encode_chunk(array, values[start : start + array.chunk[0]]), starts)
+    for number, chunk in enumerate(chunks):
+        parts.append(chunk)
         index[number] = offset, len(parts[-1])
         offset += len(parts[-1])
     table = index.tobytes()

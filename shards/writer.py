@@ -21,7 +21,7 @@ import numpy as np
 from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
 from shards.commit import commit_text, read_commit, store_files
-from shards.encode import encode_rows, encode_shard, reduce_moments
+from shards.encode import Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
     FILE_CHUNKS,
@@ -210,8 +210,11 @@ class StoreWriter:
         columns: "WindowRows",
         max_quantisation_fvu: float,
         max_dimension_fvu: float,
+        mapped: Mapped = map,
     ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
+
+        `mapped`: see `encode_rows`.
 
         Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`, or a larger
         share of one dimension's own than `max_dimension_fvu`.
@@ -225,7 +228,7 @@ class StoreWriter:
             digests[path] = write_whole(self.root / path, data)
 
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
-            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side)
+            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped)
             moments[f"{side}s"] = sums
             self._check_cost(side, sums, max_quantisation_fvu, max_dimension_fvu)
             for name, data in files.items():

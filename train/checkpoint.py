@@ -19,8 +19,8 @@ from common.files import inside, whole_folder, write_whole
 from train.state import State
 from transcoder.weights import CHECKPOINT, save_tensors
 
-VERSION = 3
-"""1, before 2026-11-25: one scale of the rows with their mean. 2, before 2026-11-26: one learning rate for all."""
+VERSION = 4
+"""1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step."""
 
 
 def save(run_dir: Path, state: State) -> None:

@@ -30,13 +30,14 @@ from train.state import State
 from train.step.dense import DenseStep
 from train.step.gradients import Gradients
 from train.step.losses import Objective, StepValues, revival
+from train.step.matrix import MatrixStep
 from train.step.optimizer import apply
 from train.step.sparse import Buffers, SparseStep
 from transcoder.entries import Entries
 from transcoder.transcoder import Parameters, Transcoder
 from transcoder.weights import FILE_NAME
 
-Step = Callable[[Parameters, Tensor, Tensor, Tensor], tuple[StepValues, Gradients]]
+Step = Callable[[Parameters, Tensor, Tensor, Tensor, int], tuple[StepValues, Gradients]]
 
 RESTRAINT = 3.0
 """Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""
@@ -46,16 +47,12 @@ DENSE_SHARE = 1 / 8
 """Share of active latents above which the dense step is the faster one."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss is infinite or not a number; the state has not been changed."""
-
-    def __init__(self, prefix: int | None) -> None:
-        self.prefix = prefix
-        super().__init__("auxiliary loss" if prefix is None else f"prefix {prefix}")
-
-
-def step_for(objective: Objective, peers: Processes = ALONE, buffers: Buffers | None = None) -> Step:
-    """The one place that decides between the dense and the sparse step; both give the same gradients."""
+def step_for(
+    objective: Objective, device: torch.device, peers: Processes = ALONE, buffers: Buffers | None = None
+) -> Step:
+    """The one place that decides between the steps; all of them give the same gradients."""
+    if device.type == "cuda" and objective.precision != "float32":
+        return MatrixStep(objective, peers)
     dense = objective.k > DENSE_SHARE * objective.d_sae
     return DenseStep(objective, peers) if dense else SparseStep(objective, peers, buffers)
 
@@ -66,25 +63,22 @@ def train_step(
 ) -> StepValues:
     """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place.
 
-    B counts this process's rows; with `peers` the step is that of all processes' rows together.
+    B counts this process's rows; with `peers` the step is that of all processes' rows together. A loss that is not
+    finite is noted in `state.failed`, and changes no parameter.
     """
     x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     dead = state.dead(recipe.train.dead_after_rows)
-    values, gradients = step(state.parameters, x, y, dead)
-    if not torch.isfinite(values.loss):  # sync: nothing may change after an infinite loss
-        bad = (~torch.isfinite(values.squared_errors)).nonzero()  # sync: only on the way to an error
-        raise NonFiniteLossError(int(bad[0]) if len(bad) else None)
+    values, gradients = step(state.parameters, x, y, dead, recipe.active_latents(state.step))
+    state.adam.skip = state.note_failure(values.loss, values.squared_errors)
     lift = revival(dead, recipe.objective.d_sae, y.shape[1])
     lr = recipe.learning_rate(state.step)
     apply(state.adam, gradients.over(peers).plus(lift), lr, recipe.train.clip_norm)
     if recipe.train.density_limit is not None:
         restrain(state, recipe.train.density_limit, lr)
 
-    # sync: bincount looks for the largest latent
-    fired = torch.bincount(values.entries.latents, minlength=recipe.objective.d_sae)
-    fired, rows = peers.total(fired), len(x) * peers.world
-    cut = values.cut.item()  # sync: a number of the log
-    state.count(cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
+    fired, rows = peers.total(values.fired), len(x) * peers.world
+    state.n_dead = len(dead)
+    state.count(values.cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
     return values
 
 
@@ -113,7 +107,7 @@ class Run:
         self.dir = settings.run_dir()
         self.recipe = Recipe.of(settings, store, device)
         record.refuse_another(self.dir, settings, store.manifest.fingerprint)
-        self.step = step_for(self.recipe.objective, peers, buffers)
+        self.step = step_for(self.recipe.objective, device, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
         sampled = settings.train.sample_every > 0
         self.state = State.start(parameters, self.recipe.objective.prefix_ends, sampled)
@@ -128,6 +122,8 @@ class Run:
         }
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
+        self._unchecked: list[tuple[int, int]] = []
+        """(step, its first row) of the steps since the last look whether one failed."""
         self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
 
     @property
@@ -138,35 +134,46 @@ class Run:
     def feed(self, batch: Batch, batches_per_epoch: int, waited: float) -> None:
         """Train on one batch; log and checkpoint when their step has come."""
         state, train = self.state, self.settings.train
-        dead = len(state.dead(train.dead_after_rows))
-        try:
-            values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.peers)
-        except NonFiniteLossError as error:
-            chunk = int(batch.rows[0]) // self.store.manifest.source.chunk_rows
-            raise InputError(
-                f"{self.dir}: loss is not finite at step {state.step + 1} ({error}; rows from chunk {chunk} "
-                "of train on); lower train.lr, or check the store with make verify"
-            ) from error
+        values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.peers)
+        self._unchecked.append((state.step, int(batch.rows[0])))
+        probes = state.step % train.heldout_every == 0 or self.done
+        logs = state.step % train.log_every == 0 or probes
+        saves = state.step % train.checkpoint_every == 0 or self.done
+        if logs or saves or values.loss.is_cpu:
+            self._check()
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
         self._waited += waited
         if self.log is not None and state.step == max(1, self.recipe.steps // 4):
-            self._warn(dead, values)
+            self._warn(values)
         if state.samples is not None and train.sample_every and state.step % train.sample_every == 0:
             state.samples.collect(*_everyones(values.entries, batch, self.peers))
-        probes = state.step % train.heldout_every == 0 or self.done
         if self.log is not None:
             self.log.step(train.batch_size)
-            if state.step % train.log_every == 0 or probes:
-                self.log.metrics(
-                    self._metrics(values, dead, batch.epoch) | (self._probed() if probes else {})
-                )
-        if state.step % train.checkpoint_every == 0 or self.done:
+            if logs:
+                self.log.metrics(self._metrics(values, batch.epoch) | (self._probed() if probes else {}))
+        if saves:
             self.save()
 
-    def _warn(self, dead: int, values: StepValues) -> None:
+    def _check(self) -> None:
+        """Raise `InputError` if the loss of a step since the last look was not finite. On a GPU the host waits here."""
+        step, prefix = self.state.failed.tolist()
+        if step:
+            row = dict(self._unchecked)[step]
+            chunk, groups = (
+                row // self.store.manifest.source.chunk_rows,
+                len(self.recipe.objective.prefix_ends),
+            )
+            what = f"prefix {prefix}" if prefix < groups else "auxiliary loss"
+            raise InputError(
+                f"{self.dir}: loss is not finite at step {step} ({what}; rows from chunk {chunk} "
+                "of train on); lower train.lr, or check the store with make verify"
+            )
+        self._unchecked.clear()
+
+    def _warn(self, values: StepValues) -> None:
         """One line when a quarter of the run shows that its end will be poor."""
-        share = dead / self.recipe.objective.d_sae
+        share = self.state.n_dead / self.recipe.objective.d_sae
         variation = self.settings.train.batch_size * self.recipe.variance
         fvu = values.squared_errors[-1].item() / variation if variation else 0.0
         lower = f"a lower train.lr (it is {self.recipe.lr:.3g})"
@@ -182,12 +189,13 @@ class Run:
         tqdm.write(line, file=sys.stderr)
 
     def save(self) -> None:
-        """Write a checkpoint; every process has the same state."""
+        """Write a checkpoint; every process has the same state. Raises `InputError` after a failed step."""
+        self._check()
         if self.peers.leads:
             checkpoint.save(self.dir, self.state)
         self.peers.wait()
 
-    def _metrics(self, values: StepValues, dead: int, epoch: int) -> dict[str, Any]:
+    def _metrics(self, values: StepValues, epoch: int) -> dict[str, Any]:
         state, recipe = self.state, self.recipe
         rows = recipe.train.batch_size
         variation = rows * recipe.variance
@@ -202,12 +210,12 @@ class Run:
             "loss": values.loss.item(),
             "l2_loss": values.l2_loss.item(),
             "aux_loss": values.aux_loss.item(),
-            "l0_norm": state.newest_l0,
+            "l0_norm": None if state.newest_l0 is None else float(state.newest_l0),
             "fvu": fvu[-1],
             **{f"fvu/prefix_{g}": value for g, value in enumerate(fvu)},
-            "dead_features_percentage": 100 * dead / recipe.objective.d_sae,
+            "dead_features_percentage": 100 * state.n_dead / recipe.objective.d_sae,
             "learning_rate": recipe.learning_rate(state.step - 1),
-            "threshold": (state.threshold or 0.0) * recipe.scaling.scale_out,
+            "threshold": float(state.threshold or 0.0) * recipe.scaling.scale_out,
             "rows_per_second": round(speed, 1),
             "data_wait_seconds": round(waited, 4),
         }
@@ -280,12 +288,12 @@ def _check_memory(wanted: list[Settings], store: Store, device: torch.device) ->
     state, on_top = 0, 0
     for settings in wanted:
         objective, transcoder, train = (
-            Recipe.of(settings, store).objective,
+            Recipe.of(settings, store, device).objective,
             settings.transcoder,
             settings.train,
         )
         state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
-        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size))
+        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size, device))
     memory.check(state, on_top, device)
 
 

@@ -9,6 +9,7 @@ from common.errors import InputError
 from train.activation_samples import PER_LATENT
 from train.step.losses import Objective
 
+CPU = torch.device("cpu")
 GIB = 2**30
 PROGRAM = GIB // 2
 """Interpreter, PyTorch, zarr, tokenizer."""
@@ -22,18 +23,23 @@ def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, sam
     return 3 * 4 * parameters + 12 * objective.d_sae + (12 * PER_LATENT * objective.d_sae if samples else 0)
 
 
-def passing(objective: Objective, d_in: int, d_out: int, batch: int) -> int:
+def passing(objective: Objective, d_in: int, d_out: int, batch: int, device: torch.device = CPU) -> int:
     """Bytes that a step or a measurement takes on top, once for all runs of a sweep.
 
     A step: pre-activations and their flags [B, F], S and its blocks [B, G, D], rows in both spaces,
     about six numbers of 8 bytes for each of 1.25 K*B candidates; in bfloat16 a copy of W_enc.
+    On a GPU also the gradients of all latents, and in the precision of the products the activations, their gradient,
+    and both matrices.
     A measurement: W_enc folded to raw activations.
     """
     groups, d_sae = len(objective.prefix_ends), objective.d_sae
     wide = batch * d_sae * (4 + 1) + batch * groups * d_out * 4 + 4 * batch * (d_in + d_out) * 4
     step = wide + int(1.25 * objective.k * batch) * 48
-    if objective.precision == "bfloat16":
-        step += 2 * d_sae * d_in
+    low = 2 if objective.precision == "bfloat16" else 4
+    if device.type == "cuda":
+        step += d_sae * (d_in + d_out) * 4 + 2 * batch * d_sae * low
+    if low == 2:
+        step += d_sae * (d_in + (d_out if device.type == "cuda" else 0)) * low
     return step + 4 * d_sae * d_in
 
 
@@ -51,11 +57,20 @@ def available(device: torch.device) -> int | None:
 
 
 def check(state: int, on_top: int, device: torch.device) -> None:
-    """Raise `InputError` when the runs cannot fit, `state` bytes of all runs and `on_top` of one step."""
-    free, needed = available(device), state + on_top + PROGRAM + LOADER
-    if free is not None and needed > free:
-        raise InputError(
-            f"memory: training needs about {needed / GIB:.1f} GiB ({state / GIB:.1f} of weights and Adam, "
-            f"{on_top / GIB:.1f} of a step, the rest loader and program), {free / GIB:.1f} GiB are free; "
-            "lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
-        )
+    """Raise `InputError` when the runs cannot fit, `state` bytes of all runs and `on_top` of one step.
+
+    On a GPU these are its memory's; the loader and the program are the host's anywhere.
+    """
+    parts = f"{state / GIB:.1f} of weights and Adam, {on_top / GIB:.1f} of a step"
+    if device.type == "cpu":
+        needs = [(CPU, state + on_top + PROGRAM + LOADER, f"{parts}, the rest loader and program")]
+    else:
+        needs = [(device, state + on_top, parts), (CPU, PROGRAM + LOADER, "loader and program")]
+    for place, needed, what in needs:
+        free = available(place)
+        if free is not None and needed > free:
+            where = "" if device.type == "cpu" else f" on {place}"
+            raise InputError(
+                f"memory: training needs about {needed / GIB:.1f} GiB{where} ({what}), {free / GIB:.1f} GiB are free; "
+                "lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
+            )

@@ -14,7 +14,7 @@ from common.settings import Train as TrainSettings
 from shards import Store
 from train.normalisation import NORMALISATION, Scaling, unfold
 from train.step.losses import Objective, prefix_weights
-from train.step.schedule import learning_rate, peak_rate
+from train.step.schedule import active_latents, learning_rate, peak_rate
 from transcoder.gain import bind
 from transcoder.transcoder import Parameters, Transcoder
 
@@ -55,7 +55,7 @@ class Recipe:
             selection=settings.transcoder.selection,
             aux_k=settings.train.aux_k,
             aux_coefficient=settings.train.aux_coefficient,
-            precision=settings.train.precision,
+            precision=chosen_precision(settings.train.precision, torch.device(device)),
         )
         scaling = Scaling.of(moments.inputs, moments.outputs, device)
         variance = float(moments.outputs.variance.sum()) / scaling.scale_out**2
@@ -72,6 +72,7 @@ class Recipe:
             "lr": self.lr,
             "min_lr": self.min_lr,
             "warmup_steps": self.warmup,
+            "precision": self.objective.precision,
             "normalisation": NORMALISATION,
             "input_scale_min": float(self.scaling.scale_in.min()),
             "input_scale_max": float(self.scaling.scale_in.max()),
@@ -93,9 +94,28 @@ class Recipe:
         """Steps of linear warm-up, at most half of the run."""
         return min(self.train.warmup_steps, self.steps // 2)
 
+    def active_latents(self, step: int) -> int:
+        """Active latents per row of `step`, counted from 0."""
+        return active_latents(step, self.steps, self.objective.k, self.objective.d_sae)
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
         return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=self.warmup)
+
+
+def chosen_precision(name: str, device: torch.device) -> str:
+    """The precision of the products on this device; raises `InputError` if the device has no such products.
+
+    TF32 (10 bits of mantissa, from Ampere on) is as fast as bfloat16 to within a tenth of a step (docs/gpu.md).
+    """
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        return "tfloat32" if has_tf32 else "float32"
+    if name == "tfloat32" and not has_tf32:
+        raise InputError(
+            f"train.precision: tfloat32 needs a GPU that has it (Ampere or later), found {device}; use auto or float32"
+        )
+    return name
 
 
 def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.device import constant
 from train.activation_samples import Samples
 from train.step.optimizer import Adam
 from transcoder.transcoder import Parameters
@@ -31,6 +32,9 @@ class State:
     """[F] int64: number of rows seen when each latent last fired."""
     density: Tensor
     """[F] float32: share of the rows on which each latent fires, a moving average over batches."""
+    failed: Tensor
+    """[2] int64: first step whose loss was not finite, 0 if none was; its first prefix of which that holds, or G.
+    From that step on no update changes the parameters. Not saved: a failed run ends."""
     kept: Tensor
     """[G] float64: number of activations that the selection kept in each prefix, in the last tenth of training."""
     kept_rows: int = 0
@@ -42,13 +46,15 @@ class State:
     epoch: int = 0
     """The loader continues with batch `batch` of this epoch."""
     batch: int = 0
-    threshold: float | None = None
-    """Moving average of the cuts, in normalised space."""
+    threshold: Tensor | None = None
+    """Moving average of the cuts, in normalised space, float64."""
 
     samples: Samples | None = None
     """Strongest rows of each latent; None if the run collects none."""
-    newest_l0: float = 0.0
+    newest_l0: Tensor | None = None
     """Active latents per row in the newest step."""
+    n_dead: int = 0
+    """Dead latents in the newest step."""
 
     @classmethod
     def start(cls, parameters: Parameters, prefix_ends: Sequence[int], sampled: bool = False) -> "State":
@@ -58,22 +64,32 @@ class State:
         density = torch.zeros(len(parameters.b_enc), device=device)
         kept = torch.zeros(len(prefix_ends), dtype=torch.float64, device=device)
         samples = Samples(len(parameters.b_enc), device) if sampled else None
-        return cls(parameters, Adam(parameters, prefix_ends), last_fired, density, kept, samples=samples)
+        failed, adam = torch.zeros(2, dtype=torch.int64, device=device), Adam(parameters, prefix_ends)
+        return cls(parameters, adam, last_fired, density, failed, kept, samples=samples)
+
+    def note_failure(self, loss: Tensor, squared_errors: Tensor) -> Tensor:
+        """Record in `failed` if this step's is the first loss that is not finite; [1] float32, 1 after a failure."""
+        bad = ~torch.isfinite(torch.cat([squared_errors, loss.view(1)]))
+        prefix = bad.int().argmax()  # the loss alone: G
+        now = torch.stack([torch.full_like(prefix, self.step + 1), prefix])
+        self.failed = torch.where(bad.any() & (self.failed[0] == 0), now, self.failed)
+        return (self.failed[:1] > 0).float()
 
     def count(
-        self, cut: float, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
+        self, cut: Tensor, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
     ) -> None:
         """Record one step: its cut, how often each latent fired [F], the number of rows.
 
-        `kept` adds up from step `counting` on.
+        `kept` adds up from step `counting` on. Nothing here makes the host wait for a GPU.
         """
-        ends = torch.tensor(prefix_ends, device=fired.device)  # sync: copied from the host
-        kept = fired.double().cumsum(0)[ends - 1]
+        last = constant(tuple(end - 1 for end in prefix_ends), torch.int64, fired.device)
+        kept = fired.double().cumsum(0)[last]
         self.density.lerp_((fired / rows).to(self.density), DENSITY_AVERAGE)
         self.last_fired = torch.where(fired > 0, self.rows + rows, self.last_fired)
+        cut = cut.double()
         old = cut if self.threshold is None else self.threshold
         self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
-        self.newest_l0 = float(kept[-1]) / rows  # sync: a number of the log
+        self.newest_l0 = kept[-1] / rows
         if self.step == counting:
             self.kept.zero_()
             self.kept_rows = 0
@@ -99,8 +115,9 @@ class State:
 
     def scalars(self) -> dict[str, Any]:
         """The numbers to save, by name."""
-        names = ("kept_rows", "step", "rows", "epoch", "batch", "threshold")
-        return {name: getattr(self, name) for name in names}
+        names = ("kept_rows", "step", "rows", "epoch", "batch")
+        threshold = None if self.threshold is None else float(self.threshold)
+        return {name: getattr(self, name) for name in names} | {"threshold": threshold}
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""
@@ -123,3 +140,5 @@ class State:
             raise ValueError(f"no value of {min(lacking)}")
         for name in self.scalars():
             setattr(self, name, scalars[name])
+        if self.threshold is not None:
+            self.threshold = torch.tensor(self.threshold, dtype=torch.float64, device=device)

@@ -29,6 +29,8 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Tensor:
     >>> kth_largest(torch.tensor([3.0, 1.0, 2.0]), 2)
     tensor(2.)
     """
+    if not values.is_cpu:  # kthvalue runs on one multiprocessor: 128,000 values 0.52 ms, sorted 0.08 (H100)
+        return values.sort(descending=True).values[k - 1]
     return values.kthvalue(len(values) - k + 1).values
 
 
@@ -47,11 +49,12 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     sample = values[::stride]
     rank = min(len(sample), math.ceil(1.25 * k / stride / peers.world) + 8)
     guess = kth_largest(sample, rank).clamp_min(0) if rank < len(sample) else values.new_zeros(())
-    guess = peers.total(guess.float() / peers.world).item()  # sync: the cut decides whether to try again
-    for cut in (guess, guess / 4, 0.0):
-        positions = _above(values, cut)
-        if cut == 0.0 or _total(len(positions), values.device, peers) >= k:
+    guess = peers.total(guess.float() / peers.world)
+    positions = _above(values, guess)
+    for cut in (guess / 4, torch.zeros_like(guess)):
+        if _total(len(positions), values.device, peers) >= k:
             break
+        positions = _above(values, cut)
     return positions
 
 
@@ -62,7 +65,7 @@ def _total(count: int, device: torch.device, peers: Processes) -> int:
     return int(peers.total(torch.tensor(count, device=device)))  # sync: all processes must decide the same
 
 
-def _above(values: Tensor, cut: float) -> Tensor:
+def _above(values: Tensor, cut: Tensor) -> Tensor:
     """Ascending positions of the values above `cut`.
 
     The values are viewed as LANES rows, so that column c holds positions c, c + width, c + 2 width, ... . The largest
@@ -73,9 +76,11 @@ def _above(values: Tensor, cut: float) -> Tensor:
 
     >>> values = torch.zeros(18)
     >>> values[torch.tensor([3, 9, 17])] = 1.0
-    >>> _above(values, 0.5)
+    >>> _above(values, torch.tensor(0.5))
     tensor([ 3,  9, 17])
     """
+    if not values.is_cpu:
+        return (values > cut).nonzero().squeeze(1)  # sync: how many values
     width = len(values) // LANES
     lanes, rest = values[: LANES * width].view(LANES, width), values[LANES * width :]
     empty = lanes.new_zeros(0, dtype=torch.int64)
@@ -116,12 +121,23 @@ def select_batch(
     >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
     ([0, 0], [0, 2], 0.800000011920929)
     """
+    positions, values, cut = _ranked(pre, k, exact, peers)
+    return _entries(positions, values, (values >= cut) & (values > 0), pre), cut
+
+
+def batch_cut(pre: Float[Tensor, "B F"], k: int, peers: Processes = ALONE) -> Float[Tensor, ""]:
+    """The cut of `select_batch` alone, which needs one wait of the host less."""
+    return _ranked(pre, k, None, peers)[2]
+
+
+def _ranked(pre: Tensor, k: int, exact: Values | None, peers: Processes) -> tuple[Tensor, Tensor, Tensor]:
+    """(positions of the candidates, their values, the (k*B)-th largest value of all peers or 0)."""
     n = k * len(pre) * peers.world
     positions = candidates(pre.view(-1), n, peers)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     everyones = peers.gathered(values)
     cut = kth_largest(everyones, n).clamp_min(0) if len(everyones) >= n else values.new_zeros(())
-    return _entries(positions, values, (values >= cut) & (values > 0), pre), cut
+    return positions, values, cut
 
 
 def select_rows(
@@ -136,12 +152,17 @@ def select_rows(
     >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
     ([0, 1], [0, 0], 0.25)
     """
-    cut = pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
+    cut = row_cuts(pre, k)
     positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)  # sync: how many values
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     entries = _entries(positions, values, values > 0, pre)
     everyones = peers.gathered(entries.values)
     return entries, everyones.min() if len(everyones) else values.new_zeros(())
+
+
+def row_cuts(pre: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B 1"]:
+    """The k-th largest value of each row."""
+    return pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
 
 
 SELECT = {"batch_topk": select_batch, "topk": select_rows}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from common.errors import ENVIRONMENT, InputError
 from common.files import sha256
 from shards import Store
 from shards.commit import commit_text, read_commit
-from shards.layout import SHARD_ROWS
+from shards.encode import encode_rows
+from shards.layout import CHUNK_ROWS, SHARD_ROWS, split_arrays
 from shards.reader import MappedArray, ZarrArray, open_array, read_lines
 from shards.remote import LocalFiles
 from shards.storage import STORAGES, from_bfloat16
@@ -373,3 +375,16 @@ def test_what_the_system_refuses_is_no_damage(
         opened.train.rows(0, 10)
     assert stopped.value.errno in ENVIRONMENT  # one line, exit code 2
     assert str(stopped.value.filename).startswith(str(store.path / "train"))
+
+
+def test_threads_encode_the_same_bytes_and_sums(tmp_path: Path) -> None:
+    """Two and a half chunks side by side, against one after the other."""
+    rng = np.random.default_rng(0)
+    n = 2 * CHUNK_ROWS + 512
+    rows = rng.standard_normal((n, 24), dtype=np.float32)
+    store = make_store(tmp_path / "m" / "layer_0.zarr", (rows, rows), (rows[:9], rows[:9]), storage="int8")
+    arrays = split_arrays(store.manifest.source, "train", n, store.manifest.splits["train"].contexts)
+    with ThreadPoolExecutor(4) as pool:
+        threaded = encode_rows(rows, STORAGES["int8"], arrays, "input", pool.map)
+    assert threaded == encode_rows(rows, STORAGES["int8"], arrays, "input")
+    assert threaded[1]["n"] == n

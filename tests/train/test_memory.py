@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,3 +52,26 @@ def test_what_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyP
         InputError, match=r"needs about 11\.\d GiB \(10\.0 of weights and Adam, 0\.1 of a step"
     ):
         memory.check(10 * memory.GIB, memory.GIB // 10, torch.device("cpu"))
+
+
+def test_a_gpu_must_hold_the_step_and_the_host_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda": 8 * memory.GIB, "cpu": memory.GIB}
+    monkeypatch.setattr(memory, "available", lambda device: free[device.type])
+    gpu = torch.device("cuda")
+    memory.check(6 * memory.GIB, memory.GIB, gpu)
+    with pytest.raises(InputError, match=r"needs about 9\.0 GiB on cuda \(8\.0 of weights and Adam"):
+        memory.check(8 * memory.GIB, memory.GIB, gpu)
+    free["cpu"] = memory.GIB // 2
+    with pytest.raises(InputError, match=r"needs about 0\.9 GiB on cpu \(loader and program\)"):
+        memory.check(memory.GIB, memory.GIB, gpu)
+
+
+def test_a_gpu_also_needs_all_gradients_at_once() -> None:
+    half = replace(OBJECTIVE, precision="bfloat16")
+    ours, theirs = (memory.passing(half, D, D, BATCH, torch.device(name)) for name in ("cpu", "cuda"))
+    gradients, copy_of_W_dec, low_acts = (
+        2 * D * OBJECTIVE.d_sae * 4,
+        D * OBJECTIVE.d_sae * 2,
+        2 * BATCH * OBJECTIVE.d_sae * 2,
+    )
+    assert theirs - ours == gradients + copy_of_W_dec + low_acts

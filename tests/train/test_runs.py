@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ from tests.fixtures import make_store
 from tests.train.runs import D_IN, command, sparse_rows, tensors
 from train import checkpoint, record
 from train.__main__ import main
-from train.loop import RESTRAINT, Run, restrain, train, train_together
+from train.loop import RESTRAINT, Run, restrain, step_for, train, train_step, train_together
 from train.normalisation import fold
-from train.step.schedule import peak_rate
+from train.recipe import Recipe, chosen_precision, initial
+from train.state import State
+from train.step.dense import DenseStep
+from train.step.losses import Objective
+from train.step.matrix import MatrixStep
+from train.step.schedule import active_latents, peak_rate
+from train.step.sparse import SparseStep
 from transcoder import Transcoder
 
 TIMING = ("rows_per_second", "data_wait_seconds")
@@ -333,7 +340,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: 
         Run(settings, store, torch.device("cpu"))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(InputError, match="expected checkpoint version 3, found 99"):
+    with pytest.raises(InputError, match="expected checkpoint version 4, found 99"):
         Run(settings, store, torch.device("cpu"))
 
 
@@ -348,7 +355,7 @@ def test_a_checkpoint_of_the_old_normalisation_is_refused_and_left_as_it_is(
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 1}))
     before = {path: path.read_bytes() for path in settings.run_dir().rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"expected checkpoint version 3, found 1; remove .* to train again"):
+    with pytest.raises(InputError, match=r"expected checkpoint version 4, found 1; remove .* to train again"):
         train(make_settings(train__rows=64 * 40), store)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -444,6 +451,57 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(make_settings: Make, sto
     settings = make_settings(train__lr=1e30, train__min_lr=0.0)
     with pytest.raises(InputError, match=r"loss is not finite at step \d+ \(prefix 0; rows from chunk \d of"):
         train(settings, store)
+
+
+def test_after_a_loss_that_is_not_finite_no_parameter_changes(make_settings: Make, store: Store) -> None:
+    """Also where nobody looks at once: on a GPU the host looks only at logged steps."""
+    settings, device = make_settings(), torch.device("cpu")
+    recipe = Recipe.of(settings, store)
+    state = State.start(initial(settings, recipe, store, device), recipe.objective.prefix_ends)
+    step = step_for(recipe.objective, device)
+    inputs, outputs = store.train.rows(0, 64)
+    train_step(state, step, recipe, inputs, outputs)
+    before = state.parameters.map(torch.clone)
+    broken = outputs.clone()
+    broken[3, 1] = torch.inf
+    train_step(state, step, recipe, inputs, broken)
+    train_step(state, step, recipe, inputs, outputs)
+    assert state.failed.tolist() == [2, 0]
+    for name, tensor in state.parameters.named().items():
+        torch.testing.assert_close(tensor, before.named()[name], msg=name)
+
+
+def test_a_run_starts_with_more_active_latents_and_ends_with_k(finished: Path) -> None:
+    l0 = {line["step"]: line["l0_norm"] for line in metrics(finished)}
+    steps, k = max(l0), Transcoder.load(finished).metadata["settings"]["transcoder"]["k"]
+    for step, active in l0.items():
+        assert active == pytest.approx(active_latents(step - 1, steps, k, 10**6), rel=0.02)
+    assert l0[steps] == pytest.approx(k, rel=0.02)
+    assert l0[min(l0)] > 1.2 * k
+
+
+def test_the_step_and_its_precision_follow_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    sparse = Objective((64, 512), (0.5, 0.5), 8, "batch_topk", 0, 0.0)
+    dense = replace(sparse, k=100)
+    assert type(step_for(sparse, cpu)) is SparseStep
+    assert type(step_for(dense, cpu)) is DenseStep
+    assert type(step_for(sparse, gpu)) is SparseStep  # float32: the gathers are faster than float32 products
+    for precision in ("tfloat32", "bfloat16"):
+        assert type(step_for(replace(sparse, precision=precision), gpu)) is MatrixStep
+    assert chosen_precision("auto", cpu) == "float32"
+    with pytest.raises(InputError, match=r"train\.precision: tfloat32 needs a GPU"):
+        chosen_precision("tfloat32", cpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "float32"), ((8, 0), "tfloat32"), ((9, 0), "tfloat32")]
+)
+def test_auto_precision_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert chosen_precision("auto", torch.device("cuda:1")) == expected
 
 
 def test_runs_trained_together_equal_runs_trained_alone(

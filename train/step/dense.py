@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, aux_loss, nested_loss
+from train.step.losses import Objective, StepValues, aux_loss, firings, nested_loss
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
 
@@ -20,17 +20,18 @@ class DenseStep:
         self.objective, self.peers = objective, peers
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        The values cover all peers' rows, the gradients this process's part of them.
+        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
+        process's part of them.
         """
         objective, peers = self.objective, self.peers
         with torch.enable_grad():
             leaves = parameters.map(lambda tensor: tensor.detach().requires_grad_())
             pre = torch.addmm(leaves.b_enc, x, leaves.W_enc.T)
-            entries, cut = SELECT[objective.selection](pre.detach(), objective.k, peers=peers)
+            entries, cut = SELECT[objective.selection](pre.detach(), k or objective.k, peers=peers)
             kept = torch.zeros_like(pre, dtype=torch.bool)
             kept[entries.rows, entries.latents] = True
             acts = torch.relu(pre) * kept
@@ -60,4 +61,7 @@ class DenseStep:
         d_enc, d_bias, d_dec = (gradients.pop(name) for name in ("W_enc", "b_enc", "W_dec"))
         block = Block(0, d_enc, d_bias, d_dec, (d_dec * parameters.W_dec).sum(1))
         errors, l2, aux = (peers.total(part.detach()) for part in (squared_errors, l2, aux))
-        return StepValues(errors, l2, aux, entries, cut), Gradients(gradients, lambda: iter([block]))
+        fired = firings(entries, objective.d_sae)
+        return StepValues(errors, l2, aux, fired, lambda: entries, cut), Gradients(
+            gradients, lambda: iter([block])
+        )

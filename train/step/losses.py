@@ -6,6 +6,7 @@ is that of Gao et al. 2024 (arXiv:2406.04093), with another scale.
 Shapes: B rows, D_in, D_out, F latents, G prefixes, N dead latents.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from common.device import constant
 from common.processes import ALONE, Processes
 from transcoder.entries import Entries
 
@@ -30,7 +32,7 @@ class Objective:
     aux_k: int
     aux_coefficient: float
     precision: str = "float32"
-    """Precision of the encoder product's inputs: float32 or bfloat16."""
+    """Precision of the products: float32, tfloat32 or bfloat16. Sums and weights are float32 always."""
 
     @property
     def d_sae(self) -> int:
@@ -41,10 +43,10 @@ class Objective:
 def prefix_weights(n: int) -> tuple[float, ...]:
     """Weights of the losses of n prefixes, coarsest first; they sum to 1.
 
-    In proportion 1.1, 1, ..., 1, 1.3. The whole dictionary counts a third more: equal weights cost it more by being
-    nested (docs/log.md). The first prefix has the fewest latents and is read first.
+    In proportion 1.1, 1, ..., 1, 1.6. The whole dictionary counts more: equal weights cost it more by being nested
+    (docs/log.md). The first prefix has the fewest latents and is read first.
     """
-    shares = [1.1, *[1.0] * (n - 2), 1.3][-n:]
+    shares = [1.1, *[1.0] * (n - 2), 1.6][-n:]
     return tuple(share / sum(shares) for share in shares)
 
 
@@ -56,10 +58,17 @@ class StepValues(NamedTuple):
     l2_loss: Tensor
     aux_loss: Tensor
     """With its coefficient."""
-    entries: Entries
-    """The active latents."""
+    fired: Tensor
+    """[F] int64: number of this process's rows on which each latent is active."""
+    active: Callable[[], Entries]
+    """Gives the active latents of this process's rows. The host waits for them."""
     cut: Tensor
     """Smallest activation that the selection kept (tau)."""
+
+    @property
+    def entries(self) -> Entries:
+        """The active latents of this process's rows."""
+        return self.active()
 
     @property
     def loss(self) -> Tensor:
@@ -83,6 +92,18 @@ def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
     return torch.zeros(d_sae, device=dead.device).index_fill_(0, dead, -REVIVAL / d_out)
 
 
+def firings(entries: Entries, d_sae: int) -> Tensor:
+    """[F] int64 number of rows on which each latent is active. bincount would make the host wait.
+
+    >>> firings(Entries(torch.tensor([0, 1]), torch.tensor([2, 2]), torch.ones(2), n_rows=2), d_sae=3)
+    tensor([0, 0, 2])
+    """
+    latents = entries.latents.long()
+    return torch.zeros(d_sae, dtype=torch.int64, device=latents.device).index_add_(
+        0, latents, torch.ones_like(latents)
+    )
+
+
 def nested_loss(
     squared_errors: Float[Tensor, " G"], prefix_weights: tuple[float, ...], n_values: int
 ) -> Float[Tensor, ""]:
@@ -91,8 +112,7 @@ def nested_loss(
     >>> float(nested_loss(torch.tensor([49.0, 9.0]), prefix_weights=(0.25, 0.75), n_values=1))
     19.0
     """
-    dtype, device = squared_errors.dtype, squared_errors.device
-    weights = torch.tensor(prefix_weights, dtype=dtype, device=device)  # sync: copied from the host
+    weights = constant(prefix_weights, squared_errors.dtype, squared_errors.device)
     return squared_errors @ weights / n_values
 
 

@@ -1,9 +1,13 @@
-"""Step -> learning rate: pure functions."""
+"""Step -> learning rate, and number of active latents: pure functions."""
 
 import math
 
 LR = 3e-3
 """Best peak rate at d_in 576, d_sae 4,608 and 1,600 steps (docs/log.md)."""
+DENSER = 2.0
+"""Active latents per row at the start, over k. See `active_latents`."""
+DENSER_UNTIL = 0.5
+"""Share of the run after which there are k."""
 SHORT = 300
 """Runs of fewer steps have the rate of this many."""
 
@@ -36,3 +40,15 @@ def learning_rate(step: int, steps: int, *, peak: float, final: float, warmup: i
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def active_latents(step: int, steps: int, k: int, d_sae: int) -> int:
+    """Active latents per row at `step` (0-based) of `steps`: from DENSER * k geometrically down to k at DENSER_UNTIL.
+
+    More active latents at the start let each latent find its direction before it competes for few places.
+
+    >>> [active_latents(step, 8, k=32, d_sae=4608) for step in range(6)]
+    [64, 54, 45, 38, 32, 32]
+    """
+    remaining = max(0.0, 1 - step / (DENSER_UNTIL * steps))
+    return min(d_sae, round(k * DENSER**remaining))

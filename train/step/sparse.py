@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from common.device import constant
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, nested_loss
+from train.step.losses import Objective, StepValues, firings, nested_loss
 from transcoder.entries import Entries
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
 
 ROWS = 128
-"""Rows decoded at a time: at D_out 2,304 and 4 groups a block of S is 4.7 MB and stays in the cache."""
+"""Rows decoded at a time on a CPU: at D_out 2,304 and 4 groups a block of S is 4.7 MB and stays in the cache."""
 LATENTS = 512
-"""Latents whose gradients are computed at a time: 4.7 MB per matrix at width 2,304."""
+"""Latents whose gradients are computed at a time on a CPU: 4.7 MB per matrix at width 2,304. A GPU takes all rows and
+all latents at once: each block costs launches (H100, docs/gpu.md: 25 ms a step in such blocks, 9 in one)."""
 
 DeadGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -61,15 +63,16 @@ class SparseStep:
         self._buffers = buffers or Buffers()
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        The values cover all peers' rows, the gradients this process's part of them.
+        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
+        process's part of them.
         """
         objective, peers = self.objective, self.peers
         pre = self._encode(parameters, x)
-        entries, cut = self._select(parameters, x, pre)
+        entries, cut = self._select(parameters, x, pre, k or objective.k)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
         wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
@@ -82,14 +85,15 @@ class SparseStep:
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
             dead_pre = _dead(parameters, x, pre, dead)
-            aux, dead_gradients = _aux(parameters, dead_pre, x, residual, dead, objective, peers)
+            aux, dead_gradients = aux_gradients(parameters, dead_pre, x, residual, dead, objective, peers)
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
         if parameters.W_skip is not None:
             shared["W_skip"] = S_first.T @ x
         entries_of = bags.by_latent(objective.d_sae)
         blocks = partial(_blocks, entries_of, parameters.W_dec, x, S, dead, dead_gradients)
-        return StepValues(squared_errors, l2, aux, entries, cut), Gradients(shared, blocks)
+        fired = firings(entries, objective.d_sae)
+        return StepValues(squared_errors, l2, aux, fired, lambda: entries, cut), Gradients(shared, blocks)
 
     def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
         """[B, F] pre-activations: the one dense product, in the objective's precision."""
@@ -100,14 +104,14 @@ class SparseStep:
         pre = self._buffers.get("pre", (len(x), self.objective.d_sae), W_enc, W_enc.dtype)
         return torch.addmm(b_enc, x, W_enc.T, out=pre)
 
-    def _select(self, parameters: Parameters, x: Tensor, pre: Tensor) -> tuple[Entries, Tensor]:
+    def _select(self, parameters: Parameters, x: Tensor, pre: Tensor, k: int) -> tuple[Entries, Tensor]:
         """The active entries, and the cut.
 
         In bfloat16 the product only proposes entries. Their values are computed again in float32, because
         bfloat16 ties (231 of 32,768 values were equal to the cut).
         """
         exact = None if pre.dtype == x.dtype else partial(_pre_activations, parameters, x)
-        return SELECT[self.objective.selection](pre, self.objective.k, exact, self.peers)
+        return SELECT[self.objective.selection](pre, k, exact, self.peers)
 
 
 def _dead(parameters: Parameters, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ class Bags(NamedTuple):
     def of(cls, entries: Entries, prefix_ends: tuple[int, ...], n_rows: int) -> "Bags":
         """The bags of `n_rows` rows."""
         groups = len(prefix_ends)
-        ends = torch.tensor(prefix_ends, device=entries.rows.device)  # sync: copied from the host
+        ends = constant(prefix_ends, torch.int64, entries.rows.device)
         # right=True: a latent equal to an end is the first of the next group
         bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
         first = torch.arange(n_rows * groups + 1, device=bag.device)
@@ -226,10 +230,11 @@ def _decode(
     if parameters.W_skip is not None:
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
-    # Block i has the entries [bounds[i], bounds[i + 1]): every ROWS * groups-th offset begins one.
-    bounds = [*bags.offsets[:: ROWS * groups].tolist(), len(bags.values)]  # sync: bounds of the blocks
-    for i, row in enumerate(range(0, n, ROWS)):
-        rows, entries = slice(row, min(row + ROWS, n)), slice(bounds[i], bounds[i + 1])
+    size = ROWS if y.is_cpu else n
+    # Block i has the entries [bounds[i], bounds[i + 1]): every size * groups-th offset begins one.
+    bounds = _bounds(bags.offsets, size * groups, len(bags.values))
+    for i, row in enumerate(range(0, n, size)):
+        rows, entries = slice(row, min(row + size, n)), slice(bounds[i], bounds[i + 1])
         offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
         latents = bags.latents[entries]
         # r[:, g] becomes y_g - y: the running sum over groups, which starts at b_dec + skip - y
@@ -248,7 +253,18 @@ def _decode(
     return squared_errors
 
 
-def _aux(
+def _bounds(offsets: Tensor, size: int, n_entries: int) -> list[int]:
+    """First entry of every block of `size` bags, and the number of entries.
+
+    >>> _bounds(torch.tensor([0, 2, 2, 5, 9]), size=2, n_entries=9)
+    [0, 2, 9]
+    """
+    if len(offsets) - 1 <= size:
+        return [0, n_entries]
+    return [*offsets[:-1:size].tolist(), n_entries]  # sync: on a GPU there is one block
+
+
+def aux_gradients(
     parameters: Parameters,
     pre: Tensor,
     x: Tensor,
@@ -281,6 +297,11 @@ def _strongest(pre: Tensor, k: int) -> Tensor:
             [2., 0., 0.]])
     """
     z = torch.relu(pre)
+    if not z.is_cpu:  # all rows: to search costs less than to wait
+        if k >= z.shape[1]:
+            return z
+        top = z.topk(k, dim=1)
+        return torch.zeros_like(z).scatter_(1, top.indices, top.values)
     crowded = ((z > 0).sum(1) > k).nonzero().squeeze(1)  # sync: how many rows are searched
     if len(crowded):
         top = z[crowded].topk(k, dim=1)
@@ -302,30 +323,30 @@ def _blocks(
     The auxiliary loss's gradients are added to those of the dead latents.
     """
     d_sae = len(entries.offsets) - 1
-    starts = range(0, d_sae, LATENTS)
+    size = LATENTS if W_dec.is_cpu else d_sae
+    starts = range(0, d_sae, size)
     # Block i has the entries [bounds[i], bounds[i + 1]) and the dead latents [dead_bounds[i], dead_bounds[i + 1]).
-    bounds = [*entries.offsets[::LATENTS].tolist(), len(entries.rows)]  # sync: bounds of the blocks
-    edges = torch.tensor([*starts, d_sae], device=dead.device)  # sync: copied from the host
-    dead_bounds = torch.searchsorted(dead, edges).tolist()  # sync: bounds of the blocks
+    bounds = _bounds(entries.offsets, size, len(entries.rows))
+    edges = constant((*starts, d_sae), torch.int64, dead.device)
+    dead_bounds = _bounds(torch.searchsorted(dead, edges), 1, len(dead))
     for i, start in enumerate(starts):
-        stop, part = min(start + LATENTS, d_sae), slice(bounds[i], bounds[i + 1])
+        stop, part = min(start + size, d_sae), slice(bounds[i], bounds[i + 1])
         offsets = entries.offsets[start : stop + 1] - bounds[i]
         latents, bag, values = entries.latents[part] - start, entries.bag[part], entries.values[part]
         d_acts = _products(W_dec[start:stop], S, latents, bag)
-        zeros = d_acts.new_zeros(stop - start)
         block = Block(
             start,
             W_enc=_sums(x, entries.rows[part], offsets, d_acts),
-            b_enc=zeros.index_add(0, latents, d_acts),
+            b_enc=_totals(d_acts, offsets),
             W_dec=_sums(S, bag, offsets, values),
-            along=zeros.index_add(0, latents, values * d_acts),
+            along=_totals(values * d_acts, offsets),
         )
         revived = slice(dead_bounds[i], dead_bounds[i + 1])
         if dead_gradients is not None and revived.start < revived.stop:
             for gradient, extra in zip(block[1:], dead_gradients, strict=True):
                 gradient.index_add_(0, dead[revived] - start, extra[revived])
         yield block
-        del block, d_acts, zeros  # the next block then takes the same memory: 0.99 against 1.03 s a step
+        del block, d_acts  # the next block then takes the same memory: 0.99 against 1.03 s a step
 
 
 def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
@@ -339,6 +360,15 @@ def _sums(table: Tensor, index: Tensor, offsets: Tensor, factors: Tensor) -> Ten
     return embedding_bag(
         index, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
     )
+
+
+def _totals(values: Tensor, offsets: Tensor) -> Tensor:
+    """[len(offsets) - 1] sum of each bag's values, always in the same order: atomic additions would not be.
+
+    >>> _totals(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2, 3]))
+    tensor([3., 0., 4.])
+    """
+    return torch.segment_reduce(values, "sum", offsets=offsets)
 
 
 def _products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from common.settings import ROOT
 from tests.train.steps import problem
 from train.state import State
 from train.step import losses, optimizer
+from train.step.matrix import MatrixStep
 from train.step.sparse import SparseStep
 
 WAITING = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique_consecutive", "_unique2"}
@@ -28,7 +29,7 @@ SPELT = {"item", "tolist", "nonzero", "bincount"}
 STEP = sorted([*(ROOT / "train" / "step").glob("*.py"), ROOT / "transcoder" / "selection.py"])
 PARTS = {
     ROOT / "train" / "loop.py": {"train_step", "restrain"},
-    ROOT / "train" / "state.py": {"dead", "count"},
+    ROOT / "train" / "state.py": {"dead", "count", "note_failure"},
 }
 """What runs in every step: whole files, and functions of others."""
 
@@ -93,19 +94,21 @@ class Recorder(TorchDispatchMode):
         raise AssertionError("called from nowhere in the project")
 
 
+@pytest.mark.parametrize("step", [SparseStep, MatrixStep])
 @pytest.mark.parametrize("selection_rule", ["batch_topk", "topk"])
-def test_operators_that_wait_are_called_from_marked_lines(selection_rule: str) -> None:
+def test_operators_that_wait_are_called_from_marked_lines(
+    selection_rule: str, step: type[SparseStep] | type[MatrixStep]
+) -> None:
     case = problem(rows=40, n_dead=8, aux_k=2, skip=True, selection=selection_rule, dtype=torch.float32)
     running = State.start(case.parameters, case.objective.prefix_ends)
     with torch.no_grad(), Recorder() as recorder:
-        values, computed = SparseStep(case.objective)(case.parameters, case.x, case.y, case.dead)
+        values, computed = step(case.objective)(case.parameters, case.x, case.y, case.dead)
+        running.adam.skip = running.note_failure(values.loss, values.squared_errors)
         optimizer.apply(running.adam, computed.plus(losses.revival(case.dead, 11, 3)), 1e-3, clip_norm=0.1)
-        fired = torch.zeros(11, dtype=torch.int64)
-        running.count(0.5, fired, case.objective.prefix_ends, 40, counting=0)
+        running.count(values.cut, values.fired, case.objective.prefix_ends, 40, counting=0)
         running.dead(10)
     assert {Path(file).name for file, _ in recorder.lines} >= {
-        "sparse.py",
-        "selection.py",
+        *(["selection.py"] if step is SparseStep or selection_rule == "batch_topk" else []),
         "optimizer.py",
         "state.py",
     }

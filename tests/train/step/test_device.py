@@ -1,0 +1,87 @@
+"""The step on a device that is no CPU: the CPU's results, few kernels, and the host waits twice."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.pretend import DEVICE, Pretend, pretend_device
+from tests.train.steps import problem
+from train.state import State
+from train.step.losses import revival
+from train.step.matrix import MatrixStep
+from train.step.optimizer import apply
+from train.step.sparse import SparseStep
+
+KERNELS = 160
+"""Per step, with dead latents."""
+WAITS = {SparseStep: 3, MatrixStep: 2}
+"""Number of candidates, of dead latents; in the sparse step also of entries."""
+
+
+def trained(
+    step: Any, device: torch.device, aux_k: int, selection: str, steps: int = 3
+) -> tuple[dict[str, Tensor], State]:
+    """Parameters after some steps of a problem with dead latents and a skip connection."""
+    case = problem(
+        rows=300, d_in=24, d_out=20, prefix_ends=(64, 700, 1301), k=9, skip=True, selection=selection,
+        aux_k=aux_k, dtype=torch.float32,
+    )  # fmt: skip
+    parameters = case.parameters.map(lambda tensor: tensor.to(device))
+    x, y = case.x.to(device), case.y.to(device)
+    state, compute = State.start(parameters, case.objective.prefix_ends), step(case.objective)
+    with torch.no_grad():
+        for _ in range(steps):
+            dead = state.dead(after_rows=250)
+            values, gradients = compute(state.parameters, x, y, dead)
+            state.adam.skip = state.note_failure(values.loss, values.squared_errors)
+            apply(state.adam, gradients.plus(revival(dead, 1301, 20)), 1e-3)
+            state.count(values.cut, values.fired, case.objective.prefix_ends, 300, counting=0)
+    return state.parameters.named(), state
+
+
+@pytest.mark.parametrize("selection", ["batch_topk", "topk"])
+@pytest.mark.parametrize("aux_k", [7, 2000])
+@pytest.mark.parametrize("step", [SparseStep, MatrixStep])
+def test_a_device_gives_the_cpus_results(step: Any, aux_k: int, selection: str) -> None:
+    expected, _ = trained(SparseStep, torch.device("cpu"), aux_k, selection)
+    with pretend_device():
+        computed, state = trained(step, DEVICE, aux_k, selection)
+        assert all(isinstance(tensor, Pretend) for tensor in [*computed.values(), *state.tensors().values()])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(computed[name].inner, tensor, rtol=1e-4, atol=2e-6, msg=name)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def counted(step: Any) -> Counter[str]:
+    """Counts of the fourth step, which has dead latents: what four steps count and three do not."""
+    counts: list[Counter[str]] = []
+    for steps in (1, 3, 4):  # the first copies constants to the device
+        with pretend_device() as now:
+            trained(step, DEVICE, 512, "batch_topk", steps)
+            counts.append(Counter(now))
+    return counts[2] - counts[1]
+
+
+@pytest.mark.parametrize("step", [SparseStep, MatrixStep])
+def test_a_step_is_few_kernels_and_the_host_waits_seldom(step: Any) -> None:
+    counts = counted(step)
+    assert 50 < counts["kernels"] <= KERNELS, counts
+    assert 0 < counts["waits"] <= WAITS[step], counts
+
+
+def test_tensors_of_two_devices_do_not_meet() -> None:
+    with pretend_device(), pytest.raises(RuntimeError, match="meet"):
+        torch.ones(3).to(DEVICE) + torch.ones(3)
+
+
+def test_waits_and_kernels_are_counted() -> None:
+    with pretend_device() as counts:
+        x = torch.arange(4.0).to(DEVICE)
+        before = Counter(counts)
+        assert float((x + 1).sum()) == 10
+        assert len((x > 1).nonzero()) == 2
+        x[x > 1]
+    more = Counter(counts) - before
+    assert (more["waits"], more["add"], more["nonzero"]) == (3, 1, 1)

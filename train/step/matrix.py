@@ -1,0 +1,150 @@
+"""The training step as products of whole matrices: the same gradients as train/step/dense.py, for a GPU's tensor cores.
+
+On an H100 five products over all latents in bfloat16 take less time than the gathers of the active ones
+(docs/gpu.md), and nothing but the number of candidates and of dead latents comes back to the host.
+
+Shapes: B rows, D_in, D_out, F latents, G groups, N dead latents.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from common.processes import ALONE, Processes
+from train.step.gradients import Block, Gradients
+from train.step.losses import Objective, StepValues, nested_loss
+from train.step.sparse import aux_gradients
+from transcoder.entries import Entries
+from transcoder.selection import batch_cut, row_cuts
+from transcoder.transcoder import Parameters
+
+
+class MatrixStep:
+    """Forward and backward with dense products, in float32, TF32 or bfloat16; sums are float32."""
+
+    def __init__(self, objective: Objective, peers: Processes = ALONE) -> None:
+        self.objective, self.peers = objective, peers
+
+    def __call__(
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int | None = None
+    ) -> tuple[StepValues, Gradients]:
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
+
+        `k`: active latents per row, the objective's if None. The values cover all peers' rows, the gradients this
+        process's part of them.
+        """
+        with tensor_cores(self.objective.precision):
+            return self._step(parameters, x, y, dead, k or self.objective.k)
+
+    def _step(
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
+    ) -> tuple[StepValues, Gradients]:
+        objective, peers = self.objective, self.peers
+        x_low, W_dec_low = self._low(x), self._low(parameters.W_dec)
+        pre = _product(x_low, self._low(parameters.W_enc).T).add_(parameters.b_enc)
+        dead_pre = pre[:, dead]
+        cut, kept = self._kept(pre, k)
+        acts = pre.mul_(kept)
+        acts_low = self._low(acts)
+
+        # r[g] = y_g - y: a running sum over groups, which starts at b_dec + skip - y
+        r = parameters.b_dec - y
+        if parameters.W_skip is not None:
+            r.addmm_(x, parameters.W_skip.T)
+        residuals, groups = [], self._groups()
+        for group in groups:
+            r = r + _product(acts_low[:, group], W_dec_low[group])
+            residuals.append(r)
+        parts = [torch.linalg.vector_norm(r).double().square() for r in residuals]
+        squared_errors = peers.total(torch.stack(parts))
+        n_values = y.numel() * peers.world
+        l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
+
+        # S[g] = 2 / (B D_out) * sum over h >= g of w_h r[h]: the loss's gradient by group g's part of y_hat
+        S, above = [], torch.zeros_like(y)
+        for weight, r in zip(reversed(objective.prefix_weights), reversed(residuals), strict=True):
+            above = torch.add(above, r, alpha=2 * weight / n_values)
+            S.insert(0, above)
+        block = self._block(parameters, x_low, W_dec_low, acts_low, kept, [self._low(s) for s in S], groups)
+        aux = l2.new_zeros(())
+        if len(dead) and objective.aux_k and objective.aux_coefficient:
+            aux, extras = aux_gradients(parameters, dead_pre, x, -residuals[-1], dead, objective, peers)
+            for gradient, extra in zip(block[1:], extras, strict=True):
+                gradient.index_add_(0, dead, extra)
+        shared = {"b_dec": S[0].sum(0)}
+        if parameters.W_skip is not None:
+            shared["W_skip"] = S[0].T @ x
+        fired = kept.sum(0)
+        return (
+            StepValues(squared_errors, l2, aux, fired, lambda: _entries(acts), cut),
+            Gradients(shared, lambda: iter([block])),
+        )
+
+    def _low(self, matrix: Tensor) -> Tensor:
+        """The matrix in the precision of the products' inputs."""
+        return matrix.bfloat16() if self.objective.precision == "bfloat16" else matrix
+
+    def _groups(self) -> list[slice]:
+        ends = self.objective.prefix_ends
+        return [slice(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+
+    def _kept(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(the smallest activation that the selection keeps, [B, F] which ones it keeps)."""
+        tiny = torch.finfo(pre.dtype).smallest_normal  # zero is no activation
+        if self.objective.selection == "batch_topk":
+            cut = batch_cut(pre, k, self.peers)
+            return cut, pre >= cut.clamp_min(tiny)
+        cuts = row_cuts(pre, k)
+        kept = pre >= cuts.clamp_min(tiny)
+        lowest = torch.where(kept, pre, torch.inf).amin()
+        lowest = self.peers.gathered(lowest[None]).amin()
+        return torch.where(lowest.isinf(), 0.0, lowest), kept
+
+    def _block(
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        W_dec: Tensor,
+        acts: Tensor,
+        kept: Tensor,
+        S: list[Tensor],
+        groups: list[slice],
+    ) -> Block:
+        """d_acts = S W_dec^T where an activation is kept, dW_dec = acts^T S, dW_enc = d_acts^T x.
+
+        `x`, `W_dec`, `acts` and `S` are in the precision of the products.
+        """
+        d_pre = torch.empty(acts.shape, dtype=acts.dtype, device=acts.device)
+        d_dec = torch.empty_like(parameters.W_dec)
+        for group, s in zip(groups, S, strict=True):
+            torch.mul(s @ W_dec[group].T, kept[:, group], out=d_pre[:, group])
+            _product(acts[:, group].T, s, out=d_dec[group])
+        along = torch.linalg.vecdot(d_dec, parameters.W_dec)
+        return Block(0, _product(d_pre.T, x), d_pre.sum(0, dtype=d_dec.dtype), d_dec, along)
+
+
+def _entries(acts: Tensor) -> Entries:
+    rows, latents = acts.nonzero(as_tuple=True)  # sync: only where the loop collects samples
+    return Entries(rows, latents, acts[rows, latents], len(acts))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right, summed and returned in float32 where they are bfloat16 (float64 where they are float64)."""
+    if left.dtype != torch.bfloat16:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)  # products of bfloat16 are exact in float32
+
+
+@contextmanager
+def tensor_cores(precision: str) -> Iterator[None]:
+    """Float32 products in TF32 while this lasts, if less than float32 is asked for; on a CPU they stay float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision != "float32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
