@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,10 +24,26 @@ def write_whole(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """The directory and those above it, where they are not there.
+
+    Raises `InputError` for a link to a place that has gone, which would be "File exists".
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        for each in (folder, *folder.parents):
+            if each.is_symlink() and not each.exists():
+                raise InputError(
+                    f"{each}: a link to {each.readlink()}, which is not there; mount its disk, or remove the link"
+                ) from None
+        raise
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends without an error, and is gone after one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
@@ -118,6 +134,22 @@ def remove_asides(*folders: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files below, however many hard links one has; symbolic links count as what they are themselves.
+
+    Half-written files (.tmp) are left out: they go, or become what they are for.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".tmp"):
+                continue
+            with suppress(FileNotFoundError):  # a file that another process was writing
+                status = Path(root, name).lstat()
+                sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
 @contextmanager
 def locked(path: Path, refusal: str | None) -> Iterator[None]:
     """Hold the lock file `path`, which is gone afterwards. The kernel frees a dead holder's lock.
@@ -125,7 +157,7 @@ def locked(path: Path, refusal: str | None) -> Iterator[None]:
     When it is held, raises `InputError` with `refusal` and the holder's process number; without a refusal, says so on
     standard error and waits. A file system without locks is told there and trusted.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # No soft lock where flock is missing: it outlives a killed holder.
     lock = FileLock(path, fallback_to_soft=False)
     try:

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import sha256
 from common.settings import Model
 
+POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,7 +37,13 @@ FREE = {
 """Keys of a config.json that change no activation: the precision is a setting and part of the weights' digest."""
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 """What a tokenizer is made from where there is no tokenizer.json."""
-DESCRIBING = ("config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZERS)
+DESCRIBING = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    *TOKENIZERS,
+)
 """Files that `described_sha256` reads."""
 
 
@@ -57,17 +64,40 @@ def described_sha256(directory: Path) -> str:
 @cache
 def _description(directory: Path, _: Any) -> str:
     """See `described_sha256`; a tokenizer.json of 33 MB (Gemma's) takes seconds."""
-    made = _json(directory / "tokenizer.json")
-    if isinstance(made, dict):
-        made = {key: made.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    elif made is None:
-        made = [_json(directory / name) for name in TOKENIZERS]
-    special = _json(directory / "tokenizer_config.json")
+    tokenizer = _json(directory / "tokenizer.json")
+    if isinstance(tokenizer, dict):
+        keys = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        tokenizer = {key: tokenizer.get(key) for key in keys}
+    elif tokenizer is None:
+        tokenizer = [_json(directory / name) for name in TOKENIZERS]
+    special, older = _json(directory / "tokenizer_config.json"), _json(directory / "special_tokens_map.json")
+    if isinstance(older, dict) and isinstance(special, dict | None):
+        # transformers passes over the older file where the newer lists all tokens
+        lists_all = special is not None and "added_tokens_decoder" in special
+        special = special if lists_all else {**(special or {}), **older}
     if isinstance(special, dict):
         named = [special.get(key) for key in ("bos_token", "eos_token")]
         special = [token.get("content") if isinstance(token, dict) else token for token in named]
-    said = [_used(_json(directory / "config.json")), made, special]
+    said = [_used(_json(directory / "config.json")), tokenizer, special]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def chat_template_sha256(directory: Path) -> str | None:
+    """Digest of the chat template that transformers reads from a model directory; None where it reads none.
+
+    Files of templates have precedence over tokenizer_config.json; of several templates it is the one called default.
+    """
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (default := directory / "chat_template.jinja").is_file():
+        files["default"] = default
+    if files:
+        return sha256(files["default"]) if "default" in files else None
+    config = _json(directory / "tokenizer_config.json")
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
 def _json(path: Path) -> Any:
@@ -101,6 +131,10 @@ def directory_sha256(directory: Path) -> str | None:
     try:
         marks = _marks(files)
     except FileNotFoundError as error:
+        if Path(error.filename).is_symlink():
+            raise InputError(
+                f"{error.filename}: a link to a file that has gone; download the model again"
+            ) from error
         raise InputError(f"{error.filename}: no such file, though {INDEX} names it") from error
     return _digest(tuple(files), marks) if files else None
 
@@ -137,7 +171,7 @@ def weight_files(directory: Path) -> list[Path]:
 @cache
 def _digest(files: tuple[Path, ...], _: Any) -> str:
     """See `directory_sha256`; 1.3 s for 517 MB."""
-    where = {name: (path, header) for path in files for name, header in _tensors(path).items()}
+    where = {name: (path, header) for path in files for name, header in tensors_of(path).items()}
     digest = hashlib.sha256()
     for name, (path, (dtype, shape, start, stop)) in sorted(where.items()):
         digest.update(f"{name} {dtype} {shape}".encode())
@@ -147,8 +181,16 @@ def _digest(files: tuple[Path, ...], _: Any) -> str:
     return digest.hexdigest()
 
 
-def _tensors(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
+def refuse_pointer(path: Path) -> None:
+    """Raise `InputError` for what `git clone` leaves of a large file where Git LFS is not installed."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise InputError(f"{path}: is a pointer of Git LFS, not the file; fetch it (git lfs pull)")
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Name -> (type, shape, first byte, byte after the last) of each tensor; raises `InputError` for another file."""
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -164,33 +206,42 @@ def _tensors(path: Path) -> dict[str, tuple[str, list[int], int, int]]:
         raise InputError(f"{path}: not a whole .safetensors file: {error}") from error
 
 
-def differs(asked: Model, found: Mapping[str, Any]) -> str | None:
-    """In what the model `asked` for is another one than that of `found` (a store's or a run's source); None: the same.
+def differs(model: Model, source: Mapping[str, Any]) -> str | None:
+    """In what a model is another one than that of `source` (a store's or a run's); None: the same.
 
     Where both have weights at hand these decide: a directory may be moved, renamed, or named another way. A name of
     the hub, or a directory that is not on this machine, is compared by name.
     """
-    if (digest := found.get("model_sha256")) and (own := model_sha256(asked)):
+    if (digest := source.get("model_sha256")) and (own := model_sha256(model)):
         if own == digest:
-            return _described_otherwise(asked, found)
-        if found.get("model") == asked.name:
-            return f"the weights in {asked.name}: there {digest[:12]}..., now {own[:12]}..."
+            return _described_otherwise(model, source)
+        if source.get("model") == model.name:
+            return f"the weights in {model.name}: there {shown(digest)}, now {shown(own)}"
         return (
-            f"model: there {found.get('model')!r} with weights {digest[:12]}..., "
-            f"asked {asked.name!r} with {own[:12]}..."
+            f"model: there {source.get('model')!r} with weights {shown(digest)}, "
+            f"asked {model.name!r} with {shown(own)}"
         )
-    names = [str(found.get("model")), asked.name]
+    names = [str(source.get("model")), model.name]
     if names[0] != names[1] and len({os.path.realpath(name) for name in names}) > 1:
         return f"model: there {names[0]!r}, asked {names[1]!r}"
-    revisions = [found.get("revision"), asked.revision]
-    if revisions[0] != revisions[1] and not Path(asked.name).exists():
+    revisions = [source.get("revision"), model.revision]
+    if revisions[0] != revisions[1] and not Path(model.name).exists():
         return f"model.revision: there {revisions[0]!r}, asked {revisions[1]!r}"
     return None
 
 
-def _described_otherwise(asked: Model, found: Mapping[str, Any]) -> str | None:
-    """That the same weights have another config.json or tokenizer; a store or run of before noted neither."""
-    there, now = found.get("description_sha256"), description_sha256(asked)
-    if there is None or now is None or there == now:
+def _described_otherwise(model: Model, source: Mapping[str, Any]) -> str | None:
+    """That the same weights have another config.json, tokenizer or chat template; None where they have not.
+
+    The template is looked at for a text of chats alone. A store or run of before noted none of them.
+    """
+    if not Path(model.name).is_dir():
         return None
-    return f"config.json or the tokenizer in {asked.name}: there {there[:12]}..., now {now[:12]}..."
+    directory = Path(model.name)
+    for what, key, digest_of in (
+        ("config.json or the tokenizer", "description_sha256", described_sha256),
+        ("the chat template", "chat_template_sha256", chat_template_sha256),
+    ):
+        if (there := source.get(key)) is not None and there != (now := digest_of(directory)):
+            return f"{what} in {model.name}: there {shown(there)}, now {shown(now) if now else 'none'}"
+    return None

@@ -110,7 +110,7 @@ class Harvest(Section):
     """Harvest stops when storing costs a larger fraction of one dimension's own variance than this."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that training never sees."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the held-out split and the order of rows within a window."""
 
     @property
@@ -197,9 +197,9 @@ class Train(Section):
     """Steps of linear warm-up."""
     precision: Literal["auto", "float32", "tfloat32", "bfloat16"] = "auto"
     """Inputs of the products; weights and sums are float32 always. auto: tfloat32 on a GPU with TF32, else float32."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Initialises the weights."""
-    order_seed: int = Field(default=0, ge=0)
+    order_seed: int = Field(default=0, ge=0, lt=2**63)
     """Orders the rows."""
     init_from: str | None = None
     """Run directory whose weights this run starts from."""
@@ -304,12 +304,22 @@ class Evaluate(Section):
     """Allow a store of a different layer, model or hook than the transcoder was trained on."""
 
 
+def _place(value: Any) -> Any:
+    """The name of a directory; ~ is the user's home, which a shell puts in place of it at a word's start alone."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("expected a directory, found an empty name")
+    try:
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    except RuntimeError as error:
+        raise ValueError(f"{value}: {error}") from error
+
+
 class Paths(Section):
-    activations: str = "activations"
+    activations: Annotated[str, BeforeValidator(_place)] = "activations"
     """Where stores live: a directory, or an s3://, gs://, https:// or hf:// address to read them from."""
-    checkpoints: Path = Path("checkpoints")
+    checkpoints: Annotated[Path, BeforeValidator(_place)] = Path("checkpoints")
     """Where runs live."""
-    cache: Path = ROOT / ".cache" / "stores"
+    cache: Annotated[Path, BeforeValidator(_place)] = ROOT / ".cache" / "stores"
     """Where files of remote stores are kept while they are used."""
     cache_bytes: int = Field(default=20_000_000_000, gt=0)
     """Size of that cache; an epoch of a larger store downloads it again."""

@@ -20,8 +20,8 @@ COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim
 
 
 def main() -> None:
-    made = parser("evaluate", __doc__ or "")
-    made.add_argument(
+    options = parser("evaluate", __doc__ or "")
+    options.add_argument(
         "--cross-entropy-tokens",
         type=int,
         default=CROSS_ENTROPY_TOKENS,
@@ -29,14 +29,14 @@ def main() -> None:
         help="tokens of the cross-entropy, the slow part: the language model runs with its MLP replaced; fewer are "
         "faster, 0: no cross-entropy [%(default)s]",
     )
-    settings, given = load(made)
+    settings, arguments = load(options)
     from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
     from train import log
     from transcoder.weights import chosen_run
 
     log.check(settings.wandb)
-    settings = chosen_run(settings, given.run)
-    metrics, fresh = evaluate(settings, max(0, given.cross_entropy_tokens))
+    settings = chosen_run(settings, arguments.run)
+    metrics, fresh = evaluate(settings, max(0, arguments.cross_entropy_tokens))
     if fresh:
         log.log_evaluation(settings.run_dir(), settings, metrics.written())
     show(settings, metrics, fresh, Console())
@@ -46,6 +46,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
     """The short table, the verdicts and the paths."""
     from train.log import where
     from train.record import went_on
+    from transcoder.weights import FILE_NAME
 
     table = table_of(
         rows_of(metrics.rows, metrics.provenance.split),
@@ -78,7 +79,9 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
         plain(console, "nothing has changed since the last evaluation: nothing was measured again")
     run_dir = settings.run_dir()
     if at := metrics.provenance.checkpoint:
-        plain(console, f"note: the checkpoint of step {at.step:,} of {at.of:,}: training has not ended")
+        is_over = (run_dir / FILE_NAME).exists() and went_on(run_dir) is None
+        ended = "" if is_over else ": training has not ended"
+        plain(console, f"note: the checkpoint of step {at.step:,} of {at.of:,}{ended}")
         run_dir = run_dir / f"at_step_{at.step}"
     elif step := went_on(run_dir):
         plain(

@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -107,24 +109,25 @@ def kept_place(folder: Path, values: Mapping[str, object]) -> Path:
     )
 
 
-def find(folder: Path, provenance: Provenance) -> Path | None:
-    """The complete evaluation of just this provenance: `folder`, or one that is kept; none where there is none.
+class Evaluation(NamedTuple):
+    """A complete evaluation, and where it is."""
+
+    folder: Path
+    metrics: Metrics
+
+
+def find(folder: Path, provenance: Provenance) -> Evaluation | None:
+    """The complete evaluation of just this provenance: in `folder`, or one that is kept; none where there is none.
 
     One that lacks a field of this version is none: it is measured again.
     """
     for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
-        kept = complete(each)
-        if kept is not None and kept["provenance"] == provenance.written() and _is_of_this_version(kept):
-            return each
+        values = complete(each)
+        if values is None or values["provenance"] != provenance.written():
+            continue
+        with suppress(ValidationError):
+            return Evaluation(each, Metrics.model_validate(values))
     return None
-
-
-def _is_of_this_version(values: Mapping[str, object]) -> bool:
-    try:
-        Metrics.model_validate(values)
-    except ValidationError:
-        return False
-    return True
 
 
 def make_room(folder: Path, results: Results | None = None) -> None:

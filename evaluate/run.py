@@ -16,7 +16,6 @@ from evaluate.files import (
     METRICS_VERSION,
     bring_back,
     find,
-    finished,
     make_room,
     read_lines,
     write_record,
@@ -75,13 +74,13 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     compared = {"one_group_sha256": flat and flat.weights_sha256}
     job = replace(job, provenance=job.provenance.model_copy(update=compared))
     earlier = find(job.folder, job.provenance)
-    if earlier is not None and earlier != job.folder:
+    if earlier is not None and earlier.folder != job.folder:
         with _lock(job):
             earlier = find(job.folder, job.provenance)  # another evaluation may have moved it
-            if earlier is not None and earlier != job.folder:
-                bring_back(earlier, job.folder)
-    if earlier is not None and (metrics := finished(job.folder)) is not None:
-        return metrics, False
+            if earlier is not None and earlier.folder != job.folder:
+                bring_back(earlier.folder, job.folder)
+    if earlier is not None:
+        return earlier.metrics, False
     coder, select = load_coder(job), _training_selection(job.run_dir)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
     language = measure_language(settings, job.store, job.split, coder, ce_tokens)

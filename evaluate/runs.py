@@ -7,9 +7,11 @@ from typing import Any
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.files import size_of
 from common.numbers import number_or_dash
 from evaluate.files import finished
-from evaluate.stores import print_table, size_of
+from evaluate.stores import print_table
+from shards.plan import human
 from train import checkpoint, record
 from transcoder import weights
 
@@ -31,8 +33,8 @@ COLUMNS: tuple[str, ...] = (
 
 def runs_of(checkpoints: Path, layers: tuple[int, ...] = ()) -> Iterator[Path]:
     """Run directories, finished or begun, of these layers (none: of all), by model, layer and name."""
-    found = [*checkpoints.glob("transcoder/*/layer_*/*/")]
-    for run_dir in sorted(found, key=lambda path: (path.parts[-3], _layer(path), path.name)):
+    folders = [*checkpoints.glob("transcoder/*/layer_*/*/")]
+    for run_dir in sorted(folders, key=lambda path: (path.parts[-3], _layer(path), path.name)):
         there = any((run_dir / name).is_file() for name in (weights.FILE_NAME, record.FILE_NAME))
         if there and (not layers or _layer(run_dir) in layers):
             yield run_dir
@@ -51,7 +53,7 @@ def line_of(run_dir: Path) -> dict[str, str]:
         "layer": run_dir.parts[-2].removeprefix("layer_"),
         "run": run_dir.name,
     }
-    line["size"] = size_of(run_dir)
+    line["size"] = human(size_of(run_dir))
     try:
         line |= _trained(run_dir) if (run_dir / weights.FILE_NAME).is_file() else _begun(run_dir)
     except (InputError, OSError, ValueError, LookupError, TypeError) as error:
@@ -62,13 +64,13 @@ def line_of(run_dir: Path) -> dict[str, str]:
 def _trained(run_dir: Path) -> dict[str, str]:
     """Of a finished or imported run: what its header says, and the evaluation's numbers where there is one of it."""
     header = weights.read_metadata(run_dir)
-    asked, held = header.get("settings") or {}, header.get("heldout") or {}
-    line = _asked(asked, header.get("used") or {}) | {"latents": f"{header['prefix_ends'][-1]:,}"}
+    settings, held = header.get("settings") or {}, header.get("heldout") or {}
+    line = _asked(settings, header.get("used") or {}) | {"latents": f"{header['prefix_ends'][-1]:,}"}
     if trained := header.get("training"):
         line["rows"] = f"{trained['rows']:,}"
     if held.get("rows"):
         line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
-    line["evaluated"] = "no" if asked else "no (imported)"
+    line["evaluated"] = "no" if settings else "no (imported)"
     try:
         metrics = finished(run_dir / "evaluation")
     except InputError as error:
@@ -110,9 +112,9 @@ def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
 
 
 def main() -> None:
-    settings, given = load(parser("evaluate.runs", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.runs", __doc__ or ""))
     folder = settings.paths.checkpoints
-    lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if given.layer else ())]
+    lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if arguments.layer else ())]
     print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.files import size_of
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
 from shards.plan import human
@@ -29,12 +30,12 @@ COLUMNS: tuple[str, ...] = (
 
 def stores_of(activations: Path, layers: tuple[int, ...] = ()) -> list[tuple[Path, int, str]]:
     """(directory, layer, name of the harvest) of the stores of these layers (none: of all), by model, layer, name."""
-    found = []
+    stores = []
     for path in activations.glob("*/layer_*.zarr"):
         match = re.fullmatch(r"layer_(\d+)(?:_(.+))?\.zarr", path.name)
         if match and path.is_dir() and (not layers or int(match[1]) in layers):
-            found.append((path, int(match[1]), match[2] or ""))
-    return sorted(found, key=lambda each: (each[0].parent.name, *each[1:]))
+            stores.append((path, int(match[1]), match[2] or ""))
+    return sorted(stores, key=lambda each: (each[0].parent.name, *each[1:]))
 
 
 def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
@@ -44,32 +45,21 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
         "layer": str(layer),
         "harvest": harvest or "-",
     }
-    line["size"] = size_of(path)
+    line["size"] = human(size_of(path))
     if not (path / COMMIT).is_file():
         windows = len([*(path / WORK / "records").glob("*.json")])
         return line | {"state": f"unfinished, {windows} windows of 32,768 rows"}
     try:
         manifest = read_manifest(path)
     except InputError as error:
-        return line | {"state": f"cannot be read: {error}"}
+        why = str(error).removeprefix(f"{path / 'zarr.json'}: ").removeprefix("cannot be read: ")
+        return line | {"state": f"cannot be read: {why}"}
     source, train = manifest.source, manifest.splits["train"]
     rows, heldout = (f"{manifest.splits[split].rows:,}" for split in SPLITS)
     line |= {"rows": rows, "held-out": heldout, "width": f"{source.d_in} -> {source.d_out}"}
     if train.inputs and train.outputs:
         line["cost FVU"] = f"{train.inputs.quantisation_fvu:.1e} / {train.outputs.quantisation_fvu:.1e}"
     return line | {"storage": source.storage, "input": source.input, "state": "complete"}
-
-
-def size_of(folder: Path) -> str:
-    """Bytes of all files below, links not followed, in the unit that reads best."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += Path(root, name).lstat().st_size
-            except FileNotFoundError:  # a file that another process was writing
-                continue
-    return human(total)
 
 
 def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:
@@ -94,11 +84,11 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 
 
 def main() -> None:
-    settings, given = load(parser("evaluate.stores", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.stores", __doc__ or ""))
     where = settings.paths.activations
     if is_url(where):
         raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")
-    stores = stores_of(Path(where), settings.layers if given.layer else ())
+    stores = stores_of(Path(where), settings.layers if arguments.layer else ())
     print_table(
         [line_of(*each) for each in stores], COLUMNS, f"no stores in {where}; harvest one (make harvest)"
     )

@@ -31,8 +31,8 @@ def refuse_missing(run_dir: Path) -> None:
         return
     record.refuse_unfinished(run_dir)
     others = sorted(path.parent.name for path in run_dir.parent.glob(f"*/{FILE_NAME}"))
-    found = f", or evaluate one of those there are: RUN={' '.join(others)}" if others else ""
-    raise InputError(f"{run_dir / FILE_NAME}: not found; train this run first (make train){found}")
+    instead = f", or evaluate one of those there are: RUN={' '.join(others)}" if others else ""
+    raise InputError(f"{run_dir / FILE_NAME}: not found; train this run first (make train){instead}")
 
 
 def read(path: str | Path, store: Store, mismatch: bool = False) -> Transcoder:

@@ -6,20 +6,20 @@ from common.cli import load, parser, run_stage
 def main() -> None:
     options = parser("harvest", "Run the language model once and write its (input, output) activations.")
     options.add_argument("--force", action="store_true", help="harvest even if the disk looks too small")
-    options.add_argument("--plan", action="store_true", help="print what the harvest will take, and stop")
-    settings, given = load(options)
+    options.add_argument("--plan", action="store_true", help="print what the harvest would take and exit")
+    settings, arguments = load(options)
     from harvest.run import (
         harvest,
         plan_only,
     )  # after the settings are checked: torch takes seconds to import
 
-    if given.plan:
+    if arguments.plan:
         plan_only(settings)
     else:
         from common.device import share_cores
 
         share_cores()
-        harvest(settings, force=given.force)
+        harvest(settings, force=arguments.force)
 
 
 if __name__ == "__main__":

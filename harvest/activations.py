@@ -100,9 +100,9 @@ def _rows_of(caught: dict[str, torch.Tensor], name: str, batch: Positions, sourc
     """[m, D] float32 of one hook point at the batch's kept positions."""
     tensor = caught.get(name)
     if tensor is None or tensor.shape[:2] != batch.tokens.shape:
-        found = "nothing" if tensor is None else tuple(tensor.shape)
+        shape = "nothing" if tensor is None else tuple(tensor.shape)
         raise InputError(
-            f"hook {name}: expected {batch.tokens.shape} positions, found {found}; it did not fire"
+            f"hook {name}: expected {batch.tokens.shape} positions, found {shape}; it did not fire"
         )
     places = torch.from_numpy(batch.context * batch.tokens.shape[1] + batch.position).to(tensor.device)
     rows = tensor.flatten(0, 1).index_select(0, places).float().cpu()

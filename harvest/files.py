@@ -1,4 +1,4 @@
-"""Local files of text: which there are, and the asked column of every row.
+"""Local files of text: which there are, and the requested column of every row.
 
 Of a row only its column is looked at, and its type is ours: whatever else a file holds, and wherever, is no matter.
 """
@@ -9,14 +9,16 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
+from common.identity import POINTER
 from common.settings import Data
 from harvest.embedded import text_files
 
@@ -46,7 +48,7 @@ class Row(NamedTuple):
     place: str
     """Within its file: "line 3", counted from 1; "row 2" of a .parquet, from 0."""
     value: object
-    """Of the asked column, or `Bad`."""
+    """Of the requested column, or `Bad`."""
 
 
 # -- which files ---------------------------------------------------------------------------------------
@@ -75,34 +77,43 @@ def _named(name: str) -> Files:
         raise InputError("data.files: a name is empty; expected files, directories or patterns")
     if path.is_file():
         if kind_of(path) is None:
-            raise InputError(f"data.files: {path}: expected {KINDS}, found {path.suffix!r}")
+            ending = repr("".join(path.suffixes[-2:])) if path.suffix else "no ending"
+            raise InputError(f"data.files: {path}: expected {KINDS}, found {ending}")
         return Files([path], [])
     if path.is_dir():
-        found = sorted(_below(path, set()))
-        if (path / "state.json").is_file() and any(each.suffix == ".arrow" for each in found):
+        files = sorted(_below(path, set()))
+        if (path / "state.json").is_file() and any(each.suffix == ".arrow" for each in files):
             raise InputError(
-                f"data.files: {path} is what save_to_disk() wrote; write it with to_parquet() instead"
+                f"data.files: {path} was written by save_to_disk(); write it with to_parquet() instead"
             )
     elif os.path.lexists(path):
         raise InputError(
-            f"data.files: {path} is not a regular file, or a link to none; copy its text into one"
+            f"data.files: {path} is not a regular file (or a link to one); copy its text into a regular file"
         )
     else:
         matches = glob.glob(name, recursive=True) if glob.has_magic(name) else []  # noqa: PTH207 - Path's takes no root
-        found = sorted(Path(match) for match in matches if not Path(match).is_dir())
-        if not found:
+        files = sorted(Path(match) for match in matches if not Path(match).is_dir())
+        if not files:
             pattern = ", and as a pattern it matches none" if glob.has_magic(name) else ""
-            raise InputError(f"data.files: no such file {path}{pattern}")
+            raise InputError(f"data.files: no such file {name}{pattern}{_not_expanded(name)}")
     once = {
-        each.resolve(): each for each in reversed(found)
+        each.resolve(): each for each in reversed(files)
     }  # links may lead to a file twice, or in a circle
-    found = sorted(once.values())
-    read = [each for each in found if kind_of(each)]
+    files = sorted(once.values())
+    read = [each for each in files if kind_of(each)]
     if not read:
-        raise InputError(f"data.files: {path}: none of its {len(found)} files is {KINDS}")
+        none = f"none of its {len(files)} files has one of the types {KINDS}" if files else "holds no files"
+        raise InputError(f"data.files: {path}: {none}")
     if broken := [each for each in read if not each.is_file()]:
-        raise InputError(f"data.files: {broken[0]} is not a regular file, or a link to none")
-    return Files(read, [each for each in found if not kind_of(each)])
+        raise InputError(f"data.files: {broken[0]} is not a regular file (or a link to one)")
+    return Files(read, [each for each in files if not kind_of(each)])
+
+
+def _not_expanded(name: str) -> str:
+    """What to say of a name that a shell or a browser would have made another of."""
+    if "://" in name:
+        return "; addresses are not read: download it first"
+    return "; ~ and $ are not expanded here: give the whole path" if name[:1] in ("~", "$") else ""
 
 
 def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -130,11 +141,16 @@ def kind_of(path: Path) -> str | None:
     return kind if kind in READERS and not (packed and kind == ".parquet") else None
 
 
+def has_columns(files: Sequence[Path]) -> bool:
+    """Whether data.text_column decides what is read: not of .txt files alone."""
+    return not files or any(kind_of(path) != ".txt" for path in files)
+
+
 # -- rows ----------------------------------------------------------------------------------------------
 
 
 def file_rows(path: Path, column: str) -> Iterator[Row]:
-    """The asked column of every row. Raises `ValueError` or `OSError` where the file cannot be read on."""
+    """The requested column of every row. Raises `ValueError` or `OSError` where the file cannot be read on."""
     kind = kind_of(path)
     assert kind, "found_files gives none of another kind"
     _refuse_another_kind(path)
@@ -156,7 +172,10 @@ def _open(path: Path) -> Any:
 STARTS = {
     b"\x1f\x8b": "is compressed by gzip; its name must end in .gz",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; its name must end in .zst",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file; fetch it (git lfs pull)",
+    POINTER: "is a pointer of Git LFS, not the file; fetch it (git lfs pull)",
+    b"BZh": "is compressed by bzip2, which is not read; unpack it (bunzip2)",
+    b"\xfd7zXZ\0": "is compressed by xz, which is not read; unpack it (unxz)",
+    b"PK\x03\x04": "is a zip archive, which is not read; unpack it (unzip)",
     b"\xff\xfe": "is UTF-16; expected UTF-8, convert it (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16; expected UTF-8, convert it (iconv -f UTF-16 -t UTF-8)",
 }
@@ -177,7 +196,7 @@ def _refuse_another_kind(path: Path) -> None:
 def _lines(path: Path, newline: str | None) -> Iterator[Iterator[str]]:
     """Lines that end as `newline` of open() says, without byte order marks, which joined files have in the middle too.
 
-    What is not UTF-8 becomes `ESCAPES`: it matters in the asked column alone.
+    What is not UTF-8 becomes `ESCAPES`: it matters in the requested column alone.
     """
     with io.TextIOWrapper(_open(path), "utf-8", "surrogateescape", newline) as lines:
         yield filter(
@@ -185,10 +204,11 @@ def _lines(path: Path, newline: str | None) -> Iterator[Iterator[str]]:
         )  # a line has its end; a mark alone is none
 
 
-def _txt(path: Path, column: str) -> Iterator[Row]:
+def _txt(path: Path, _: str) -> Iterator[Row]:
+    """Each line is a text: there are no columns to choose from."""
     with _lines(path, None) as lines:
         for number, line in enumerate(lines, 1):
-            yield Row(f"line {number}", pick({"text": line.removesuffix("\n")}, column))
+            yield Row(f"line {number}", line.removesuffix("\n"))
 
 
 def _integer(digits: str) -> float:
@@ -210,9 +230,14 @@ def _json_row(place: str, line: str, column: str) -> Row:
     try:
         return Row(place, _of_object(DECODER.decode(line.rstrip("\r\n")), column))
     except json.JSONDecodeError as error:
-        return Row(f"{place}, column {error.colno}", Bad(error.msg))
+        return Row(place, Bad(_not_json(error)))
     except RecursionError:
         return Row(place, Bad("its values are nested too deeply"))
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    what = re.sub("( starting)? at$", "", error.msg)
+    return f"not valid JSON: {what} at character {error.colno}"
 
 
 def _of_object(value: object, column: str) -> object:
@@ -240,7 +265,7 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         try:
             value, place = DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+            raise ValueError(f"line {error.lineno}: {_not_json(error)}") from error
         except RecursionError as error:
             raise ValueError("its values are nested too deeply") from error
         for each in value if isinstance(value, list) else [value]:
@@ -264,7 +289,7 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
                 return
             except csv.Error as error:
                 if table.line_num > before + 1:
-                    raise ValueError(f"{place}: {error}") from error
+                    raise ValueError(f"{place}: a quote that begins here has no end ({error})") from error
                 yield Row(place, Bad(str(error)))
                 continue
             if len(fields) == len(names):
@@ -299,11 +324,11 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
         for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
             for value in batch.column(top):
                 try:
-                    found = value.as_py()
+                    content = value.as_py()
                 except UnicodeDecodeError as error:
-                    found = Bad(f"column {column!r} is not UTF-8: {error.reason}")
-                nested = top != column and not isinstance(found, Bad)
-                yield Row(f"row {number}", pick({top: found}, column) if nested else found)
+                    content = Bad(f"column {column!r} is not UTF-8: {error.reason}")
+                nested = top != column and not isinstance(content, Bad)
+                yield Row(f"row {number}", pick({top: content}, column) if nested else content)
                 number += 1
 
 
@@ -340,19 +365,25 @@ def _names(row: Mapping[str, object], before: str = "") -> Iterator[str]:
 
 
 def _no_column(column: str, names: list[str]) -> str:
-    shown = [name if name.isprintable() else repr(name) for name in names[:12]]
+    plain = [name.isprintable() and name == name.strip() for name in names[:12]]
+    shown = [
+        f"{name:.40}" if is_plain else f"{name!r:.40}" for name, is_plain in zip(names, plain, strict=False)
+    ]
     more = ", ..." if len(names) > 12 else ""
     return f"no column {column!r}; expected data.text_column among {', '.join(shown) or 'none'}{more}"
 
 
-def not_unicode(text: str) -> str | None:
-    """Why a text is none: it holds a byte that is not UTF-8, or half of a surrogate pair (a cut emoji)."""
+def not_unicode(text: str, kind: str | None) -> str | None:
+    """Why a text is none: it holds a byte that is not UTF-8, or half of a surrogate pair (a cut emoji), which only
+    JSON can write; `kind` of its file.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = f"a lone surrogate \\u{code:04x}"
-        if code in ESCAPES:
-            what = f"byte 0x{code - 0xDC00:02x}, which is not UTF-8, or {what}"
-        return f"{what} at its character {error.start + 1}"
+        code, at = ord(text[error.start]), f"at character {error.start + 1}"
+        surrogate = f"a lone surrogate \\u{code:04x}"
+        if code not in ESCAPES:
+            return f"{surrogate} {at}"
+        also = "" if kind in (".txt", ".csv") else f", or {surrogate}"
+        return f"byte 0x{code - 0xDC00:02x} {at} is not UTF-8{also}"
     return None

@@ -29,7 +29,7 @@ def directory_of(file: Path) -> Path:
     with file.open("rb") as opened:
         if (begins := opened.read(4)) != b"GGUF":
             raise InputError(
-                f"model.name: {file}: cannot be read as GGUF: expected GGUF at its beginning, found {begins!r}; "
+                f"model.name: {file}: cannot be read as GGUF: expected it to start with GGUF, found {begins!r}; "
                 "give a Hugging Face directory of this model"
             )
     return cached(CACHE / "gguf" / file_sha256(file)[:32], lambda directory: _unpack(file, directory))

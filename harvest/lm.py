@@ -5,6 +5,7 @@ Shapes: b contexts, T positions, D model width.
 
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from transformers.utils import logging as transformers_logging
 from common.device import pick_device
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.hooks import INPUT_HOOKS, OUTPUT_HOOK
-from common.identity import is_gguf
+from common.identity import TOKENIZERS, is_gguf, refuse_pointer, tensors_of, weight_files
 from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
 from harvest.sealed import sealed
 from shards.store import as_harvested
 
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tiktoken.model", *TOKENIZERS)
 NEEDED = (*INPUT_HOOKS.values(), OUTPUT_HOOK)
 
 
@@ -142,9 +144,9 @@ def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return None if parameter is None else parameter.detach().float()
 
 
-def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -168,10 +170,15 @@ def locate(model: Model) -> str:
         return str(gguf.directory_of(Path(model.name)))
     if Path(model.name).is_file():
         raise InputError(
-            f"model.name: {model.name} is a file that is no .gguf; expected a directory with config.json, a tokenizer "
+            f"model.name: {model.name} is a file but not a .gguf; expected a directory with config.json, a tokenizer "
             "and .safetensors, or a .gguf file"
         )
     if Path(model.name).is_dir():
+        if (Path(model.name) / "adapter_config.json").is_file():
+            raise InputError(
+                f"model.name: {model.name} has an adapter (adapter_config.json), which is not applied; give a "
+                "directory of the merged model (merge_and_unload() in peft, then save_pretrained())"
+            )
         if not (Path(model.name) / "config.json").is_file():
             raise InputError(
                 f"model.name: {model.name} has no config.json; expected a Hugging Face model directory"
@@ -179,11 +186,16 @@ def locate(model: Model) -> str:
         if not list(Path(model.name).glob("*.safetensors")):
             raise InputError(
                 f"model.name: {model.name} has no .safetensors file; pickled weights (.bin, .pt) are not read: "
-                "load it with transformers where you trust it, and save_pretrained() it"
+                "if you trust it, load it with transformers and save it with save_pretrained()"
             )
         return model.name
-    if model.name.startswith((".", "/", "~")):
-        raise InputError(f"model.name: no such directory {model.name}")
+    if model.name.startswith((".", "/", "~", "$")):
+        why = "; ~ and $ are not expanded here: give the whole path" if model.name[0] in "~$" else ""
+        raise InputError(f"model.name: no such directory {model.name}{why}")
+    if "://" in model.name:
+        raise InputError(
+            f"model.name: {model.name} is an address; expected owner/name as on the hub, or a directory"
+        )
     return _locate_on_hub(model)
 
 
@@ -214,7 +226,7 @@ def _locate_on_hub(model: Model) -> str:
             )
         except (errors.LocalEntryNotFoundError, OSError):
             raise InputError(
-                f"model {model.name}: the Hugging Face hub was not reached ({first_line(error)}) and the model is "
+                f"model {model.name}: the Hugging Face hub could not be reached ({first_line(error)}) and the model is "
                 "not in the local cache; go online, or give --model.name <local directory>; "
                 "make demo needs no hub"
             ) from error
@@ -222,7 +234,12 @@ def _locate_on_hub(model: Model) -> str:
 
 
 def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
-    """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token."""
+    """Tokenizer with special-token parsing off: `<|im_start|>` in a web page is text, not a token.
+
+    Raises `InputError` where there is none: transformers makes up an empty one of some classes (LlamaTokenizer).
+    """
+    if (own := Path(where) / "tokenizer.json").is_file():
+        refuse_pointer(own)
     try:
         with sealed(network=not Path(where).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
@@ -231,6 +248,13 @@ def load_tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerFast:
         if Path(where).is_dir() and not (Path(where) / "tokenizer.json").is_file():
             why = "there is no tokenizer.json beside the weights; copy it there"
         raise InputError(f"model {where}: its tokenizer cannot be loaded: {why}") from error
+    directory = files_directory(where, revision)
+    if not any(
+        (directory / name).is_file() for name in (*tokenizer.vocab_files_names.values(), *TOKENIZER_FILES)
+    ):
+        raise InputError(
+            f"model {where}: has no tokenizer, only its settings; copy tokenizer.json beside the weights"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model {where}: has no fast tokenizer (tokenizer.json), which the store keeps")
     as_harvested(tokenizer.backend_tokenizer)
@@ -244,6 +268,11 @@ def _why(error: Exception) -> str:
             "it needs Python code of its own (auto_map), which is never run; "
             "expected a model whose model_type transformers knows"
         )
+    if "pip install" in str(error) and "quanti" in str(error):
+        what = re.split(r"[.:(;]* *\(?`?[Pp]lease install|[:(] ?`?pip install", first_line(error))[0]
+        return f"{what.strip()}, which this project does not use; give the model as it was before it was quantised"
+    if isinstance(error, KeyError):
+        return f"its files name {error}, which transformers does not know"
     return first_line(error)
 
 
@@ -268,7 +297,7 @@ def shape(where: str, revision: str | None) -> Shape:
 def check_layers(layers: Iterable[int], n_layers: int, name: str) -> None:
     """Raise `InputError` for the first of these layers that the model does not have."""
     if absent := [layer for layer in layers if layer >= n_layers]:
-        raise InputError(f"layer: {absent[0]} asked for, but {name} has layers 0 to {n_layers - 1}")
+        raise InputError(f"layer: {absent[0]} requested, but {name} has layers 0 to {n_layers - 1}")
 
 
 def files_directory(where: str, revision: str | None) -> Path:
@@ -278,6 +307,49 @@ def files_directory(where: str, revision: str | None) -> Path:
 
         where = huggingface_hub.snapshot_download(where, revision=revision, local_files_only=True)
     return Path(where)
+
+
+OF_CODES = re.compile(r"scale|zero|absmax|quant|SCB|g_idx|amax")
+"""In the name of what stands beside a weight that is stored as codes."""
+
+
+def _check_loaded(model: Model, hf_model: Any, info: dict[str, Any], directory: Path) -> None:
+    """Raise `ValueError` where what was loaded is not what the files hold; a note of what was left aside.
+
+    Without a quantisation that transformers knows, it takes codes for weights: FVU 2e23 of fp8 with scales.
+    """
+    if wrong := sorted(info["mismatched_keys"]):
+        name, actual, expected = wrong[0]
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(actual)}")
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"no weights for {missing[0]}{_and_more(missing)}")
+    names, unused = set(hf_model.state_dict()), sorted(info["unexpected_keys"])
+    stored = {
+        name: tensor[0] for path in weight_files(directory) for name, tensor in tensors_of(path).items()
+    }
+    codes = [
+        name for name in sorted(names & stored.keys()) if name.endswith("weight") and stored[name][0] in "IU"
+    ]
+    codes += [
+        name
+        for name in unused
+        if OF_CODES.search(last := name.rpartition(".")[2]) and f"{name.removesuffix(last)}weight" in names
+    ]
+    if codes and getattr(hf_model, "hf_quantizer", None) is None:
+        raise ValueError(
+            f"its weights are stored as codes ({codes[0]}), and config.json names no quantisation that transformers "
+            "knows; give the model as it was before it was quantised"
+        )
+    if unused:
+        tqdm.write(
+            f"note: {model.name}: config.json has no place for the weights of {unused[0]}{_and_more(unused)}; "
+            "they are not used",
+            file=sys.stderr,
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> LanguageModel:
@@ -298,29 +370,23 @@ def load(model: Model, where: str, tokenizer: PreTrainedTokenizerFast) -> Langua
         # Loaded here and not by the bridge, because transformers fills what a checkpoint lacks with random
         # numbers and says so in a warning, and because it would read pickles.
         with sealed(network=not Path(where).is_dir()):
+            config = AutoConfig.from_pretrained(where, revision=model.revision, trust_remote_code=False)
+            # Gemma-2 has no other; the loss is then the same for all. Asked for by argument alone, config.json's own
+            # _attn_implementation (Phi-3's: flash_attention_2, or the name of a kernel to download) would go before it.
+            config._attn_implementation = "eager"
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
+                config=config,
                 revision=model.revision,
                 dtype=dtype,
-                attn_implementation="eager",  # Gemma-2 has no other; the loss is then the same for all
+                attn_implementation="eager",
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # to be told of them
                 output_loading_info=True,
                 trust_remote_code=False,
             )
             hf_model, info = loaded
-            if wrong := sorted(info["mismatched_keys"]):
-                name, found, expected = wrong[0]
-                raise ValueError(f"{name}: expected shape {tuple(expected)}, found {tuple(found)}")
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"no weights for {missing[0]} (and {len(missing) - 1} more)")
-            if unused := sorted(info["unexpected_keys"]):
-                more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
-                tqdm.write(
-                    f"note: {model.name}: config.json has no place for the weights of {unused[0]}{more}; "
-                    "they are not used",
-                    file=sys.stderr,
-                )
+            _check_loaded(model, hf_model, info, files_directory(where, model.revision))
             bridge = TransformerBridge.boot_transformers(
                 where,
                 device=str(device),

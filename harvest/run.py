@@ -11,21 +11,28 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import InputError
-from common.files import sha256, write_whole
+from common.errors import InputError, shown
+from common.files import sha256, size_of, write_whole
 from common.hooks import hooks_of
-from common.identity import described_sha256, description_sha256, differs, directory_sha256, model_sha256
+from common.identity import (
+    chat_template_sha256,
+    described_sha256,
+    description_sha256,
+    differs,
+    directory_sha256,
+    model_sha256,
+)
 from common.processes import Processes, joined
 from common.progress import progress
 from common.settings import Data, Model, Settings
 from harvest import lm
-from harvest.files import found_files
-from harvest.text import Packed, Skipped, Special, SpecialStrings, documents, is_heldout, pack_splits
+from harvest.files import found_files, has_columns
+from harvest.text import Packed, RowCounts, Special, SpecialStrings, documents, is_heldout, pack_splits
 from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import NAMES, SPLITS, Manifest, Source
-from shards.plan import estimate, human, measure, shortage
+from shards.plan import expected_rows, human, plan_of, rows_in_words, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store, as_harvested
@@ -44,7 +51,9 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
         with joined() as processes, contextlib.ExitStack() as stack:
             for writer in todo.values() if processes.leads else ():
                 stack.enter_context(writer.lock())
-            _harvest(settings, todo, request, where, force, processes)
+            manifests = _harvest(settings, todo, request, where, force, processes)
+        for layer, manifest in manifests.items():  # when what was only for the writing has gone
+            _summary(layer, todo[layer].root, manifest)
     return [_local(settings.store_path(layer)) for layer in settings.layers]
 
 
@@ -56,7 +65,7 @@ def _todo(settings: Settings, request: dict[str, Any]) -> dict[int, StoreWriter]
     return {
         layer: writer
         for layer, writer in writers.items()
-        if not _already_there(writer, layer, settings.model, request)
+        if not _already_there(writer, layer, settings, request)
     }
 
 
@@ -68,47 +77,47 @@ def _local(path: str) -> Path:
 
 def requested(settings: Settings) -> dict[str, Any]:
     """What was asked for, by the keys of `Source`; two harvests of one layer differ where this differs."""
-    data, asked = settings.data, settings.harvest
-    inputs, outputs = STORAGES[asked.storage].compressors
-    if asked.compressor != "auto":
-        inputs = outputs = Compressor(asked.compressor).name
+    data, options = settings.data, settings.harvest
+    inputs, outputs = STORAGES[options.storage].compressors
+    if options.compressor != "auto":
+        inputs = outputs = Compressor(options.compressor).name
     files = found_files(data).read
     request = {
         "model": settings.model.name,
         "revision": settings.model.revision,
         "model_sha256": model_sha256(settings.model),
         "description_sha256": description_sha256(settings.model),
-        "input": asked.input,
+        "input": options.input,
         "dataset": "files" if data.files else data.dataset,
         "dataset_name": None if files else data.name,
         "dataset_revision": None if files else data.revision,
         "dataset_split": None if files else data.split,
-        "text_column": data.text_column,
+        "text_column": data.text_column if has_columns(files) else "text",
         "files": [sha256(path) for path in files],
         "special_tokens": data.special_tokens,
         "pack": data.pack,
-        "context_length": asked.context_length,
-        "heldout_fraction": asked.heldout_fraction,
-        "rows": asked.rows,
-        "seed": asked.seed,
-        "storage": asked.storage,
+        "context_length": options.context_length,
+        "heldout_fraction": options.heldout_fraction,
+        "rows": options.rows,
+        "seed": options.seed,
+        "storage": options.storage,
         "input_compressor": inputs,
         "output_compressor": outputs,
     }
     return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
 
 
-def _already_there(writer: StoreWriter, layer: int, model: Model, request: dict[str, Any]) -> bool:
+def _already_there(writer: StoreWriter, layer: int, settings: Settings, request: dict[str, Any]) -> bool:
     """Whether the complete store was asked for; raises `InputError` when another one has its place.
 
     One without a window is no obstacle: it is begun anew.
     """
-    found = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
-    if found is None or not writer.has_rows:
+    source = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
+    if source is None or not writer.has_rows:
         return False
-    if differing := _differing(model, request, found):
+    if differing := _differing(settings, request | {"layer": layer}, source):
         raise InputError(
-            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name for a second one, "
+            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
             "or remove it"
         )
     if writer.complete:
@@ -116,18 +125,34 @@ def _already_there(writer: StoreWriter, layer: int, model: Model, request: dict[
     return writer.complete
 
 
-def _same(there: Any, asked: Any) -> bool:
+def _same(there: Any, now: Any) -> bool:
     """Whether a store was harvested with what is asked; a store of before has its files by name, in no order."""
-    return sorted(there.values()) == sorted(asked) if isinstance(there, dict) else there == asked
+    return sorted(there.values()) == sorted(now) if isinstance(there, dict) else there == now
 
 
-def _differing(model: Model, request: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def _differing(settings: Settings, request: dict[str, Any], source: dict[str, Any]) -> list[str]:
     """In what another harvest was asked for than the one that is there; of the model its weights tell, not its name."""
-    other_model = differs(model, found)
-    keys = [key for key in request.keys() - NAMES if not _same(found.get(key, request[key]), request[key])]
-    return ([other_model] if other_model else []) + [
-        f"{key}: there {found[key]!r:.80}, asked {request[key]!r:.80}" for key in request if key in keys
+    other_model = differs(settings.model, source)
+    keys = [key for key in request.keys() - NAMES if not _same(source.get(key, request[key]), request[key])]
+    differing = {key: f"{key}: there {shown(source[key])}, asked {shown(request[key])}" for key in keys}
+    if "files" in differing:
+        differing["files"] = _files_differ(source["files"], request["files"], found_files(settings.data).read)
+    return ([other_model] if other_model else []) + [differing[key] for key in request if key in keys]
+
+
+def _files_differ(there: list[str] | dict[str, str], digests: list[str], paths: list[Path]) -> str:
+    """Which files of a text are others than a store's, whose names it does not know."""
+    before = list(there.values()) if isinstance(there, dict) else there
+    if sorted(before) == sorted(digests):
+        return f"files: the same {len(digests)}, in another order"
+    new = [f"{path} ({shown(each)})" for path, each in zip(paths, digests, strict=True) if each not in before]
+    gone = [shown(each) for each in before if each not in digests]
+    parts = [
+        f"{' and '.join(new[:3])}{' and others' * (len(new) > 3)} not among them" if new else "",
+        f"{' and '.join(gone[:3])}{' and others' * (len(gone) > 3)} not asked" if gone else "",
     ]
+    said = ", ".join(part for part in parts if part) or "the same ones, not as often"
+    return f"files: there {len(before)}, asked {len(digests)}: {said}"
 
 
 def _harvest(
@@ -137,7 +162,8 @@ def _harvest(
     where: str,
     force: bool,
     processes: Processes,
-) -> None:
+) -> dict[int, Manifest]:
+    """Write the stores; the manifest of each layer, where this process is the one that tells of them."""
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
     first, stores = processes.leads, list(writers.values())
@@ -151,11 +177,12 @@ def _harvest(
     ]
     if first:
         for writer, source in zip(stores, sources, strict=True):
-            _begin_anew(writer, settings.model, request, source)
-        _text_pass(settings, stores, request, tokenizer, special, model.tokens)
+            _begin_anew(writer, settings, request, source)
+        template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
+        _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
     for writer, source in zip(stores, sources, strict=True):
-        writer.begin(source, create=first)
+        writer.begin(_with_template(source, writer), create=first)
     processes.wait()
     check_size = partial(_refuse_if_it_cannot_fit, stores, settings, force)
     if first:
@@ -163,8 +190,7 @@ def _harvest(
     after_first = check_size if first else lambda: None
     run_windows(model, stores, settings.harvest, after_first, processes)
     processes.wait()
-    for layer, writer in writers.items() if first else ():
-        _summary(layer, writer.root, writer.finish())
+    return {layer: writer.finish() for layer, writer in writers.items()} if first else {}
 
 
 def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, Any]:
@@ -173,11 +199,17 @@ def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, A
     return {"files": begun["files"]} if begun and _same(begun["files"], request["files"]) else {}
 
 
-def _begin_anew(writer: StoreWriter, model: Model, request: dict[str, Any], source: Source) -> None:
+def _with_template(source: Source, writer: StoreWriter) -> Source:
+    """The source with the chat template that the text pass has used; none where the text held no chat."""
+    begun = writer.request or {}
+    return source.model_copy(update={"chat_template_sha256": begun.get("chat_template_sha256")})
+
+
+def _begin_anew(writer: StoreWriter, settings: Settings, request: dict[str, Any], source: Source) -> None:
     """Forget what was begun otherwise than it is asked for now, where no window of it was written."""
     if writer.has_rows or (begun := writer.request) is None:
         return
-    if _differing(model, request, begun) or writer.begun_otherwise(source):
+    if _differing(settings, request, begun) or writer.begun_otherwise(source):
         writer.forget()
 
 
@@ -191,8 +223,9 @@ def _text_pass(
     tokenizer: PreTrainedTokenizerFast,
     special: Special,
     known: int,
+    template: str | None,
 ) -> None:
-    """Leave the same contexts and tokenizer in every store that has none yet.
+    """Leave the same contexts and tokenizer in every store that has none yet; `template`: digest of the chats'.
 
     Raises `InputError` for a token that the model's embedding, of `known` rows, does not know.
     """
@@ -201,29 +234,30 @@ def _text_pass(
         return
     first, *others = lacking
     first.clear()
-    asked, data = settings.harvest, settings.data
-    contexts = {split: ContextWriter(first.root, split, asked.context_length) for split in SPLITS}
-    with progress("text", asked.rows, "tokens") as bar:
+    options, data = settings.harvest, settings.data
+    contexts = {split: ContextWriter(first.root, split, options.context_length) for split in SPLITS}
+    with progress("text", options.rows, "tokens") as bar:
 
         def emit(split: str, context: np.ndarray, kept: int) -> None:
             if (largest := int(context.max())) >= known:
                 raise _no_embedding(settings.model.name, tokenizer, largest, known)
             contexts[split].append(context)
             if split == "train":
-                bar.update(min(kept, asked.rows - bar.n))
+                bar.update(min(kept, options.rows - bar.n))
 
-        heldout = partial(is_heldout, fraction=asked.heldout_fraction, seed=asked.seed)
+        heldout = partial(is_heldout, fraction=options.heldout_fraction, seed=options.seed)
         as_harvested(tokenizer.backend_tokenizer, data.special_tokens)  # TransformerLens has had it
-        strings, skipped = SpecialStrings(tokenizer), Skipped()
-        texts = strings.watch(documents(data, tokenizer, skipped))
-        packed = pack_splits(texts, tokenizer, special, asked.context_length, asked.rows, heldout, emit)
-    _tell_of_text(data, packed, strings, skipped)
+        strings, counts = SpecialStrings(tokenizer), RowCounts()
+        texts = strings.watch(documents(data, tokenizer, counts))
+        packed = pack_splits(texts, tokenizer, special, options.context_length, options.rows, heldout, emit)
+    _tell_of_text(data, packed, strings, counts)
     digests = {split: writer.finish() for split, writer in contexts.items()}
-    counts = {split: writer.contexts for split, writer in contexts.items()}
+    lengths = {split: writer.contexts for split, writer in contexts.items()}
     tokenizer_digest = write_whole(
         first.root / "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
     )
-    text = Text(packed.rows, counts, digests, tokenizer_digest, skipped.rows)
+    text = Text(packed.rows, lengths, digests, tokenizer_digest, counts.skipped)
+    request = request | {"chat_template_sha256": template if counts.chats else None}
     for other in others:
         other.clear()
         for split in SPLITS:
@@ -233,7 +267,7 @@ def _text_pass(
         writer.finish_text(request, text)
 
 
-def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: Skipped) -> None:
+def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, counts: RowCounts) -> None:
     """Print what the text pass left out, and what may not be as it was meant."""
     files = found_files(data)
     if len(files.read) > len(data.files) or files.left_out:
@@ -246,9 +280,10 @@ def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, skipped: 
             f"{packed.unused:,} of {packed.documents:,} documents are shorter than a context and were left out; "
             "data.pack concat joins them"
         )
-    if skipped.rows:
+    if counts.skipped:
         tqdm.write(
-            f"bad rows that were skipped: {skipped.rows:,}; the first: {skipped.first}", file=sys.stderr
+            f"bad rows that were skipped: {counts.skipped:,}; the first: {counts.first_skipped}",
+            file=sys.stderr,
         )
     if strings.documents and data.special_tokens == "text":
         tqdm.write(
@@ -295,7 +330,7 @@ def _check_fit(
     length, ids = settings.harvest.context_length, tokenizer.backend_tokenizer.get_vocab_size(False)
     if model.positions is not None and length > model.positions:
         raise InputError(
-            f"harvest.context_length: {length} asked for, but {model.name} has {model.positions} positions; lower it"
+            f"harvest.context_length: {length} requested, but {model.name} has {model.positions} positions; lower it"
         )
     if (
         ids > model.tokens
@@ -325,14 +360,14 @@ def _source(settings: Settings, model: lm.LanguageModel, layer: int, common: dic
     input_hook, output_hook = hooks_of(layer, settings.harvest.input)
     model.check_hooks((input_hook, output_hook))
     gain = model.gain(layer)
-    found = {
+    of_layer = {
         "layer": layer,
         "input_hook": input_hook,
         "output_hook": output_hook,
         "gain": gain.values.tolist(),
         "gain_bias": None if gain.bias is None else gain.bias.tolist(),
     }
-    return Source.model_validate({**common, **found})
+    return Source.model_validate({**common, **of_layer})
 
 
 def _versions() -> dict[str, str]:
@@ -349,12 +384,16 @@ def _versions() -> dict[str, str]:
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
-    todo = {layer: writer.root for layer, writer in _todo(settings, requested(settings)).items()}
-    if not todo:
+    request = requested(settings)
+    if not (todo := _todo(settings, request)):
         return
-    shape, asked = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
+    shape, options = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
     lm.check_layers(todo, shape.n_layers, settings.model.name)
-    plans = [estimate(2 * shape.width, asked.storage, asked.expected_rows, root) for root in todo.values()]
+    plans = []
+    for writer in todo.values():
+        read = writer.request is not None and not _differing(settings, request, writer.request)
+        rows = None if read else expected_rows(options)
+        plans.append(plan_of(writer, 2 * shape.width, options.storage, rows))
     for layer, plan in zip(todo, plans, strict=True):
         tqdm.write(f"layer {layer}: {plan}")
     if missing := shortage(plans):
@@ -363,7 +402,7 @@ def plan_only(settings: Settings) -> None:
 
 def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:
     """Print the plan; called before the first window on an estimate, after it on what was measured."""
-    plans = [measure(writer) for writer in writers]
+    plans = [plan_of(each, each.source.d_in + each.source.d_out, each.source.storage) for each in writers]
     for writer, plan in zip(writers, plans, strict=True):
         tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
     if (missing := shortage(plans)) and not force:
@@ -375,12 +414,11 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
 
 
 def _summary(layer: int, root: Path, manifest: Manifest) -> None:
-    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
     costs = [m.cost for m in (train.inputs, train.outputs) if m]
     tqdm.write(
-        f"layer {layer}: {root}, {train.rows:,} train + {heldout.rows:,} held-out rows, {human(size)}, "
-        f"storing costs FVU {' / '.join(costs)} (inputs / outputs)",
+        f"layer {layer}: {root}, {rows_in_words({name: split.rows for name, split in manifest.splits.items()})}, "
+        f"{human(size_of(root))}, storing costs FVU {' / '.join(costs)} (inputs / outputs)",
         file=sys.stdout,
     )
     if heldout.rows == 0:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import ENVIRONMENT, InputError, first_line
 from common.settings import Data
-from harvest.files import Bad, Row, file_rows, found_files, not_unicode, pick
+from harvest.files import Bad, Row, file_rows, found_files, kind_of, not_unicode, pick
 from shards.layout import kept_mask
 from shards.manifest import SPLITS
 
@@ -37,59 +37,68 @@ FIXED_DATE = (
 
 
 @dataclass
-class Skipped:
-    """Rows that gave no text, under data.on_bad_row skip."""
+class RowCounts:
+    """Rows of the text that were not simply text."""
 
-    rows: int = 0
-    first: str = ""
-    """Where the first was, and what was wrong with it."""
+    chats: int = 0
+    """Made text by the chat template."""
+    skipped: int = 0
+    """That gave no text, under data.on_bad_row skip."""
+    first_skipped: str = ""
+    """Where the first of these was, and what was wrong with it."""
 
 
 def documents(
-    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, skipped: Skipped | None = None
+    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, counts: RowCounts | None = None
 ) -> Iterator[str]:
-    """Texts in the dataset's own order; a line of a .txt file is a document. Bad rows are counted in `skipped`.
+    """Texts in the dataset's own order; a line of a .txt file is a document. Chats and bad rows are counted.
 
     Raises `InputError` when the dataset cannot be opened or read, or has no such column: another dataset is
     never a silent fallback. So does a bad row, where data.on_bad_row is stop or where a file has no other.
     """
-    skipped = skipped or Skipped()
+    counts = counts or RowCounts()
     files = found_files(data).read
     none = True
     for source in files or [None]:
         where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
+        kind = kind_of(source) if source else None
         rows, good = 0, False
         for rows, row in enumerate(_read_rows(data, source, where), 1):  # noqa: B007
-            text = _text(row.value, data, tokenizer)
+            text = _text(row.value, kind, data, tokenizer, counts)
             if not isinstance(text, Bad):
                 none, good = False, True
                 yield text
                 continue
             why = f"{where}: {row.place}: {text.why}"
             if data.on_bad_row == "stop":
-                raise InputError(why)
-            skipped.rows, skipped.first = skipped.rows + 1, skipped.first or why
+                raise InputError(f"{why}; data.on_bad_row skip leaves such rows out" if good else why)
+            counts.skipped, counts.first_skipped = counts.skipped + 1, counts.first_skipped or why
         if rows and not good:
-            raise InputError(f"all {rows:,} rows are bad; the first: {skipped.first}")
+            raise InputError(f"all {rows:,} rows are bad; the first: {counts.first_skipped}")
         if not rows and (not source or str(source) in map(str, map(Path, data.files))):
-            raise InputError(f"{where}: cannot be read: it is empty")
+            raise InputError(f"{where}: is empty")
     if none:
-        raise InputError(f"data.files {', '.join(data.files)}: all {len(files)} files are empty")
+        raise InputError(f"data.files {', '.join(data.files)}: all files are empty")
 
 
-def _text(value: object, data: Data, tokenizer: PreTrainedTokenizerFast | None) -> str | Bad:
-    """A row's text; of a chat, what the model's template makes of it."""
+def _text(
+    value: object, kind: str | None, data: Data, tokenizer: PreTrainedTokenizerFast | None, counts: RowCounts
+) -> str | Bad:
+    """A row's text; of a chat, what the model's template makes of it. `kind` of file: a .txt has no columns."""
     if isinstance(value, Bad):
         return value
     if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
         value = _chat(value, data, tokenizer)
         if isinstance(value, Bad):
             return value
+        counts.chats += 1
     if not isinstance(value, str):
         chat = ", nor a chat of role and content," if isinstance(value, list) and value != [] else ""
-        return Bad(f"column {data.text_column!r} is not text{chat} but {value!r:.60}")
-    if why := not_unicode(value):
-        return Bad(f"column {data.text_column!r}: {why}")
+        return Bad(
+            f"column {data.text_column!r} is not text{chat} but {'null' if value is None else f'{value!r:.60}'}"
+        )
+    if why := not_unicode(value, kind):
+        return Bad(why if kind == ".txt" else f"column {data.text_column!r}: {why}")
     return value
 
 
@@ -106,15 +115,15 @@ def _chat(messages: list[dict[str, Any]], data: Data, tokenizer: PreTrainedToken
             "give another column, or a model that is trained on chats"
         )
     # A .parquet gives every message the keys of all, None where it has none of its own; templates ask for the key.
-    chat = [{key: given for key, given in each.items() if given is not None} for each in messages]
+    chat = [{key: value for key, value in each.items() if value is not None} for each in messages]
     if empty := [each for each in chat if not each.keys() & {"content", "tool_calls"}]:
         return Bad(f"{column}: a message of role {empty[0]['role']!r:.20} has no content")
     try:
         template = FIXED_DATE + tokenizer.get_chat_template()
-        made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program, and raises what it likes
         return Bad(f"{column}: the chat template refuses it: {first_line(error)}")
-    return str(made)
+    return str(text)
 
 
 def _read_rows(data: Data, file: Path | None, where: str) -> Iterator[Row]:
@@ -126,7 +135,9 @@ def _read_rows(data: Data, file: Path | None, where: str) -> Iterator[Row]:
         if isinstance(error, OSError) and error.errno in ENVIRONMENT:
             raise
         cause = error if file else error.__cause__ or error
-        message = "it is empty" if isinstance(cause, StopIteration) else first_line(cause)
+        if isinstance(cause, StopIteration):
+            raise InputError(f"{where}: is empty") from error
+        message = first_line(cause)
         if "BuilderConfig" in message:
             message += f" (data.name is {data.name!r}; give --data.name)"
         if "too much memory for decoding" in message:
@@ -161,15 +172,15 @@ class SpecialStrings:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         words = sorted({*tokenizer.all_special_tokens, *_special(tokenizer).values()})
-        self._found = re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")
+        self._names = re.compile("|".join(re.escape(word) for word in words if word) or "(?!)")
         self.read, self.documents = 0, 0
         self.first = ""
 
     def watch(self, texts: Iterable[str]) -> Iterator[str]:
         """The same texts, counted as they pass."""
         for self.read, text in enumerate(texts, 1):
-            if found := self._found.search(text):
-                self.documents, self.first = self.documents + 1, self.first or found[0]
+            if match := self._names.search(text):
+                self.documents, self.first = self.documents + 1, self.first or match[0]
             yield text
 
 
@@ -292,6 +303,6 @@ def pack_splits(
             unused += special.separator is None and not contexts
     joined = "" if special.separator is not None else ", or join short documents (data.pack concat)"
     raise InputError(
-        f"harvest.rows: {rows:,} asked for, but the text gives only {kept['train']:,} train rows; "
+        f"harvest.rows: {rows:,} requested, but the text gives only {kept['train']:,} train rows; "
         f"lower harvest.rows or give more text{joined}"
     )

@@ -28,7 +28,7 @@ Window = tuple[str, int, range]
 def run_windows(
     model: LanguageModel,
     writers: list[StoreWriter],
-    asked: Harvest,
+    options: Harvest,
     after_first: Callable[[], None],
     processes: Processes,
 ) -> None:
@@ -58,13 +58,13 @@ def run_windows(
             here = [writer for writer in writers if (split, number) in missing[writer]]
             filled = [WindowRows.empty(len(window), writer.source) for writer in here]
             order = stored_order(here[0].source, split, number, len(window))
-            batches = kept[split].batches(window, asked.batch_size)
+            batches = kept[split].batches(window, options.batch_size)
             targets = [(writer.source, rows) for writer, rows in zip(here, filled, strict=True)]
             fill_window(model, batches, order, caught, targets, bar.update)
             _wait(writing)
             if turn == 1:
                 after_first()
-            limits = asked.max_quantisation_fvu, asked.max_dimension_fvu
+            limits = options.max_quantisation_fvu, options.max_dimension_fvu
             writing = [
                 pool.submit(writer.write_window, split, number, rows, *limits, encoders.map)
                 for writer, rows in zip(here, filled, strict=True)

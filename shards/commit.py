@@ -6,14 +6,19 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import inside
-from shards.layout import COMMIT, WORK
+from shards.layout import COMMIT
 
 
 def store_files(root: Path) -> list[str]:
-    """Every file of a store but the commit and the unfinished harvest's, in byte order of the path."""
+    """Every file of a store but the commit and the unfinished harvest's, in byte order of the path.
+
+    Hidden files are none of it: .DS_Store, ._zarr.json and .nfs0001 come and go with who looks at a directory.
+    """
     paths = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
     return sorted(
-        str(path) for path in paths if path.parts[0] not in (COMMIT, WORK) and path.suffix != ".tmp"
+        str(path)
+        for path in paths
+        if str(path) != COMMIT and path.suffix != ".tmp" and not any(part[0] == "." for part in path.parts)
     )
 
 

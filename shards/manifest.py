@@ -18,8 +18,9 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "heldout")
 
 
-NAMES = frozenset({"model", "revision", "model_sha256", "description_sha256"})
-"""Of a `Source`: what the model was called and lay in. Its weights' digest decides which one it is."""
+NAMES = frozenset({"model", "revision", "model_sha256", "description_sha256", "chat_template_sha256"})
+"""Of a `Source`: what the model was called and lay in. Its weights' digest decides which one it is, and the contexts'
+digests what its tokenizer and chat template made of the text."""
 Vector = Annotated[list[float], Field(repr=False)]
 """One number per dimension; left out where a notebook shows a manifest."""
 
@@ -47,6 +48,8 @@ class Source(Record):
     """Digest of the model's files, by which another place of them is known (common/identity.py); None: older stores."""
     description_sha256: str | None = None
     """Digest of the model's config.json and tokenizer (common/identity.py); None: a .gguf file and older stores."""
+    chat_template_sha256: str | None = None
+    """Digest of the chat template that made texts of chats; None: no chat in the text, and older stores."""
     dtype: str
     """Of the model's weights and forward pass."""
     layer: int
@@ -180,7 +183,8 @@ def read_manifest(root: Path) -> Manifest:
         attributes = json.loads(path.read_bytes())["attributes"]
         manifest = dict(attributes.get("manifest", {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be read: {why}") from error
     return Manifest.from_json(manifest, str(path))
 
 

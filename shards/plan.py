@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import size_of
+from common.settings import Harvest
 from shards.commit import store_files
 from shards.layout import CHUNK_ROWS
 from shards.storage import STORAGES
@@ -20,7 +23,10 @@ MANIFEST_BYTES_PER_DIMENSION = 22
 class Plan:
     """What one store takes on disk, in bytes."""
 
-    rows: int
+    rows: Mapping[str, int]
+    """Of each split."""
+    counted: bool
+    """Whether the text was read; before, held-out rows are those to be expected."""
     bytes_per_row: float
     fixed_bytes: int
     """Text, tokenizer, metadata: what does not grow with the windows still to come."""
@@ -33,7 +39,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Of the whole store when it is complete."""
-        return int(self.fixed_bytes + self.rows * self.bytes_per_row)
+        return int(self.fixed_bytes + sum(self.rows.values()) * self.bytes_per_row)
 
     @property
     def to_come(self) -> int:
@@ -43,15 +49,19 @@ class Plan:
     def __str__(self) -> str:
         how = "measured" if self.measured else "estimated"
         return (
-            f"{self.rows:,} rows, {self.bytes_per_row:,.0f} bytes a row ({how}), "
+            f"{rows_in_words(self.rows, self.counted)}, {self.bytes_per_row:,.0f} bytes a row ({how}), "
             f"{human(self.bytes)} on disk, {human(self.free_bytes)} free"
         )
 
 
-def estimate(width: int, storage: str, rows: int, where: Path) -> Plan:
-    """Before anything is written; `width` is d_in + d_out, `rows` those of both splits."""
-    size, free = _size(where), _free(where)
-    return Plan(rows, bytes_per_row(width, storage), manifest_bytes(width), size, free, measured=False)
+def rows_in_words(rows: Mapping[str, int], counted: bool = True) -> str:
+    """Rows of both splits, as every stage says them."""
+    return f"{rows['train']:,} train + {'' if counted else 'about '}{rows['heldout']:,} held-out rows"
+
+
+def expected_rows(harvest: Harvest) -> dict[str, int]:
+    """Rows of both splits before the text is read: train rows as requested, held-out rows by their share."""
+    return {"train": harvest.rows, "heldout": harvest.expected_rows - harvest.rows}
 
 
 def bytes_per_row(width: int, storage: str) -> float:
@@ -67,27 +77,26 @@ def manifest_bytes(width: int) -> int:
     return 4 * width * MANIFEST_BYTES_PER_DIMENSION
 
 
-def measure(writer: StoreWriter) -> Plan:
-    """From the windows that are written; from an estimate while there are none."""
-    rows, source = sum(writer.text.rows.values()), writer.source
-    width = source.d_in + source.d_out
+def plan_of(writer: StoreWriter, width: int, storage: str, expected: Mapping[str, int] | None = None) -> Plan:
+    """What a store takes: from its windows and its text as far as they are there, else as is to be expected.
+
+    `width` is d_in + d_out; `expected`: rows of both splits where no text was read, or one that is read anew.
+    """
+    rows = writer.text.rows if expected is None else expected
+    size, free, fixed = size_of(writer.root), _free(writer.root), manifest_bytes(width)
     records = [json.loads(path.read_bytes()) for path in sorted((writer.work / "records").glob("*.json"))]
     finished_rows = sum(record["rows"] for record in records)
     if finished_rows == 0:
-        return estimate(width, source.storage, rows, writer.root)
+        per_row = bytes_per_row(width, storage)
+        return Plan(rows, expected is None, per_row, fixed, size, free, measured=False)
     windows = {name for record in records for name in record["files"]}
     written = sum((writer.root / name).stat().st_size for name in windows)
     others = (
         writer.root / name for name in store_files(writer.root) if name not in windows and "/c/" not in name
     )
     text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
-    fixed = sum(path.stat().st_size for path in [*others, *text]) + manifest_bytes(width)
-    size, free = _size(writer.root), _free(writer.root)
-    return Plan(rows, written / finished_rows, fixed, size, free, measured=True)
-
-
-def _size(where: Path) -> int:
-    return sum(path.stat().st_size for path in where.rglob("*") if path.suffix != ".tmp" and path.is_file())
+    fixed += sum(path.stat().st_size for path in [*others, *text])
+    return Plan(rows, expected is None, written / finished_rows, fixed, size, free, measured=True)
 
 
 def _free(where: Path) -> int:

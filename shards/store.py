@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import sha256
 from common.identity import differs
 from common.settings import Settings
@@ -124,7 +124,7 @@ def _check_digest(path: Path, expected: str) -> None:
         raise InputError(f"{path}: missing, though files.sha256 lists it; make verify tells more")
     if (digest := sha256(path)) != expected:
         raise InputError(
-            f"{path}: sha256 expected {expected[:12]}..., found {digest[:12]}...; make verify tells more"
+            f"{path}: sha256 expected {shown(expected)}, found {shown(digest)}; make verify tells more"
         )
 
 

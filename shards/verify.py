@@ -16,6 +16,8 @@ from shards.reader import DamagedChunkError, MappedArray
 from shards.remote import Files, LocalFiles
 from shards.writer import StoreWriter
 
+UNLISTED = "not listed in files.sha256: no file of the store"
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -53,7 +55,7 @@ def verify(files: Files) -> list[Damage]:
             if not whole:
                 damages += _locate(files, name, arrays.get(name))
     unlisted = (name for name in store_files(files.root) if name not in digests)
-    return damages + [Damage(name, "not listed in files.sha256") for name in unlisted]
+    return damages + [Damage(name, UNLISTED) for name in unlisted]
 
 
 def _is_whole(files: Files, name: str, digest: str) -> bool:
@@ -102,15 +104,19 @@ def repair(root: Path, damages: list[Damage]) -> list[tuple[str, int]]:
     """Un-commit the windows that hold damage, so that the same harvest refills exactly those.
 
     Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a window's: the text,
-    the tokenizer or the manifest, which a harvest cannot make again from the store alone.
+    the tokenizer or the manifest, which a harvest cannot make again from the store alone; or a stranger's file.
     """
+    if strange := next((damage.file for damage in damages if damage.what == UNLISTED), None):
+        raise InputError(
+            f"{root / strange}: is no file of the store; remove this file, the store is not harmed by it"
+        )
     places = (
         _data_files(LocalFiles(root)) if not any(damage.file.endswith(".json") for damage in damages) else {}
     )
     beyond = [d.file for d in damages if d.file not in places or places[d.file][0].path.endswith("/contexts")]
     if beyond:
         raise InputError(
-            f"{root}: {beyond[0]} cannot be refilled from the store alone; remove it and harvest again"
+            f"{root}: {beyond[0]} cannot be refilled from the store alone; remove the store and harvest again"
         )
     lost = {(places[d.file][0].path.split("/")[0], places[d.file][1]) for d in damages}
     StoreWriter(root).uncommit(sorted(lost))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
 from shards.commit import commit_text, read_commit, store_files
 from shards.encode import Mapped, encode_rows, encode_shard, reduce_moments
@@ -171,7 +171,7 @@ class StoreWriter:
         by_cause = sorted(ours, key="weights_sha256".__eq__)  # another precision changes the weights too
         for key in by_cause:
             if ours[key] != theirs.get(key):
-                return f"{key} {_brief(theirs.get(key))}, now {_brief(ours[key])}"
+                return f"{key} {shown(theirs.get(key))}, now {shown(ours[key])}"
         return None
 
     def missing(self) -> list[tuple[str, int]]:
@@ -290,7 +290,7 @@ class StoreWriter:
                 if digests[name] != recorded:
                     raise InputError(
                         f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
-                        f"{digests[name][:12]}..., found {recorded[:12]}...); remove the store and harvest again"
+                        f"{shown(digests[name])}, found {shown(recorded)}); remove the store and harvest again"
                     )
         (self.work / COMMIT).replace(self.root / COMMIT)
         return read_manifest(self.root)
@@ -365,8 +365,3 @@ class ContextWriter:
         if self._pending:
             self._flush()
         return digest(self._digests)
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -273,6 +273,15 @@ MISTAKES: dict[str, Callable[[], object]] = {
         "model.layers.0.mlp.down_proj.weight", TINY
     ),
     "a token was added, its embedding was not": other_bos,
+    "weights that git has not fetched": lambda: write(TINY, "version https://git-lfs.github.com/spec/v1\n"),
+    "weights that are stored as codes": lambda: change(
+        TINY, **{"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
+    ),
+    "an adapter beside the model": lambda: write(MODEL / "adapter_config.json", "{}"),
+    "only a tokenizer's settings": lambda: [
+        remove(MODEL / "tokenizer.json"),
+        in_json(MODEL / "tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
+    ],
     "no GGUF file": lambda: write("models/tiny.gguf", "a web page"),
     # text
     "a directory without text": lambda: Path("texts").mkdir(),
@@ -312,6 +321,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
+    "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     # runs
     "the run is not trained to its end": lambda: remove(W),
     "the run's weights are cut short": lambda: cut(W),

@@ -9,7 +9,7 @@ import pytest
 
 from common.cli import MAKE_VARIABLES, PIPELINE_TOML, load, parser
 from common.errors import InputError
-from common.settings import SECTIONS, Settings
+from common.settings import SECTIONS, Paths, Settings, validated
 from shards.storage import STORAGES
 
 ROOT = Path(__file__).parent.parent
@@ -158,14 +158,14 @@ def test_settings_are_frozen() -> None:
 OWNERS = {
     "model": {"model", "Model"},
     "data": {"data", "Data"},
-    "harvest": {"harvest", "asked"},
+    "harvest": {"harvest", "options"},
     "transcoder": {"transcoder"},
     "train": {"train", "first"},
     "wandb": {"wandb"},
     "evaluate": {"evaluate"},
     "paths": {"paths"},
 }
-"""What a section is called where its settings are read: settings.train.lr, asked.rows."""
+"""What a section is called where its settings are read: settings.train.lr, options.rows."""
 
 
 def reads(tree: ast.AST) -> set[tuple[str, str]]:
@@ -344,3 +344,25 @@ def test_a_profiles_name_does_not_lead_a_run_elsewhere(tmp_path: Path) -> None:
     assert settings("--layer", "3", "--profile", "my best", toml=toml).run == "my_best"
     with pytest.raises(InputError, match=r"run: '\.\.' is not a name"):
         settings("--layer", "3", "--profile", "..", toml=toml)
+
+
+@pytest.mark.parametrize("key", ["activations", "checkpoints", "cache"])
+def test_a_place_may_be_below_the_home_and_is_never_empty(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one wrote to the root of the disk; a ~ in pipeline.toml made a directory of that name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(getattr(Paths.model_validate({key: "~/acts"}), key)) == "/home/me/acts"
+    assert str(getattr(Paths.model_validate({key: "a~b"}), key)) == "a~b"
+    for wrong, why in (("", "empty name"), (" ", "empty name"), ("~no_such_user/x", "~no_such_user/x: ")):
+        with pytest.raises(InputError, match=rf"^here: paths\.{key}: .*{why}"):
+            validated({"paths": {key: wrong}}, "here")
+
+
+@pytest.mark.parametrize("key", ["harvest.seed", "train.seed", "train.order_seed"])
+def test_a_seed_fits_into_64_bits(key: str) -> None:
+    section, name = key.split(".")
+    values = {section: {name: 2**63 - 1}}
+    assert getattr(getattr(validated(values, "here"), section), name) == 2**63 - 1
+    with pytest.raises(
+        InputError, match=rf"^here: {key}: expected a number less than 9223372036854775808, found"
+    ):
+        validated({section: {name: 2**63}}, "here")

@@ -18,12 +18,12 @@ def main() -> None:
 
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
     store = Store.of(settings) if is_url(store_path) or Path(store_path).exists() else None
-    done = record.finished(run_dir, settings, store and store.manifest.fingerprint)
-    if done:
+    metadata = record.finished(run_dir, settings, store and store.manifest.fingerprint)
+    if metadata:
         gone = (
             "" if store else f" (no store at {store_path}: whether it was trained on that one is not checked)"
         )
-        print(f"already trained on {done['training']['rows']:,} rows{gone}, nothing to do")
+        print(f"already trained on {metadata['training']['rows']:,} rows{gone}, nothing to do")
     else:
         from common.device import share_cores
         from train.loop import train

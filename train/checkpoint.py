@@ -18,7 +18,7 @@ from common.errors import InputError, first_line
 from common.files import inside, whole_folder, write_whole
 from train.log import log_lines
 from train.state import State
-from transcoder.weights import save_tensors
+from transcoder.weights import CHECKPOINT, save_tensors
 
 VERSION = 4
 """1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step."""
@@ -34,7 +34,7 @@ def save(run_dir: Path, state: State) -> None:
         save_tensors(aside / "tensors.safetensors", state.tensors())
         text = json.dumps({"version": VERSION, **state.scalars()}, indent=1)
         write_whole(aside / "state.json", text.encode())
-    write_whole(folder / "latest", f"{final.name}\n".encode())
+    write_whole(run_dir / CHECKPOINT, f"{final.name}\n".encode())
     for old in folder.iterdir():
         if old.is_dir() and old != final:
             shutil.rmtree(old)
@@ -45,13 +45,18 @@ def latest(run_dir: Path) -> Path | None:
 
     Raises `InputError` when the pointer is damaged or leads out of the run.
     """
-    pointer = run_dir / "state" / "latest"
+    pointer = run_dir / CHECKPOINT
     if not pointer.is_file():
         return None
     name = pointer.read_bytes().decode(errors="replace").strip()
     if not re.fullmatch(r"step_\d+", name):
         raise InputError(f"{pointer}: expected step_N, found {name!r:.80}; {_remedy(run_dir)}")
     return inside(pointer.parent, name)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def restore(run_dir: Path, state: State) -> bool:

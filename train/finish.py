@@ -51,7 +51,7 @@ def calibrated(
     thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
     heldout = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
     metadata = {
-        "settings": settings.model_dump(mode="json"),
+        "settings": record.trained_with(settings, store.manifest.source),
         "harvest_fingerprint": store.manifest.fingerprint,
         "source": store.manifest.source.model_dump(mode="json"),
         "public_name": settings.model.public_name or public_name(store.manifest.source.model),

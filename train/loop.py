@@ -107,7 +107,6 @@ class Run:
     ) -> None:
         self.settings, self.store, self.peers = settings, store, peers
         self.dir = settings.run_dir()
-        source = store.manifest.source
         self.recipe = Recipe.of(settings, store, device)
         record.refuse_another(self.dir, settings, store.manifest.fingerprint)
         self.step = step_for(self.recipe.objective, device, peers, buffers)
@@ -118,8 +117,8 @@ class Run:
         used = self.recipe.used()
         if peers.leads:  # nothing is written before all that was given is known to be usable
             checkpoint.cut_metrics(self.dir, self.state.step)
-            record.claim(self.dir, settings, source.d_in, store.manifest.fingerprint, used)
-        config = settings.model_dump(mode="json") | {
+            record.claim(self.dir, settings, store.manifest, used)
+        config = record.trained_with(settings, store.manifest.source) | {
             "harvest_fingerprint": store.manifest.fingerprint,
             "used": used,
         }

@@ -5,14 +5,16 @@ import subprocess
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import write_whole
-from common.settings import FREE, ROOT, Settings, validated
+from common.settings import FREE, ROOT, Data, Harvest, Settings, validated
+from shards.manifest import Manifest, Source
+from shards.storage import STORAGES
 from transcoder import weights
 
-FILE_NAME = "settings.json"
+FILE_NAME = weights.BEGUN
 
 
 def identity(settings: Settings, d_in: int) -> dict[str, Any]:
@@ -26,12 +28,35 @@ def identity(settings: Settings, d_in: int) -> dict[str, Any]:
     return values | {"transcoder.d_sae": d_sae, "transcoder.group_sizes": groups}
 
 
-def claim(run_dir: Path, settings: Settings, d_in: int, fingerprint: str, used: dict[str, Any]) -> None:
+def trained_with(settings: Settings, source: Source) -> dict[str, Any]:
+    """The settings of a run as plain values, with [data], [harvest] and model.dtype as its store was made with.
+
+    Those of the training's own command decide nothing. Local files are there by their digests; what a store does not
+    know (data.on_bad_row, harvest.batch_size and its limits) is left out.
+    """
+    files = source.files.values() if isinstance(source.files, dict) else source.files
+    automatic = STORAGES[source.storage].compressors == (source.input_compressor, source.output_compressor)
+    harvest = source.model_dump(include=set(Harvest.model_fields))
+    data = source.model_dump(include=set(Data.model_fields) - {"revision"}) | {
+        "name": source.dataset_name,
+        "revision": source.dataset_revision,
+        "files": list(files) if source.dataset == "files" else [],
+        **({"split": source.dataset_split} if source.dataset_split else {}),
+    }
+    values = settings.model_dump(mode="json")
+    return values | {
+        "model": values["model"] | {"dtype": source.dtype},
+        "data": data,
+        "harvest": harvest | {"compressor": "auto" if automatic else source.input_compressor},
+    }
+
+
+def claim(run_dir: Path, settings: Settings, manifest: Manifest, used: dict[str, Any]) -> None:
     """Make the run directory, which `refuse_another` has let pass, this run's own; `used`: see `Recipe.used`."""
     record = {
-        "settings": settings.model_dump(mode="json"),
-        "harvest_fingerprint": fingerprint,
-        "d_in": d_in,
+        "settings": trained_with(settings, manifest.source),
+        "harvest_fingerprint": manifest.fingerprint,
+        "d_in": manifest.source.d_in,
         "used": used,
     }
     write_whole(run_dir / FILE_NAME, (json.dumps(record, indent=1) + "\n").encode())
@@ -49,19 +74,13 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
                 f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
             )
         return
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        old = identity(validated(record["settings"], "written by another version"), record["d_in"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"{file}: cannot be read: {error}; give another name (RUN=name), or remove {run_dir}"
-        ) from error
-    new = identity(settings, record["d_in"])
+    record = read(run_dir)
+    old, new = (identity(each, record.d_in) for each in (record.settings, settings))
     if new["train.rows"] >= old["train.rows"]:
         old["train.rows"] = new["train.rows"]
     differing = [f"{key} was {old[key]}, asked {new[key]}" for key in new if old[key] != new[key]]
-    if fingerprint is not None and record["harvest_fingerprint"] != fingerprint:
-        differing.append(f"harvest was {record['harvest_fingerprint'][:12]}, is {fingerprint[:12]}")
+    if fingerprint is not None and record.fingerprint != fingerprint:
+        differing.append(f"harvest was {shown(record.fingerprint)}, is {shown(fingerprint)}")
     if differing:
         raise InputError(
             f"{run_dir}: holds a run with other settings: {'; '.join(differing)}; "
@@ -69,26 +88,38 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
         )
 
 
-def read(run_dir: Path) -> tuple[Settings, str]:
-    """(settings, harvest fingerprint) of the run that was begun in a directory; `InputError` where there is none."""
+class Begun(NamedTuple):
+    """What a run says of itself from its beginning on."""
+
+    settings: Settings
+    fingerprint: str
+    """Of the harvest."""
+    d_in: int
+
+
+def read(run_dir: Path) -> Begun:
+    """The record of the run that was begun in a directory; `InputError` where there is none, or a damaged one."""
     file = run_dir / FILE_NAME
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        return validated(record["settings"], "written by another version"), str(record["harvest_fingerprint"])
+        settings = validated(record["settings"], "written by another version")
+        return Begun(settings, str(record["harvest_fingerprint"]), int(record["d_in"]))
     except FileNotFoundError:
-        raise InputError(f"{run_dir}: no run was begun here; train it first (make train)") from None
+        raise InputError(f"{run_dir}: no run was started here; train it first (make train)") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from error
+        raise InputError(
+            f"{file}: cannot be read: {error}; give another name (RUN=name), or remove {run_dir}"
+        ) from error
 
 
 def stopped(run_dir: Path) -> str | None:
     """Where a run without finished weights stands, in words; none where it has them, or none was begun."""
-    from train.checkpoint import latest  # which imports what imports this module
+    from train.checkpoint import latest, step_of  # which imports what imports this module
 
     if (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
-    train, newest = read(run_dir)[0].train, latest(run_dir)
-    where = "before its first checkpoint" if newest is None else f"at step {_step(newest)}"
+    train, newest = read(run_dir).settings.train, latest(run_dir)
+    where = "before its first checkpoint" if newest is None else f"at step {step_of(newest)}"
     return f"interrupted, or still training, {where} of {train.rows // train.batch_size:,}"
 
 
@@ -96,22 +127,19 @@ def refuse_unfinished(run_dir: Path) -> None:
     """Raise `InputError` where a run has no weights yet, saying how far it is."""
     if stands := stopped(run_dir):
         raise InputError(
-            f"{run_dir}: {stands}; its weights are written when it ends: the same make train goes on, and "
+            f"{run_dir}: {stands}; its weights are written when it ends: rerun the same make train to continue; "
             "make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
         )
 
 
 def went_on(run_dir: Path) -> int | None:
     """Step of a checkpoint that is later than the finished weights: a run of more rows that is not at its end."""
-    from train.checkpoint import latest
+    from train.checkpoint import latest, step_of
 
-    done, newest = weights.read_metadata(run_dir).get("training"), latest(run_dir)
-    later = done is not None and newest is not None and _step(newest) > done["steps"]
-    return _step(newest) if later and newest is not None else None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+    training, newest = weights.read_metadata(run_dir).get("training"), latest(run_dir)
+    if training is None or newest is None or step_of(newest) <= training["steps"]:
+        return None
+    return step_of(newest)
 
 
 def finished(run_dir: Path, settings: Settings, fingerprint: str | None) -> dict[str, Any] | None:
@@ -125,8 +153,8 @@ def finished(run_dir: Path, settings: Settings, fingerprint: str | None) -> dict
     refuse_another(run_dir, settings, fingerprint)
     weights.refuse_another_model(run_dir, settings)
     metadata = weights.read_metadata(run_dir)
-    done = validated(metadata["settings"], str(run_dir / weights.FILE_NAME))
-    return metadata if done.train.rows == settings.train.rows else None
+    trained = validated(metadata["settings"], str(run_dir / weights.FILE_NAME)).train
+    return metadata if trained.rows == settings.train.rows else None
 
 
 @cache
@@ -139,7 +167,7 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """Commit of the project's working tree, "+" when it has changes; none outside a repository."""
     try:
-        done = subprocess.run(
+        git = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
             cwd=ROOT,
             capture_output=True,
@@ -149,4 +177,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return git.stdout.strip()

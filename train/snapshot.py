@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.settings import Settings
 from shards import Store
 from train import checkpoint, record
@@ -30,24 +30,32 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
     Nothing to do where that was done. A training that goes on meanwhile is left alone. Raises `InputError` where there
     is no checkpoint, or the run was trained on another store.
     """
-    settings, fingerprint = record.read(run_dir)
+    settings, fingerprint, _ = record.read(run_dir)
     if fingerprint != store.manifest.fingerprint:
         raise InputError(
-            f"{run_dir}: trained on harvest {fingerprint[:12]}, {store.path} is {store.manifest.fingerprint[:12]}; a "
-            "checkpoint is evaluated on the store that it was trained on (HARVEST=name)"
+            f"{run_dir}: trained on harvest {shown(fingerprint)}, {store.path} is {shown(store.manifest.fingerprint)}; "
+            "a checkpoint is evaluated on the store that it was trained on (HARVEST=name)"
         )
+    newest = checkpoint.latest(run_dir)
+    if newest is not None and _is_written(folder := folder_of(run_dir, checkpoint.step_of(newest))):
+        return folder
     recipe = Recipe.of(settings, store, device)
     state = _restored(run_dir, settings, recipe, store, device)
     folder = folder_of(run_dir, state.step)
-    if not (folder / weights.FILE_NAME).exists():
-        raw = raw_transcoder(state, recipe)
-        if state.kept_rows and state.step > recipe.counting_from:
-            kept = (state.kept / state.kept_rows).tolist()
-        else:  # training counts them over its last tenth
-            kept = kept_per_row(raw, calibration_inputs(store, recipe, device), recipe)
-        more = {"checkpoint": {"step": state.step, "of": recipe.steps}}
-        calibrated(settings, store, recipe, state, kept, more).save(folder)
+    if _is_written(folder):  # a training that goes on has written the next checkpoint
+        return folder
+    raw = raw_transcoder(state, recipe)
+    if state.kept_rows and state.step > recipe.counting_from:
+        kept = (state.kept / state.kept_rows).tolist()
+    else:  # training counts them over its last tenth
+        kept = kept_per_row(raw, calibration_inputs(store, recipe, device), recipe)
+    more = {"checkpoint": {"step": state.step, "of": recipe.steps}}
+    calibrated(settings, store, recipe, state, kept, more).save(folder)
     return folder
+
+
+def _is_written(folder: Path) -> bool:
+    return (folder / weights.FILE_NAME).exists()
 
 
 def kept_per_row(raw: Transcoder, batches: Iterable[Tensor], recipe: Recipe) -> list[float]:

@@ -44,23 +44,26 @@ def bind(
             f"found {widths[0]} -> {widths[1]}"
         )
     refuse_mismatch(own, store, name, mismatch, option)
+    _tell_of_name(own, store, name)
     return convert(transcoder, source.input, source.model_dump(), name)
 
 
 def refuse_mismatch(
     recorded: Mapping[str, Any], store: Store, name: str, mismatch: bool, option: str = ON_PURPOSE
 ) -> list[str]:
-    """What a transcoder's own `source` contradicts in the store's, in words; `InputError` unless `mismatch` allows it.
-
-    Names of models are for people: another name alone is told on standard error, where no digest decides.
-    """
-    source = store.manifest.source
-    differing = _differing(recorded, source)
+    """What a transcoder's own `source` contradicts in the store's, in words; `InputError` where `mismatch` is false."""
+    differing = _differing(recorded, store.manifest.source)
     if differing and not mismatch:
         raise InputError(
             f"{name}: does not belong to {store.path}: {'; '.join(differing)}; use the store that it was trained on, "
             f"or measure it here on purpose with {option}"
         )
+    return differing
+
+
+def _tell_of_name(recorded: Mapping[str, Any], store: Store, name: str) -> None:
+    """Say on standard error that the model's name is another one, where no digest decides: names are for people."""
+    source = store.manifest.source
     known, model = recorded.get("weights_sha256"), recorded.get("model")
     if not known and isinstance(model, str) and model_slug(model) != model_slug(source.model):
         tqdm.write(
@@ -68,7 +71,6 @@ def refuse_mismatch(
             "a digest of the weights this is not checked",
             file=sys.stderr,
         )
-    return differing
 
 
 def _differing(recorded: Mapping[str, Any], source: Source) -> list[str]:

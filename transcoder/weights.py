@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from common.identity import differs
 from common.settings import Settings
 
 FILE_NAME = "transcoder.safetensors"
+CHECKPOINT = "state/latest"
+"""What a run has from its first checkpoint on (train/checkpoint.py)."""
+BEGUN = "settings.json"
+"""What a run has from its beginning on (train/record.py); an imported one has none."""
 FORMAT = "matryoshka-transcoder"
 FORMAT_VERSION = 1
 RECORDS = {"settings", "source", "versions", "heldout", "training"}
@@ -149,7 +153,8 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
     """Settings of the run that a stage reads where none is `named`; a line on standard error says which it is.
 
     The run that profile and training settings name, if it is there; else the newest finished one of the layer, or,
-    with `every_layer`, of all layers asked for (none: of all there are).
+    with `every_layer`, of all layers asked for (none: of all there are). With evaluate.checkpoint: the newest one that
+    has a checkpoint. Where there is none of them, the newest that was begun: what reads it says how far it is.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     if named:
@@ -158,9 +163,9 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
         layers = [model / f"layer_{layer}" for layer in settings.layers] or [*model.glob("layer_*")]
     else:
         layers = [settings.run_dir().parent]
-    age: dict[str, float] = {}
-    for path in (path for layer in layers for path in layer.glob(f"*/{FILE_NAME}")):
-        age[path.parent.name] = max(age.get(path.parent.name, 0), path.stat().st_mtime)
+    begun, finished = _ages(layers, BEGUN), _ages(layers, FILE_NAME)
+    checkpoint = settings.evaluate.checkpoint
+    age = (_ages(layers, CHECKPOINT) if checkpoint else finished) or begun
     if not age:
         return settings
     newest = max(age, key=lambda name: (age[name], name))
@@ -170,5 +175,19 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
         return settings
     of = f"layer {layers[0].name.removeprefix('layer_')}" if len(layers) == 1 else f"{len(layers)} layers"
     other = f" of {len(age)}; RUN=name takes another" if len(age) > 1 else ""
-    print(f"run {newest}, the newest of {of}{other}", file=sys.stderr)
+    what = "newest checkpoint" if checkpoint and age is not begun else "newest"
+    print(f"run {newest}, the {what} of {of}{other}", file=sys.stderr)
+    unfinished = sorted(name for name in begun.keys() - finished.keys() if begun[name] > age[newest])
+    if unfinished and not checkpoint:
+        print(f"begun later, not finished: {', '.join(unfinished)}", file=sys.stderr)
     return settings.model_copy(update={"run": newest})
+
+
+def _ages(layers: Sequence[Path], mark: str) -> dict[str, float]:
+    """Name -> the newest time of a file `mark`, of the runs below the directories of layers that have one."""
+    ages: dict[str, float] = {}
+    for layer in layers:
+        for path in layer.glob(f"*/{mark}"):
+            name = path.relative_to(layer).parts[0]
+            ages[name] = max(ages.get(name, 0), path.stat().st_mtime)
+    return ages

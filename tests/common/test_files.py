@@ -14,7 +14,7 @@ import pytest
 
 from common import files
 from common.errors import InputError
-from common.files import locked, whole_folder, write_whole
+from common.files import locked, size_of, whole_folder, write_whole
 from common.settings import ROOT
 from tests.disk import small_disk
 
@@ -34,6 +34,35 @@ def test_holders_that_wait_take_turns(tmp_path: Path) -> None:
         list(pool.map(holder, range(8)))
     assert sorted(seen) == [[number] for number in range(8) for _ in range(100)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_a_folder_counts_bytes_once(tmp_path: Path) -> None:
+    """A second name of a file adds nothing, a link only itself, a half-written file nothing."""
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below/a").write_bytes(b"1234567")
+    (folder / "again").hardlink_to(folder / "below/a")
+    (tmp_path / "elsewhere").write_bytes(b"x" * 1000)
+    (folder / "link").symlink_to("../elsewhere")
+    (folder / "b.123.tmp").write_bytes(b"x" * 100)
+    assert size_of(folder) == 7 + len("../elsewhere")
+    (tmp_path / "moved").symlink_to(folder)
+    assert size_of(tmp_path / "moved") == size_of(folder)
+    assert size_of(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("below", [".", "a/b"])
+def test_a_link_to_a_disk_that_has_gone_is_named(below: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").symlink_to("/nowhere/disk")
+    folder = tmp_path / "disk" / below
+    line = r"disk: a link to /nowhere/disk, which is not there; mount its disk, or remove the link$"
+    with pytest.raises(InputError, match=line):
+        write_whole(folder / "file", b"x")
+    with pytest.raises(InputError, match=line), locked(folder / "lock", "held"):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        write_whole(tmp_path / "file/below", b"x")
 
 
 def test_a_held_lock_is_refused_with_its_holder(tmp_path: Path) -> None:

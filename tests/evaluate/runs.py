@@ -71,7 +71,7 @@ def make_run(
     record = {"settings": saved, "harvest_fingerprint": store.manifest.fingerprint}
     source = store.manifest.source.model_dump(mode="json")
     replace(transcoder or tiny_transcoder(), metadata=record | {"source": source}).save(run_dir)
-    (run_dir / "settings.json").write_text(json.dumps(record))
+    (run_dir / "settings.json").write_text(json.dumps(record | {"d_in": D_IN}))
     lines = [log_line(step) for step in range(50, 301, 50)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return store

@@ -136,7 +136,7 @@ def test_other_runs_are_named_or_matched(
     (layer / "b-begun").mkdir()
     settings = settings_of(root).model_dump(mode="json")
     (layer / "b-begun" / "settings.json").write_text(
-        json.dumps({"settings": settings, "harvest_fingerprint": "f"})
+        json.dumps({"settings": settings, "harvest_fingerprint": "f", "d_in": 6})
     )
     own, both = layer / "a", [layer / "b-k4", layer / "b-k8"]
     assert chosen(own, ["b-k4", "b-k8"]) == both

@@ -7,7 +7,8 @@ import pytest
 from common.cli import run_stage
 from common.errors import InputError
 from common.files import locked
-from evaluate.run import evaluate, finished
+from evaluate.files import finished
+from evaluate.run import evaluate
 from tests.disk import small_disk
 from tests.evaluate.runs import make_run, settings_of
 

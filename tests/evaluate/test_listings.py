@@ -103,7 +103,9 @@ def test_stores(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert [cell.strip() for cell in begun[1:4]] == ["tiny", "2", "my_own"]
     assert begun[10].strip() == "unfinished, 1 windows of 32,768 rows"
     (activations / "layer_0.zarr" / "zarr.json").write_text("{")
-    assert "cannot be read: " in shown(stores.main, root, monkeypatch, capsys, "--layer", "0")
+    assert "cannot be read: Expecting property name" in shown(
+        stores.main, root, monkeypatch, capsys, "--layer", "0"
+    )
 
 
 def test_evaluate_without_a_name_takes_the_newest_run(
@@ -163,3 +165,62 @@ def test_every_stage_that_reads_a_run_takes_the_same(
     with pytest.raises(InputError):  # of what was asked wrongly, after the run was chosen
         main()
     assert capsys.readouterr().err == "run newest, the newest of layer 0\n"
+
+
+def begin(run_dir: Path, age: float, checkpoint: float | None = None) -> None:
+    """What a run without weights has: settings, and perhaps a checkpoint."""
+    state = run_dir / "state"
+    state.mkdir(parents=True)
+    settings = (run_dir.with_name("tiny") / "settings.json").read_text()
+    (run_dir / "settings.json").write_text(settings)
+    os.utime(run_dir / "settings.json", (age, age))
+    if checkpoint is not None:
+        (state / "latest").write_text("step_30\n")
+        os.utime(state / "latest", (checkpoint, checkpoint))
+
+
+def test_the_newest_checkpoint_is_taken_where_one_is_asked_for(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of runs that are finished or not; a finished run without one, an imported one, is none of them."""
+    tiny = settings_of(root).run_dir()
+    for file in ("transcoder.safetensors", "settings.json"):
+        os.utime(tiny / file, (500, 500))
+    begin(tiny.with_name("stopped"), 2000, checkpoint=3000)
+    begin(tiny.with_name("older"), 2500, checkpoint=2600)
+    begin(tiny.with_name("fresh"), 4000)
+    unnamed = settings_of(root).model_copy(update={"run": "default"})
+    wanted = settings_of(root, "--evaluate.checkpoint", "true").model_copy(update={"run": "default"})
+    assert chosen_run(wanted, None).run == "stopped"
+    line = "run stopped, the newest checkpoint of layer 0 of 2; RUN=name takes another\n"
+    assert capsys.readouterr().err == line
+    assert chosen_run(wanted.model_copy(update={"run": "older"}), None).run == "older"
+    assert capsys.readouterr().err == "run older, by its settings; the newest is stopped (RUN=stopped)\n"
+    assert chosen_run(unnamed, None).run == "tiny"
+    line = "run tiny, the newest of layer 0\nbegun later, not finished: fresh, older, stopped\n"
+    assert capsys.readouterr().err == line
+    (tiny / "state").mkdir()
+    (tiny / "state/latest").write_text("step_1\n")
+    assert chosen_run(wanted, None).run == "tiny"
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "read", "samples", "export"])
+def test_where_no_run_is_finished_the_newest_says_how_far_it_is(
+    stage: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = settings_of(root).run_dir()
+    begin(tiny.with_name("stopped"), 2000, checkpoint=3000)
+    (tiny / "transcoder.safetensors").unlink()
+    os.utime(tiny / "settings.json", (1000, 1000))
+    main, own = {
+        "evaluate": (evaluate_main, ()),
+        "read": (read.main, ("--text", "a")),
+        "export": (export.main, ("--format", "saelens")),
+        "samples": (samples_page.main, ()),
+    }[stage]
+    words = arguments(root)
+    monkeypatch.setattr("sys.argv", ["x", *words[:2], *words[4:], *own])
+    with pytest.raises(InputError, match=r"layer_0/stopped: interrupted, or still training"):
+        main()
+    said = "run stopped, the newest of layer 0 of 2; RUN=name takes another\n"
+    assert capsys.readouterr().err.startswith(said)

@@ -20,7 +20,7 @@ from common.errors import InputError
 from common.settings import ROOT, Settings
 from evaluate import runs as listing
 from evaluate.__main__ import show
-from evaluate.files import bring_back, find, finished, make_room, read_lines, write_record
+from evaluate.files import bring_back, find, finished, make_room, read_json, read_lines, write_record
 from evaluate.records import Metrics
 from evaluate.run import evaluate as evaluate_with
 from shards import Store
@@ -143,9 +143,29 @@ def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_pa
     assert not folder.exists()
     (kept,) = (tmp_path / "evaluations").iterdir()
     assert finished(kept) == of(weights_sha256="old")
-    assert find(folder, of(weights_sha256="old").provenance) == kept
+    assert find(folder, of(weights_sha256="old").provenance) == (kept, of(weights_sha256="old"))
     bring_back(kept, folder)
     assert finished(folder) == of(weights_sha256="old")
+
+
+def test_an_evaluation_that_is_there_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    monkeypatch.setattr(
+        "evaluate.files.read_json", lambda path, remedy: reads.append(path) or read_json(path, remedy)
+    )
+    assert evaluate(settings_of(root)) == (metrics_of(root), False)
+    assert reads == [settings_of(root).run_dir() / "evaluation" / "metrics.json"]
+
+
+def test_that_only_the_models_name_is_another_one_is_said_once(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    run_dir = settings_of(tmp_path, "--run", "imported").run_dir()
+    said = {"source": {"model": "elsewhere/other", "layer": 0, "input": "normalized"}}
+    replace(tiny_transcoder(), metadata=said).save(run_dir)
+    assert evaluate(settings_of(tmp_path, "--run", "imported"))[1]
+    assert capsys.readouterr().err.count("says that it is of the model 'elsewhere/other'") == 1
 
 
 def lacking(metrics: dict) -> None:
@@ -379,6 +399,9 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
     text = shown.export_text()
     assert "the checkpoint of step 8 of 8: training has not ended" in text
     assert "at_step_8/evaluation/report.html" in text
+    train(settings, Store.of(settings))
+    show(of_checkpoint, Metrics.model_validate(metrics), False, shown)
+    assert "the checkpoint of step 8 of 8\n" in shown.export_text()
 
 
 def interrupted(*_: object) -> None:

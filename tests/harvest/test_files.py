@@ -1,8 +1,11 @@
 """Local files: which are read in which order, what of each row, and the line for what cannot be read."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +17,7 @@ from common.errors import InputError
 from common.settings import Data
 from harvest.files import found_files
 from harvest.lm import load_tokenizer
-from harvest.text import Skipped, documents
+from harvest.text import RowCounts, documents
 from tests.models import save_tokenizer, write_jsonl
 
 
@@ -62,12 +65,12 @@ def test_directories_and_patterns_in_the_order_of_paths(tmp_path: Path) -> None:
     written(tmp_path / "d/README.md", "no text")
     (tmp_path / "d/linked").symlink_to(tmp_path / "e")
     (tmp_path / "e/round").symlink_to(tmp_path / "d")
-    found = ["d/a.jsonl", "d/b.jsonl", "d/in/c.jsonl", "e/z.jsonl"]
-    assert texts(tmp_path / "d") == found
+    names = ["d/a.jsonl", "d/b.jsonl", "d/in/c.jsonl", "e/z.jsonl"]
+    assert texts(tmp_path / "d") == names
     assert found_files(Data(files=(str(tmp_path / "d"),))).left_out == [tmp_path / "d/README.md"]
-    assert texts(tmp_path / "d/*.jsonl") == found[:2]
-    assert texts(tmp_path / "d/**/[bc].jsonl") == found[1:3]
-    assert texts(tmp_path / "d/b.jsonl", tmp_path / "d/a.jsonl") == [found[1], found[0]]
+    assert texts(tmp_path / "d/*.jsonl") == names[:2]
+    assert texts(tmp_path / "d/**/[bc].jsonl") == names[1:3]
+    assert texts(tmp_path / "d/b.jsonl", tmp_path / "d/a.jsonl") == [names[1], names[0]]
 
 
 def test_names_that_cannot_be_read(tmp_path: Path) -> None:
@@ -79,13 +82,21 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken/a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for name, line in {
         "none.jsonl": "no such file {}",
+        "none/$HOME": "no such file {}",
         "none*.jsonl": "no such file {}, and as a pattern it matches none",
-        "empty": "{}: none of its 0 files is .jsonl, .json, .csv, .txt (these also as .gz or .zst) or .parquet",
-        "pipe.jsonl": "{} is not a regular file, or a link to none; copy its text into one",
-        "broken": "{}/a.jsonl is not a regular file, or a link to none",
-        "saved": "{} is what save_to_disk() wrote; write it with to_parquet() instead",
+        "empty": "{}: holds no files",
+        "pipe.jsonl": "{} is not a regular file (or a link to one); copy its text into a regular file",
+        "broken": "{}/a.jsonl is not a regular file (or a link to one)",
+        "saved": "{} was written by save_to_disk(); write it with to_parquet() instead",
     }.items():
         assert refused(tmp_path / name) == f"data.files: {line.format(tmp_path / name)}"
+    for name, line in {
+        "~/a.jsonl": "no such file ~/a.jsonl; ~ and $ are not expanded here: give the whole path",
+        "$HOME/a.jsonl": "no such file $HOME/a.jsonl; ~ and $ are not expanded here: give the whole path",
+        "https://host/a.jsonl": "no such file https://host/a.jsonl; addresses are not read: download it first",
+    }.items():
+        with pytest.raises(InputError, match=rf"^data\.files: {re.escape(line)}$"):
+            list(documents(Data(files=(name,))))
     with pytest.raises(InputError, match=r"^data\.files: a name is empty"):
         list(documents(Data(files=("",))))
     with pytest.raises(InputError, match=r"^data\.dataset: .* is on this disk, .* \(--data\.files "):
@@ -93,7 +104,7 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "files"),
+    ("text", "files"),
     [
         ("text[1].jsonl", ("text[1].jsonl",)),
         ("texts[1]", ("texts[1]",)),
@@ -103,12 +114,12 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
         ('["a,b.txt", "[c]"]', ("a,b.txt", "[c]")),
     ],
 )
-def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
-    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+def test_names_on_the_command_line(text: str, files: tuple[str, ...]) -> None:
+    assert load(parser("harvest", ""), ["--data.files", text])[0].data.files == files
 
 
 @pytest.mark.parametrize(
-    ("given", "files"),
+    ("text", "files"),
     [
         ("a,b.txt", ("a,b.txt",)),
         ("a, b.txt", ("a, b.txt",)),
@@ -119,13 +130,13 @@ def test_names_on_the_command_line(given: str, files: tuple[str, ...]) -> None:
     ],
 )
 def test_names_with_commas_are_those_of_files(
-    given: str, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d,e,f").mkdir()
     for name in ("a,b.txt", "a, b.txt", "c.txt", "d,e,f/a,b.txt"):
         Path(name).write_text("text")
-    assert load(parser("harvest", ""), ["--data.files", given])[0].data.files == files
+    assert load(parser("harvest", ""), ["--data.files", text])[0].data.files == files
 
 
 # -- formats -------------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, monkeypatch: pytest.M
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(expected))
     rows = [{"n": None, "text": text} for text in expected]
     quoted = "".join(f'{i},"{text}"\r\n' for i, text in enumerate(t.replace('"', '""') for t in expected))
-    made = {
+    contents = {
         "a.jsonl": lines,
         "a.txt": "\n".join(expected),
         "crlf.txt": "\r\n".join(expected) + "\r\n",
@@ -147,7 +158,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, monkeypatch: pytest.M
         "jq.json": "\n".join(json.dumps(row, indent=1) for row in rows),
         "a.csv": f"id,text\r\n{quoted}",
     }
-    for name, text in made.items():
+    for name, text in contents.items():
         for file, data in {
             name: text.encode(),
             f"bom-{name.upper()}": b"\xef\xbb\xbf" + text.encode(),
@@ -204,15 +215,15 @@ def test_columns_within_others(tmp_path: Path) -> None:
 # -- rows that are bad ---------------------------------------------------------------------------------
 
 BAD = {
-    '{"text": "two}': ", column 10: Unterminated string starting at",
+    '{"text": "two}': ": not valid JSON: Unterminated string at character 10",
     "[1]": ": expected a JSON object, found [1]",
     '{"texts": "x", "meta": {"a": 1}}': ": no column 'text'; expected data.text_column among texts, meta.a",
     '{"te\\nxt": 1}': ": no column 'text'; expected data.text_column among 'te\\nxt'",
-    '{"text": null}': ": column 'text' is not text but None",
+    '{"text": null}': ": column 'text' is not text but null",
     '{"text": ["a", "b"]}': ": column 'text' is not text, nor a chat of role and content, but ['a', 'b']",
-    '{"text": "a \\ud83d b"}': ": column 'text': a lone surrogate \\ud83d at its character 3",
-    b'{"text": "caf\xe9"}': ": column 'text': byte 0xe9, which is not UTF-8, or a lone surrogate \\udce9 at its "
-    "character 4",
+    '{"text": "a \\ud83d b"}': ": column 'text': a lone surrogate \\ud83d at character 3",
+    b'{"text": "caf\xe9"}': ": column 'text': byte 0xe9 at character 4 is not UTF-8, or a lone "
+    "surrogate \\udce9",
     '{"text": ' + "[" * 100_000: ": its values are nested too deeply",
 }
 
@@ -222,11 +233,11 @@ def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, bad: str | bytes, why: s
     bad = bad.encode() if isinstance(bad, str) else bad
     file = written(tmp_path / "a.jsonl", b'{"text": "one"}\n\n' + bad + b'\n{"text": "four \\ud83d\\ude00"}')
     place = "line 3" + why
-    assert refused(file) == f"{file}: {place}"
-    skipped = Skipped()
+    assert refused(file) == f"{file}: {place}; data.on_bad_row skip leaves such rows out"
+    counts = RowCounts()
     data = Data(files=(str(file),), on_bad_row="skip")
-    assert list(documents(data, skipped=skipped)) == ["one", "four \U0001f600"]
-    assert skipped == Skipped(1, f"data.files {file}: {place}")
+    assert list(documents(data, counts=counts)) == ["one", "four \U0001f600"]
+    assert counts == RowCounts(skipped=1, first_skipped=f"data.files {file}: {place}")
 
 
 def test_bad_rows_of_the_other_formats(tmp_path: Path) -> None:
@@ -234,10 +245,11 @@ def test_bad_rows_of_the_other_formats(tmp_path: Path) -> None:
     assert refused(columns) == f"{columns}: line 2: 3 fields, expected 2; a text with commas is quoted"
     assert texts(columns, on_bad_row="skip") == ["good"]
     rows = table(tmp_path / "a.parquet", text=["a", None, "b"])
-    assert refused(rows) == f"{rows}: row 1: column 'text' is not text but None"
+    assert refused(rows).startswith(f"{rows}: row 1: column 'text' is not text but null; data.on_bad_row ")
     assert texts(rows, on_bad_row="skip") == ["a", "b"]
     text = written(tmp_path / "a.txt", b"one\ncaf\xe9\nthree")
-    assert refused(text).startswith(f"{text}: line 2: column 'text': byte 0xe9, which is not UTF-8, ")
+    said = f"{text}: line 2: byte 0xe9 at character 4 is not UTF-8; data.on_bad_row skip leaves such rows out"
+    assert refused(text, text_column="body") == said
     assert texts(text, on_bad_row="skip") == ["one", "three"]
 
 
@@ -256,12 +268,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     packed = gzip.compress(b'{"text": "one"}\n' * 9999)
     strings = pa.compress(b'{"text": "one"}\n' * 9999, "zstd", asbytes=True)
     for name, data, why in (
-        ("empty.jsonl", b"", "it is empty"),
-        ("blank.jsonl", b"\n \n", "it is empty"),
-        ("empty.csv", b"text\n", "it is empty"),
-        ("bom.txt", b"\xef\xbb\xbf", "it is empty"),
         ("packed.jsonl", packed, "it is compressed by gzip; its name must end in .gz"),
         ("packed.txt", strings, "it is compressed by zstd; its name must end in .zst"),
+        ("a.jsonl", bz2.compress(b"x"), "it is compressed by bzip2, which is not read; unpack it (bunzip2)"),
+        ("b.jsonl", lzma.compress(b"x"), "it is compressed by xz, which is not read; unpack it (unxz)"),
+        ("c.jsonl", b"PK\x03\x04\0", "it is a zip archive, which is not read; unpack it (unzip)"),
         ("plain.txt.gz", b"text", "Not a gzipped file (b'te')"),
         ("cut.jsonl.gz", packed[:-20], "Compressed file ended before the end-of-stream marker was reached"),
         ("cut.jsonl.zst", strings[:-9], "Truncated compressed stream"),
@@ -273,15 +284,37 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             "it is a pointer of Git LFS, not the file",
         ),
         ("b.parquet", b"PAR1", "Parquet file size is 4 bytes"),
-        ("a.json", b'[{"text": "a"},\n{"text": }]', "line 2, column 10: Expecting value"),
-        ("open.csv", b'text\na\n"b\nc\n', "line 3: unexpected end of data"),
+        (
+            "a.json",
+            b'[{"text": "a"},\n{"text": }]',
+            "line 2: not valid JSON: Expecting value at character 10",
+        ),
+        (
+            "open.csv",
+            b'text\na\n"b\nc\n',
+            "line 3: a quote that begins here has no end (unexpected end of data)",
+        ),
         ("twice.csv", b"text,text\na,b\n", "column 'text' is there twice"),
+        ("space.csv", b"id, text\n1,a\n", "no column 'text'; expected data.text_column among id, ' text'"),
+        (
+            "none.csv",
+            b"x" * 99 + b",y\na,1\n",
+            f"no column 'text'; expected data.text_column among {'x' * 40}, y",
+        ),
         ("other.csv", b"body;n\na;1\n", "no column 'text'; expected data.text_column among body;n"),
     ):
         file = written(tmp_path / name, data)
         assert refused(file, on_bad_row="skip").startswith(f"{file}: cannot be read: {why}"), name
-    nothing = table(tmp_path / "none.parquet", text=pa.array([], pa.string()))
-    assert refused(nothing) == f"{nothing}: cannot be read: it is empty"
+    nothing = [table(tmp_path / "none.parquet", text=pa.array([], pa.string()))]
+    for name, data in (
+        ("a.jsonl", b""),
+        ("b.jsonl", b"\n \n"),
+        ("a.csv", b"text\n"),
+        ("a.txt", b"\xef\xbb\xbf"),
+    ):
+        nothing.append(written(tmp_path / name, data))
+    for file in nothing:
+        assert refused(file) == f"{file}: is empty"
     other = table(tmp_path / "other.parquet", meta=[{"a": 1}], chat=[[{"role": "user"}]])
     assert refused(other).endswith("no column 'text'; expected data.text_column among meta.a, chat")
 
@@ -289,7 +322,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_empty_parts_of_a_directory_are_no_mistake(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     table(tmp_path / "d/part-0.parquet", text=pa.array([], pa.string()))
-    assert refused(tmp_path / "d") == f"{tmp_path / 'd'}: all 1 files are empty"
+    assert refused(tmp_path / "d") == f"{tmp_path / 'd'}: all files are empty"
     table(tmp_path / "d/part-1.parquet", text=["a"])
     assert texts(tmp_path / "d") == ["a"]
 

@@ -103,11 +103,11 @@ def test_the_models_weights(family: str, tmp_path: Path) -> None:
     directory = save_model(tmp_path / family, family)
     file = write_gguf(directory, tmp_path / "tiny model.gguf")
     where = lm.locate(Model(name=str(file)))
-    found = AutoModelForCausalLM.from_pretrained(where).state_dict()
+    weights = AutoModelForCausalLM.from_pretrained(where).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(directory).state_dict()
-    assert found.keys() == expected.keys()
+    assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, rtol=0, atol=2e-7 if "norm" in name else 0), name
+        assert torch.allclose(weights[name], tensor, rtol=0, atol=2e-7 if "norm" in name else 0), name
 
 
 def test_the_models_tokens(llama: Path, tmp_path: Path) -> None:
@@ -123,13 +123,13 @@ def test_the_models_tokens(llama: Path, tmp_path: Path) -> None:
 def test_quantised_weights_are_unpacked(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "llama", "llama")
     where = lm.locate(Model(name=str(write_gguf(directory, tmp_path / "q.gguf", quantise="mlp.up_proj"))))
-    found, original = (load_file(Path(place) / "model.safetensors") for place in (where, directory))
+    weights, original = (load_file(Path(place) / "model.safetensors") for place in (where, directory))
     kind = gguf.GGMLQuantizationType.Q8_0
     for layer in range(3):
         name = f"model.layers.{layer}.mlp.up_proj.weight"
         expected = gguf.dequantize(gguf.quantize(original[name].numpy(), kind), kind)
-        assert np.array_equal(found[name].numpy(), expected)
-        assert not torch.equal(found[name], original[name])
+        assert np.array_equal(weights[name].numpy(), expected)
+        assert not torch.equal(weights[name], original[name])
 
 
 def test_a_harvest_of_a_file_and_its_directory_are_the_same_rows(

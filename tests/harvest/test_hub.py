@@ -24,23 +24,23 @@ def filled(hub: Hub, llama: Path) -> Hub:
 
 
 def arguments(tmp_path: Path, **changed: str) -> list[str]:
-    given = {"model.name": "me/tiny-llama", "data.dataset": "me/text", "data.name": "none"}
-    given |= {"paths.activations": str(tmp_path / "hub")} | changed
-    return ["--layer", "1", *ROWS, *(word for key, value in given.items() for word in (f"--{key}", value))]
+    options = {"model.name": "me/tiny-llama", "data.dataset": "me/text", "data.name": "none"}
+    options |= {"paths.activations": str(tmp_path / "hub")} | changed
+    return ["--layer", "1", *ROWS, *(word for key, value in options.items() for word in (f"--{key}", value))]
 
 
 def test_the_same_store_as_from_the_same_files(
     filled: Hub, llama: Path, corpus: Path, at_hub: Run, tmp_path: Path
 ) -> None:
-    done = at_hub("-m", "harvest", *arguments(tmp_path))
-    assert done.returncode == 0, done.stderr
+    process = at_hub("-m", "harvest", *arguments(tmp_path))
+    assert process.returncode == 0, process.stderr
     local = {
         "model.name": str(llama),
         "data.files": str(corpus),
         "paths.activations": str(tmp_path / "local"),
     }
-    done = at_hub("-m", "harvest", *arguments(tmp_path, **local))
-    assert done.returncode == 0, done.stderr
+    process = at_hub("-m", "harvest", *arguments(tmp_path, **local))
+    assert process.returncode == 0, process.stderr
     hub, files = (Store.open(tmp_path / name / "tiny-llama/layer_1.zarr") for name in ("hub", "local"))
     assert (hub.manifest.source.model, hub.manifest.source.dataset) == ("me/tiny-llama", "me/text")
     assert hub.manifest.source.weights_sha256 == files.manifest.source.weights_sha256
@@ -87,11 +87,11 @@ def test_what_the_hub_does_not_have_is_one_line(filled: Hub, at_hub: Run, tmp_pa
     filled.repos["models/me/gated"] = filled.repos["models/me/tiny-llama"]
     filled.repos["models/me/notes"] = {"README.md": b"nothing else"}
     filled.gated.add("models/me/gated")
-    asked = [arguments(tmp_path, **changed) for changed, _ in REFUSED]
-    done = at_hub("-c", EACH, json.dumps([["--plan", *asked[0]], *asked]))
-    assert done.stdout.split() == ["2"] * 8, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for found, expected in zip(errors, [REFUSED[0][1], *(line for _, line in REFUSED)], strict=True):
-        assert expected in found
-    assert "Traceback" not in done.stderr
+    commands = [arguments(tmp_path, **changed) for changed, _ in REFUSED]
+    process = at_hub("-c", EACH, json.dumps([["--plan", *commands[0]], *commands]))
+    assert process.stdout.split() == ["2"] * 8, process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    for error, expected in zip(errors, [REFUSED[0][1], *(line for _, line in REFUSED)], strict=True):
+        assert expected in error
+    assert "Traceback" not in process.stderr
     assert not list((tmp_path / "hub").rglob("*.zarr"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.errors import InputError
-from common.identity import differs
+from common.identity import differs, directory_sha256
 from common.settings import Model
 from harvest.run import harvest, plan_only
 from shards import Store
@@ -59,6 +59,21 @@ def test_a_model_is_known_by_its_weights_not_by_its_name(
             refused(settings_for(Path("a/checkpoint-1000")))
 
 
+def test_a_store_of_another_layer_is_not_already_harvested(llama: Path, settings_for: Make) -> None:
+    """A directory that was copied or renamed: its manifest says which layer it is of."""
+    (path,) = harvest(settings_for(llama))
+    shutil.copytree(path, path.with_name("layer_2.zarr"))
+    for refused in (harvest, plan_only):
+        with pytest.raises(
+            InputError, match=r"layer_2\.zarr: holds another harvest \(layer: there 1, asked 2\)"
+        ):
+            refused(settings_for(llama, layer="2"))
+    (begun,) = [path.rename(path.with_name("layer_0.zarr"))]
+    (begun / "files.sha256").unlink()
+    assert harvest(settings_for(llama, layer="0")) == [begun]
+    assert Store.open(begun).manifest.source.layer == 0
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], None], **layout: Any) -> None:
     said = json.loads(path.read_text())
     change(said)
@@ -87,6 +102,30 @@ def test_a_changed_configuration_or_tokenizer_is_another_model(
             InputError, match=r"config.json or the tokenizer in .*model: there \w{12}\.\.\., now"
         ):
             refused(settings)
+
+
+def test_older_models_name_their_special_tokens_in_a_file_of_their_own(
+    llama: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    """special_tokens_map.json goes before tokenizer_config.json, unless that one lists all tokens itself."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    settings = settings_for(model)
+    (path,) = harvest(settings)
+    write = (model / "special_tokens_map.json").write_text
+    write(json.dumps({"bos_token": "<bos>"}))
+    assert harvest(settings) == [path]
+    write(json.dumps({"bos_token": {"content": "<pad>", "lstrip": False, "normalized": False}}))
+    with pytest.raises(InputError, match=r"config.json or the tokenizer in .*model: there \w{12}\.\.\., now"):
+        harvest(settings)
+    (again,) = harvest(settings_for(model, "--harvest", "b"))
+    assert [Store.open(each).manifest.source.bos_token_id for each in (path, again)] == [0, 2]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {}}))
+    assert harvest(settings) == [path]
+    (third,) = harvest(settings_for(model, "--harvest", "c"))
+    assert Store.open(third).manifest.source.bos_token_id == 0
 
 
 def test_what_changes_no_activation_changes_no_model(
@@ -118,6 +157,22 @@ def in_parts(model: Path) -> None:
     (model / "model.safetensors").rename(model / "consolidated.safetensors")
 
 
+def test_a_link_to_weights_that_have_gone_is_named(llama: Path, tmp_path: Path) -> None:
+    """As in a cache of the hub that was moved or cleaned; what an index names and is not there says so."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    in_parts(model)
+    (model / "two.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"two\.safetensors: no such file, though model\.safetensors\.index\.json"
+    ):
+        directory_sha256(model)
+    (model / "two.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        InputError, match=r"two\.safetensors: a link to a file that has gone; download the model"
+    ):
+        directory_sha256(model)
+
+
 def test_an_unfinished_harvest_goes_on_with_the_moved_model(
     llama: Path, settings_for: Make, tmp_path: Path
 ) -> None:
@@ -130,11 +185,11 @@ def test_an_unfinished_harvest_goes_on_with_the_moved_model(
 
 
 def test_another_revision_is_another_model() -> None:
-    found = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
-    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), found) is None
+    source = {"model": "EleutherAI/pythia-70m", "revision": "step1000", "model_sha256": "0" * 64}
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step1000"), source) is None
     said = "model.revision: there 'step1000', asked 'step2000'"
-    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), found) == said
-    assert differs(Model(name="other/pythia-70m", revision="step1000"), found) is not None
+    assert differs(Model(name="EleutherAI/pythia-70m", revision="step2000"), source) == said
+    assert differs(Model(name="other/pythia-70m", revision="step1000"), source) is not None
 
 
 # -- tokens without an embedding -----------------------------------------------------------------------

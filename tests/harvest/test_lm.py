@@ -1,5 +1,6 @@
 """Captured tensors against Hugging Face's own forward hooks, for every family of tests/models.py."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.device import pick_device
 from common.errors import InputError
 from common.hooks import hooks_of
+from common.identity import directory_sha256
 from common.settings import Model
 from harvest import lm
 from tests.models import by_hugging_face, save_model
@@ -22,9 +24,9 @@ def load(directory: Path, dtype: str = "float32") -> lm.LanguageModel:
 
 
 def tokens(batch: int = 3, length: int = 16) -> torch.Tensor:
-    made = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(0))
-    made[:, 0] = 0
-    return made
+    ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 0
+    return ids
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -51,11 +53,11 @@ def test_captured_tensors_equal_hugging_face(layer: int, model_directory: Path) 
 def test_logits_equal_hugging_faces(model_directory: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model_directory, attn_implementation="eager").eval()
     with torch.inference_mode():
-        found, expected = (
+        logits, expected = (
             load(model_directory).bridge(tokens(), return_type="logits"),
             reference(tokens()).logits,
         )
-    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-6)
 
 
 def test_gemma_2_at_its_real_widths(wide_gemma: Path) -> None:
@@ -133,8 +135,16 @@ def test_the_digest_takes_weights_without_dimensions(tmp_path: Path) -> None:
     ("name", "line"),
     [
         ("/nowhere/model", "model.name: no such directory /nowhere/model"),
+        (
+            "~/model",
+            "model.name: no such directory ~/model; ~ and $ are not expanded here: give the whole path",
+        ),
+        (
+            "https://huggingface.co/gpt2",
+            "model.name: https://huggingface.co/gpt2 is an address; expected owner/name",
+        ),
         ("embedded/other", "model.name: expected one of embedded/smollm2-135m, found 'embedded/other'"),
-        ("nobody/nothing", "model nobody/nothing: the Hugging Face hub was not reached"),
+        ("nobody/nothing", "model nobody/nothing: the Hugging Face hub could not be reached"),
     ],
 )
 def test_models_that_are_not_there(name: str, line: str) -> None:
@@ -181,6 +191,99 @@ def test_weights_that_the_configuration_has_no_place_for_are_named(
     assert "no place" not in capsys.readouterr().err
 
 
+def fp8(weights: dict[str, torch.Tensor], scale: str = "weight_scale_inv") -> dict[str, torch.Tensor]:
+    """Every projection as 8-bit floats and one scale."""
+    stored = dict(weights)
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        step = weights[name].abs().max() / 448
+        stored[name] = (weights[name] / step).to(torch.float8_e4m3fn)
+        stored[name.replace("weight", scale)] = step.reshape(1, 1)
+    return stored
+
+
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "weight_scale", "scales"])
+def test_codes_are_not_taken_for_weights(scale: str, llama: Path, tmp_path: Path) -> None:
+    """Without a quantization_config, or with one that transformers does not know, it would drop the scales."""
+    copy = copy_with(llama, tmp_path / "fp8", fp8(load_file(llama / "model.safetensors"), scale))
+    line = r"its weights are stored as codes \(model\.layers\.0\.mlp\.down_proj\.\w+\), .* before it was quantised"
+    with pytest.raises(InputError, match=line):
+        load(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "nobody's"}})
+    )
+    with pytest.raises(InputError, match=line):
+        load(copy)
+
+
+def test_integers_are_not_taken_for_weights(llama: Path, tmp_path: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] = torch.ones(32, 64, dtype=torch.int8)
+    with pytest.raises(InputError, match=r"stored as codes \(model\.layers\.1\.mlp\.down_proj\.weight\)"):
+        load(copy_with(llama, tmp_path / "int8", weights))
+
+
+def test_a_quantisation_that_transformers_undoes_is_read(llama: Path, tmp_path: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    copy = copy_with(llama, tmp_path / "fp8", fp8(weights))
+    config = json.loads((copy / "config.json").read_text())
+    fine = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": fine}))
+    held = load(copy).bridge.original_model.model.layers[1].mlp.down_proj.weight
+    expected = weights["model.layers.1.mlp.down_proj.weight"]
+    torch.testing.assert_close(held.detach(), expected, rtol=0.07, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq", "compressed-tensors"])
+def test_no_package_is_advised_for_a_quantised_model(method: str, llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "quantised")
+    said = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    with pytest.raises(InputError, match=r"give the model as it was before it was quantised$") as caught:
+        load(copy)
+    assert "pip" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own", ["flash_attention_2", "sdpa", "kernels-community/flash-attn"])
+def test_the_attention_of_the_configuration_has_no_say(own: str, gemma: Path, tmp_path: Path) -> None:
+    """Gemma-2 needs the eager one; a kernel would be downloaded and run."""
+    copy = shutil.copytree(gemma, tmp_path / "own")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"_attn_implementation": own}))
+    ids, hook = tokens(), "blocks.1.hook_mlp_out"
+    outputs = []
+    for model in (load(gemma), load(copy)):
+        assert model.bridge.original_model.config._attn_implementation == "eager"
+        with model.capturing([hook]) as caught:
+            model.run_blocks(ids, 1)
+        outputs.append(caught[hook])
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "nobody's"}, {"rope_scaling": {"rope_type": "nobody's"}}], ids=str
+)
+def test_a_name_that_transformers_does_not_know_is_said(
+    change: dict[str, object], llama: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(llama, tmp_path / "other")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    line = 'cannot be loaded: its files name "nobody\'s", which transformers does not know'
+    with pytest.raises(InputError, match=line):
+        load(copy)
+
+
+def test_an_adapter_is_not_left_out_silently(llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "adapter")
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(
+        InputError, match=r"has an adapter \(adapter_config\.json\), which is not applied; .*merged"
+    ):
+        lm.locate(Model(name=str(copy)))
+
+
 def test_a_checkpoint_of_other_shapes(llama: Path, tmp_path: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
@@ -194,6 +297,26 @@ def test_a_checkpoint_cut_short(llama: Path, tmp_path: Path) -> None:
     (copied / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be loaded: "):
         load(copied)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer"])
+def test_a_tokenizer_is_not_made_up(name: str, llama: Path, tmp_path: Path) -> None:
+    """Of these classes transformers makes one with an empty vocabulary where the files are missing."""
+    copy = shutil.copytree(llama, tmp_path / "settings_only")
+    (copy / "tokenizer.json").unlink()
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+    with pytest.raises(InputError, match=r"has no tokenizer, only its settings; copy tokenizer\.json beside"):
+        lm.load_tokenizer(str(copy), None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_what_git_leaves_of_a_large_file_is_named(name: str, llama: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llama, tmp_path / "cloned")
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    line = rf"{name}: is a pointer of Git LFS, not the file; fetch it \(git lfs pull\)$"
+    with pytest.raises(InputError, match=line):
+        lm.load_tokenizer(str(copy), None) if name == "tokenizer.json" else directory_sha256(copy)
 
 
 def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ from common.errors import InputError
 from common.files import sha256
 from common.identity import directory_sha256
 from common.settings import Settings
-from harvest.run import harvest
+from evaluate import stores
+from harvest.run import harvest, plan_only
 from shards import Store
 from shards.commit import read_commit
+from shards.plan import human
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 
@@ -211,7 +213,7 @@ def test_a_partial_store_of_another_harvest_is_refused(llama: Path, settings_for
     with pytest.raises(InputError, match="holds another harvest"):
         harvest(settings_for(llama, rows=1500))
     with pytest.raises(
-        InputError, match=r'begun with dtype "float32", now "bfloat16"; .* or give HARVEST=name'
+        InputError, match=r"begun with dtype 'float32', now 'bfloat16'; .* or give HARVEST=name"
     ):
         harvest(settings_for(llama, "--model.dtype", "bfloat16"))
 
@@ -315,8 +317,8 @@ def command_of(settings: Settings, processes: int = 1) -> list[str]:
 def test_two_processes_write_the_same_bytes(llama: Path, settings_for: Make, tmp_path: Path) -> None:
     whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
     settings = settings_for(llama)
-    done = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command_of(settings, 2), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     assert read_commit(Path(settings.store_path(1))) == read_commit(whole)
 
 
@@ -332,8 +334,8 @@ def test_killed_and_continued(llama: Path, settings_for: Make, tmp_path: Path) -
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     assert read_commit(path) == read_commit(whole)
 
 
@@ -363,7 +365,7 @@ def test_activations_that_are_not_finite_are_refused(llama: Path, settings_for: 
 
 def test_a_layer_that_does_not_exist(llama: Path, settings_for: Make) -> None:
     settings = settings_for(llama, layer="99")
-    with pytest.raises(InputError, match=r"layer: 99 asked for, but .* has layers 0 to 2"):
+    with pytest.raises(InputError, match=r"layer: 99 requested, but .* has layers 0 to 2"):
         harvest(settings)
     assert not Path(settings.store_path(99)).exists()
 
@@ -409,10 +411,35 @@ def test_after_its_first_window_the_plan_is_right_within_5_percent(
 ) -> None:
     text = write_jsonl(tmp_path / "long.jsonl", sentences(1200, words=50))
     (path,) = harvest(settings_for(llama, "--data.files", str(text), rows=40_000))
-    found = re.search(r"bytes a row \(measured\), ([\d.]+) MB on disk", capsys.readouterr().out)
-    assert found
+    match = re.search(r"bytes a row \(measured\), ([\d.]+) MB on disk", capsys.readouterr().out)
+    assert match
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    assert float(found[1]) * 1e6 == pytest.approx(size, rel=0.05)
+    assert float(match[1]) * 1e6 == pytest.approx(size, rel=0.05)
+
+
+def test_plan_harvest_and_the_list_of_stores_say_the_same_rows_and_size(
+    llama: Path, settings_for: Make, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Held-out rows are "about" so many until the text was read; after that the plan has the harvest's own numbers."""
+    text = write_jsonl(tmp_path / "long.jsonl", sentences(1200, words=50))
+    settings = settings_for(llama, "--data.files", str(text), rows=40_000)
+    plan_only(settings)
+    assert "layer 1: 40,000 train + about 4,444 held-out rows, " in capsys.readouterr().out
+    with stopped_after(1):
+        harvest(settings)
+    rows = re.findall(r"plan: layer 1: (40,000 train \+ [\d,]+ held-out rows), ", capsys.readouterr().out)
+    plan_only(settings)
+    assert f"layer 1: {rows[-1]}, " in (planned := capsys.readouterr().out)
+    assert "(measured)" in planned
+    other = settings_for(llama, "--data.files", str(text), "--harvest.seed", "1", rows=40_000)
+    with pytest.raises(InputError, match="holds another harvest"):
+        plan_only(other)  # a window is written
+    (path,) = harvest(settings)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"layer 1: {path}, {rows[-1]}, ")
+    size = stores.line_of(path, 1, "")["size"]
+    assert f" held-out rows, {size}, storing costs" in said
+    assert size == human(sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()))
 
 
 def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, tmp_path: Path) -> None:
@@ -428,8 +455,8 @@ def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, t
         "--model.device",
         "cpu",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     store = Store.open(tmp_path / "wide-gemma" / "layer_1.zarr")
     assert (store.manifest.source.d_in, len(store.train)) == (2304, 1100)
     assert store.manifest.splits["train"].outputs
@@ -439,10 +466,12 @@ def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, t
 def test_gemma_2_without_a_network_ends_in_seconds_with_one_line(tmp_path: Path) -> None:
     begun = time.monotonic()
     command = [sys.executable, "-m", "harvest", "--layer", "17", "--paths.activations", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: model google/gemma-2-2b: the Hugging Face hub was not reached (")
-    assert "give --model.name <local directory>; make demo needs no hub" in done.stderr
-    assert done.stderr.count("\n") == 1
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith(
+        "error: model google/gemma-2-2b: the Hugging Face hub could not be reached ("
+    )
+    assert "give --model.name <local directory>; make demo needs no hub" in process.stderr
+    assert process.stderr.count("\n") == 1
     assert time.monotonic() - begun < 20
     assert not list(tmp_path.iterdir())

@@ -67,11 +67,11 @@ def test_no_document_is_in_both_splits(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), None)
     texts = [f"{text} " * 5 for text in sentences(100)]
-    found: dict[str, list[np.ndarray]] = {"train": [], "heldout": []}
+    splits: dict[str, list[np.ndarray]] = {"train": [], "heldout": []}
     kept = {"train": 0, "heldout": 0}
 
     def emit(split: str, context: np.ndarray, count: int) -> None:
-        found[split].append(context)
+        splits[split].append(context)
         kept[split] += count
 
     def heldout(text: str) -> bool:
@@ -87,12 +87,13 @@ def test_no_document_is_in_both_splits(tmp_path: Path) -> None:
             for word in backend.decode(np.concatenate(contexts).tolist()).split()
             if word[:-1].isdigit()
         }
-        for split, contexts in found.items()
+        for split, contexts in splits.items()
     }
     allowed = {
-        split: {i for i, text in enumerate(texts) if heldout(text) == (split == "heldout")} for split in found
+        split: {i for i, text in enumerate(texts) if heldout(text) == (split == "heldout")}
+        for split in splits
     }
-    whole = {split: {n for n in numbers[split] if n >= 10} for split in found}  # a cut may shorten a number
+    whole = {split: {n for n in numbers[split] if n >= 10} for split in splits}  # a cut may shorten a number
     assert whole["train"] <= allowed["train"]
     assert whole["heldout"] <= allowed["heldout"]
     assert whole["train"]
@@ -102,7 +103,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), None)
     with pytest.raises(
-        InputError, match=r"harvest\.rows: 99,999 asked for, but the text gives only [\d,]+ train rows"
+        InputError, match=r"harvest\.rows: 99,999 requested, but the text gives only [\d,]+ train rows"
     ):
         pack_splits(
             sentences(5),
@@ -139,7 +140,11 @@ def test_documents_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl: line 2, column 10: Expecting value"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"text": \n',
+            "a.jsonl: line 2: not valid JSON: Expecting value at character 10",
+        ),
         (
             "a.jsonl",
             '{"body": "x"}\n',

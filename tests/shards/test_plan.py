@@ -4,7 +4,15 @@ from dataclasses import replace
 
 from shards.plan import Plan, shortage
 
-PLAN = Plan(rows=100, bytes_per_row=10.0, fixed_bytes=0, written_bytes=0, free_bytes=1500, measured=True)
+PLAN = Plan(
+    {"train": 90, "heldout": 10},
+    True,
+    bytes_per_row=10.0,
+    fixed_bytes=0,
+    written_bytes=0,
+    free_bytes=1500,
+    measured=True,
+)
 
 
 def test_stores_side_by_side_share_the_free_space() -> None:

@@ -111,9 +111,25 @@ def test_deleted_emptied_and_truncated_files_of_each_kind(store: Store, tmp_path
 def test_files_that_do_not_belong(store: Store, tmp_path: Path) -> None:
     copy = shutil.copytree(store.path, tmp_path / "s.zarr")
     (copy / "train" / "notes.txt").write_text("x")
-    assert [str(damage) for damage in verify(LocalFiles(copy))] == [
-        "train/notes.txt: not listed in files.sha256"
-    ]
+    damages = verify(LocalFiles(copy))
+    line = "train/notes.txt: not listed in files.sha256: no file of the store"
+    assert [str(damage) for damage in damages] == [line]
+    with pytest.raises(InputError, match=r"notes\.txt: is no file of the store; remove this file"):
+        repair(copy, damages)
+    assert (copy / "files.sha256").is_file()
+
+
+def test_hidden_files_are_no_part_of_a_store(tmp_path: Path) -> None:
+    """File managers, network disks and macOS leave them, while it is written too."""
+    path = tmp_path / "s.zarr"
+    for name in (".DS_Store", "train/._zarr.json", "train/inputs/c/.nfs0001"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"x")
+    store = make_store(path, random_rows(100), random_rows(50))
+    assert not [name for name in read_commit(path) if "/." in f"/{name}"]
+    (path / ".DS_Store").write_bytes(b"another window size")
+    assert verify(LocalFiles(path)) == []
+    assert len(Store.open(path).train) == len(store.train) == 100
 
 
 def test_repair_refills_exactly_the_damaged_windows(llama: Path, settings_for: Make) -> None:
@@ -137,7 +153,7 @@ def test_what_a_harvest_cannot_refill_is_not_repaired(store: Store, tmp_path: Pa
         copy = shutil.copytree(store.path, tmp_path / "s.zarr")
         flip(copy / name)
         with pytest.raises(
-            InputError, match="cannot be refilled from the store alone; remove it and harvest again"
+            InputError, match="cannot be refilled from the store alone; remove the store and harvest again"
         ):
             repair(copy, verify(LocalFiles(copy)))
         assert (copy / "files.sha256").is_file()

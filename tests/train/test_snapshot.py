@@ -69,6 +69,7 @@ def test_the_checkpoint_is_the_transcoder_that_training_had(
     assert probed[-1] < 0.9
     assert measured.l0 == pytest.approx(transcoder.metadata["training"]["l0"], rel=0.02)
     assert not (run_dir / "transcoder.safetensors").exists()
+    (run_dir / "state/step_80/tensors.safetensors").unlink()  # what is written is not made again
     assert snapshot(run_dir, store, CPU) == folder
 
 
@@ -97,7 +98,7 @@ def test_a_run_that_was_stopped_says_so_and_where(
     settings = make_settings()
     run_dir = stopped(settings, store, stop_at, 60)
     assert record.stopped(run_dir) == "interrupted, or still training, at step 60 of 96"
-    with pytest.raises(InputError, match=r"interrupted, or still training: .*--evaluate\.checkpoint true"):
+    with pytest.raises(InputError, match=r"interrupted, or still training; .*--evaluate\.checkpoint true"):
         Transcoder.load(run_dir)
     with pytest.raises(InputError, match=r"at step 60 of 96; its samples are written when it ends"):
         next(samples_page.read(run_dir))
@@ -105,7 +106,7 @@ def test_a_run_that_was_stopped_says_so_and_where(
     assert record.stopped(run_dir) == "interrupted, or still training, before its first checkpoint of 96"
     with pytest.raises(InputError, match="has no checkpoint yet"):
         snapshot(run_dir, store, CPU)
-    with pytest.raises(InputError, match="no run was begun here"):
+    with pytest.raises(InputError, match="no run was started here"):
         snapshot(run_dir.with_name("absent"), store, CPU)
 
 

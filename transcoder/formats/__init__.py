@@ -53,8 +53,8 @@ def weights_file(path: Path) -> Path:
     if weights_path is None:
         if (path / "settings.json").is_file():
             raise InputError(
-                f"{path}: interrupted, or still training: the weights are written at the end; the same make train goes "
-                "on, and make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
+                f"{path}: interrupted, or still training; its weights are written when it ends: rerun the same make "
+                "train to continue; make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
             )
         if (path / "config.yaml").is_file() and (layers := sorted(path.glob("layer_*.safetensors"))):
             return layers[0]  # circuit-tracer's set: its reader says what it is
