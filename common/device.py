@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
     device, there = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
         gpus = f"{there} GPU(s)" if there else "no GPU"
-        raise InputError(f"model.device: {name} asked for, but PyTorch finds {gpus}; use --model.device cpu")
+        raise InputError(f"model.device: {name} requested, but PyTorch finds {gpus}; use --model.device cpu")
     return device
 
 

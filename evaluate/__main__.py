@@ -44,9 +44,9 @@ def main() -> None:
 
 def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
+    from evaluate.subject import checkpoint_note
     from train.log import where
     from train.record import went_on
-    from transcoder.weights import FILE_NAME
 
     table = table_of(
         rows_of(metrics.rows, metrics.provenance.split),
@@ -79,9 +79,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
         plain(console, "nothing has changed since the last evaluation: nothing was measured again")
     run_dir = settings.run_dir()
     if at := metrics.provenance.checkpoint:
-        is_over = (run_dir / FILE_NAME).exists() and went_on(run_dir) is None
-        ended = "" if is_over else ": training has not ended"
-        plain(console, f"note: the checkpoint of step {at.step:,} of {at.of:,}{ended}")
+        plain(console, f"note: {checkpoint_note(run_dir, at.step, at.of)}")
         run_dir = run_dir / f"at_step_{at.step}"
     elif step := went_on(run_dir):
         plain(

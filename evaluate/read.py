@@ -34,7 +34,7 @@ def main() -> None:
     from rich.table import Table
 
     from evaluate.reader import Reader  # with torch, which --help need not wait for
-    from evaluate.subject import run_of
+    from evaluate.subject import checkpoint_note, run_of
     from shards import Store
     from transcoder import Transcoder
     from transcoder.weights import chosen_run
@@ -43,7 +43,7 @@ def main() -> None:
     store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
     transcoder = Transcoder.load(run_of(settings, store))
     if at := transcoder.metadata.get("checkpoint"):
-        print(f"the checkpoint of step {at['step']:,} of {at['of']:,}: training has not ended")
+        print(checkpoint_note(settings.run_dir(), at["step"], at["of"]))
     sentence = Reader(store, transcoder, model.device, model.name, mismatch)(arguments.text)
     table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
     for token, acts in zip(sentence.tokens, sentence.acts, strict=True):

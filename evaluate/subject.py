@@ -25,6 +25,12 @@ def run_of(settings: Settings, store: Store) -> Path:
     return run_dir
 
 
+def checkpoint_note(run_dir: Path, step: int, steps: int) -> str:
+    """One line of a checkpoint that is evaluated in place of a run's finished weights."""
+    finished = (run_dir / FILE_NAME).exists() and record.went_on(run_dir) is None
+    return f"the checkpoint of step {step:,} of {steps:,}{'' if finished else ': training has not ended'}"
+
+
 def refuse_missing(run_dir: Path) -> None:
     """Raise `InputError` where a run has no finished weights: how far it is, or which others there are."""
     if (run_dir / FILE_NAME).exists():

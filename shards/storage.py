@@ -92,8 +92,8 @@ def row_sizes(values: np.ndarray) -> np.ndarray:
     lost 70 % of their variance, now 5e-5. The second round (Sinkhorn's) is for a row 1e4 times the others, which alone
     decides the first round's columns.
 
-    einsum, not @: BLAS would start threads of its own in each of the threads that encode, and a harvest on 16 cores
-    came to 24,000 rows/s; the sizes are the same.
+    einsum, not @: BLAS would start threads of its own in each of the threads that encode (docs/gpu.md). The sizes are
+    the same.
     """
     squares = np.square(values, dtype=np.float64)
     rows = np.ones(len(values))

@@ -1,4 +1,4 @@
-"""A device for tests: its tensors compute on the CPU, refuse to meet tensors of the CPU, and count what a GPU would do.
+"""A fake device for tests: it computes on the CPU, refuses to meet tensors of the CPU, and counts what a GPU would do.
 
     with pretend_device() as counts:
         x = torch.randn(4, 3).to(DEVICE)
@@ -59,7 +59,7 @@ FREE = {
 
 
 class Pretend(Tensor):
-    """A tensor of the pretended device. `inner` holds its values; views share memory because their inner tensors do."""
+    """A tensor of the fake device. `inner` holds its values; views share memory because their inner tensors do."""
 
     inner: Tensor
 

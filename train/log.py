@@ -89,7 +89,7 @@ def check(wandb: Wandb) -> None:
         return
     if importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"wandb.mode: {mode} asked for, but the package wandb is not installed; "
+            f"wandb.mode: {mode} requested, but the package wandb is not installed; "
             "run make install, or give --wandb.mode disabled"
         )
     if not re.fullmatch(r"[^/\\#?%:]{1,128}", project := project_of(wandb)):

@@ -25,7 +25,7 @@ from train import checkpoint, log, memory, record
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.log import Log
 from train.measure import PROBE_ROWS, measure, training_cut
-from train.recipe import Recipe, initial
+from train.recipe import Recipe, check_precision, initial
 from train.state import State
 from train.step.dense import DenseStep
 from train.step.gradients import Gradients
@@ -113,8 +113,12 @@ class Run:
         parameters = initial(settings, self.recipe, store, device)
         sampled = settings.train.sample_every > 0
         self.state = State.start(parameters, self.recipe.objective.prefix_ends, sampled)
-        checkpoint.restore(self.dir, self.state)
-        used = self.recipe.used()
+        continued, used = checkpoint.restore(self.dir, self.state), self.recipe.used()
+        if continued and peers.leads:
+            before, now = record.read(self.dir).used.get("precision"), used["precision"]
+            if before not in (None, now):
+                line = f"note: {self.dir}: begun with products in {before}, goes on in {now}"
+                tqdm.write(line, file=sys.stderr)
         if peers.leads:  # nothing is written before all that was given is known to be usable
             checkpoint.cut_metrics(self.dir, self.state.step)
             record.claim(self.dir, settings, store.manifest, used)
@@ -258,6 +262,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     """
     device = pick_device(wanted[0].model.device)
     _check_store(wanted[0], store)
+    for settings in wanted:
+        check_precision(device, settings.train.precision)
     _check_memory(wanted, store, device)
     log.check(wanted[0].wandb)
     with joined(device) as peers, ExitStack() as locks:

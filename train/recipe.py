@@ -55,7 +55,7 @@ class Recipe:
             selection=settings.transcoder.selection,
             aux_k=settings.train.aux_k,
             aux_coefficient=settings.train.aux_coefficient,
-            precision=chosen_precision(settings.train.precision, torch.device(device)),
+            precision=precision_on(torch.device(device), settings.train.precision),
         )
         scaling = Scaling.of(moments.inputs, moments.outputs, device)
         variance = float(moments.outputs.variance.sum()) / scaling.scale_out**2
@@ -103,19 +103,24 @@ class Recipe:
         return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=self.warmup)
 
 
-def chosen_precision(name: str, device: torch.device) -> str:
-    """The precision of the products on this device; raises `InputError` if the device has no such products.
+def has_tf32(device: torch.device) -> bool:
+    """Whether products on this device can be in TF32 (10 bits of mantissa): GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
-    TF32 (10 bits of mantissa, from Ampere on) is as fast as bfloat16 to within a tenth of a step (docs/gpu.md).
-    """
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+def precision_on(device: torch.device, name: str) -> str:
+    """The precision of the products that `train.precision` means on this device."""
     if name == "auto":
-        return "tfloat32" if has_tf32 else "float32"
-    if name == "tfloat32" and not has_tf32:
+        return "tfloat32" if has_tf32(device) else "float32"
+    return name
+
+
+def check_precision(device: torch.device, name: str) -> None:
+    """Raise `InputError` where a run in TF32 is asked for and the device does not have it."""
+    if name == "tfloat32" and not has_tf32(device):
         raise InputError(
             f"train.precision: tfloat32 needs a GPU that has it (Ampere or later), found {device}; use auto or float32"
         )
-    return name
 
 
 def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:

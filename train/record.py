@@ -95,6 +95,8 @@ class Begun(NamedTuple):
     fingerprint: str
     """Of the harvest."""
     d_in: int
+    used: dict[str, Any]
+    """What it used where settings say "auto", see `Recipe.used`; older runs lack some of it."""
 
 
 def read(run_dir: Path) -> Begun:
@@ -103,7 +105,8 @@ def read(run_dir: Path) -> Begun:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         settings = validated(record["settings"], "written by another version")
-        return Begun(settings, str(record["harvest_fingerprint"]), int(record["d_in"]))
+        used = dict(record.get("used") or {})
+        return Begun(settings, str(record["harvest_fingerprint"]), int(record["d_in"]), used)
     except FileNotFoundError:
         raise InputError(f"{run_dir}: no run was started here; train it first (make train)") from None
     except (OSError, ValueError, LookupError, TypeError) as error:

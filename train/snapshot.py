@@ -30,7 +30,7 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
     Nothing to do where that was done. A training that goes on meanwhile is left alone. Raises `InputError` where there
     is no checkpoint, or the run was trained on another store.
     """
-    settings, fingerprint, _ = record.read(run_dir)
+    settings, fingerprint, _, used = record.read(run_dir)
     if fingerprint != store.manifest.fingerprint:
         raise InputError(
             f"{run_dir}: trained on harvest {shown(fingerprint)}, {store.path} is {shown(store.manifest.fingerprint)}; "
@@ -49,7 +49,7 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
         kept = (state.kept / state.kept_rows).tolist()
     else:  # training counts them over its last tenth
         kept = kept_per_row(raw, calibration_inputs(store, recipe, device), recipe)
-    more = {"checkpoint": {"step": state.step, "of": recipe.steps}}
+    more = {"checkpoint": {"step": state.step, "of": recipe.steps}, "used": recipe.used() | used}
     calibrated(settings, store, recipe, state, kept, more).save(folder)
     return folder
 

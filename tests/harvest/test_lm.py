@@ -331,7 +331,7 @@ def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(InputError, match="cuda asked for, but PyTorch finds no GPU"):
+    with pytest.raises(InputError, match="cuda requested, but PyTorch finds no GPU"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
     with pytest.raises(InputError, match="expected auto, cpu, cuda or cuda:N, found 'gpu'"):

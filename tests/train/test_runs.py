@@ -23,7 +23,7 @@ from train import checkpoint, record
 from train.__main__ import main
 from train.loop import RESTRAINT, Run, restrain, step_for, train, train_step, train_together
 from train.normalisation import fold
-from train.recipe import Recipe, chosen_precision, initial
+from train.recipe import Recipe, initial, precision_on
 from train.state import State
 from train.step.dense import DenseStep
 from train.step.losses import Objective
@@ -444,9 +444,21 @@ def test_the_step_and_its_precision_follow_the_device() -> None:
     assert type(step_for(sparse, gpu)) is SparseStep  # float32: the gathers are faster than float32 products
     for precision in ("tfloat32", "bfloat16"):
         assert type(step_for(replace(sparse, precision=precision), gpu)) is MatrixStep
-    assert chosen_precision("auto", cpu) == "float32"
+    assert precision_on(cpu, "auto") == "float32"
+
+
+def test_tf32_is_refused_where_there_is_none_and_a_change_of_precision_is_said(
+    make_settings: Make, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match=r"train\.precision: tfloat32 needs a GPU"):
-        chosen_precision("tfloat32", cpu)
+        train(make_settings(train__precision="tfloat32"), store)
+    settings = make_settings()
+    train(settings, store)
+    file = settings.run_dir() / "settings.json"
+    file.write_text(file.read_text().replace('"precision": "float32"', '"precision": "tfloat32"'))
+    assert "begun with" not in capsys.readouterr().err
+    train(settings.model_copy(update={"train": settings.train.model_copy(update={"rows": 64 * 100})}), store)
+    assert "begun with products in tfloat32, goes on in float32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -456,7 +468,7 @@ def test_auto_precision_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert chosen_precision("auto", torch.device("cuda:1")) == expected
+    assert precision_on(torch.device("cuda:1"), "auto") == expected
 
 
 def test_runs_trained_together_equal_runs_trained_alone(
