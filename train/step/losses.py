@@ -43,10 +43,10 @@ class Objective:
 def prefix_weights(n: int) -> tuple[float, ...]:
     """Weights of the losses of n prefixes, coarsest first; they sum to 1.
 
-    In proportion 1.1, 1, ..., 1, 1.6. The whole dictionary counts more: equal weights cost it more by being nested
+    In proportion 1.1, 1, ..., 1, 1.3. The whole dictionary counts more: equal weights cost it more by being nested
     (docs/log.md). The first prefix has the fewest latents and is read first.
     """
-    shares = [1.1, *[1.0] * (n - 2), 1.6][-n:]
+    shares = [1.1, *[1.0] * (n - 2), 1.3][-n:]
     return tuple(share / sum(shares) for share in shares)
 
 

@@ -6,7 +6,7 @@ LR = 3e-3
 """Best peak rate at d_in 576, d_sae 4,608 and 1,600 steps (docs/log.md)."""
 DENSER = 2.0
 """Active latents per row at the start, over k. See `active_latents`."""
-DENSER_UNTIL = 0.5
+DENSER_UNTIL = 0.3
 """Share of the run after which there are k."""
 SHORT = 300
 """Runs of fewer steps have the rate of this many."""
@@ -47,8 +47,8 @@ def active_latents(step: int, steps: int, k: int, d_sae: int) -> int:
 
     More active latents at the start let each latent find its direction before it competes for few places.
 
-    >>> [active_latents(step, 8, k=32, d_sae=4608) for step in range(6)]
-    [64, 54, 45, 38, 32, 32]
+    >>> [active_latents(step, 20, k=32, d_sae=4608) for step in range(8)]
+    [64, 57, 51, 45, 40, 36, 32, 32]
     """
     if steps < 2:  # the thresholds are calibrated for the last steps' k
         return min(d_sae, k)

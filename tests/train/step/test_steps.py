@@ -233,9 +233,9 @@ def test_matrix_products_in_bfloat16_round_their_inputs_only(selection: str) -> 
     ("n", "expected"),
     [
         (1, (1.0,)),
-        (2, (1.1 / 2.7, 1.6 / 2.7)),
-        (3, (1.1 / 3.7, 1 / 3.7, 1.6 / 3.7)),
-        (4, (1.1 / 4.7, 1 / 4.7, 1 / 4.7, 1.6 / 4.7)),
+        (2, (1.1 / 2.4, 1.3 / 2.4)),
+        (3, (1.1 / 3.4, 1 / 3.4, 1.3 / 3.4)),
+        (4, (0.25, 1 / 4.4, 1 / 4.4, 1.3 / 4.4)),
     ],
 )
 def test_weights_of_the_prefixes(n: int, expected: tuple[float, ...]) -> None:
