@@ -162,12 +162,14 @@ def select_rows(
     return entries, everyones.min() if len(everyones) else values.new_zeros(())
 
 
-def row_cuts(pre: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B 1"]:
-    """The k-th largest value of each row."""
+def row_cuts(pre: Float[Tensor, "B F"], k: int, peers: Processes = ALONE) -> Float[Tensor, "B 1"]:
+    """The k-th largest value of each row; `peers` have other rows."""
     return pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
 
 
 SELECT = {"batch_topk": select_batch, "topk": select_rows}
+CUTS = {"batch_topk": batch_cut, "topk": row_cuts}
+"""The same rules as cuts, one of all rows [] or one a row [B, 1], for the step that keeps whole matrices."""
 
 
 def _entries(positions: Tensor, values: Tensor, kept: Tensor, pre: Tensor) -> Entries:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transcoder import selection
-from transcoder.selection import kth_largest, select_batch, select_rows
+from transcoder.selection import CUTS, SELECT, kth_largest, select_batch, select_rows
 
 
 def brute_batch(pre: torch.Tensor, n: int) -> tuple[torch.Tensor, float]:
@@ -60,3 +60,12 @@ def test_per_row_topk_is_exact_and_keeps_ties(seed: int, rows: int, width: int, 
 def test_kth_largest_counts_equal_values() -> None:
     values = torch.tensor([3.0, 1.0, 2.0, 2.0])
     assert [float(kth_largest(values, k)) for k in (1, 2, 3, 4)] == [3, 2, 2, 1]
+
+
+def test_every_rule_has_its_cuts() -> None:
+    """train/step/matrix.py takes the cuts; a rule without them would train on a CPU only."""
+    assert CUTS.keys() == SELECT.keys()
+    pre = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
+    for name, select in SELECT.items():
+        kept = (pre >= CUTS[name](pre, 3)) & (pre > 0)
+        assert torch.equal(kept.nonzero()[:, 1], select(pre, 3)[0].latents), name

@@ -17,7 +17,7 @@ from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, nested_loss
 from train.step.sparse import aux_gradients
 from transcoder.entries import Entries
-from transcoder.selection import batch_cut, row_cuts
+from transcoder.selection import CUTS
 from transcoder.transcoder import Parameters
 
 
@@ -96,11 +96,10 @@ class MatrixStep:
     def _kept(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(the smallest activation that the selection keeps, [B, F] which ones it keeps)."""
         tiny = torch.finfo(pre.dtype).smallest_normal  # zero is no activation
-        if self.objective.selection == "batch_topk":
-            cut = batch_cut(pre, k, self.peers)
-            return cut, pre >= cut.clamp_min(tiny)
-        cuts = row_cuts(pre, k)
+        cuts = CUTS[self.objective.selection](pre, k, self.peers)
         kept = pre >= cuts.clamp_min(tiny)
+        if cuts.dim() == 0:
+            return cuts, kept
         lowest = torch.where(kept, pre, torch.inf).amin()
         lowest = self.peers.gathered(lowest[None]).amin()
         return torch.where(lowest.isinf(), 0.0, lowest), kept
