@@ -320,6 +320,15 @@ def _blocks(
 
     By latents, d_acts gathers from S; by rows it would gather from W_dec, which is larger (0.048 against 0.063 s).
     The auxiliary loss's gradients are added to those of the dead latents.
+
+    Two latents, of which latent 0 has one entry: row 0, bag 0, activation 2. Its decoder row is 1, x is 5, S is 3:
+
+    >>> zero, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1, 1], dtype=torch.int32)
+    >>> entries = LatentEntries(zero, zero, zero, torch.tensor([2.0]), ends)
+    >>> W_dec, x, S, none = torch.ones(2, 1), torch.tensor([[5.0]]), torch.tensor([[3.0]]), torch.zeros(0).long()
+    >>> (block,) = _blocks(entries, W_dec, x, S, none, None)
+    >>> block.b_enc.tolist(), block.W_enc.tolist(), block.W_dec.tolist()  # d_acts = 3 * 1; 3 * 5; 2 * 3
+    ([3.0, 0.0], [[15.0], [0.0]], [[6.0], [0.0]])
     """
     d_sae = len(entries.offsets) - 1
     size = LATENTS if W_dec.is_cpu else d_sae
