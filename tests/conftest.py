@@ -98,3 +98,22 @@ def at_hub(hub: Hub, tmp_path: Path) -> Run:
         )
 
     return call
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 512 rows (32 chunks of 16), so that small harvests have several."""
+    import harvest.run as run
+    import shards.layout
+
+    for module in (
+        shards.layout,
+        sys.modules["shards.writer"],
+        sys.modules["shards.loader"],
+        sys.modules["shards.store"],
+    ):
+        if hasattr(module, "CHUNK_ROWS"):
+            monkeypatch.setattr(module, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(shards.layout, "SHARD_ROWS", 512)
+    monkeypatch.setattr(run, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(run, "SHARD_ROWS", 512)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from common.files import sha256
 from common.identity import directory_sha256
 from common.settings import Settings
 from evaluate import stores
-from harvest import windows
 from harvest.run import harvest, plan_only
 from shards import Store
 from shards.commit import read_commit
@@ -35,24 +33,6 @@ from tests.models import by_hugging_face, save_model, sentences, write_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 Make = Callable[..., Settings]
-
-
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 512 rows (32 chunks of 16), so that small harvests have several."""
-    import shards.layout
-
-    for module in (
-        shards.layout,
-        sys.modules["shards.writer"],
-        sys.modules["shards.loader"],
-        sys.modules["shards.store"],
-    ):
-        if hasattr(module, "CHUNK_ROWS"):
-            monkeypatch.setattr(module, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(shards.layout, "SHARD_ROWS", 512)
-    monkeypatch.setattr(run, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(run, "SHARD_ROWS", 512)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -188,37 +168,6 @@ def test_stopped_at_any_window_and_continued(
     assert harvest(settings_for(llama)) == [path]
     assert read_commit(path) == read_commit(whole)
     assert not (path / ".harvest").exists()
-
-
-@pytest.mark.usefixtures("small_windows")
-def test_a_failure_lets_the_windows_being_written_end(
-    llama: Path, settings_for: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model fails at the second window while the first one is being written."""
-    write, fill, failed = StoreWriter.write_window, windows.fill_window, threading.Event()
-    begun: list[tuple[Any, ...]] = []
-    filled: list[int] = []
-
-    def fails_at_the_second(*args: Any) -> None:
-        filled.append(1)
-        if len(filled) == 2:
-            threading.Timer(0.2, failed.set).start()  # by then the pools are being left
-            raise RuntimeError("the model fails")
-        fill(*args)
-
-    def slow(self: StoreWriter, *args: Any) -> None:
-        begun.append(args[:2])
-        failed.wait(10)
-        write(self, *args)
-
-    monkeypatch.setattr(windows, "fill_window", fails_at_the_second)
-    monkeypatch.setattr(StoreWriter, "write_window", slow)
-    with pytest.raises(RuntimeError, match="the model fails"):
-        harvest(settings_for(llama))
-    assert len(begun) == 1
-    monkeypatch.setattr(windows, "fill_window", fill)
-    harvest(settings_for(llama))
-    assert len(set(begun)) == len(begun)  # the first window was not written again
 
 
 def test_stopped_in_the_text_pass_and_continued(

@@ -1,14 +1,21 @@
-"""The threads that write windows give way to the model."""
+"""The threads that write windows: they give way to the model, and end what they have begun."""
 
 import errno
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common.settings import Settings
+from harvest import windows
+from harvest.run import harvest
 from harvest.windows import _after_the_model
+from shards.writer import StoreWriter
 
 
 def priority_after(before: int) -> int:
@@ -43,3 +50,34 @@ def test_a_container_that_lets_nobody_change_priorities(number: int, monkeypatch
     monkeypatch.setattr(os, "setpriority", refuses)
     with ThreadPoolExecutor(1, initializer=_after_the_model) as pool:
         assert pool.submit(lambda: 1).result() == 1
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_failure_lets_the_windows_being_written_end(
+    llama: Path, settings_for: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model fails at the second window while the first one is being written."""
+    write, fill, failed = StoreWriter.write_window, windows.fill_window, threading.Event()
+    begun: list[tuple[Any, ...]] = []
+    filled: list[int] = []
+
+    def fails_at_the_second(*args: Any) -> None:
+        filled.append(1)
+        if len(filled) == 2:
+            threading.Timer(0.2, failed.set).start()  # by then the pools are being left
+            raise RuntimeError("the model fails")
+        fill(*args)
+
+    def slow(self: StoreWriter, *args: Any) -> None:
+        begun.append(args[:2])
+        failed.wait(10)
+        write(self, *args)
+
+    monkeypatch.setattr(windows, "fill_window", fails_at_the_second)
+    monkeypatch.setattr(StoreWriter, "write_window", slow)
+    with pytest.raises(RuntimeError, match="the model fails"):
+        harvest(settings_for(llama))
+    assert len(begun) == 1
+    monkeypatch.setattr(windows, "fill_window", fill)
+    harvest(settings_for(llama))
+    assert len(set(begun)) == len(begun)  # the first window was not written again
