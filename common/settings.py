@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,9 +143,9 @@ class Transcoder(Section):
     def _groups_sum_to_d_sae(self) -> "Transcoder":
         sizes = (self.d_sae, *self.group_sizes)
         if len({type(size) for size in sizes}) == 1:
-            self.resolve(d_in=2**20)  # all plain or all multiples: checkable before d_in is known
+            self.resolve(d_in=ANY_WIDTH)  # all plain or all multiples: checkable before d_in is known
         else:
-            [_latents(size, 2**20) for size in sizes]
+            [_latents(size, ANY_WIDTH) for size in sizes]
         return self
 
     def resolve(self, d_in: int) -> tuple[int, tuple[int, ...]]:
@@ -160,6 +161,10 @@ class Transcoder(Section):
         return d_sae, groups
 
 
+ANY_WIDTH = 10**6 * 720_720
+"""In place of a d_in that is not known yet: every multiple of up to six decimals is a whole number of it."""
+
+
 def latents(sizes: Sequence[int | str], d_in: int) -> tuple[int, ...]:
     """Sizes as numbers of latents; multiples like "4.5x" are of `d_in`."""
     return tuple(_latents(size, d_in) for size in sizes)
@@ -167,13 +172,15 @@ def latents(sizes: Sequence[int | str], d_in: int) -> tuple[int, ...]:
 
 def _latents(size: int | str, d_in: int) -> int:
     if isinstance(size, int):
-        latents = float(size)
+        latents = Fraction(size)
     elif re.fullmatch(r"\d+(\.\d+)?x", size):
-        latents = float(size[:-1]) * d_in
+        latents = Fraction(size[:-1]) * d_in  # exact: 0.7 * 640 is 447.99999999999994 as a float
     else:
         raise ValueError(f'size {size!r} is neither a whole number nor a multiple of d_in like "8x"')
-    if latents < 1 or latents != int(latents):
-        raise ValueError(f"size {size} of d_in {d_in} is {latents:g}, not a positive whole number of latents")
+    if latents <= 0:
+        raise ValueError(f"size {size} is not a positive number of latents")
+    if latents.denominator != 1:
+        raise ValueError(f"size {size} of d_in {d_in} is {float(latents):g}, not a whole number of latents")
     return int(latents)
 
 
@@ -186,7 +193,7 @@ Rate = Annotated[float | None, BeforeValidator(_auto)]
 
 class Train(Section):
     rows: int = Field(default=15_000_000, gt=0)
-    """Rows to train on; more than the store holds means several epochs."""
+    """Rows to train on, in whole batches; more than the store holds means several epochs."""
     batch_size: int = Field(default=1024, gt=0)
     """Rows per step."""
     lr: Rate = Field(default=None, gt=0)
@@ -194,7 +201,7 @@ class Train(Section):
     min_lr: Rate = Field(default=None, ge=0)
     """Learning rate at the end of the cosine decay; auto: a hundredth of the peak."""
     warmup_steps: int = Field(default=1000, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at most half of the run."""
     precision: Literal["auto", "float32", "tfloat32", "bfloat16"] = "auto"
     """Inputs of the products; weights and sums are float32 always. auto: tfloat32 on a GPU with TF32, else float32."""
     seed: int = Field(default=0, ge=0, lt=2**63)

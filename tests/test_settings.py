@@ -9,7 +9,7 @@ import pytest
 
 from common.cli import MAKE_VARIABLES, PIPELINE_TOML, load, parser
 from common.errors import InputError
-from common.settings import SECTIONS, Paths, Settings, validated
+from common.settings import SECTIONS, Paths, Settings, Transcoder, validated
 from shards.storage import STORAGES
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
         ),
         (
             ["--transcoder.group_sizes", "1152,0,17280"],
-            "command line: transcoder: size 0 of d_in 1048576 is 0, not a positive whole number of latents",
+            "command line: transcoder: size 0 is not a positive number of latents",
         ),
         (
             ["--transcoder.k", "20000"],
@@ -366,3 +366,11 @@ def test_a_seed_fits_into_64_bits(key: str) -> None:
         InputError, match=rf"^here: {key}: expected a number less than 9223372036854775808, found"
     ):
         validated({section: {name: 2**63}}, "here")
+
+
+def test_multiples_of_d_in_are_exact_and_wait_for_it() -> None:
+    """0.7 * 640 is 447.99999999999994 as a float, and 0.1x is whole for 640 though not for every width."""
+    sizes = Transcoder(d_sae="0.8x", group_sizes=("0.1x", "0.7x"), k=4)
+    assert sizes.resolve(640) == (512, (64, 448))
+    with pytest.raises(ValueError, match=r"size 0\.8x of d_in 64 is 51\.2, not a whole number"):
+        sizes.resolve(64)

@@ -32,7 +32,11 @@ def main() -> None:
         train(settings, store or Store.of(settings))
 
     Console().print(summary(read_metadata(run_dir)))
-    print(f"store {store_path}\nrun   {run_dir}", *where(run_dir), sep="\n")
+    print(
+        f"store {store_path}\nrun   {run_dir}",
+        *(where(run_dir) if settings.wandb.mode != "disabled" else ()),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

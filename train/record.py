@@ -65,7 +65,7 @@ def claim(run_dir: Path, settings: Settings, manifest: Manifest, used: dict[str,
 def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -> None:
     """Raise `InputError` when the directory's run has other settings or another harvest, or is not of this project.
 
-    More `train.rows` than before continue the same run.
+    More `train.rows` than before continue the same run. A run without a checkpoint may be begun anew with any settings.
     """
     file = run_dir / FILE_NAME
     if not file.exists():
@@ -74,11 +74,17 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
                 f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
             )
         return
+    if not (run_dir / weights.FILE_NAME).exists() and not (run_dir / "state" / "latest").exists():
+        return  # it has learned nothing that would be kept: begun anew
     record = read(run_dir)
     old, new = (identity(each, record.d_in) for each in (record.settings, settings))
     if new["train.rows"] >= old["train.rows"]:
         old["train.rows"] = new["train.rows"]
-    differing = [f"{key} was {old[key]}, asked {new[key]}" for key in new if old[key] != new[key]]
+    differing = [
+        f"{key} was {_spelt(key, old[key])}, asked {_spelt(key, new[key])}"
+        for key in new
+        if old[key] != new[key]
+    ]
     if fingerprint is not None and record.fingerprint != fingerprint:
         differing.append(f"harvest was {shown(record.fingerprint)}, is {shown(fingerprint)}")
     if differing:
@@ -86,6 +92,13 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
             f"{run_dir}: holds a run with other settings: {'; '.join(differing)}; "
             "give another name (RUN=name), or remove the directory"
         )
+
+
+def _spelt(key: str, value: Any) -> Any:
+    """A value as the command line takes it."""
+    if value is None:
+        return "auto" if key in ("train.lr", "train.min_lr") else "none"
+    return value
 
 
 class Begun(NamedTuple):

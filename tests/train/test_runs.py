@@ -408,6 +408,19 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(make_settings: Make, sto
         train(settings, store)
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew_with_other_settings(
+    make_settings: Make, store: Store
+) -> None:
+    """As after "lower train.lr": nothing that was learned is there to be lost."""
+    with pytest.raises(InputError, match=r"lower train\.lr"):
+        train(make_settings(train__lr=1e30, train__min_lr=0.0), store)
+    settings = make_settings()
+    train(settings, store)
+    assert Transcoder.load(settings.run_dir()).metadata["settings"]["train"]["lr"] == settings.train.lr
+    with pytest.raises(InputError, match=r"train\.lr was 0\.003, asked auto"):
+        train(make_settings(train__lr=None, train__min_lr=None), store)
+
+
 def test_after_a_loss_that_is_not_finite_no_parameter_changes(make_settings: Make, store: Store) -> None:
     """Also where nobody looks at once: on a GPU the host looks only at logged steps."""
     settings, device = make_settings(), torch.device("cpu")
@@ -493,5 +506,5 @@ def test_a_store_of_another_model_or_layer_is_refused(make_settings: Make, store
 
 def test_sizes_that_do_not_fit_the_stores_width_are_refused(make_settings: Make, store: Store) -> None:
     settings = make_settings(transcoder__d_sae="2.125x", transcoder__group_sizes=("2.125x",))
-    with pytest.raises(InputError, match=r"transcoder: size 2.125x of d_in 12 is 25.5, not a positive whole"):
+    with pytest.raises(InputError, match=r"transcoder: size 2.125x of d_in 12 is 25.5, not a whole"):
         train(settings, store)

@@ -153,9 +153,14 @@ def test_circuit_tracer_is_one_file_per_layer_and_a_config(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("numbers", "partial", "message"),
     [
-        ((0, 2), False, r"every layer from 0 to 4, one width; missing 1 3 4; .*ARGS=--partial"),
-        ((0, 2), True, "from 0 to 2, one width; missing 1;"),
-        ((3,), True, "from 0 to 3, one width; missing 0 1 2;"),
+        ((0, 2), False, r"every layer from 0 to 4, one width; missing 1 3 4; train them$"),
+        (
+            (0, 1),
+            False,
+            r"missing 2 3 4; train them, or export layers 0 to 1 alone with --partial \(make: ARGS=--partial\)",
+        ),
+        ((0, 2), True, "from 0 to 2, one width; missing 1; train them$"),
+        ((3,), True, "from 0 to 3, one width; missing 0 1 2; train them$"),
     ],
 )
 def test_circuit_tracer_names_missing_layers(

@@ -52,9 +52,11 @@ def write(
 def _check_layers(layers: list[int], n_layers: int) -> None:
     missing = [layer for layer in range(n_layers) if layer not in layers]
     if missing:
+        alone = f", or export layers 0 to {max(layers)} alone with --partial (make: ARGS=--partial)"
+        remedy = alone if min(missing) > max(layers) else ""
         raise InputError(
             f"circuit_tracer: needs a run of every layer from 0 to {n_layers - 1}, one width; missing "
-            f"{' '.join(map(str, missing))}; train them, or export layers 0 to N alone with ARGS=--partial"
+            f"{' '.join(map(str, missing))}; train them{remedy}"
         )
 
 
