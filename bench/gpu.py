@@ -23,14 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import harvest as bench_harvest
-from bench.train_step import rows
+from bench.train_loop import alternate, wait
+from bench.train_step import floor, rows
 from common.cli import load, parser, run_stage
 from common.device import pick_device
 from common.progress import progress
+from common.settings import Settings
 from shards import Store
 from tests.fixtures import make_store
 from tests.models import save_model, sentences, write_jsonl
-from train.loop import Run, step_for, train_step
+from train.loop import Run, step_for
 from train.recipe import initialise
 from train.step.losses import Objective, prefix_weights
 from train.step.matrix import tensor_cores
@@ -49,17 +51,12 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     """Median of `repeats` runs, each waited for; two before them warm up."""
     taken = []
     for _ in range(repeats + 2):
-        _wait(device)
+        wait(device)
         begun = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         taken.append(1000 * (time.perf_counter() - begun))
     return statistics.median(taken[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ceilings(device: torch.device, small: bool) -> dict[str, Any]:
@@ -67,13 +64,13 @@ def ceilings(device: torch.device, small: bool) -> dict[str, Any]:
     n = 256 if small else 8192
     a = torch.randn(n * n, device=device)
     b = torch.empty_like(a)
-    found = {"copy, TB/s": 8 * n * n / milliseconds(lambda: b.copy_(a), device) / 1e9}
+    figures = {"copy, TB/s": 8 * n * n / milliseconds(lambda: b.copy_(a), device) / 1e9}
     for precision in PRECISIONS:
         square = (a.bfloat16() if precision == "bfloat16" else a).view(n, n)
         with tensor_cores(precision):
             taken = milliseconds(lambda square=square: square @ square, device)
-        found[f"{precision}, TFLOP/s"] = 2 * n**3 / taken / 1e9
-    return found
+        figures[f"{precision}, TFLOP/s"] = 2 * n**3 / taken / 1e9
+    return figures
 
 
 def step(device: torch.device, small: bool) -> dict[str, Any]:
@@ -113,28 +110,11 @@ def _step(objective: Objective, device: torch.device, batch: int, d: int) -> dic
     if device.type == "cuda":
         measured["peak memory, GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
         _profile(once, dead, f"{objective.precision}_{batch}_{objective.d_sae}")
-    measured["floor, ms"] = _floor(parameters.named(), x, objective.precision, device)
+    low = torch.bfloat16 if objective.precision == "bfloat16" else torch.float32
+    with tensor_cores(objective.precision):
+        measured["floor, ms"] = milliseconds(floor(parameters, x, low), device)
     measured["step / floor"] = measured["step, ms"] / measured["floor, ms"]
     return {name: round(value, 3) for name, value in measured.items()}
-
-
-def _floor(
-    parameters: dict[str, torch.Tensor], x: torch.Tensor, precision: str, device: torch.device
-) -> float:
-    """Milliseconds of the encoder's product and fused Adam."""
-    low = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    W_enc, inputs = parameters["W_enc"].to(low), x.to(low)
-    leaves = [tensor.clone().requires_grad_() for tensor in parameters.values()]
-    for leaf in leaves:
-        leaf.grad = torch.full_like(leaf, 1e-3)
-    optimizer = torch.optim.Adam(leaves, lr=1e-9, fused=True)
-
-    def once() -> None:
-        with torch.no_grad(), tensor_cores(precision):
-            torch.mm(inputs, W_enc.T)
-        optimizer.step()
-
-    return milliseconds(once, device)
 
 
 def _profile(once: Callable[[torch.Tensor], None], dead: torch.Tensor, name: str) -> None:
@@ -173,34 +153,10 @@ def loop(device: torch.device, small: bool) -> dict[str, Any]:
     return results
 
 
-def _loop(settings: Any, store: Store, device: torch.device, turn: int) -> dict[str, float]:
-    run = Run(settings, store, device)
-    loader = store.train.loader(settings.train.batch_size, epochs=None, device=device)
-    batches = loader.batches()
-    batch = next(batches)
-    bare, whole, waits = [], [], 0.0
-    for number in range(4):
-        _wait(device)
-        begun = time.perf_counter()
-        for _ in range(turn):
-            train_step(run.state, run.step, run.recipe, batch.inputs, batch.outputs)
-        _wait(device)
-        middle = time.perf_counter()
-        for _ in range(turn):
-            asked = time.perf_counter()
-            following = next(batches)
-            waits += time.perf_counter() - asked if number else 0.0
-            run.feed(following, loader.batches_per_epoch, 0.0)
-        _wait(device)
-        if number:
-            bare.append((middle - begun) / turn)
-            whole.append((time.perf_counter() - middle) / turn)
-    batches.close()
-    assert run.log is not None
-    run.log.close()
-    a, b = statistics.median(bare), statistics.median(whole)
-    figures = {"bare step, ms": 1000 * a, "loop, ms": 1000 * b, "loop / step": b / a}
-    figures |= {"waiting for data, ms": 1000 * waits / (3 * turn), "rows/s": settings.train.batch_size / b}
+def _loop(settings: Settings, store: Store, device: torch.device, turn: int) -> dict[str, float]:
+    bare, whole, waiting = alternate(Run(settings, store, device), turn)
+    figures = {"bare step, ms": 1000 * bare, "loop, ms": 1000 * whole, "loop / step": whole / bare}
+    figures |= {"waiting for data, ms": 1000 * waiting, "rows/s": settings.train.batch_size / whole}
     return {name: round(value, 3) for name, value in figures.items()}
 
 
@@ -236,17 +192,19 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     with progress("gpu", len(arguments.parts or PARTS), "parts") as bar:
         for part in arguments.parts or PARTS:
-            found = PARTS[part](device, device.type == "cpu")
-            kept.setdefault(name, {"torch": torch.__version__})[part] = found
-            Console(width=150).print(table(f"{part} on {name}", found))
+            results = PARTS[part](device, device.type == "cpu")
+            kept.setdefault(name, {"torch": torch.__version__})[part] = results
+            Console(width=150).print(table(f"{part} on {name}", results))
             if device.type == "cuda":
                 RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             bar.update(1)
 
 
-def table(title: str, found: dict[str, Any]) -> Table:
+def table(title: str, results: dict[str, Any]) -> Table:
     """One line a figure, or a case and its figures."""
-    nested = {name: value if isinstance(value, dict) else {"figure": value} for name, value in found.items()}
+    nested = {
+        name: value if isinstance(value, dict) else {"figure": value} for name, value in results.items()
+    }
     columns = list(dict.fromkeys(column for figures in nested.values() for column in figures))
     shown = Table("", *columns, title=title, title_justify="left")
     for name, figures in nested.items():

@@ -19,6 +19,44 @@ from train.loop import Run, train_step
 TURN, TURNS = 20, 3
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(run: Run, turn: int, turns: int = TURNS) -> tuple[float, float, float]:
+    """Median seconds of the bare step and of the loop, in turns of `turn` steps, and seconds a step waits for data.
+
+    The first turn warms up. Closes the run's log.
+    """
+    device = run.state.last_fired.device
+    loader = run.store.train.loader(run.settings.train.batch_size, epochs=None, device=device)
+    batches = loader.batches()
+    batch = next(batches)
+    bare, loop, waiting = [], [], 0.0
+    for number in range(turns + 1):
+        wait(device)
+        begun = time.perf_counter()
+        for _ in range(turn):
+            train_step(run.state, run.step, run.recipe, batch.inputs, batch.outputs)
+        wait(device)
+        middle = time.perf_counter()
+        for _ in range(turn):
+            before = time.perf_counter()
+            following = next(batches)
+            waiting += time.perf_counter() - before if number else 0.0
+            run.feed(following, loader.batches_per_epoch, 0.0)
+        wait(device)
+        if number:
+            bare.append((middle - begun) / turn)
+            loop.append((time.perf_counter() - middle) / turn)
+    batches.close()
+    assert run.log is not None
+    run.log.close()
+    return statistics.median(bare), statistics.median(loop), waiting / (turns * turn)
+
+
 def main() -> None:
     options = parser("bench.train_loop", "The whole training loop against the bare step.")
     settings, _ = load(options)
@@ -27,23 +65,7 @@ def main() -> None:
         paths = settings.paths.model_copy(update={"checkpoints": Path(scratch)})
         training = settings.train.model_copy(update={"aux_coefficient": 0.0})
         run = Run(settings.model_copy(update={"paths": paths, "train": training}), store, torch.device("cpu"))
-        loader = store.train.loader(settings.train.batch_size, epochs=None)
-        batches = loader.batches()
-        batch = next(batches)
-        bare, loop = [], []
-        for turn in range(TURNS + 1):
-            begun = time.perf_counter()
-            for _ in range(TURN):
-                train_step(run.state, run.step, run.recipe, batch.inputs, batch.outputs)
-            middle = time.perf_counter()
-            for _ in range(TURN):
-                run.feed(next(batches), loader.batches_per_epoch, 0.0)
-            if turn:
-                bare.append((middle - begun) / TURN)
-                loop.append((time.perf_counter() - middle) / TURN)
-        assert run.log is not None
-        run.log.close()
-    a, b = statistics.median(bare), statistics.median(loop)
+        a, b, _ = alternate(run, TURN)
     print(f"threads {torch.get_num_threads()}: bare step {a:.4f} s, loop {b:.4f} s, ratio {b / a:.3f}")
 
 

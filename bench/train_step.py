@@ -41,7 +41,7 @@ def rows(n: int, width: int, seed: int) -> torch.Tensor:
 def floor(parameters: Parameters, x: torch.Tensor, dtype: torch.dtype) -> Contender:
     """Encoder product + torch.optim.Adam(fused) over parameters of the same sizes."""
     W_enc, inputs = parameters.W_enc.to(dtype), x.to(dtype)
-    pre = torch.empty(len(x), len(W_enc), dtype=dtype)
+    pre = W_enc.new_empty(len(x), len(W_enc))
     leaves = [tensor.clone().requires_grad_() for tensor in parameters.named().values()]
     for leaf in leaves:
         leaf.grad = torch.full_like(leaf, 1e-3)

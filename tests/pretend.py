@@ -65,7 +65,7 @@ class Pretend(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Pretend":
-        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -73,8 +73,8 @@ class Pretend(Tensor):
             dtype=inner.dtype,
             device=DEVICE,
         )
-        made.inner = inner
-        return made
+        wrapper.inner = inner
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -74,7 +74,9 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
                 f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
             )
         return
-    if not (run_dir / weights.FILE_NAME).exists() and not (run_dir / "state" / "latest").exists():
+    from train.checkpoint import latest
+
+    if not (run_dir / weights.FILE_NAME).exists() and latest(run_dir) is None:
         return  # it has learned nothing that would be kept: begun anew
     record = read(run_dir)
     old, new = (identity(each, record.d_in) for each in (record.settings, settings))
