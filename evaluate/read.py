@@ -1,6 +1,6 @@
 """python -m evaluate.read --layer 17 --run name --text "...": which latents fire on your own text.
 
-`Reader` and `Sentence` are those of evaluate/reader.py.
+`Reader`, `Sentence` and `Intervention` are those of evaluate/reader.py.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,16 +9,16 @@ from common.cli import load, parser, run_stage
 from common.tokens import PART
 
 if TYPE_CHECKING:
-    from evaluate.reader import Reader, Sentence
+    from evaluate.reader import Intervention, Reader, Sentence
 
-__all__ = ["Reader", "Sentence"]
+__all__ = ["Intervention", "Reader", "Sentence"]
 
 SHOWN = 5
 """Latents listed for a token."""
 
 
 def __getattr__(name: str) -> Any:
-    """`Reader` and `Sentence`, when they are first asked for: --help and a typo need not wait for torch."""
+    """`Reader` and what it returns, when they are first asked for: --help and a typo need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from evaluate import reader

@@ -48,12 +48,16 @@ def test_the_rows_of_a_harvest(settings: Settings) -> None:
     assert "".join(sentence.tokens).replace(" ", "").startswith("theredriversings")
 
 
-def test_the_example_of_the_docs(settings: Settings) -> None:
+def test_the_examples_of_the_docs(settings: Settings) -> None:
     page = (ROOT / "docs/python.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Reader(" in block)
+    read, changed = (
+        code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Reader(" in code
+    )
     names = {"store": Store.of(settings), "transcoder": random_coder(32, 32, (4, 16), layer=1)}
-    exec(code, names)
+    exec(read, names)
     assert names["values"].shape == names["latents"].shape == (len(names["sentence"].tokens), 3)
+    exec(changed, names)
+    assert len(names["changed"].kl) == len(names["changed"].tokens)
 
 
 def test_special_tokens_are_text_nothing_is_refused_and_a_long_text_is_cut(settings: Settings) -> None:
@@ -127,3 +131,70 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "a", "--run", "absent"])
     with pytest.raises(InputError, match="not found; train this run first"):
         evaluate.read.main()
+
+
+def test_an_intervention_adds_the_change_of_the_reconstruction(settings: Settings) -> None:
+    """Equal to a hook that adds it by hand; a latent that does not fire changes nothing when it is ablated."""
+    store, coder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
+    reader = Reader(store, coder, "cpu")
+    acts = reader(TEXT).acts
+    n, source = len(acts), store.manifest.source
+    firing = int(acts.sum(0).argmax())
+    found = reader.run(TEXT, set={firing: 2.5}, positions=[3])
+    added = torch.zeros(n + 1, 32)
+    added[4] = (2.5 - acts[3, firing]) * coder.W_dec[firing]  # the first token has no row
+    own = reader.tokenizer.encode(TEXT, add_special_tokens=False).ids
+    ids = torch.tensor([[source.bos_token_id, *own]])[:, : source.context_length]
+
+    def by_hand(output: torch.Tensor, **_: object) -> torch.Tensor:
+        return output + added
+
+    bridge = reader.model.bridge
+    with torch.inference_mode(), bridge.hooks(fwd_hooks=[(source.output_hook, by_hand)]):
+        expected = bridge(ids, return_type="logits")[0]
+    torch.testing.assert_close(found.after, expected, rtol=1e-5, atol=1e-5)
+    assert (found.kl[:4] < 1e-6).all()
+    assert found.kl[4] > 1e-6
+    assert found.changes.flatten().nonzero().flatten().tolist() == [3]
+    assert found.tokens[1:] == reader(TEXT).tokens
+    torch.testing.assert_close(
+        reader.run(TEXT, ablate=[firing]).after, reader.run(TEXT, set={firing: 0.0}).after
+    )
+    torch.testing.assert_close(
+        reader.run(TEXT, scale={firing: 1.0}).after, reader.run(TEXT).before, rtol=0, atol=0
+    )
+    silent = replace(coder, thresholds=torch.full_like(coder.thresholds, 1e6))
+    nothing = Reader(store, silent, "cpu").run(TEXT, ablate=range(16))
+    assert torch.equal(nothing.before, nothing.after)
+
+
+def test_a_planted_latent_makes_the_model_write_its_word(settings: Settings) -> None:
+    """Its decoder row is the word's unembedding: set so high that it drowns all else, the word comes each time."""
+    store, coder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)
+    reader = Reader(store, coder, "cpu")
+    unembedding = reader.model.bridge.original_model.get_output_embeddings().weight.detach().float()
+    word = int(unembedding.norm(dim=1).argmax())  # no other word's is longer along it
+    direction = unembedding[word]
+    W_dec = coder.W_dec.clone()
+    W_dec[5] = direction / direction.norm()
+    planted = replace(coder, parameters=replace(coder.parameters, W_dec=W_dec))
+    found = Reader(store, planted, "cpu").run("the old stone", set={5: 1e4}, new_tokens=3)
+    assert found.after[1:].argmax(-1).eq(word).all()
+    assert found.continuation[1] == reader.tokenizer.decode([word] * 3)
+    assert found.continuation[0] != found.continuation[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"set": {16: 1.0}}, "latent: expected 0 to 15, found 16"),
+        ({"set": {3: 1.0}, "ablate": [3]}, "latent 3: changed twice"),
+        ({"ablate": [1], "positions": [99]}, "positions: expected numbers of rows from 0 to .*, found 99"),
+        ({"ablate": [1], "new_tokens": -1}, "new_tokens: expected 0 to .*, found -1"),
+        ({"ablate": [1], "new_tokens": 10**6}, "new_tokens: expected 0 to .*, found 1000000"),
+    ],
+)
+def test_an_intervention_that_cannot_be_done(settings: Settings, asked: dict, line: str) -> None:
+    reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16), layer=1), "cpu")
+    with pytest.raises(InputError, match=line):
+        reader.run(TEXT, **asked)
