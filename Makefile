@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES PART
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE WITH FORMAT PREFIX FROM REPO MINUTES PART
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -120,9 +120,9 @@ evaluate: install
 compare: install
 	@$(PY) -m evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
-# TEXT="a sentence"
+# TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
 read: install
-	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(OPTIONS)
+	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install

@@ -3,8 +3,11 @@
 Shapes: n tokens that give rows, D_in, D_out, F latents.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from common.settings import Model
 from common.tokens import TokenText
 from shards import Store
 from shards.layout import kept_mask
+from shards.manifest import Source
 from shards.store import as_harvested, read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
@@ -96,15 +100,36 @@ class Reader:
         """
         whole = self._tokens(text)
         context = whole[:, : self.source.context_length]
+        return self._read(context, left_out=whole.shape[1] - context.shape[1])
+
+    def sentences(self, text: str) -> list[Sentence]:
+        """All of `text`, cut into contexts as a harvest cuts a document; raises what a call does."""
+        return [self._read(context, left_out=0) for context in self.contexts(text)]
+
+    def contexts(self, text: str) -> list[Tensor]:
+        """Token ids of `text` in contexts [1, T] of at most the store's length, each with its first token."""
+        whole, length = self._tokens(text), self.source.context_length
+        start = whole[:, : 0 if self.source.bos_token_id is None else 1]
+        parts = whole[:, start.shape[1] :].split(length - start.shape[1], dim=1)
+        return [torch.cat([start, part], 1) for part in parts]
+
+    def beside(self, store: Store, transcoder: Transcoder, mismatch: bool = False) -> Reader:
+        """A reader of another layer of the same language model, which is not loaded again."""
+        _same_model(self.source, store)
+        other = copy(self)
+        other.store, other.source = store, store.manifest.source
+        other.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
+        return other
+
+    def _read(self, context: Tensor, left_out: int) -> Sentence:
         hooks = [self.source.input_hook, self.source.output_hook]
         with self.model.capturing(hooks) as caught:
             self.model.run_blocks(context, self.source.layer)
             inputs, outputs = (caught[hook][0].float() for hook in hooks)
-        kept = self._rows_of(context)
-        pieces = self._pieces(context)
+        kept = self.rows_of(context)
+        pieces = self.pieces(context)
         tokens = [piece for piece, here in zip(pieces, kept.tolist(), strict=True) if here]
         inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
-        left_out = whole.shape[1] - context.shape[1]
         return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
 
     def run(
@@ -129,7 +154,7 @@ class Reader:
         """
         changed = self._changes(set or {}, scale or {}, ablate)
         context = self._tokens(text)[:, : self.source.context_length]
-        n_rows = int(self._rows_of(context).sum())
+        n_rows = int(self.rows_of(context).sum())
         if strange := [each for each in positions or () if not 0 <= each < n_rows]:
             raise InputError(
                 f"positions: expected numbers of rows from 0 to {n_rows - 1}, found {strange[0]}"
@@ -141,7 +166,7 @@ class Reader:
         after, steered, changes = self._continued(context, (changed, positions), new_tokens)
         log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return Intervention(self._pieces(context), before, after, kl, changes, (plain, steered))
+        return Intervention(self.pieces(context), before, after, kl, changes, (plain, steered))
 
     def _tokens(self, text: str) -> Tensor:
         """[1, T] the text's token ids, behind the token that every context begins with."""
@@ -160,11 +185,12 @@ class Reader:
             raise InputError("text: nothing to read; give some words")
         return torch.tensor([start + ids])
 
-    def _rows_of(self, context: Tensor) -> Tensor:
-        """[T] whether a token of a context [1, T] gives a row."""
+    def rows_of(self, context: Tensor) -> Tensor:
+        """[T] bool: whether a token of a context [1, T] gives a row."""
         return torch.from_numpy(kept_mask(context.numpy(), self.source.dropped_token_ids)[0])
 
-    def _pieces(self, context: Tensor) -> list[str]:
+    def pieces(self, context: Tensor) -> list[str]:
+        """The text of each token of a context [1, T]; see `Sentence.tokens`."""
         return TokenText(self.tokenizer).pieces(context[0].tolist())
 
     def _changes(
@@ -201,7 +227,7 @@ class Reader:
 
     def _forward(self, tokens: Tensor, change: _Change | None) -> tuple[Tensor, Tensor]:
         """Logits [T, V] and the change of each changed latent's activation [n, latents]."""
-        kept = self._rows_of(tokens)
+        kept = self.rows_of(tokens)
         changed, positions = change or ({}, None)
         latents = torch.tensor(list(changed), dtype=torch.long, device=self.device)
         changes = torch.zeros(int(kept.sum()), len(changed), device=self.device)
@@ -225,3 +251,13 @@ class Reader:
         with self.model.bridge.hooks(fwd_hooks=hooks):
             logits = self.model.bridge(tokens.to(self.model.device), return_type="logits")
         return logits[0].to(self.device), changes
+
+
+def _same_model(source: Source, store: Store) -> None:
+    other = store.manifest.source
+    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens"):
+        if getattr(other, key) != getattr(source, key):
+            raise InputError(
+                f"{store.path}: {key}: expected {getattr(source, key)!s:.12} as in layer {source.layer}, found "
+                f"{getattr(other, key)!s:.12}"
+            )

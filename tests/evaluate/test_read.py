@@ -1,5 +1,6 @@
 """A text of one's own through the model: the same rows as a harvest of that text."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -110,19 +111,17 @@ def test_a_transcoder_is_bound_to_the_store(settings: Settings) -> None:
         Reader(store, random_coder(16, 32, (4, 16), layer=1), "cpu", mismatch=True)
 
 
+def options_of(settings: Settings) -> list[str]:
+    places = ("--paths.activations", settings.paths.activations, "--paths.checkpoints")
+    model = ("--model.name", settings.model.name, "--model.device", "cpu")
+    return ["--layer", "1", *model, *places, str(settings.paths.checkpoints)]
+
+
 def test_the_command(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random_coder(32, 32, (4, 16), layer=1).save(settings.run_dir())
-    options = [
-        "--layer",
-        "1",
-        "--model.name",
-        settings.model.name,
-        "--paths.activations",
-        settings.paths.activations,
-    ]
-    options += ["--paths.checkpoints", str(settings.paths.checkpoints), "--model.device", "cpu"]
+    options = options_of(settings)
     monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "the red [bold]river"])
     evaluate.read.main()
     out = capsys.readouterr().out
@@ -131,6 +130,56 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "a", "--run", "absent"])
     with pytest.raises(InputError, match="not found; train this run first"):
         evaluate.read.main()
+
+
+def test_a_long_file_is_read_whole_and_every_number_is_the_transcoders(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Three contexts; activations are `encode`'s, and the error is |y - y_hat|^2 / |y - mean|^2 of each row."""
+    coder, store = random_coder(32, 32, (4, 16), layer=1), Store.of(settings)
+    coder.save(settings.run_dir())
+    file = tmp_path / "long.txt"
+    file.write_text(f"\ufeff{TEXT}\n{TEXT}\n", encoding="utf-8")
+    text = evaluate.read.text_of(None, str(file))
+    assert text == f"{TEXT}\n{TEXT}\n"
+    prompt, folder = evaluate.read.read_text(settings, text)
+    reader = Reader(store, coder, "cpu")
+    ids = reader.tokenizer.encode(text, add_special_tokens=False).ids
+    assert sum(token.row for token in prompt.tokens) == len(ids)
+    assert max(token.context for token in prompt.tokens) == (len(ids) - 1) // 31
+    (layer,) = prompt.layers
+    sentence = reader(text)  # the first context
+    moments = store.manifest.splits["train"].outputs
+    assert moments is not None
+    mean = torch.tensor(moments.mean, dtype=torch.float32)
+    for g, ends in enumerate((4, 16)):
+        error = (sentence.outputs - coder.prefix(g)(sentence.inputs)).square().sum(-1)
+        expected = error / (sentence.outputs - mean).square().sum(-1)
+        torch.testing.assert_close(torch.tensor(layer.error_share[g][:31]), expected, rtol=1e-5, atol=1e-6)
+        assert layer.prefix_ends[g] == ends
+    for acts, active in zip(sentence.acts, layer.active[:31], strict=True):
+        assert {each.latent: each.value for each in active} == {
+            f: float(acts[f]) for f in acts.nonzero().flatten().tolist()
+        }
+        assert [each.value for each in active] == sorted((each.value for each in active), reverse=True)
+    assert {latent: known.group for latent, known in layer.latents.items()} == {
+        each.latent: int(each.latent >= 4) for active in layer.active for each in active
+    }
+    assert json.loads((folder / "prompt.json").read_text())["layers"][0]["layer"] == 1
+    page = (folder / "prompt.html").read_text()
+    assert "<script>window" not in page
+    assert len(prompt.tokens) > 62
+
+
+def test_what_is_read_is_given_once(tmp_path: Path) -> None:
+    for asked in ((None, None), ("a", "b")):
+        with pytest.raises(InputError, match=r"expected either TEXT=.* or FILE="):
+            evaluate.read.text_of(*asked)
+    with pytest.raises(InputError, match="absent: cannot be read: No such file"):
+        evaluate.read.text_of(None, str(tmp_path / "absent"))
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="latin: not UTF-8 at byte 3"):
+        evaluate.read.text_of(None, str(tmp_path / "latin"))
 
 
 def test_an_intervention_adds_the_change_of_the_reconstruction(settings: Settings) -> None:
