@@ -29,7 +29,7 @@ def measure_prompt(text: str, readers: Mapping[int, Reader], run_dirs: Mapping[i
         for piece, row in zip(reader.pieces(context), reader.rows_of(context).tolist(), strict=True)
     ]
     layers = [_layer(layer, each, text, run_dirs[layer]) for layer, each in readers.items()]
-    return Prompt(version=VERSION, model=reader.source.model, whole_text=text, tokens=tokens, layers=layers)
+    return Prompt(version=VERSION, model=reader.source.model, text=text, tokens=tokens, layers=layers)
 
 
 def _layer(layer: int, reader: Reader, text: str, run_dir: Path) -> PromptLayer:

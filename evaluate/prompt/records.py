@@ -58,7 +58,7 @@ class Prompt(Record):
     version: int
     """of this file's layout"""
     model: str
-    whole_text: str
+    text: str
     """as it was given"""
     tokens: list[PromptToken]
     layers: list[PromptLayer]
