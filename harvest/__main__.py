@@ -1,5 +1,7 @@
 """python -m harvest: run the language model once and write activation stores."""
 
+import argparse
+
 from common.cli import load, parser, run_stage
 from common.settings import Settings
 
@@ -8,6 +10,9 @@ def main() -> None:
     options = parser("harvest", "Run the language model once and write its (input, output) activations.")
     options.add_argument("--force", action="store_true", help="harvest even if the disk looks too small")
     options.add_argument("--plan", action="store_true", help="print what the harvest would take and exit")
+    options.add_argument(
+        "--spread", choices=["rows"], help=argparse.SUPPRESS
+    )  # make: SPREAD=layers is not for it
     settings, arguments = load(options, n_layers=_n_layers)
     from harvest.run import (
         harvest,

@@ -80,7 +80,7 @@ def over_layers(
     if failed:
         raise InputError(
             f"{len(failed)} of {len(layers)} layers failed ({' '.join(map(str, failed))}), as said above; the same "
-            "command tries them again, and skips what is done"
+            "command tries them again"
         )
 
 
