@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.cli import load, parser, run_stage
+from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import size_of
 from common.numbers import number_or_dash
@@ -119,7 +119,7 @@ def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
 
 
 def main() -> None:
-    settings, arguments = load(parser("evaluate.runs", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.runs", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     folder = settings.paths.checkpoints
     lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if arguments.layer else ())]
     print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import size_of
 from shards.layout import COMMIT, WORK
@@ -84,7 +84,7 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 
 
 def main() -> None:
-    settings, arguments = load(parser("evaluate.stores", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.stores", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     where = settings.paths.activations
     if is_url(where):
         raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")

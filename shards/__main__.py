@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
-from common.settings import Paths
+from common.layers.driver import over_layers
+from common.settings import Paths, Settings
 
 
 def main() -> None:
@@ -19,23 +20,38 @@ def main() -> None:
     options.add_argument(
         "--to", help="upload: address to put <model>/<store> below, for example s3://bucket/activations"
     )
-    settings, arguments = load(options)
-    wheres = arguments.stores or [settings.store_path(layer) for layer in settings.layers]
-    if not wheres:
-        raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
-    if arguments.action == "info":
-        for where in wheres:
-            _info(where, settings.paths)
-    elif arguments.action == "upload":
-        for where in wheres:
-            _upload(where, arguments.to)
+    asked = read(options)
+    arguments = asked.arguments
+
+    def work(wheres: list[str], paths: Paths) -> None:
+        if not wheres:
+            raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
+        if arguments.action == "info":
+            for where in wheres:
+                _info(where, paths)
+        elif arguments.action == "upload":
+            for where in wheres:
+                _upload(where, arguments.to)
+        else:
+            damaged = [where for where in wheres if not _verify(where, paths, arguments.repair)]
+            if damaged:
+                raise InputError(
+                    f"{', '.join(damaged)}: damaged as listed; "
+                    "--repair (make verify ARGS=--repair) un-commits the damaged windows"
+                )
+
+    def one(settings: Settings, _: bool) -> None:
+        work([settings.store_path(layer) for layer in settings.layers], settings.paths)
+
+    def n_layers(settings: Settings) -> int:
+        from shards.store import n_layers
+
+        return n_layers(settings)
+
+    if arguments.stores:
+        work(arguments.stores, asked.settings(asked.layers(lambda _: 0)).paths)
     else:
-        damaged = [where for where in wheres if not _verify(where, settings.paths, arguments.repair)]
-        if damaged:
-            raise InputError(
-                f"{', '.join(damaged)}: damaged as listed; "
-                "--repair (make verify ARGS=--repair) un-commits the damaged windows"
-            )
+        over_layers(asked, one, n_layers=n_layers)
 
 
 def _info(where: str, paths: Paths) -> None:

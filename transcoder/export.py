@@ -7,9 +7,10 @@ rows of unit norm. A prefix is exported as the narrower transcoder that it is, w
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import whole_folder
+from common.layers.driver import over_layers
 from common.settings import Settings
 from transcoder import weights
 from transcoder.formats import WRITERS, circuit_tracer
@@ -105,13 +106,22 @@ def main() -> None:
     options.add_argument(
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
-    settings, arguments = load(options)
-    settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
-    if arguments.format == "circuit_tracer":
-        print(export_set(settings, arguments.prefix, arguments.partial))
-    else:
+    asked = read(options)
+    arguments = asked.arguments
+
+    def chosen(settings: Settings) -> Settings:
+        every = arguments.format == "circuit_tracer" or len(settings.layers) > 1
+        return weights.chosen_run(settings, arguments.run, every_layer=every)
+
+    def one(settings: Settings, _: bool) -> None:
         weights.refuse_another_model(settings.run_dir(), settings)
         print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+
+    if arguments.format == "circuit_tracer":
+        settings = chosen(asked.settings(asked.layers(weights.n_layers)))
+        print(export_set(settings, arguments.prefix, arguments.partial))
+    else:
+        over_layers(asked, one, n_layers=weights.n_layers, chosen=chosen)
 
 
 if __name__ == "__main__":
