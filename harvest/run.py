@@ -51,9 +51,11 @@ def harvest(settings: Settings, force: bool = False) -> list[Path]:
         with joined() as processes, contextlib.ExitStack() as stack:
             for writer in todo.values() if processes.leads else ():
                 stack.enter_context(writer.lock())
-            manifests = _harvest(settings, todo, request, where, force, processes)
+            manifests, failed = _harvest(settings, todo, request, where, force, processes)
         for layer, manifest in manifests.items():  # when what was only for the writing has gone
             _summary(layer, todo[layer].root, manifest)
+        if failed:
+            raise _failures(failed, len(todo))
     return [_local(settings.store_path(layer)) for layer in settings.layers]
 
 
@@ -162,8 +164,10 @@ def _harvest(
     where: str,
     force: bool,
     processes: Processes,
-) -> dict[int, Manifest]:
-    """Write the stores; the manifest of each layer, where this process is the one that tells of them."""
+) -> tuple[dict[int, Manifest], dict[int, InputError]]:
+    """Write the stores: the manifest of each layer, where this process is the one that tells of them, and what ended
+    the work on the others.
+    """
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
     first, stores = processes.leads, list(writers.values())
@@ -188,9 +192,24 @@ def _harvest(
     if first:
         check_size()
     after_first = check_size if first else lambda: None
-    run_windows(model, stores, settings.harvest, after_first, processes)
+    failed = run_windows(model, stores, settings.harvest, after_first, processes)
     processes.wait()
-    return {layer: writer.finish() for layer, writer in writers.items()} if first else {}
+    whole = {layer: writer for layer, writer in writers.items() if first and not writer.missing()}
+    manifests = {layer: writer.finish() for layer, writer in whole.items()}
+    processes.wait()  # a process that ends with an error ends the others
+    return manifests, failed
+
+
+def _failures(failed: dict[int, InputError], layers: int) -> InputError:
+    """One error of the layers that failed; of one that was alone, its own."""
+    first = next(iter(failed.values()))
+    if layers == 1:
+        return first
+    rest = f"; layer {' '.join(map(str, sorted(failed)))} failed, the others are harvested" if len(failed) < layers else ""
+    others = "".join(f"; {error}" for error in list(failed.values())[1:])
+    return InputError(f"{first}{others}{rest}")
+
+
 
 
 def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
 from shards.commit import commit_text, read_commit, store_files
-from shards.encode import Mapped, encode_rows, encode_shard, reduce_moments
+from shards.encode import Column, Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
     FILE_CHUNKS,
@@ -214,7 +216,7 @@ class StoreWriter:
     ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        `mapped`: see `encode_rows`.
+        `mapped`: see `encode_rows`. The rows' memory is given back as they are encoded.
 
         Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`, or a larger
         share of one dimension's own than `max_dimension_fvu`.
@@ -228,7 +230,8 @@ class StoreWriter:
             digests[path] = write_whole(self.root / path, data)
 
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
-            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped)
+            done = partial(columns.let_go, rows)
+            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped, done)
             moments[f"{side}s"] = sums
             self._check_cost(side, sums, max_quantisation_fvu, max_dimension_fvu)
             for name, data in files.items():
@@ -313,24 +316,50 @@ class StoreWriter:
 class WindowRows:
     """One window's rows in stored order; filled by the harvest, written by `StoreWriter.write_window`."""
 
-    inputs: np.ndarray
-    """[n, d_in] float32"""
-    outputs: np.ndarray
-    """[n, d_out] float32"""
+    inputs: Column
+    """[n, d_in]"""
+    outputs: Column
+    """[n, d_out]"""
     context: np.ndarray
     """[n] uint32"""
     position: np.ndarray
     """[n] uint16"""
+    freed: Callable[[int], object] = lambda _: None
+    """Told how many rows of a column have been encoded, and given back."""
+
+    def __post_init__(self) -> None:
+        self._held, self._lock = 0, threading.Lock()
+
+    def expect(self, rows: int) -> int:
+        """Note that so many rows of both columns are put next; returns how many that are together."""
+        with self._lock:
+            self._held += 2 * rows
+        return 2 * rows
 
     @classmethod
-    def empty(cls, rows: int, source: Source) -> "WindowRows":
+    def empty(cls, rows: int, source: Source, freed: Callable[[int], object] = lambda _: None) -> "WindowRows":
         """Uninitialised columns for `rows` rows."""
         return cls(
-            np.empty((rows, source.d_in), np.float32),
-            np.empty((rows, source.d_out), np.float32),
+            Column(rows, source.d_in),
+            Column(rows, source.d_out),
             np.empty(rows, np.uint32),
             np.empty(rows, np.uint16),
+            freed,
         )
+
+    def let_go(self, column: Column, rows: slice) -> None:
+        """Give back rows of a column that are encoded."""
+        column.free(rows)
+        count = min(rows.stop, len(column)) - rows.start
+        with self._lock:
+            self._held -= count
+        self.freed(count)
+
+    def drop(self) -> None:
+        """Give back whatever is still held."""
+        with self._lock:
+            count, self._held = self._held, 0
+        self.freed(count)
 
 
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:
