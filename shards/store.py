@@ -19,7 +19,7 @@ from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import NAMES, SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, open_array, read_lines
-from shards.remote import CACHE, CACHE_BYTES, Files, files_of
+from shards.remote import CACHE, CACHE_BYTES, Files, files_of, is_url
 from shards.storage import STORAGES
 
 
@@ -96,6 +96,29 @@ class Store:
 
     def _repr_html_(self) -> str:
         return f"<code>{html.escape(repr(self))}</code>"
+
+
+def n_layers(settings: Settings) -> int:
+    """How many layers the model has, as the store of any of them says: for LAYER=all.
+
+    A store that is unfinished, damaged or of another model does not count; what is asked of its layer names it.
+    Raises `InputError` where there is no other.
+    """
+    first = settings.store_path(0)
+    if is_url(first):  # which cannot be listed
+        return Store.open(first, settings.paths.cache, settings.paths.cache_bytes).manifest.source.n_layers
+    folder = Path(first).parent
+    for path in sorted(folder.glob("layer_*.zarr")):
+        try:
+            source = read_manifest(path).source
+        except InputError:
+            continue
+        if not differs(settings.model, source.model_dump(include={*NAMES})):
+            return source.n_layers
+    raise InputError(
+        f"layer: all: {folder} has no finished store of {settings.model.name}, which would say how many layers that "
+        "has; harvest them (make harvest LAYER=all), or name them, LAYER=0-25"
+    )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

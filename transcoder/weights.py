@@ -183,6 +183,21 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
     return settings.model_copy(update={"run": newest})
 
 
+def n_layers(settings: Settings) -> int:
+    """How many layers the model has, as a run of any of them says, else a store: for LAYER=all."""
+    from shards.store import n_layers  # which reads more than a header
+
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    for file in sorted(model.glob(f"layer_*/*/{FILE_NAME}")):
+        try:
+            source = read_metadata(file).get("source") or {}
+        except InputError:
+            continue  # what is asked of its layer names it
+        if isinstance(found := source.get("n_layers"), int) and not differs(settings.model, source):
+            return found
+    return n_layers(settings)
+
+
 def _ages(layers: Sequence[Path], mark: str) -> dict[str, float]:
     """Name -> the newest time of a file `mark`, of the runs below the directories of layers that have one."""
     ages: dict[str, float] = {}
