@@ -118,7 +118,8 @@ class Intake:
         """The forward pass is over; raises `InputError` for a hook that did not fire."""
         for name in self._places:
             raise InputError(
-                f"hook {name}: expected {self._batch.tokens.shape} positions, found nothing of that shape; it did not fire"
+                f"hook {name}: expected {self._batch.tokens.shape} positions, found nothing of that shape; it did not "
+                "fire"
             )
 
 
@@ -126,7 +127,9 @@ def hooks_for(model: LanguageModel, sources: Iterable[Source]) -> list[str]:
     """The hook points that an `Intake` wants of a model for these sources."""
     names = {hook for source in sources for hook in (source.input_hook, source.output_hook)}
     if model.dtype.itemsize == 2:
-        before = {f"blocks.{source.layer}.{BEFORE_NORM}" for source in sources if source.input == "normalized"}
+        before = {
+            f"blocks.{source.layer}.{BEFORE_NORM}" for source in sources if source.input == "normalized"
+        }
         names |= {name for name in before if model.has_hook(name)}
     return sorted(names)
 
@@ -170,7 +173,10 @@ def _finite(tensor: torch.Tensor, name: str, batch: Positions, source: Source) -
     """[m, D] at the batch's kept positions; raises `InputError` naming layer and context of NaN or infinity."""
     rows = _kept(tensor, batch)
     # One pass over the rows says that all are finite; only where it does not, each row is looked at.
-    if not torch.isfinite(rows.sum(dtype=torch.float32)) and not (finite := torch.isfinite(rows).all(dim=1)).all():
+    if (
+        not torch.isfinite(rows.sum(dtype=torch.float32))
+        and not (finite := torch.isfinite(rows).all(dim=1)).all()
+    ):
         row = int((~finite).nonzero()[0])
         raise InputError(
             f"layer {source.layer}, {name}: NaN or infinity in context {batch.first_context + batch.context[row]} "
@@ -180,11 +186,13 @@ def _finite(tensor: torch.Tensor, name: str, batch: Positions, source: Source) -
 
 
 def _held(rows: torch.Tensor, before: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a column holds of rows [m, D]: they themselves, or where that is exact `before` and a number for each row."""
+    """What a column holds of rows [m, D]: themselves, or where that is exact `before` and a number for each row."""
+    scales = None
     if before is not None and rows.dtype == torch.float32 and before.dtype.itemsize == 2:
-        if (scales := _factors(before, rows)) is not None:
-            return _numpy(before), scales.cpu().numpy()
-    return _numpy(rows), None
+        scales = _factors(before, rows)
+    if before is None or scales is None:
+        return _numpy(rows), None
+    return _numpy(before), scales.cpu().numpy()
 
 
 def _factors(before: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:

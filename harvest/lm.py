@@ -74,7 +74,9 @@ class LanguageModel:
         """
 
         def give(name: str) -> Any:
-            return lambda tensor, **_: take(name, tensor) and None  # what a hook returns takes the tensor's place
+            return lambda tensor, **_: (
+                take(name, tensor) and None
+            )  # what a hook returns takes the tensor's place
 
         self.check_hooks(names)
         with self.bridge.hooks(fwd_hooks=[(name, give(name)) for name in names]):

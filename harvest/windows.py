@@ -63,7 +63,9 @@ def run_windows(
         kept = _Counted(writers[0])
         writing: dict[int, Future[None]] = {}
         for turn, (split, number, window) in enumerate(work):
-            here = [w for w in writers if (split, number) in missing[w] and w.source.layer not in intake.failed]
+            here = [
+                w for w in writers if (split, number) in missing[w] and w.source.layer not in intake.failed
+            ]
             if not here:
                 continue
             filled = [WindowRows.empty(len(window), writer.source, room.give_back) for writer in here]
@@ -82,7 +84,6 @@ def run_windows(
                 writing[writer.source.layer] = pool.submit(
                     _write, writer, split, number, rows, *limits, encoders.map
                 )
-            del filled, targets, rows
         _wait(writing, intake.failed)
     return intake.failed
 

@@ -13,7 +13,7 @@ import numpy as np
 from shards.codecs import crc32c
 from shards.layout import CHUNK_ROWS, FILE_CHUNKS, Array
 from shards.manifest import Moments
-from shards.storage import Encoded, Storage, from_bfloat16
+from shards.storage import Storage, from_bfloat16
 
 CONSTANT = 1e-10
 """Share of a dimension's mean square up to which its variance is float32's rounding of one number (1e-5 of it)."""
@@ -44,13 +44,14 @@ class Column:
 
     def put(self, places: np.ndarray, values: np.ndarray, scales: np.ndarray | None = None) -> None:
         """Rows [m, d] at `places` [m], in one of the three types; `scales` [m]: what they are multiplied by."""
-        if self._values is None:
-            self._hold(values.dtype)
+        held = self._values
+        if held is None:
+            held = self._hold(values.dtype)
             self._scales = None if scales is None else np.ones(len(self), np.float32)
-        if values.dtype != self._values.dtype or (scales is None) != (self._scales is None):
-            self._widen()
+        if values.dtype != held.dtype or (scales is None) != (self._scales is None):
+            held = self._widen()
             values, scales = _float32(values, scales), None
-        self._values[places] = values
+        held[places] = values
         if self._scales is not None and scales is not None:
             self._scales[places] = scales
 
@@ -68,8 +69,8 @@ class Column:
         self._values = np.frombuffer(self._pages, dtype, rows * width).reshape(self.shape)
         return self._values
 
-    def _widen(self) -> None:
-        """Hold float32 from here on: rows of another type have come."""
+    def _widen(self) -> np.ndarray:
+        """Hold float32 from here on: rows of another type have come. Returns the values."""
         held, scales = self._values, self._scales
         assert held is not None
         wide = self._hold(np.dtype(np.float32))
@@ -77,6 +78,7 @@ class Column:
             here = slice(start, start + CHUNK_ROWS)
             wide[here] = _float32(held[here], None if scales is None else scales[here])
         self._scales = None
+        return wide
 
     def free(self, rows: slice) -> None:
         """Give the memory of these rows back; they are not read again."""

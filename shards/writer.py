@@ -22,7 +22,7 @@ import numpy as np
 
 from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
-from shards.commit import commit_text, read_commit, store_files
+from shards.commit import commit_of, commit_text, store_files
 from shards.encode import Column, Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
@@ -202,6 +202,31 @@ class StoreWriter:
             self.finish_text(manifest.source.model_dump(), text)
             (self.root / COMMIT).replace(self.work / COMMIT)
 
+    def remove_rows(self) -> None:
+        """Remove the train rows of a complete store: everything else stays, and the digests of what went.
+
+        `files.sha256` says first that they are gone, in one rename. After a kill between that and the end the store is
+        one without train rows, and what is left of their files goes with the next call.
+        """
+        with self.lock():
+            commit = commit_of(self.root)
+            removed = commit.removed | {name: d for name, d in commit.there.items() if _is_row(name)}
+            if removed.keys() & commit.there.keys():
+                there = {name: d for name, d in commit.there.items() if name not in removed}
+                write_whole(self.root / COMMIT, commit_text(there, removed))
+            for name in removed:
+                (self.root / name).unlink(missing_ok=True)
+
+    @property
+    def removed(self) -> bool:
+        """Whether it is complete, but without its train rows."""
+        return self.complete and bool(commit_of(self.root).removed)
+
+    def refill(self) -> None:
+        """Turn a complete store without train rows into an unfinished one that lacks their windows."""
+        rows = read_manifest(self.root).splits["train"].rows
+        self.uncommit([("train", number) for number in range(len(windows(rows)))])
+
     def _record_path(self, split: str, window: int) -> Path:
         return self.work / "records" / f"{split}-{window:06d}.json"
 
@@ -287,15 +312,16 @@ class StoreWriter:
 
     def _recommit(self) -> Manifest:
         """Put the old commit back after the lost windows were refilled with the same bytes."""
-        digests = read_commit(self.work)
+        there, removed = commit_of(self.work)
         for path in sorted((self.work / "records").glob("*.json")):
             for name, recorded in json.loads(path.read_bytes())["files"].items():
-                if digests[name] != recorded:
+                expected = there[name] = removed.pop(name, None) or there[name]
+                if expected != recorded:
                     raise InputError(
                         f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
-                        f"{shown(digests[name])}, found {shown(recorded)}); remove the store and harvest again"
+                        f"{shown(expected)}, found {shown(recorded)}); remove the store and harvest again"
                     )
-        (self.work / COMMIT).replace(self.root / COMMIT)
+        write_whole(self.root / COMMIT, commit_text(there, removed))
         return read_manifest(self.root)
 
     def _record(self, split: str, window: int) -> dict[str, Any]:
@@ -337,7 +363,9 @@ class WindowRows:
         return 2 * rows
 
     @classmethod
-    def empty(cls, rows: int, source: Source, freed: Callable[[int], object] = lambda _: None) -> "WindowRows":
+    def empty(
+        cls, rows: int, source: Source, freed: Callable[[int], object] = lambda _: None
+    ) -> "WindowRows":
         """Uninitialised columns for `rows` rows."""
         return cls(
             Column(rows, source.d_in),
@@ -365,6 +393,12 @@ class WindowRows:
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:
     """[rows] int64: where kept position i of the window goes."""
     return permutation(rows, source.seed, split_number(split), window)
+
+
+def _is_row(name: str) -> bool:
+    """Whether a file of a store holds train rows, or which token each is of; its text stays."""
+    array, chunk, _ = name.partition("/c/")
+    return bool(chunk) and array.startswith("train/") and array != "train/contexts"
 
 
 class ContextWriter:
