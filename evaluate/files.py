@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import InputError
 from common.files import write_whole
-from evaluate.records import Metrics, Provenance, Record, Results
+from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
 from train.log import LogLine, log_lines
 
 METRICS_VERSION = 1
@@ -127,6 +127,23 @@ def find(folder: Path, provenance: Provenance) -> Evaluation | None:
             continue
         with suppress(ValidationError):
             return Evaluation(each, Metrics.model_validate(values))
+    return None
+
+
+def baselines_before(runs: Path, provenance: Provenance) -> BaselineMetrics | None:
+    """The mean and the linear map as any run below `runs` was measured beside them, on the same rows of this store."""
+    wanted = (provenance.store_fingerprint, provenance.split, provenance.rows)
+    for folder in sorted([*runs.glob("*/evaluation"), *runs.glob("*/evaluations/*")]):
+        with suppress(InputError):  # of another version, or damaged: it was looked at, not asked for
+            metrics = finished(folder)
+            of = metrics and metrics.provenance
+            if (
+                metrics
+                and of
+                and (of.store_fingerprint, of.split, of.rows) == wanted
+                and metrics.baselines.linear
+            ):
+                return metrics.baselines
     return None
 
 
