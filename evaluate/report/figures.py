@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -172,9 +172,14 @@ def _themed(text: str) -> str:
 
 
 def draw(results: Results, catalogue: Catalogue, log: list[LogLine], folder: Path) -> list[Drawn]:
-    """Draws every plot, and saves each as <name>.png in `folder`."""
+    """Draws every plot of a run's evaluation, and saves each as <name>.png in `folder`."""
+    return draw_each(all_plots(results, catalogue, log), folder)
+
+
+def draw_each(plots: Iterable[Plot], folder: Path) -> list[Drawn]:
+    """Draws each, and saves it as <name>.png in `folder`."""
     drawn = []
-    for plot in all_plots(results, catalogue, log):
+    for plot in plots:
         figure = plot.draw()
         drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
     return drawn

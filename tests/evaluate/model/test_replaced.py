@@ -77,7 +77,9 @@ def nats(loss: Loss) -> tuple[float, float]:
     return loss.cross_entropy / loss.positions, loss.divergence / loss.positions
 
 
-def by_hugging_face(directory: Path, ids: np.ndarray, functions: Mapping[int, Any]) -> tuple[float, float, float]:
+def by_hugging_face(
+    directory: Path, ids: np.ndarray, functions: Mapping[int, Any]
+) -> tuple[float, float, float]:
     """(cross-entropy, KL, agreement) of plain Hugging Face with functions of the MLPs' inputs in their places."""
     labels = torch.from_numpy(ids.astype(np.int64))
     kept = torch.from_numpy(kept_mask(ids, [0, 1, 2]))
@@ -117,7 +119,9 @@ def test_every_figure_is_what_hugging_face_hooks_give(directory: Path) -> None:
             _same(found.cumulative[g, layer], by_hugging_face(directory, ids[:3], below))
     constants: dict[str, dict[int, Tensor]] = {ZERO: dict.fromkeys(range(3), torch.zeros(32)), MEAN: MEANS}
     for name, values in constants.items():
-        functions = {layer: (lambda rows, v=value: v.expand(len(rows), -1)) for layer, value in values.items()}
+        functions = {
+            layer: (lambda rows, v=value: v.expand(len(rows), -1)) for layer, value in values.items()
+        }
         _same(found.whole[name], by_hugging_face(directory, ids, functions))
     _same(found.whole[CLEAN], by_hugging_face(directory, ids, {}))
     _same(found.part_clean, by_hugging_face(directory, ids[:3], {}))
@@ -139,7 +143,9 @@ def test_with_error_terms_it_is_the_model_to_the_last_bit(directory: Path) -> No
 
 def test_an_error_term_is_a_constant_and_the_transcoder_still_reads_its_input() -> None:
     coder = random_coder(32, 32, ENDS)
-    clean, changed, outputs = (torch.randn(5, 32, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    clean, changed, outputs = (
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     torch.testing.assert_close(
         with_error(coder, clean, outputs)(changed), coder(changed) + (outputs - coder(clean))
     )
