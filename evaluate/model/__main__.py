@@ -15,7 +15,7 @@ from evaluate.report.console import plain, split_name, table_of
 if TYPE_CHECKING:  # --help does not wait for the records
     from evaluate.model.records import ModelMetrics, ReplacedMetrics
 
-TOKENS = 4096
+TOKENS = 2048
 """On which all MLPs are replaced, unless told otherwise: SmolLM2-135M's 30 layers take 4 minutes on one core."""
 ALL = "all"
 
@@ -142,7 +142,8 @@ def sentences(result: ModelMetrics) -> list[str]:
         )
         first = max(each.layers_from_the_first)
         lines.append(
-            f"less than {each.limit:g} nats more: {what} for all MLPs; the first {first} of {len(result.layers)} alone"
+            f"less than {each.limit:g} nats more: {what} for all MLPs at once; from the first layer up, {first} of "
+            f"{len(result.layers)} can be replaced"
         )
     worst = max(line.largest_difference for line in result.replaced.first.with_error_terms)
     lines.append(f"with error terms it is the model: largest difference of a logit {worst:.1e}")

@@ -15,25 +15,23 @@ from evaluate.report.templates import html
 
 def draw_plots(result: ModelMetrics, folder: Path) -> list[Drawn]:
     """Draws every plot and saves it as model_<name>.png in `folder`."""
-    return draw_each(
-        (Plot(f"model_{name}", "overview", caption, draw) for name, caption, draw in _plots(result)), folder
-    )
+    return draw_each(_plots(result), folder)
 
 
-def _plots(result: ModelMetrics) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
-    """(name, caption, how it is drawn), in the order of the page."""
+def _plots(result: ModelMetrics) -> Iterator[Plot]:
+    """Those of all MLPs replaced ("overview"), and those by layer ("layers"), in the order of the page."""
     replaced, layers = result.replaced, result.layers
     if isinstance(replaced, ReplacedMetrics):
-        yield (
-            "cumulative",
+        yield Plot(
+            "model_cumulative",
+            "overview",
             "Layers replaced one after the other, from the first up",
             lambda: _cumulative(replaced, result.provenance.layers),
         )
-        yield "replaced", "All MLPs replaced at once", lambda: _all_replaced(replaced)
-    for name, caption, label, log, value in BY_LAYER:
+    for name, caption, label, value in BY_LAYER:
         values = [[value(layer.prefixes[g]) for layer in layers] for g in range(len(layers[0].prefixes))]
         if any(each is not None for own in values for each in own):
-            yield name, caption, _by_layer(layers, values, label, log)
+            yield Plot(f"model_{name}", "layers", caption, _by_layer(layers, values, label))
 
 
 def _percent(value: float | None) -> float | None:
@@ -41,39 +39,36 @@ def _percent(value: float | None) -> float | None:
 
 
 Value = Callable[[LayerPrefix], float | None]
-BY_LAYER: tuple[tuple[str, str, str, bool, Value], ...] = (
+BY_LAYER: tuple[tuple[str, str, str, Value], ...] = (
     (
         "alone",
         "Each MLP alone replaced",
         "cross-entropy above the model's (nats per token)",
-        False,
         lambda prefix: prefix.increase,
     ),
     (
         "recovered",
         "Cross-entropy recovered by each MLP alone",
         "of what zeroing costs (%)",
-        False,
         lambda prefix: _percent(prefix.recovered_zero),
     ),
-    ("fvu", "Error", "FVU (0 perfect, 1 the mean)", False, lambda prefix: prefix.fvu),
-    ("l0", "Active latents", "active latents per row (L0)", False, lambda prefix: prefix.l0),
-    ("dead", "Dead latents", "latents that never fired (%)", False, lambda p: _percent(p.dead_fraction)),
+    ("fvu", "Error", "FVU (0 perfect, 1 the mean)", lambda prefix: prefix.fvu),
+    ("l0", "Active latents", "active latents per row (L0)", lambda prefix: prefix.l0),
+    ("dead", "Dead latents", "latents that never fired (%)", lambda p: _percent(p.dead_fraction)),
     (
         "over_10_percent",
         "Latents that fire on more than 10 % of the rows",
         "of the prefix's latents (%)",
-        False,
         lambda prefix: _percent(prefix.over_10_percent_fraction),
     ),
 )
-"""Name, caption, label, whether on a log scale, and value of each plot by layer."""
+"""Name, caption, label and value of each plot by layer."""
 
 
 def _by_layer(
-    layers: Sequence[LayerMetrics], values: list[list[float | None]], label: str, log: bool
+    layers: Sequence[LayerMetrics], values: list[list[float | None]], label: str
 ) -> Callable[[], Figure]:
-    return lambda: plots.by_layer([layer.layer for layer in layers], values, label, log)
+    return lambda: plots.by_layer([layer.layer for layer in layers], values, label)
 
 
 def _cumulative(replaced: ReplacedMetrics, layers: Sequence[int]) -> Figure:
@@ -83,11 +78,6 @@ def _cumulative(replaced: ReplacedMetrics, layers: Sequence[int]) -> Figure:
     ]
     increases = [[line.increase for line in lines] for lines in own]
     return plots.cumulative(layers, increases, [[line.top1_agreement for line in lines] for lines in own])
-
-
-def _all_replaced(replaced: ReplacedMetrics) -> Figure:
-    floors = {"all zeroed": replaced.zero.cross_entropy, "all at their mean": replaced.mean.cross_entropy}
-    return plots.all_replaced([each.written() for each in replaced.prefixes], replaced.clean, floors)
 
 
 def write_page(path: Path, result: ModelMetrics, drawn: list[Drawn]) -> None:
@@ -105,7 +95,7 @@ def write_page(path: Path, result: ModelMetrics, drawn: list[Drawn]) -> None:
         steps={(line.prefix, line.layer): line for line in replaced.first.cumulative} if replaced else {},
         highest=max((line.increase for line in replaced.first.cumulative), default=0) or 1 if replaced else 1,
         notes=notes(result),
-        figures=elements(drawn),
+        figures=lambda part: elements([each for each in drawn if each.plot.part == part]),
     )
     write_whole(path, page.encode())
 

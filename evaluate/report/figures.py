@@ -19,8 +19,8 @@ from evaluate.records import Results
 from evaluate.report import plots
 from evaluate.report.verdicts import FVU_GOOD, FVU_MODERATE
 
-Part = Literal["overview", "nesting", "error"]
-"""The parts of the page that show plots."""
+Part = Literal["overview", "nesting", "error", "layers"]
+"""The parts of a page that show plots; "layers" is of a layer set's."""
 
 
 @dataclass(frozen=True)

@@ -312,16 +312,10 @@ def _fvu_lines(axes: Axes, x: Sequence[float], lines: Sequence[Line]) -> None:
     _legend(axes)
 
 
-def by_layer(
-    layers: Sequence[int], prefixes: Sequence[Sequence[float | None]], label: str, log: bool = False
-) -> Figure:
+def by_layer(layers: Sequence[int], prefixes: Sequence[Sequence[float | None]], label: str) -> Figure:
     """One number of every layer, a line for each prefix; `prefixes`: its values by layer."""
     fig, (axes,) = figure()
     _layer_lines(axes, layers, prefixes, label)
-    if log and _positive(axes.yaxis):
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     return fig
 
 
@@ -331,10 +325,9 @@ def cumulative(
     """What is lost while more and more layers are replaced, from the first up; a line for each prefix."""
     fig, (left, right) = figure(2, width=WIDE)
     _layer_lines(left, layers, increases, "cross-entropy above the model's (nats per token)")
-    left.set_ylim(bottom=min(0, left.get_ylim()[0]))
     shares = [[100 * each for each in own] for own in agreements]
     _layer_lines(right, layers, shares, "same likeliest token as the model (%)")
-    right.set_ylim(0, 100)
+    right.set_ylim(top=100)
     for axes in (left, right):
         axes.set_xlabel("last layer replaced, all below it too")
     return fig
@@ -347,25 +340,6 @@ def _layer_lines(
         axes.plot(layers, [_number(value) for value in values], **_look(g), label=f"prefix {g}")
     axes.set(xlabel="layer", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), high if high > 0 else 1)  # zero is in view, and dead latents may be none
     _legend(axes)
-
-
-def all_replaced(prefixes: Sequence[Line], clean: float, floors: Mapping[str, float]) -> Figure:
-    """Cross-entropy of the model with all MLPs replaced, beside itself (`clean`) and the ablations (`floors`)."""
-    fig, (axes,) = figure()
-    places = range(len(prefixes))
-    values = [prefix["cross_entropy"] for prefix in prefixes]
-    axes.bar(places, values, color=[COLOURS[g % len(COLOURS)] for g in places], width=0.62)
-    for place, value in zip(places, values, strict=True):
-        _note(axes, f"{value:.2f}", (place, value), ha="center", va="bottom", weight="bold")
-    axes.axhline(clean, color=INK, linewidth=1.2, label=f"model as it is: {clean:.2f}")
-    for style, (name, value) in zip((":", "--"), floors.items(), strict=True):
-        axes.axhline(value, color=INK, linestyle=style, linewidth=1.2, label=f"{name}: {value:.2f}")
-    axes.set_xticks(
-        places, [f"{g}\n{p['latents']:,} latents\nL0 {p['l0']:,.0f}" for g, p in enumerate(prefixes)]
-    )
-    axes.set(xlabel="prefix (all layers together)", ylabel="cross-entropy (nats per token)")
-    axes.grid(axis="x", visible=False)
-    axes.set_ylim(top=1.3 * max(*values, clean, *floors.values()))
-    _legend(axes, loc="upper right", ncols=2)
-    return fig
