@@ -388,4 +388,4 @@ def test_the_runs_weights_are_what_is_compared(settings: Settings) -> None:
     for layer in LAYERS:
         (one(settings, layer).run_dir() / FILE_NAME).touch()
     assert describe(settings, TOKENS)[1] is False
-    assert RUN == settings.run
+    assert settings.run == RUN
