@@ -1,4 +1,4 @@
-"""docs/outputs.md's tables of metrics.json, compare.json and model.json, from the records: python -m docs.outputs writes them."""
+"""docs/outputs.md's tables of the JSON files of evaluate, from their records: python -m docs.outputs writes them."""
 
 import typing
 from collections.abc import Iterator

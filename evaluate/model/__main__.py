@@ -30,14 +30,16 @@ def main() -> None:
         help="tokens on which all MLPs are replaced at once, a quarter of them for layer after layer; 0: tables alone "
         "[%(default)s]",
     )
-    settings, arguments = load(options)
+    settings, arguments = load(
+        options, n_layers=lambda _: 0
+    )  # of all: describe asks the stores, not the model
     if arguments.tokens < 0:
         raise InputError(f"command line: --tokens: expected a number from 0, found {arguments.tokens}")
     from evaluate.model.run import describe  # after the settings are checked: torch takes seconds to import
     from transcoder.weights import chosen_run
 
-    whole = (arguments.layer or "").strip() == ALL
-    if whole or not arguments.layer:  # not the profile's own layer
+    whole = (arguments.layer or "").replace(",", " ").split() == [ALL]
+    if not arguments.layer:  # not the profile's own layer
         settings = settings.model_copy(update={"layers": ()})
     settings = chosen_run(settings, arguments.run, every_layer=True)
     show(settings, *describe(settings, arguments.tokens, whole), Console())
