@@ -53,6 +53,7 @@ help:
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make model RUN=name              write the page of a layer set, with all MLPs replaced at once; LAYER=all: each must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
@@ -64,7 +65,7 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare read export import push bench bench-storage gpu soak audit \
+        train sweep runs stores samples evaluate compare model read export import push bench bench-storage gpu soak audit \
         licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
@@ -123,6 +124,10 @@ evaluate: install
 
 compare: install
 	@$(EACH) evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
+
+# Every layer's run of one name on one page, and all MLPs replaced at once.
+model: install
+	@$(PY) -m evaluate.model $(OPTIONS)
 
 # TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
 read: install
