@@ -1,13 +1,14 @@
-"""python -m transcoder.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats.
+"""A run in other tools' formats; make export is `python -m evaluate.export`.
 
 What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
 rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import run_stage
 from common.errors import InputError
 from common.files import whole_folder
 from common.settings import Settings
@@ -38,28 +39,37 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
     return folder / written.relative_to(aside)
 
 
-def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
+def export_set(
+    settings: Settings,
+    prefix: int | None = None,
+    partial: bool = False,
+    add: Callable[[Path, Mapping[int, tuple[Path, int]]], None] | None = None,
+) -> Path:
     """Write the runs of one name to <model>/export/circuit_tracer/<run>[_prefix_g], a folder for circuit-tracer.
 
-    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`.
+    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`. `add` gets the
+    folder and each layer's run directory and number of latents, and writes what else belongs in it.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
     runs = [folder / settings.run for folder in folders]
     called = settings.model.public_name
-    layers = []
+    layers, sources = [], {}
     for run in runs:
         if (run / weights.FILE_NAME).is_file():
             weights.refuse_another_model(run, settings)
             transcoder = exported(run, prefix, called)
             _refuse_unknown(run, transcoder, "circuit_tracer")
             layers.append(transcoder.saved())
+            sources[transcoder.metadata["source"]["layer"]] = run, transcoder.d_sae
     if not layers:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
     name = settings.run + _suffix(prefix)
     folder = model / "export" / "circuit_tracer" / name
     with whole_folder(folder) as aside:
-        circuit_tracer.write(aside, layers, name, partial)
+        circuit_tracer.write(aside, layers, partial)
+        if add is not None:
+            add(aside, sources)
     return folder
 
 
@@ -99,19 +109,7 @@ def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Tran
 
 
 def main() -> None:
-    options = parser("transcoder.export", "Write a run, or one prefix of it, in another tool's format.")
-    options.add_argument("--format", choices=FORMATS, required=True, help="whose format")
-    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
-    options.add_argument(
-        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
-    )
-    settings, arguments = load(options)
-    settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
-    if arguments.format == "circuit_tracer":
-        print(export_set(settings, arguments.prefix, arguments.partial))
-    else:
-        weights.refuse_another_model(settings.run_dir(), settings)
-        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+    raise InputError("python -m transcoder.export: is now python -m evaluate.export, with the same options")
 
 
 if __name__ == "__main__":

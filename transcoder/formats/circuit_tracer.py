@@ -1,7 +1,8 @@
 """circuit-tracer's transcoder sets: a folder of config.yaml and layer_N.safetensors, one for every layer.
 
 The tool replaces the MLP of every layer, so it wants layers 0 to the last and one width; its encoders are
-[F, D] like ours, and one hook name, without the layer, holds for all of them.
+[F, D] like ours, and one hook name, without the layer, holds for all of them. config.yaml has no `scan`: the tool's
+loader puts in where it found the set, a path or a hub name, which is where its page looks for features/.
 """
 
 import json
@@ -20,13 +21,12 @@ from transcoder import weights
 def write(
     folder: Path,
     layers: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
-    name: str,
     partial: bool = False,
 ) -> Path:
     """Write one file per layer and config.yaml into `folder`, which is returned.
 
-    `layers` are (tensors, metadata) in any order; `name` names the set in the tool's graphs. `partial`: layers
-    0 to N of a deeper model, which the tool loads as transcoders but cannot trace a whole model with.
+    `layers` are (tensors, metadata) in any order. `partial`: layers 0 to N of a deeper model, which the tool loads as
+    transcoders but cannot trace a whole model with.
     Raises `InputError` naming the layers that are missing, or the layer that does not fit the others.
     """
     numbered = {metadata["source"]["layer"]: (tensors, metadata) for tensors, metadata in layers}
@@ -38,7 +38,6 @@ def write(
         "model_kind": "transcoder_set",
         "feature_input_hook": _without_layer(first["input_hook"]),
         "feature_output_hook": _without_layer(first["output_hook"]),
-        "scan": f"{str(first['model']).rpartition('/')[2].lower()}/{name}",
     }
     for layer, (tensors, metadata) in sorted(numbered.items()):
         stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}

@@ -1,0 +1,44 @@
+"""python -m evaluate.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats."""
+
+from argparse import ArgumentTypeError
+
+from common.cli import load, parser, run_stage
+
+
+def known_format(name: str) -> str:
+    """`name`, if it is a format's."""
+    from transcoder.export import FORMATS  # with torch, which --help need not wait for
+
+    if name not in FORMATS:
+        raise ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, FORMATS))})")
+    return name
+
+
+def main() -> None:
+    options = parser("evaluate.export", "Write a run, or one prefix of it, in another tool's format.")
+    options.add_argument(
+        "--format", type=known_format, required=True, help="saelens, gemma_scope, circuit_tracer"
+    )
+    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
+    options.add_argument(
+        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
+    )
+    options.add_argument(
+        "--without-pages", action="store_true", help="circuit_tracer: no feature pages, which quote the text"
+    )
+    settings, arguments = load(options)
+    from evaluate.feature_pages import SetPages
+    from transcoder import weights
+    from transcoder.export import export, export_set
+
+    settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
+    if arguments.format == "circuit_tracer":
+        pages = None if arguments.without_pages else SetPages(settings, arguments.prefix).write
+        print(export_set(settings, arguments.prefix, arguments.partial, pages))
+    else:
+        weights.refuse_another_model(settings.run_dir(), settings)
+        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+
+
+if __name__ == "__main__":
+    run_stage(main)
