@@ -24,6 +24,13 @@ def main() -> None:
         "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
     )
     options.add_argument(
+        "--reads",
+        choices=("normalized", "mlp_in"),
+        default="normalized",
+        help="circuit_tracer: inputs without the norm's gain, or with it (mlp_in), which its nnsight backend needs for "
+        "Llama and Qwen models [%(default)s]",
+    )
+    options.add_argument(
         "--without-pages", action="store_true", help="circuit_tracer: no feature pages, which quote the text"
     )
     settings, arguments = load(options)
@@ -34,7 +41,7 @@ def main() -> None:
     settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
     if arguments.format == "circuit_tracer":
         pages = None if arguments.without_pages else SetPages(settings, arguments.prefix).write
-        print(export_set(settings, arguments.prefix, arguments.partial, pages))
+        print(export_set(settings, arguments.prefix, arguments.partial, arguments.reads, pages))
     else:
         weights.refuse_another_model(settings.run_dir(), settings)
         print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))

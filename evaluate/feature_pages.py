@@ -29,7 +29,7 @@ from evaluate.metrics.rows import ContextTable
 from evaluate.report.page_data import Stretches, Strings
 from shards import Store
 from shards.store import read_tokenizer
-from transcoder.weights import FILE_NAME
+from transcoder.weights import FILE_NAME, read_metadata
 
 FOLDER, INDEX = "features", "index.json.gz"
 BLOCK = 512
@@ -255,13 +255,12 @@ class SetPages:
     lacking: dict[str, list[int]] = field(default_factory=dict)
     """Why there is nothing to show -> of which layers."""
 
-    def write(self, folder: Path, runs: Mapping[int, tuple[Path, int]]) -> None:
-        """`runs`: each layer's run directory and number of exported latents; one line on standard error for each
-        reason why layers are left without. None is left half-written: the caller's folder is whole or not at all.
+    def write(self, folder: Path, runs: Mapping[int, Path]) -> None:
+        """`runs`: each layer's run directory. One line on standard error for each reason why layers are left without.
 
         Raises `InputError` where an evaluation is of other weights than the run's, or damaged.
         """
-        found = {layer: self._evaluated(layer, run_dir) for layer, (run_dir, _) in sorted(runs.items())}
+        found = {layer: self._evaluated(layer, run_dir) for layer, run_dir in sorted(runs.items())}
         for layer, each in found.items():
             if isinstance(each, str):
                 self.lacking.setdefault(each, []).append(layer)
@@ -275,16 +274,16 @@ class SetPages:
             return
         (folder / FOLDER).mkdir()
         offsets: dict[int, list[int]] = {}
-        with progress("feature pages", sum(n for _, n in runs.values()), "latents") as bar:
+        with progress("feature pages", len(found), "layers") as bar:
             for layer, each in found.items():
-                n = runs[layer][1]
-                pages = (
-                    empty_pages(layer, n, f"layer {layer}: {each}")
-                    if isinstance(each, str)
-                    else each.pages(self.prefix)
-                )
+                if isinstance(each, str):
+                    ends = read_metadata(runs[layer])["prefix_ends"]
+                    n = ends[-1 if self.prefix is None else self.prefix]
+                    pages = empty_pages(layer, n, f"layer {layer}: {each}")
+                else:
+                    pages = each.pages(self.prefix)
                 offsets[layer] = write_layer(folder / FOLDER / _file(layer), pages)
-                bar.update(n)
+                bar.update(1)
         write_index(folder / FOLDER, offsets)
 
     def _evaluated(self, layer: int, run_dir: Path) -> Evaluated | str:
