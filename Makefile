@@ -135,7 +135,7 @@ read: install
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install
-	@$(PY) -m transcoder.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
+	@$(PY) -m evaluate.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FROM=directory, file or hf:// address of another tool's transcoder
 import: install

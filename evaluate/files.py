@@ -15,9 +15,13 @@ from common.files import write_whole
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
 from train.log import LogLine, log_lines
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
+
+
+LATENTS, CONTEXTS = "latents.safetensors", "contexts.safetensors"
+"""What is known of each latent, and the rows that are shown of it: beside metrics.json."""
 
 
 class _Asked(BaseModel):

@@ -14,6 +14,8 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.files import (
+    CONTEXTS,
+    LATENTS,
     METRICS_VERSION,
     baselines_before,
     bring_back,
@@ -184,7 +186,7 @@ def _measure(
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.promoted, coder.prefix_ends)
+    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends)
     measurement = first.measurement
     results = Results(
         rows=measurement.deviation.rows,
@@ -215,8 +217,10 @@ def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[Lo
         folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
     )
     provenance = json.dumps(results.provenance.written())
-    save_tensors(folder / "latents.safetensors", tensors(latent_catalogue), {"provenance": provenance})
-    files = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
+    save_tensors(folder / LATENTS, tensors(latent_catalogue), {"provenance": provenance})
+    samples = latent_catalogue.samples.tensors(len(latent_catalogue.group), job.split.contexts.shape[1])
+    save_tensors(folder / CONTEXTS, samples, {"provenance": provenance})
+    files = ["report.html", LATENTS, CONTEXTS, *(each.plot.file for each in drawn)]
     metrics = Metrics(**dict(results), files=files)
     write_record(folder / "metrics.json", metrics)
     return metrics
