@@ -99,7 +99,8 @@ def _paths(run_dir: Path, other: str) -> list[Path]:
     is_name = re.fullmatch(r"[\w.+=*?\[\]-]+", other) and other not in (".", "..")
     if is_name and (runs / other).is_dir():
         return [runs / other]
-    path = fetched(other)
+    layer = runs.name.removeprefix("layer_")
+    path = fetched(other, int(layer) if layer.isdecimal() else None)
     if path.exists():
         return [path]
     if is_name and (matched := sorted(each for each in runs.glob(other) if each.is_dir())):
@@ -165,7 +166,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
+        help="other transcoders: names of runs, directories and files of ours and other tools', hf://",
     )
     settings, arguments = load(options)
     from transcoder.weights import chosen_run

@@ -1,7 +1,8 @@
 """python -m transcoder.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats.
 
-What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
-rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
+What they all read: float32 weights on raw activations without the norm's gain (Gemma Scope 2: with it), one threshold
+per latent, decoder rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own
+threshold.
 """
 
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import whole_folder
+from common.hooks import INPUT_HOOKS, Convention
 from common.settings import Settings
 from transcoder import weights
 from transcoder.formats import WRITERS, circuit_tracer
@@ -21,8 +23,14 @@ FORMATS = (*WRITERS, "circuit_tracer")
 
 
 HOOKS = ("model", "input_hook", "output_hook")
-NEEDED: dict[str, tuple[str, ...]] = {"saelens": HOOKS, "circuit_tracer": (*HOOKS, "n_layers")}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "saelens": HOOKS,
+    "gemma_scope_2": HOOKS,
+    "circuit_tracer": (*HOOKS, "n_layers"),
+}
 """What a format says of the language model, as keys of a store's source."""
+CONVENTIONS: dict[str, Convention] = {"gemma_scope_2": "mlp_in"}
+"""Whose transcoders read inputs with the norm's gain; the others' read them without."""
 
 
 def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None = None) -> Path:
@@ -30,7 +38,7 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
 
     `name`: what the model is called in it, if not what `transcoder.public.published` says.
     """
-    transcoder = exported(run_dir, prefix, name)
+    transcoder = exported(run_dir, prefix, name, CONVENTIONS.get(to, "normalized"))
     _refuse_unknown(run_dir, transcoder, to)
     folder = run_dir / "export" / (to + _suffix(prefix))
     with whole_folder(folder) as aside:
@@ -81,8 +89,13 @@ def _suffix(prefix: int | None) -> str:
     return "" if prefix is None else f"_prefix_{prefix}"
 
 
-def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Transcoder:
-    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain, fit to be seen."""
+def exported(
+    run_dir: Path, prefix: int | None, name: str | None = None, convention: Convention = "normalized"
+) -> Transcoder:
+    """The run's transcoder, or one prefix of it, as a format wants it: with or without the norm's gain, fit to be seen.
+
+    Raises `InputError` for top-k: none of the formats has a place for it.
+    """
     transcoder = Transcoder.load(run_dir)
     n = len(transcoder.prefix_ends)
     if prefix is not None and not 0 <= prefix < n:
@@ -90,11 +103,16 @@ def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Tran
     source = transcoder.metadata.get("source", {})
     if type(source.get("layer")) is not int:  # it becomes part of a path
         raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
+    if transcoder.k is not None:
+        raise InputError(
+            f"{run_dir}: keeps the {transcoder.k} largest activations of each row, which no format has a place for: "
+            "they have a threshold for each latent; make push publishes it as it is"
+        )
     positive = transcoder.thresholds.clamp_min(0)  # the same: an activation is positive
     gated = replace(transcoder, thresholds=positive, metadata=published(transcoder.metadata, name))
-    if source.get("input") == "mlp_in" and not isinstance(source.get("gain"), list):
+    if source.get("input") in INPUT_HOOKS.keys() - {convention} and not isinstance(source.get("gain"), list):
         raise InputError(_unknown(run_dir, "gain"))
-    whole = convert(gated, "normalized", source, str(run_dir))
+    whole = convert(gated, convention, source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
 
 
