@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
@@ -236,6 +236,7 @@ def coder_of(case: dict[str, np.ndarray]) -> tuple[Transcoder, Tensor]:
     return Transcoder(Parameters(**tensors), thresholds, (thresholds.shape[1],), METADATA), x
 
 
+@settings(max_examples=30)
 @given(case=cases())
 def test_gemma_scope_2_there_and_back(case: dict[str, np.ndarray], tmp_path_factory) -> None:
     own, x = coder_of(case)
@@ -498,6 +499,7 @@ def test_a_config_yaml_that_is_none(tmp_path: Path, text: str, message: str) -> 
     refuses(tmp_path / "set" / "layer_0.safetensors", message)
 
 
+@settings(max_examples=30)
 @given(case=cases(), k=st.integers(1, 6))
 def test_top_k_there_and_back(case: dict[str, np.ndarray], k: int, tmp_path_factory) -> None:
     """sparsify's layout, circuit-tracer's and our own file of one top-k transcoder are one function."""
