@@ -391,6 +391,10 @@ class Settings(BaseModel):
         """Directory of the run of one layer; raises `InputError` when several were asked for."""
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
 
+    def set_dir(self) -> Path:
+        """Directory of what belongs to the runs of one name in all layers together."""
+        return self.paths.checkpoints / "transcoder" / self.model_slug / "sets" / self.run
+
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
