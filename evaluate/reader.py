@@ -6,6 +6,7 @@ Shapes: n tokens that give rows, D_in, D_out, F latents.
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from common.device import pick_device
@@ -14,6 +15,7 @@ from common.settings import Model
 from common.tokens import TokenText
 from shards import Store
 from shards.layout import kept_mask
+from shards.manifest import Source
 from shards.store import as_harvested, read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
@@ -72,20 +74,7 @@ class Reader:
         Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
         """
         source = self.source
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
-            ) from error
-        start = [] if source.bos_token_id is None else [source.bos_token_id]
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if source.special_tokens == "parse" and ids[:1] == start:
-            ids = ids[1:]  # every context begins with one
-        if not ids:
-            raise InputError("text: nothing to read; give some words")
-        whole = torch.tensor([start + ids])
-        context = whole[:, : source.context_length]
+        context, left_out = context_of(text, self.tokenizer, source)
         hooks = [source.input_hook, source.output_hook]
         with self.model.capturing(hooks) as caught:
             self.model.run_blocks(context, source.layer)
@@ -94,5 +83,26 @@ class Reader:
         pieces = TokenText(self.tokenizer).pieces(context[0].tolist())
         tokens = [piece for piece, here in zip(pieces, kept.tolist(), strict=True) if here]
         inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
-        left_out = whole.shape[1] - context.shape[1]
         return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
+
+
+def context_of(text: str, tokenizer: Tokenizer, source: Source) -> tuple[Tensor, int]:
+    """A text as one context of a store, [1, T] token ids, and how many tokens are beyond its end.
+
+    Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
+        ) from error
+    start = [] if source.bos_token_id is None else [source.bos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if source.special_tokens == "parse" and ids[:1] == start:
+        ids = ids[1:]  # every context begins with one
+    if not ids:
+        raise InputError("text: nothing to read; give some words")
+    whole = torch.tensor([start + ids])
+    context = whole[:, : source.context_length]
+    return context, whole.shape[1] - context.shape[1]
