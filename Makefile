@@ -54,6 +54,7 @@ help:
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
+	@echo 'make circuit TEXT="..."          draw what the next token after a text hangs on, through the latents of every layer'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
@@ -62,7 +63,7 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare read export import push bench bench-storage gpu soak audit \
+        train sweep runs stores samples evaluate compare read circuit export import push bench bench-storage gpu soak audit \
         licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
@@ -123,6 +124,10 @@ compare: install
 # TEXT="a sentence"
 read: install
 	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(OPTIONS)
+
+# TEXT="a prompt", PREFIX=g; through every layer of RUN
+circuit: install
+	@$(PY) -m evaluate.circuit $(call option,TEXT,--text) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install

@@ -7,7 +7,7 @@ from common.cli import load, parser, run_stage
 from common.errors import InputError
 
 if TYPE_CHECKING:
-    from evaluate.circuit.graph import Circuit, Path
+    from evaluate.circuit.graph import Circuit, Route
     from evaluate.circuit.labels import Label
 
 N_NODES = 1000
@@ -38,7 +38,7 @@ def main() -> None:
     print(traced.folder / "circuit.html")
 
 
-def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Path]]") -> None:
+def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Route]]") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -46,7 +46,9 @@ def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Pa
     from evaluate.report.templates import percent
 
     console = Console(markup=False, emoji=False, highlight=False)
-    strongest = sorted((path for some in routes.values() for path in some), key=lambda path: -abs(path.weight))
+    strongest = sorted(
+        (path for some in routes.values() for path in some), key=lambda path: -abs(path.weight)
+    )
     table = Table("% of the target", "path (layer/latent@token)", "labels")
     for path in strongest[:SHOWN]:
         names = " → ".join(place(circuit, node) for node in path.nodes[:-1])

@@ -38,7 +38,7 @@ class Text:
     tokens: Tensor
     """[T] token ids."""
     kept: Tensor
-    """[T]: positions with a row, where a transcoder stands in for the MLP; at the others the MLP's output is its own."""
+    """[T]: positions with a row, where a transcoder stands in for the MLP; elsewhere the MLP's output is its own."""
     begins: bool
     """Whether the first token begins every text: what the MLPs write there is the same for all, and no node."""
 

@@ -114,9 +114,9 @@ class Frozen:
             return lambda tensor, hook: read.__setitem__(name, tensor[0])
 
         def write(layer: int) -> Callable[..., Tensor]:
-            return lambda tensor, hook: (
-                (written[layer] + self._skipped(layer, read[self._reads[layer]]))[None].clone()
-            )
+            return lambda tensor, hook: (written[layer] + self._skipped(layer, read[self._reads[layer]]))[
+                None
+            ].clone()
 
         hooks: list[tuple[str, Callable[..., Any]]] = [
             (EMBEDDING, fixed(embedding[None].clone())),
@@ -125,7 +125,9 @@ class Frozen:
             *((name, write(layer)) for layer, name in enumerate(self._writes)),
         ]
         with warnings.catch_warnings(), self.model.bridge.hooks(fwd_hooks=hooks):
-            warnings.simplefilter("ignore")  # one of each norm that a hook changed its scale, which is what it is for
+            warnings.simplefilter(
+                "ignore"
+            )  # one of each norm that a hook changed its scale, which is what it is for
             self.model.bridge(self.context, return_type="logits")
         return Reads([read[name] for name in self._reads[:-1]], read[FINAL])
 

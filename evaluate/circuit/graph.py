@@ -85,7 +85,7 @@ class Circuit:
     """Latents that were not followed, but have so much influence that they would be kept."""
 
 
-class Path(NamedTuple):
+class Route(NamedTuple):
     """Nodes from an embedding to a logit."""
 
     nodes: tuple[int, ...]
@@ -202,7 +202,7 @@ def _ends(graph: Graph, rows: np.ndarray, total: np.ndarray, row_of: np.ndarray)
     return Ends(**{name: value / whole for name, value in ends.items()})
 
 
-def paths(circuit: Circuit, logit: int, n: int) -> list[Path]:
+def paths(circuit: Circuit, logit: int, n: int) -> list[Route]:
     """The n strongest paths from embeddings to the node `logit`, by the product of the weights of their edges."""
     signed = circuit.weight * np.sign(circuit.effect)
     into: dict[int, list[tuple[int, float]]] = {}
@@ -210,17 +210,15 @@ def paths(circuit: Circuit, logit: int, n: int) -> list[Path]:
         circuit.source.tolist(), circuit.target.tolist(), signed.tolist(), strict=True
     ):
         into.setdefault(target, []).append((source, weight))
-    best: dict[int, list[Path]] = {logit: [Path((logit,), 1.0)]}
+    best: dict[int, list[Route]] = {logit: [Route((logit,), 1.0)]}
     # Nodes are by layer: when a node's turn comes, all that it leads to have handed on theirs.
     for node in range(logit, -1, -1):
         if node in best:
             for source, weight in into.get(node, ()):
-                new = [Path((source, *path.nodes), path.weight * weight) for path in best[node]]
+                new = [Route((source, *path.nodes), path.weight * weight) for path in best[node]]
                 every = best.get(source, []) + new
                 best[source] = sorted(every, key=lambda path: -abs(path.weight))[:n]
     found = [
-        path
-        for node in np.flatnonzero(circuit.nodes.kind == TOKEN).tolist()
-        for path in best.get(node, ())
+        path for node in np.flatnonzero(circuit.nodes.kind == TOKEN).tolist() for path in best.get(node, ())
     ]
     return sorted(found, key=lambda path: -abs(path.weight))[:n]

@@ -1,4 +1,4 @@
-"""What is said of a circuit's nodes: tokens that a latent fires on, from its layer's evaluation, and that it promotes."""
+"""What is said of a circuit's nodes: tokens a latent fires on, from its layer's evaluation, and tokens it promotes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def _fires(evaluation: Path, numbers: np.ndarray) -> np.ndarray:
 
 
 def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
-    """Folder of each layer's evaluation that is of the run's present weights; of the others a line on standard error."""
+    """Folder of each layer's evaluation of the run's present weights; of the others a line on standard error."""
     found, without = {}, []
     for layer in layers:
         run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()

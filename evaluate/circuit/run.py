@@ -12,8 +12,7 @@ from common.progress import progress
 from common.settings import Model, Settings
 from common.tokens import TokenText
 from evaluate.circuit.attribute import Effects, Text, attribute
-from evaluate.circuit.graph import LATENT, LOGIT, Circuit, paths, pruned
-from evaluate.circuit.graph import Path as Route
+from evaluate.circuit.graph import LATENT, LOGIT, Circuit, Route, paths, pruned
 from evaluate.circuit.labels import Label, evaluations, labels
 from evaluate.circuit.write import EDGE_SHARE, NODE_SHARE, About, write
 from evaluate.metrics.language import language_model

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from common.files import whole_folder
 from evaluate.circuit.attribute import MASS, MOST_LOGITS
-from evaluate.circuit.graph import ERROR, KINDS, LATENT, LOGIT, TOKEN, Circuit, Path as Route
+from evaluate.circuit.graph import ERROR, KINDS, LATENT, LOGIT, TOKEN, Circuit, Route
 from evaluate.circuit.labels import Label
 from evaluate.report.page_data import script_json
 from evaluate.report.templates import PAGE, html
@@ -122,7 +122,10 @@ def _ids(about: About, circuit: Circuit) -> list[str]:
         TOKEN: "E_{1}_{2}",
         LOGIT: f"{about.n_layers + 1}_{{1}}_{{2}}",
     }
-    return [form[kind].format(*each) for kind, *each in zip(nodes.kind.tolist(), layer, number, position, strict=True)]
+    return [
+        form[kind].format(*each)
+        for kind, *each in zip(nodes.kind.tolist(), layer, number, position, strict=True)
+    ]
 
 
 def _node(circuit: Circuit, node: int, own_id: str, label: Label, about: About) -> dict[str, Any]:
@@ -133,38 +136,53 @@ def _node(circuit: Circuit, node: int, own_id: str, label: Label, about: About) 
     common = {"node_id": own_id, "ctx_idx": position, "clerp": label.text, "run_idx": 0, "reverse_ctx_idx": 0}
     influence = {"influence": float(circuit.cumulative[node])}
     if kind == LATENT:
-        return common | influence | {
-            "feature": (layer + number) * (layer + number + 1) // 2 + number,  # Cantor's pairing
-            "layer": str(layer),
-            "feature_type": "cross layer transcoder",  # its word for a latent, of one layer too
-            "jsNodeId": f"{layer}_{number}-0",
-            "activation": float(nodes.value[node]),
-        }
+        return (
+            common
+            | influence
+            | {
+                "feature": (layer + number) * (layer + number + 1) // 2 + number,  # Cantor's pairing
+                "layer": str(layer),
+                "feature_type": "cross layer transcoder",  # its word for a latent, of one layer too
+                "jsNodeId": f"{layer}_{number}-0",
+                "activation": float(nodes.value[node]),
+            }
+        )
     if kind == ERROR:
-        return common | influence | {
-            "feature": -1,
-            "layer": str(layer),
-            "feature_type": "mlp reconstruction error",
-            "jsNodeId": f"{layer}_{position}-0",
-        }
+        return (
+            common
+            | influence
+            | {
+                "feature": -1,
+                "layer": str(layer),
+                "feature_type": "mlp reconstruction error",
+                "jsNodeId": f"{layer}_{position}-0",
+            }
+        )
     if kind == TOKEN:
-        return common | influence | {
-            "feature": position,
-            "layer": "E",
-            "feature_type": "embedding",
-            "jsNodeId": f"E_{number}-{position}",
-        }
+        return (
+            common
+            | influence
+            | {
+                "feature": position,
+                "layer": "E",
+                "feature_type": "embedding",
+                "jsNodeId": f"E_{number}-{position}",
+            }
+        )
     probability = float(nodes.value[node])
     likeliest = probability == float(nodes.value[nodes.kind == LOGIT].max())
-    return common | {
-        "clerp": f'Output "{label.word}" (p={probability:.3f})',  # its page takes token and probability from this
-        "feature": number,
-        "layer": str(about.n_layers + 1),
-        "feature_type": "logit",
-        "jsNodeId": f"L_{number}-{position}",
-        "token_prob": probability,
-        "is_target_logit": likeliest,
-    }
+    return (
+        common
+        | {
+            "clerp": f'Output "{label.word}" (p={probability:.3f})',  # its page takes token and probability from this
+            "feature": number,
+            "layer": str(about.n_layers + 1),
+            "feature_type": "logit",
+            "jsNodeId": f"L_{number}-{position}",
+            "token_prob": probability,
+            "is_target_logit": likeliest,
+        }
+    )
 
 
 def circuit_page(
@@ -201,7 +219,10 @@ def circuit_page(
         ends=circuit.ends,
         counts={name: int((nodes.kind == kind).sum()) for kind, name in enumerate(KINDS)},
         n_edges=len(circuit.source),
-        routes=[(labels[logit].text, [_told(route, circuit, labels) for route in some]) for logit, some in routes.items()],
+        routes=[
+            (labels[logit].text, [_told(route, circuit, labels) for route in some])
+            for logit, some in routes.items()
+        ],
         node_share=NODE_SHARE,
         edge_share=EDGE_SHARE,
         lost=circuit.lost,
@@ -211,7 +232,9 @@ def circuit_page(
     )
 
 
-def _told(route: Route, circuit: Circuit, labels: Sequence[Label]) -> tuple[float, list[tuple[int, str, str]]]:
+def _told(
+    route: Route, circuit: Circuit, labels: Sequence[Label]
+) -> tuple[float, list[tuple[int, str, str]]]:
     """Weight and, of each node, its index, its place and its label."""
     return route.weight, [(node, place(circuit, node), labels[node].text) for node in route.nodes]
 
