@@ -10,12 +10,13 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import ENVIRONMENT, InputError
-from common.settings import ROOT, SECTIONS, Model, Settings, nearest, run_name, validated
+from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, run_name, validated
 
 PIPELINE_TOML = ROOT / "pipeline.toml"
 
@@ -86,7 +87,9 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=_help_format,
     )
-    options.add_argument("--layer", help='layer; several, "8 12 17", where a stage takes them')
+    options.add_argument(
+        "--layer", help='layer; several: "8 12 17", 0-25, "0-5 12", or all layers of the model: all'
+    )
     options.add_argument("--profile", help="profile of pipeline.toml, for example demo")
     options.add_argument("--run", help="name of the training run")
     options.add_argument("--harvest", dest="harvest_name", help="name of a second harvest of the same layer")
@@ -109,14 +112,80 @@ def parser(prog: str, purpose: str) -> argparse.ArgumentParser:
     return options
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A command line over pipeline.toml, before it is known which layers it is of."""
+
+    toml: str
+    """Name of the file, for errors."""
+    merged: dict[str, Any]
+    """The file and the profile."""
+    recipes: dict[str, Any]
+    """[recipe."MODEL".LAYER] -> settings."""
+    overrides: dict[str, dict[str, Any]]
+    """The options --section.key."""
+    arguments: argparse.Namespace
+
+    def both(self, layers: tuple[int, ...]) -> tuple[Settings, Settings]:
+        """Settings without and with the options; of one layer with its recipe."""
+        merged = self.merged
+        model = _merge(merged, self.overrides).get("model", {})
+        if len(layers) == 1 and isinstance(model, dict):
+            recipe = self.recipes.get(model.get("name", Model().name), {})
+            merged = _merge(merged, recipe.get(str(layers[0]), {}))
+        top = {
+            "layers": layers,
+            "profile": self.arguments.profile,
+            "harvest_name": _name("harvest", self.arguments.harvest_name),
+        }
+        base = validated(_merge(merged, top), self.toml)
+        return base, validated(_merge(_merge(merged, top), self.overrides), "command line")
+
+    def layers(self, n_layers: Callable[[Settings], int]) -> tuple[int, ...]:
+        """The layers asked for, in rising order; `n_layers`: of the model, called for `all` alone."""
+        text = self.arguments.layer if self.arguments.layer is not None else self.merged.get("layers", ())
+        layers = _layers(text)
+        if layers is not None:
+            return layers
+        _name("run", self.arguments.run)  # what is wrong with the command line shows before anything is read
+        return tuple(range(n_layers(self.both(())[1])))
+
+    def settings(self, layers: tuple[int, ...]) -> Settings:
+        """Settings of a stage over these layers."""
+        pairs = [self.both((layer,)) for layer in layers] if len(layers) > 1 else []
+        base, settings = self.both(layers)
+        run = _name("run", self.arguments.run) or _run_name(pairs or [(base, settings)])
+        return settings.model_copy(update={"run": run})
+
+    def alone(self, layer: int, run: str) -> Settings:
+        """Settings of one layer of a set, as it has them alone; the set's runs have one name."""
+        return self.both((layer,))[1].model_copy(update={"run": run})
+
+
 def load(
-    options: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
+    options: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+    toml: Path | None = None,
+    n_layers: Callable[[Settings], int] | None = None,
 ) -> tuple[Settings, argparse.Namespace]:
     """Settings from defaults < `toml` (none: PIPELINE_TOML) < profile < recipe of (model, layer) < `argv`.
 
-    Also returns the parsed command line, for the options that are a stage's own.
+    Also returns the parsed command line, for the options that are a stage's own. `n_layers`: how many layers the model
+    has, asked for LAYER=all alone; a stage without it takes no `all`.
     Raises `InputError` with one line that names the key, the value and what is allowed.
     """
+    asked = read(options, argv, toml)
+    return asked.settings(asked.layers(n_layers or _not_all)), asked.arguments
+
+
+def _not_all(_: Settings) -> NoReturn:
+    raise InputError("layer: this stage takes no LAYER=all; give LAYER=17 (--layer 17)")
+
+
+def read(
+    options: argparse.ArgumentParser, argv: Sequence[str] | None = None, toml: Path | None = None
+) -> Asked:
+    """What `load` makes settings of, for a stage that takes several layers and gives each its own."""
     arguments, unknown = options.parse_known_args(argv)
     if unknown:
         raise InputError(f"command line: {_unknown(unknown[0], options)}; --help-all lists every option")
@@ -132,20 +201,7 @@ def load(
     if arguments.profile and arguments.profile not in profiles:
         known = ", ".join(profiles) or "none"
         raise InputError(f"profile: expected one of {known}, found {arguments.profile!r}; see {toml.name}")
-    merged = _merge(file, profile)
-    layers = _layers(arguments.layer if arguments.layer is not None else merged.get("layers", ()))
-    if len(layers) == 1 and isinstance(model := _merge(merged, overrides).get("model", {}), dict):
-        recipe = recipes.get(model.get("name", Model().name), {})
-        merged = _merge(merged, recipe.get(str(layers[0]), {}))
-    top = {
-        "layers": layers,
-        "profile": arguments.profile,
-        "harvest_name": _name("harvest", arguments.harvest_name),
-    }
-    base = validated(_merge(merged, top), toml.name)
-    settings = validated(_merge(_merge(merged, top), overrides), "command line")
-    run = _name("run", arguments.run) or _run_name(base, settings)
-    return settings.model_copy(update={"run": run}), arguments
+    return Asked(toml.name, _merge(file, profile), recipes, overrides, arguments)
 
 
 def _unknown(argument: str, options: argparse.ArgumentParser) -> str:
@@ -233,12 +289,32 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _layers(text: Any) -> tuple[int, ...]:
+MOST_LAYERS = 1000
+"""A range that ends beyond is a slip of the finger: no model has as many."""
+
+
+def _layers(text: Any) -> tuple[int, ...] | None:
+    """Layer numbers and ranges, "0-5 12", in rising order, each once; None: all layers of the model."""
     parts = text.replace(",", " ").split() if isinstance(text, str) else text
-    parts = parts if isinstance(parts, list | tuple) else [parts]
-    if not all(re.fullmatch(r"[0-9]+", str(part)) for part in parts):
-        raise InputError(f"layer: expected layer numbers from 0, found {text!r}; for example LAYER=17")
-    return tuple(sorted({int(part) for part in parts}))
+    parts = [str(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+    if parts == ["all"]:
+        return None
+    layers: set[int] = set()
+    for part in parts:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if match is None:
+            alone = "all stands alone; " if "all" in parts else ""
+            raise InputError(
+                f"layer: expected layer numbers from 0, found {text!r}; {alone}for example LAYER=17, "
+                'LAYER="0-5 12" or LAYER=all'
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"layer: {part} ends before it begins; give {last}-{first}")
+        if match[2] and last >= MOST_LAYERS:
+            raise InputError(f"layer: {part}: no model has so many layers; a range ends below {MOST_LAYERS}")
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
 
 
 def _name(what: str, text: str | None) -> str | None:
@@ -248,10 +324,14 @@ def _name(what: str, text: str | None) -> str | None:
     return text or None
 
 
-def _run_name(base: Settings, settings: Settings) -> str:
-    """Profile (or "default"), then every training setting that the command line changed, by its short name."""
-    first = re.sub(r"[^A-Za-z0-9._+=-]", "_", settings.profile or "default")
-    return _name("run", run_name(first, base, settings)) or "default"
+def _run_name(pairs: Sequence[tuple[Settings, Settings]]) -> str:
+    """Profile (or "default"), then every training setting that the command line changed, by its short name.
+
+    Of a set, what it changed in any layer: recipes may have what is asked for in some layers, and the name is one.
+    """
+    first = re.sub(r"[^A-Za-z0-9._+=-]", "_", pairs[0][1].profile or "default")
+    parts = dict.fromkeys(part for base, settings in pairs for part in changes(base, settings))
+    return _name("run", run_name(first, list(parts))) or "default"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

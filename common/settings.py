@@ -414,9 +414,8 @@ NAME_LENGTH = 80
 """Longest automatic name; of what is beyond it, a digest stands for all that differs."""
 
 
-def run_name(first: str, base: Settings, settings: Settings) -> str:
-    """`first` and what `settings` change of `base`, whole; of a long name what fits, and a digest of all."""
-    parts = changes(base, settings)
+def run_name(first: str, parts: Sequence[str]) -> str:
+    """`first` and the parts (see `changes`), whole; of a long name what fits, and a digest of all."""
     name = "-".join([first, *parts])
     if len(name) <= NAME_LENGTH:
         return name

@@ -117,7 +117,7 @@ def test_every_mistake_is_on_the_page_once() -> None:
 def test_processes_that_stop_together_end_as_one(here: Path) -> None:
     process = make("train", "LAYER=x", "NPROC=2")
     assert set(said(process.stderr)) == {
-        "error: layer: expected layer numbers from 0, found 'x'; for example LAYER=17"
+        "error: layer: expected layer numbers from 0, found 'x'; for example LAYER=17, LAYER=\"0-5 12\" or LAYER=all"
     }
     assert process.returncode == 2
 

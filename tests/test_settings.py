@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import MAKE_VARIABLES, PIPELINE_TOML, load, parser
+from common.cli import MAKE_VARIABLES, PIPELINE_TOML, load, parser, read
 from common.errors import InputError
 from common.settings import SECTIONS, Paths, Settings, Transcoder, validated
 from shards.storage import STORAGES
@@ -114,7 +114,10 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
             "command line: train: min_lr 1 is above lr 0.0004; lower train.min_lr",
         ),
         (["--train.rows", "10"], "command line: train: rows 10 are less than one batch of 1024"),
-        (["--layer", "x"], "layer: expected layer numbers from 0, found 'x'; for example LAYER=17"),
+        (
+            ["--layer", "x"],
+            "layer: expected layer numbers from 0, found 'x'; for example LAYER=17, LAYER=\"0-5 12\" or LAYER=all",
+        ),
         (["--run", "../up"], "run: '../up' is not a name; use letters, digits and . _ + = - (at most 100)"),
         (["--profile", "nope"], "profile: expected one of demo, guide, found 'nope'; see pipeline.toml"),
         (
@@ -374,3 +377,73 @@ def test_multiples_of_d_in_are_exact_and_wait_for_it() -> None:
     assert sizes.resolve(640) == (512, (64, 448))
     with pytest.raises(ValueError, match=r"size 0\.8x of d_in 64 is 51\.2, not a whole number"):
         sizes.resolve(64)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("17", (17,)),
+        ("0-3", (0, 1, 2, 3)),
+        ("0-2 12 7", (0, 1, 2, 7, 12)),
+        ("0-2,12", (0, 1, 2, 12)),
+        ("5-5 5", (5,)),
+    ],
+)
+def test_layers_are_numbers_and_ranges(text: str, layers: tuple[int, ...]) -> None:
+    assert settings("--layer", text).layers == layers
+
+
+def test_all_layers_are_those_of_the_model_that_was_asked_for(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text('layers = "all"\n[model]\nname = "own/model"\n')
+    asked: list[str] = []
+
+    def n_layers(settings: Settings) -> int:
+        asked.append(settings.model.name)
+        return 4
+
+    options = parser("train", "")
+    assert load(options, ("--layer", "all"), toml, n_layers)[0].layers == (0, 1, 2, 3)
+    assert load(options, (), toml, n_layers)[0].layers == (0, 1, 2, 3)
+    assert load(options, ("--layer", "1"), toml, n_layers)[0].layers == (1,)
+    assert asked == ["own/model"] * 2
+    with pytest.raises(InputError, match="this stage takes no LAYER=all; give LAYER=17"):
+        load(options, ("--layer", "all"), toml)
+    for wrong in (("--train.lr", "fast"), ("--run", "a/b"), ("--profile", "none")):
+        with pytest.raises(InputError, match=r"fast|a/b|none"):
+            load(options, ("--layer", "all", *wrong), toml, n_layers)
+    assert len(asked) == 2  # what is wrong with the command line shows before the model is looked for
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("5-2", "layer: 5-2 ends before it begins; give 2-5"),
+        ("-3", "layer: expected layer numbers from 0, found '-3'"),
+        ("0-", "layer: expected layer numbers from 0, found '0-'"),
+        ("1 - 3", "layer: expected layer numbers from 0, found '1 - 3'"),
+        ("1–3", "layer: expected layer numbers from 0, found '1–3'"),
+        ("0-5-9", "layer: expected layer numbers from 0, found '0-5-9'"),
+        ("ALL", "layer: expected layer numbers from 0, found 'ALL'"),
+        ("all 3", "layer: expected layer numbers from 0, found 'all 3'; all stands alone"),
+        ("0-999999999", "layer: 0-999999999: no model has so many layers; a range ends below 1000"),
+    ],
+)
+def test_what_is_no_layer_is_named(text: str, line: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(line)}"):
+        settings(f"--layer={text}")
+
+
+def test_a_set_gives_each_layer_its_recipe_and_all_of_them_one_name(tmp_path: Path) -> None:
+    toml = tmp_path / "pipeline.toml"
+    toml.write_text('[train]\nrows = 5000\n[recipe."google/gemma-2-2b".1.train]\nrows = 2000\nlr = 1e-3\n')
+    options = parser("train", "")
+    asked = read(options, ("--layer", "0-2", "--train.lr", "1e-3"), toml)
+    both = asked.settings((0, 1, 2))
+    assert (both.run, both.layers, both.train.rows) == ("default-lr0.001", (0, 1, 2), 5000)
+    each = [asked.alone(layer, both.run) for layer in both.layers]
+    assert [one.train.rows for one in each] == [5000, 2000, 5000]
+    assert [(one.layer, one.run) for one in each] == [(0, both.run), (1, both.run), (2, both.run)]
+    # Alone, layer 1 has nothing that the command line changed.
+    assert load(options, ("--layer", "1", "--train.lr", "1e-3"), toml)[0].run == "default"
+    assert load(options, ("--layer", "0", "--train.lr", "1e-3"), toml)[0] == each[0]

@@ -21,7 +21,7 @@ from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.numbers import number_or_dash
-from common.settings import Settings, first_mistake, latents, run_name
+from common.settings import Settings, changes, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
 from train.log import where
 
@@ -69,7 +69,7 @@ def _one(settings: Settings, chosen: dict[str, Any], d_in: int) -> Settings:
         raise InputError(f"sweep: {first_mistake(error)}") from error
     except ValueError as error:
         raise InputError(f"sweep: {error}") from error
-    name = run_name(settings.run, plain, run)
+    name = run_name(settings.run, changes(plain, run))
     return run.model_copy(update={"run": name})
 
 
