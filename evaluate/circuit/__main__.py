@@ -26,7 +26,9 @@ def _options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    settings, arguments = load(_options())
+    settings, arguments = load(
+        _options(), n_layers=lambda settings: 0
+    )  # all: those that there are, and none missing
     if arguments.nodes < 0:
         raise InputError(f"nodes: expected a number from 0, found {arguments.nodes}")
     from evaluate.circuit.run import trace  # with torch, which --help need not wait for

@@ -67,7 +67,9 @@ def test_an_effect_is_what_taking_its_source_away_changes(model_directory: Path,
         for layer in np.unique(nodes.layer[nodes.kind == kind]):
             own = np.flatnonzero((nodes.kind == kind) & (nodes.layer == layer))
             reaching = nodes.position[own] == len(TOKENS) - 1 if layer == 2 else nodes.position[own] > 0
-            source = int(draw.choice(own[reaching]))  # of the last layer only the last position reaches a logit
+            source = int(
+                draw.choice(own[reaching])
+            )  # of the last layer only the last position reaches a logit
             changed = whole - reached(effects, *without(effects, source))
             effect = found.effects[:, source]
             assert (np.abs(effect - changed) < 1e-5 * largest).all()

@@ -116,9 +116,7 @@ def brute_force(circuit: Circuit, logit: int) -> list[tuple[float, tuple[int, ..
 
     def back(node: int, tail: tuple[int, ...], weight: float) -> list[tuple[float, tuple[int, ...]]]:
         own = [(weight, (node, *tail))] if circuit.nodes.kind[node] == TOKEN else []
-        return own + [
-            path for s, w in edges.get(node, ()) for path in back(s, (node, *tail), weight * w)
-        ]
+        return own + [path for s, w in edges.get(node, ()) for path in back(s, (node, *tail), weight * w)]
 
     return sorted(back(logit, (), 1.0), key=lambda each: -abs(each[0]))
 
