@@ -226,7 +226,7 @@ REFUSALS: dict[str, tuple[Callable[[Settings], None], tuple[str, ...], str]] = {
     "no layer has such a run": (
         lambda settings: None,
         ("--run", "other"),
-        r"no layer has a finished run other; train them \(make train LAYER=all\)",
+        r"no layer has a finished run other; train them \(make train LAYER=all RUN=other\)",
     ),
     "another number of prefixes": (
         other_prefixes,
