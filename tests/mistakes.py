@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from common import cli
 from common.cli import run_stage
 from common.files import sha256
+from common.settings import ROOT
 from shards.commit import commit_text, store_files
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
@@ -69,7 +70,8 @@ rows = 512
 
 def call(module: str, *arguments: str) -> int:
     """`python -m module arguments` in this process; its exit code."""
-    main = importlib.import_module(f"{module}.__main__" if "." not in module else module).main
+    package = (ROOT / Path(*module.split("."))).is_dir()
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(cli, "PIPELINE_TOML", Path("pipeline.toml"))
@@ -361,6 +363,8 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "no .npz": lambda: write("params.npz", "a web page"),
     "an .npz of pickles": lambda: np.savez("params.npz", W_enc=np.array([{}], object)),
     "the run is not evaluated": lambda: remove(RUN / "evaluation"),
+    # layer sets
+    "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
 }
 """What is wrong, in the page's words -> what makes it so. Mistakes of the command line need nothing made."""
