@@ -135,38 +135,51 @@ def test_what_saelens_saves_we_read(kind: str, peer: Peer, tmp_path: Path) -> No
     agree(Transcoder.load(tmp_path / "theirs"), x, theirs)
 
 
+def random_run(folder: Path, skip: bool) -> Path:
+    """A run of three prefixes that reads inputs without the gain, as training leaves one."""
+    coder = random_coder(32, 32, (24, 48, 96), skip=skip)
+    metadata = named_layers(1, n_layers=3, gain=(torch.arange(32) / 8 - 1.9).tolist())[0].metadata
+    replace(coder, metadata=metadata).save(folder)
+    return folder
+
+
 @pytest.mark.parametrize("prefix", [None, 1])
-@pytest.mark.parametrize("run", ["demo_1", "skip", "gain"])
+@pytest.mark.parametrize("skip", [False, True])
 def test_circuit_tracers_reader_of_gemma_scope_2_computes_the_same(
-    runs: Runs, peer: Peer, run: str, prefix: int | None
+    peer: Peer, skip: bool, prefix: int | None, tmp_path: Path
 ) -> None:
-    """On inputs with the gain, whatever the run was trained on; our own reader gives the same back."""
-    run_dir = runs[run].run_dir()
-    gain = torch.tensor(Store.of(runs["demo_1"]).manifest.source.gain)
-    own, x = exported(run_dir, prefix, convention="mlp_in"), heldout(runs["demo_1"]) * gain
+    """On inputs with the gain, which the run reads without; our own reader gives the same back."""
+    run_dir = random_run(tmp_path / "run", skip)
+    normalized = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+    x = normalized * torch.tensor(Transcoder.load(run_dir).metadata["source"]["gain"])
     folder = export(run_dir, "gemma_scope_2", prefix)
-    agree(own, x, peer("gemma_scope_2", folder / "params.safetensors", {"inputs": x}))
+    theirs = peer("gemma_scope_2", folder / "params.safetensors", {"inputs": x})
+    agree(exported(run_dir, prefix, convention="mlp_in"), x, theirs)
+    plain = exported(run_dir, prefix)
+    torch.testing.assert_close(theirs["pre"], plain.pre_activations(normalized), rtol=1e-4, atol=1e-4)
     read_back = Transcoder.load(folder)
-    assert torch.equal(read_back(x), own(x))
+    agree(read_back, x, theirs)
     assert read_back.metadata["source"]["input_hook"] == "blocks.1.mlp.hook_in"
 
 
-@pytest.mark.parametrize("run", ["demo_1", "skip"])
-def test_saelens_keeps_our_prefixes(runs: Runs, peer: Peer, run: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_saelens_keeps_our_prefixes(peer: Peer, skip: bool, tmp_path: Path) -> None:
     """Loaded and saved again by SAELens: prefixes, their thresholds and the store's fingerprint come back."""
-    folder = export(runs[run].run_dir(), "saelens")
+    run_dir = random_run(tmp_path / "run", skip)
+    folder = export(run_dir, "saelens")
     peer("again", folder, tmp_path / "again")
-    own, read_back = exported(runs[run].run_dir(), None), Transcoder.load(tmp_path / "again")
-    assert len(own.prefix_ends) == 3
-    assert read_back.prefix_ends == own.prefix_ends
+    own, read_back = exported(run_dir, None), Transcoder.load(tmp_path / "again")
+    assert read_back.prefix_ends == own.prefix_ends == (24, 48, 96)
     assert torch.equal(read_back.thresholds, own.thresholds)
-    x = heldout(runs["demo_1"])
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
     for g in range(3):
         assert torch.equal(read_back.prefix(g)(x), own.prefix(g)(x))
-    kept = json.loads((tmp_path / "again" / "cfg.json").read_text())["metadata"]
-    written = json.loads((folder / "cfg.json").read_text())["metadata"]
-    assert {key: kept.get(key) for key in written} == written | {"sae_lens_version": kept["sae_lens_version"]}
-    assert read_back.metadata["harvest_fingerprint"] == own.metadata["harvest_fingerprint"]
+    kept, written = (
+        json.loads((each / "cfg.json").read_text())["metadata"] for each in (tmp_path / "again", folder)
+    )
+    known = {"sae_lens_version": kept["sae_lens_version"]}
+    assert {key: kept.get(key) for key in written} == written | known
+    assert read_back.metadata["harvest_fingerprint"] == "f" * 64
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "skip"])

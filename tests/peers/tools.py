@@ -9,7 +9,7 @@ python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridg
 python tools.py gemma_scope_2 PARAMS ROWS OUT    circuit-tracer's loader of Gemma Scope 2's transcoders
 python tools.py again FOLDER TO OUT              SAELens loads a transcoder and saves it in TO
 python tools.py make_set FOLDER KIND ROWS OUT    circuit-tracer saves a set of two layers of its own in FOLDER
-python tools.py sparsify FOLDER KIND ROWS OUT    sparsify saves a transcoder of its own; ROWS has outputs, OUT its FVU too
+python tools.py sparsify FOLDER KIND ROWS OUT    sparsify saves a transcoder of its own; OUT has its FVU on outputs
 python tools.py make FOLDER KIND ROWS OUT        SAELens saves a transcoder of its own in FOLDER
 
 ROWS: inputs [n, D_in]. OUT: pre [n, F], acts [n, F], outputs [n, D_out] as the tool computes them.

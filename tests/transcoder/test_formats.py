@@ -182,9 +182,7 @@ def test_circuit_tracer_takes_layers_from_0_on_request_and_refuses_a_mixture(tmp
     with pytest.raises(InputError, match="latents: layer 0 has 11, layer 1 has 5"):
         circuit_tracer.write(tmp_path, [first.saved(), second.prefix(1).saved()], partial=True)
     with pytest.raises(InputError, match="model: layer 0 has tests/tiny, layer 1 has other"):
-        circuit_tracer.write(
-            tmp_path, [first.saved(), layers(1, model="other")[0].saved()], partial=True
-        )
+        circuit_tracer.write(tmp_path, [first.saved(), layers(1, model="other")[0].saved()], partial=True)
 
 
 def test_a_threshold_below_zero_is_zero_after_their_relu(tmp_path: Path) -> None:

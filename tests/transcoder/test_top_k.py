@@ -21,7 +21,8 @@ from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
 from tests.hub import Hub, Run
 from tests.train.runs import sparse_rows
-from tests.transcoder.test_other_tools import D, plainly, sparse_coder, write_set
+from tests.transcoder.others import D, sparse_coder, write_set
+from tests.transcoder.test_other_tools import plainly
 from train import loop
 from train.normalisation import fold
 from train.recipe import Recipe, initial

@@ -82,13 +82,12 @@ def configuration(path: Path) -> dict[str, Any]:
     if (brackets := text.count("[") + text.count("{")) > BRACKETS:
         raise InputError(f"{path}: expected a flat list of keys and values, found {brackets:,} brackets")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InputError(
-                f"{path}: has an alias (*name), which a few lines of make gigabytes; write it out"
-            )
-        config = yaml.safe_load(text)
+        aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        config = None if aliased else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if aliased:
+        raise InputError(f"{path}: has an alias (*name), which a few lines of make gigabytes; write it out")
     if not isinstance(config, dict):
         raise InputError(
             f"{path}: expected keys and values, as circuit-tracer writes them, found {shown(config)}"

@@ -20,19 +20,22 @@ LARGEST = 1 << 20
 def text_of(path: Path, whose: str) -> str:
     """A configuration's text; raises `InputError` where it is missing, too long or no UTF-8."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"{path}: expected a configuration, found {path.stat().st_size:,} bytes")
-        return path.read_text(encoding="utf-8-sig")
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8-sig") if size <= LARGEST else None
     except FileNotFoundError:
         raise InputError(f"{path}: not found; {whose}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+    if text is None:
+        raise InputError(f"{path}: expected a configuration, found {size:,} bytes")
+    return text
 
 
 def json_object(path: Path, whose: str) -> dict[str, Any]:
     """The object in a JSON file; `whose` says who keeps it there, where it is missing."""
+    text = text_of(path, whose)
     try:
-        value = json.loads(text_of(path, whose))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):

@@ -58,7 +58,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "W_skip" in checked:
         tensors["W_skip"] = checked["W_skip"]
     model = run.get("model")
-    source = _source(folder) | ({"model": model} if isinstance(model, str) else {})
+    source = _source(path.parent, folder.name) | ({"model": model} if isinstance(model, str) else {})
     return tensors, {"prefix_ends": (d_sae,), "source": source, "selection": "topk", "k": k}
 
 
@@ -84,15 +84,15 @@ def module_folder(folder: Path) -> Path:
     return folder.parent if SEED.fullmatch(folder.name) else folder
 
 
-def _source(folder: Path) -> dict[str, Any]:
-    """Where the transcoder reads and writes, by its directory's name; nothing where that is no module's."""
-    match = MODULE.fullmatch(folder.name)
+def _source(folder: Path, name: str) -> dict[str, Any]:
+    """Where the transcoder reads and writes, by its module's `name`; nothing where that is no module's."""
+    match = MODULE.fullmatch(name)
     if match is None:
         return {}
     if match[2] != ".mlp":
         raise InputError(
             f"{folder}: expected the transcoder of an MLP, in a directory named as its module (layers.12.mlp), found "
-            f"{folder.name}, another module's"
+            f"{name}, another module's"
         )
     layer = int(match[1])
     input_hook, _ = hooks_of(layer, "mlp_in")
