@@ -33,7 +33,7 @@ from transcoder.weights import FILE_NAME, read_metadata
 
 FOLDER, INDEX = "features", "index.json.gz"
 BLOCK = 512
-"""Latents whose samples and texts are in memory together: 20 MB."""
+"""Latents whose samples and texts are in memory together: 4 MB."""
 QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
 
 

@@ -38,7 +38,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     b_enc = own.b_enc.clone()
     b_enc[7] = -50  # never fires
     make_run(folder, replace(own, parameters=replace(own.parameters, b_enc=b_enc)))
-    evaluate(settings_of(folder), ce_tokens=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.run.draw", lambda *_: [])  # plots take seconds
+        evaluate(settings_of(folder), ce_tokens=0)
     return folder
 
 
@@ -210,8 +212,8 @@ def test_an_evaluation_of_other_weights_or_a_damaged_one_is_refused(root: Path, 
 
 
 def test_logits_are_labels_and_the_memory_is_that_of_a_block(root: Path, tmp_path: Path) -> None:
-    """The peak is that of a block of latents, whatever their number: 25 MB."""
-    n_latents, length = 6144, 1024
+    """The peak is that of a block of latents, whatever their number: 4.4 MB of 6,144 latents."""
+    n_latents, length = 1536, 1024
     catalogue = large_catalogue(n_latents, 300, length)
     context, position = np.divmod(catalogue.samples.places, length)
     inside = context * length + np.clip(position, REACH, length - REACH - 1)  # its shades know no edge
@@ -227,7 +229,7 @@ def test_logits_are_labels_and_the_memory_is_that_of_a_block(root: Path, tmp_pat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(offsets) == n_latents + 1
-    assert peak < 60e6
+    assert peak < 10e6
     data = (tmp_path / "layer_3.bin").read_bytes()[offsets[-2] :]
     page = json.loads(zlib.decompress(data[4:]))
     assert page["transcoder_id"] == "layer_3"
