@@ -98,8 +98,8 @@ def readers(layer_set: LayerSet, prefix: int | None) -> list[Transcoder]:
 def exact(wanted: Model, source: Source) -> LanguageModel:
     """The language model of a store, with its weights in float32, in which effects are told apart from rounding."""
     model = language_model(wanted.model_copy(update={"dtype": source.dtype}), source)
-    model.bridge.to(torch.float32)
-    model.dtype = torch.float32
+    torch.nn.Module.to(model.bridge, torch.float32)  # its own `to` prints a line
+    model.bridge.cfg.dtype = model.dtype = torch.float32
     return model
 
 

@@ -66,7 +66,7 @@ def write(
     }
     with whole_folder(folder) as aside:
         for name, values in (("graph.json", graph), ("graph-metadata.json", listed)):
-            text = json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1)
+            text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             (aside / name).write_text(text + "\n", encoding="utf-8")
         page = circuit_page(about, circuit, labels, routes, reports)
         (aside / "circuit.html").write_text(page, encoding="utf-8")
@@ -105,7 +105,7 @@ def graph_json(about: About, circuit: Circuit, labels: Sequence[Label]) -> dict[
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [_node(circuit, node, ids[node], labels[node], about) for node in range(len(ids))],
         "links": [
-            {"source": ids[source], "target": ids[target], "weight": effect}
+            {"source": ids[source], "target": ids[target], "weight": float(f"{effect:.6g}")}
             for source, target, effect in zip(
                 circuit.source.tolist(), circuit.target.tolist(), circuit.effect.tolist(), strict=True
             )
@@ -206,8 +206,8 @@ def circuit_page(
             for *values, label in zip(*(each.tolist() for each in columns), labels, strict=True)
         ],
         "edges": [
-            list(each)
-            for each in zip(
+            [source, target, float(f"{effect:.4g}"), float(f"{weight:.4g}")]
+            for source, target, effect, weight in zip(
                 *(part.tolist() for part in (circuit.source, circuit.target, circuit.effect, circuit.weight)),
                 strict=True,
             )

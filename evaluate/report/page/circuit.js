@@ -34,7 +34,8 @@ const piece = (position) => visible(data.tokens[position]);
 
 // ---- layout: a column for each token, a row for each layer ----
 
-const STEP = 13, ROW = 22, LEFT = 46, TOP = 96, GOAL = 30;
+const MOST_LINKS = 2000; // drawn at once; more cannot be told apart
+const STEP = 13, ROW = 19, LEFT = 46, TOP = 92, GOAL = 30;
 const rowOf = (node) => data.layers - node.layer; // logits 0, layer 0: layers, tokens: layers + 1
 const cells = new Map();
 for (const node of nodes) {
@@ -98,7 +99,7 @@ function line(edge, own) {
 }
 let chosen = null;
 function drawLinks() {
-  const n = Math.round(edges.length * ($("links").value / 100) ** 2);
+  const n = Math.round(Math.min(edges.length, MOST_LINKS) * ($("links").value / 100) ** 2);
   $("drawn").textContent = `${n.toLocaleString("en")} of ${edges.length.toLocaleString("en")}`;
   const own = chosen ? [...chosen.into, ...chosen.out] : [];
   links.replaceChildren(...edges.slice(0, n).map((edge) => line(edge, false)), ...own.map((edge) => line(edge, true)));
@@ -180,9 +181,9 @@ function beside(node, key) {
   const up = key === "ArrowUp", others = nodes.filter((each) => up ? each.y < node.y : each.y > node.y);
   return others.sort((a, b) => (Math.abs(a.y - node.y) - Math.abs(b.y - node.y)) || (Math.abs(a.x - node.x) - Math.abs(b.x - node.x)))[0];
 }
-svg.addEventListener("click", (event) => { const dot = event.target.closest(".dot"); choose(dot ? nodes[dot.dataset.node] : null); });
-svg.addEventListener("focusin", (event) => { const dot = event.target.closest(".dot"); if (dot && nodes[dot.dataset.node] !== chosen) choose(nodes[dot.dataset.node]); });
-svg.addEventListener("keydown", (event) => {
+$("canvas").addEventListener("click", (event) => { const dot = event.target.closest(".dot"); choose(dot ? nodes[dot.dataset.node] : null); });
+$("canvas").addEventListener("focusin", (event) => { const dot = event.target.closest(".dot"); if (dot && nodes[dot.dataset.node] !== chosen) choose(nodes[dot.dataset.node]); });
+$("canvas").addEventListener("keydown", (event) => {
   const dot = event.target.closest(".dot");
   if (!dot || event.ctrlKey || event.metaKey || event.altKey) return;
   const node = nodes[dot.dataset.node];

@@ -73,7 +73,7 @@ def test_both_files(layers: Settings, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(nodes) == len(graph["nodes"]) == len(circuit.nodes)
     assert len(graph["links"]) == len(circuit.source)
     for link, effect in zip(graph["links"], circuit.effect, strict=True):
-        assert link["weight"] == pytest.approx(float(effect))
+        assert link["weight"] == pytest.approx(float(effect), rel=1e-5)
         assert nodes[link["source"]]["ctx_idx"] <= nodes[link["target"]]["ctx_idx"]
     latent = next(node for node in graph["nodes"] if node["feature_type"] == "cross layer transcoder")
     layer, number, position = map(int, latent["node_id"].split("_"))
