@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -53,6 +53,7 @@ help:
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make model RUN=name              write the page of a layer set, with all MLPs replaced at once; LAYER=all: each must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
@@ -64,7 +65,7 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare read export import push bench bench-storage gpu soak audit \
+        train sweep runs stores samples evaluate compare model read export import push bench bench-storage gpu soak audit \
         licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
@@ -124,13 +125,17 @@ evaluate: install
 compare: install
 	@$(EACH) evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
-# TEXT="a sentence"
+# Every layer's run of one name on one page, and all MLPs replaced at once.
+model: install
+	@$(PY) -m evaluate.model $(OPTIONS)
+
+# TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
 read: install
-	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(OPTIONS)
+	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install
-	@$(PY) -m transcoder.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
+	@$(PY) -m evaluate.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FROM=directory, file or hf:// address of another tool's transcoder
 import: install

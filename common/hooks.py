@@ -6,6 +6,8 @@ Convention = Literal["normalized", "mlp_in"]
 """Whether an MLP's input is without (normalized) or with (mlp_in) its norm's gain and bias."""
 INPUT_HOOKS: dict[Convention, str] = {"normalized": "ln2.hook_normalized", "mlp_in": "mlp.hook_in"}
 """TransformerLens names of the MLP's input, within its block."""
+BEFORE_NORM = "ln2.hook_in"
+"""What the norm before the MLP reads: the residual stream, in the model's own precision."""
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
 
@@ -21,3 +23,8 @@ def in_convention(hook: str, now: Convention, wanted: Convention) -> str:
     blocks.3.mlp.hook_in of blocks.3.ln2.hook_normalized.
     """
     return hook.removesuffix(INPUT_HOOKS[now]) + INPUT_HOOKS[wanted]
+
+
+def layer_of(hook: str) -> int:
+    """3 of blocks.3.ln2.hook_in."""
+    return int(hook.split(".")[1])

@@ -1,13 +1,18 @@
-"""docs/outputs.md's tables of metrics.json and compare.json, from the records: python -m docs.outputs writes them."""
+"""docs/outputs.md's tables of the JSON files of evaluate, from their records: python -m docs.outputs writes them."""
 
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.model.records import ModelMetrics
 from evaluate.records import Comparison, Metrics, Record
 
 DOCUMENT = Path(__file__).with_name("outputs.md")
-FILES = {"evaluation/metrics.json": Metrics, "comparison/compare.json": Comparison}
+FILES = {
+    "evaluation/metrics.json": Metrics,
+    "comparison/compare.json": Comparison,
+    "sets/<run>/model.json": ModelMetrics,
+}
 
 
 def places(record: type[Record], path: str = "") -> Iterator[tuple[str, type[Record]]]:
@@ -35,7 +40,7 @@ def keys(record: type[Record]) -> dict[str, str]:
 
 
 def tables() -> str:
-    """The document's part on both files: a table for each record, headed by all the places that have it.
+    """The document's part on these files: a table for each record, headed by all the places that have it.
 
     Of a record that extends one further up only what it adds.
     """

@@ -28,7 +28,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     from common.device import pick_device  # these import torch, which --help need not wait for
     from common.files import sha256
     from evaluate.metrics.side_by_side import line_of, side_by_side
-    from evaluate.run import prepare
+    from evaluate.run import baselines_for, prepare
     from evaluate.subject import read
     from transcoder.formats import weights_file
 
@@ -42,7 +42,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     coders = {
         name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
     }
-    measured, linear = side_by_side(coders, job.split, job.n_rows, job.store.train)
+    measured, linear = side_by_side(coders, job.split, job.n_rows, baselines_for(job))
     reference = [each for each in measured if each.transcoder == names[0]][-1]
     digests = {name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)}
     comparison = Comparison(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.settings import ROOT
-from evaluate.metrics.splice import _skipped
+from evaluate.metrics.splice import skipped
 
 PACKAGES = ("common", "harvest", "shards", "transcoder", "train", "evaluate")
 INSTEAD = {
@@ -24,8 +24,8 @@ INSTEAD = {
         "either with autograd"
     ),
     'vars(block)["forward"]': (
-        "evaluate/metrics/splice.py, _skipped: a module calls the `forward` in its own dict before its class's, which "
-        "nn.Module does not promise. If it no longer does, leave _skipped out: start_at_layer alone gives the same "
+        "evaluate/metrics/splice.py, skipped: a module calls the `forward` in its own dict before its class's, which "
+        "nn.Module does not promise. If it no longer does, leave skipped out: start_at_layer alone gives the same "
         "numbers, at layer 12 of 30 in 1.5 times the time"
     ),
 }
@@ -86,7 +86,7 @@ def test_a_modules_own_forward_comes_first() -> None:
     hint = INSTEAD['vars(block)["forward"]']
     block = torch.nn.Linear(2, 2)
     hidden = torch.ones(1, 2)
-    with _skipped([block]):
+    with skipped([block]):
         assert block(hidden) is hidden, hint
     assert "forward" not in vars(block)
     assert torch.equal(block(hidden), hidden @ block.weight.T + block.bias)

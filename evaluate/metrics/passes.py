@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evaluate.metrics.baselines import Baselines, LinearMap
+from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.coactivation import Coactivation
 from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.metrics.error_map import ErrorMap
@@ -46,7 +46,7 @@ def first_pass(
     split: TextSplit,
     n_rows: int,
     select: Select | None,
-    linear: LinearMap,
+    baselines: Baselines,
     moments: Moments,
     vocabulary: int,
     tick: Tick,
@@ -56,7 +56,7 @@ def first_pass(
     positions = split.contexts.shape[1]
     first = First(
         measurement=Measurement(coder, select),
-        baselines=Baselines(linear),
+        baselines=baselines,
         error_map=ErrorMap(
             np.asarray(moments.mean),
             float(moments.variance.sum()),

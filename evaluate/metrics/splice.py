@@ -28,12 +28,15 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 class Clean:
-    """What the model as it is predicts on a batch: probabilities [b, T - 1, V] and their entropy [b, T - 1]."""
+    """What the model as it is predicts on a batch: probabilities [b, T - 1, V], their entropy and the likeliest tokens
+    [b, T - 1].
+    """
 
     def __init__(self, logits: Tensor) -> None:
         log_p = log_softmax(logits[:, :-1].float(), -1)
         self.p = log_p.exp()
         self.negative_entropy = torch.linalg.vecdot(self.p, log_p)
+        self.top = logits[:, :-1].argmax(-1)
 
 
 @dataclass
@@ -44,14 +47,18 @@ class Loss:
     cross_entropy: float = 0.0
     divergence: float = 0.0
     """KL(clean || spliced)"""
+    agreed: int = 0
+    """Positions whose likeliest token is the clean model's."""
 
     def add(self, clean: Clean, logits: Tensor, tokens: Tensor) -> None:
         """`logits` [b, T, V], `tokens` [b, T]: position t predicts token t + 1. One context at a time."""
-        for p, negative_entropy, q, own in zip(clean.p, clean.negative_entropy, logits, tokens, strict=True):
+        said = zip(clean.p, clean.negative_entropy, clean.top, logits, tokens, strict=True)
+        for p, negative_entropy, top, q, own in said:
             log_q = log_softmax(q[:-1].float(), -1)
             self.positions += len(log_q)
             self.cross_entropy -= float(log_q.gather(1, own[1:, None]).double().sum())
             self.divergence += float((negative_entropy - torch.linalg.vecdot(p, log_q)).double().sum())
+            self.agreed += int((q[:-1].argmax(-1) == top).sum())
 
 
 @torch.inference_mode()
@@ -69,9 +76,7 @@ def splice(
     """
     losses = {name: Loss() for name in ("clean", *replacements)}
     before = f"blocks.{source.layer}.hook_in"
-    size = max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
-    for start in range(0, len(contexts), size):
-        block = contexts[start : start + size]
+    for block in batches(model, contexts):
         tokens = torch.from_numpy(block.astype(np.int64)).to(model.device)
         kept = torch.from_numpy(kept_mask(block, source.dropped_token_ids)).to(model.device)
         with model.capturing([before, source.input_hook]) as caught:
@@ -81,16 +86,28 @@ def splice(
         losses["clean"].add(clean, logits, tokens)
         for name, replacement in replacements.items():
             outputs = replacement(inputs[kept])
-            hook = (source.output_hook, _writer(kept, outputs))
-            with _skipped(model.bridge.blocks[: source.layer]), model.bridge.hooks(fwd_hooks=[hook]):
-                logits = model.bridge(residual, start_at_layer=source.layer, return_type="logits")
+            with model.bridge.hooks(fwd_hooks=[(source.output_hook, writer(kept, outputs))]):
+                logits = continued(model, residual, source.layer)
             losses[name].add(clean, logits, tokens)
         tick(tokens.numel())
     return losses
 
 
+def batches(model: LanguageModel, contexts: np.ndarray) -> Iterator[np.ndarray]:
+    """The contexts [n, T] in blocks whose logits fit into LOGITS, one at least."""
+    size = max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
+    for start in range(0, len(contexts), size):
+        yield contexts[start : start + size]
+
+
+def continued(model: LanguageModel, residual: Tensor, layer: int) -> Tensor:
+    """Logits [b, T, V] of a forward pass that enters block `layer` with `residual` [b, T, D]."""
+    with skipped(model.bridge.blocks[:layer]):
+        return model.bridge(residual, start_at_layer=layer, return_type="logits")
+
+
 @contextlib.contextmanager
-def _skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """While open these blocks hand on what they get.
 
     The bridge's `start_at_layer` runs the blocks below and throws their output away; at layer 12 of 30
@@ -105,7 +122,9 @@ def _skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
             del vars(block)["forward"]
 
 
-def _writer(kept: Tensor, replacement: Tensor) -> Callable[..., Tensor]:
+def writer(kept: Tensor, replacement: Tensor) -> Callable[..., Tensor]:
+    """A hook that puts the rows of `replacement` [n, D] at the n positions of `kept` [b, T]."""
+
     def write(output: Tensor, hook: object) -> Tensor:
         changed = output.clone()
         changed[kept] = replacement.to(output.dtype)

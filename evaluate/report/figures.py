@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,8 @@ from evaluate.records import Results
 from evaluate.report import plots
 from evaluate.report.verdicts import FVU_GOOD, FVU_MODERATE
 
-Part = Literal["overview", "nesting", "error"]
-"""The parts of the page that show plots."""
+Part = Literal["overview", "nesting", "error", "layers"]
+"""The parts of a page that show plots; "layers" is of a layer set's."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def all_plots(results: Results, catalogue: Catalogue, log: list[LogLine]) -> Ite
     latents, errors, linear = (
         results.latents.written(),
         results.errors.written(),
-        results.baselines.linear.fvu,
+        results.baselines.linear and results.baselines.linear.fvu,
     )
     alive = [(catalogue.group == g) & (catalogue.firings > 0) for g in range(len(prefixes))]
     densities = [catalogue.density[-1][own] for own in alive]
@@ -172,9 +172,14 @@ def _themed(text: str) -> str:
 
 
 def draw(results: Results, catalogue: Catalogue, log: list[LogLine], folder: Path) -> list[Drawn]:
-    """Draws every plot, and saves each as <name>.png in `folder`."""
+    """Draws every plot of a run's evaluation, and saves each as <name>.png in `folder`."""
+    return draw_each(all_plots(results, catalogue, log), folder)
+
+
+def draw_each(plots: Iterable[Plot], folder: Path) -> list[Drawn]:
+    """Draws each, and saves it as <name>.png in `folder`."""
     drawn = []
-    for plot in all_plots(results, catalogue, log):
+    for plot in plots:
         figure = plot.draw()
         drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
     return drawn

@@ -310,3 +310,36 @@ def _fvu_lines(axes: Axes, x: Sequence[float], lines: Sequence[Line]) -> None:
         axes.plot(x, [_number(line["fvu"][g]) for line in lines], **_look(g), label=f"prefix {g}")
     axes.set_ylim(bottom=0)
     _legend(axes)
+
+
+def by_layer(layers: Sequence[int], prefixes: Sequence[Sequence[float | None]], label: str) -> Figure:
+    """One number of every layer, a line for each prefix; `prefixes`: its values by layer."""
+    fig, (axes,) = figure()
+    _layer_lines(axes, layers, prefixes, label)
+    return fig
+
+
+def cumulative(
+    layers: Sequence[int], increases: Sequence[Sequence[float]], agreements: Sequence[Sequence[float]]
+) -> Figure:
+    """What is lost while more and more layers are replaced, from the first up; a line for each prefix."""
+    fig, (left, right) = figure(2, width=WIDE)
+    _layer_lines(left, layers, increases, "cross-entropy above the model's (nats per token)")
+    shares = [[100 * each for each in own] for own in agreements]
+    _layer_lines(right, layers, shares, "same likeliest token as the model (%)")
+    right.set_ylim(top=100)
+    for axes in (left, right):
+        axes.set_xlabel("last layer replaced, all below it too")
+    return fig
+
+
+def _layer_lines(
+    axes: Axes, layers: Sequence[int], prefixes: Sequence[Sequence[float | None]], label: str
+) -> None:
+    for g, values in enumerate(prefixes):
+        axes.plot(layers, [_number(value) for value in values], **_look(g), label=f"prefix {g}")
+    axes.set(xlabel="layer", ylabel=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), high if high > 0 else 1)  # zero is in view, and dead latents may be none
+    _legend(axes)

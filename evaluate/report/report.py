@@ -34,7 +34,7 @@ def write_report(path: Path, results: Results, data: PageData, drawn: list[Drawn
         verdicts=[verdicts(results, g) for g in range(len(results.prefixes))],
         baselines=[(BASELINES[name], each) for name, each in results.baselines if each is not None],
         cross_entropy_note=cross_entropy_note(results.cross_entropy),
-        figures=lambda part: _figures([each for each in drawn if each.plot.part == part]),
+        figures=lambda part: elements([each for each in drawn if each.plot.part == part]),
         tabs=TABS,
         n_even=N_EVEN,
         min_firings=MIN_FIRINGS,
@@ -57,7 +57,8 @@ def cross_entropy_note(measured: AblationLosses | NotMeasured) -> str:
     )
 
 
-def _figures(drawn: list[Drawn]) -> Markup:
+def elements(drawn: list[Drawn]) -> Markup:
+    """The plots as figures with their captions."""
     figure = Markup(
         '<figure class="{}"><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div></figure>\n'
     )

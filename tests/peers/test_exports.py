@@ -85,7 +85,7 @@ def test_circuit_tracer_replaces_every_mlp_with_what_we_trained_on(
     model = save_model(tmp_path / family, family, initializer_range=0.2)
     ids = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     own = [random_transcoder(layer) for layer in range(3)]
-    circuit_tracer.write(tmp_path / "set", [transcoder.saved() for transcoder in own], "tiny/random")
+    circuit_tracer.write(tmp_path / "set", [transcoder.saved() for transcoder in own])
     old = as_transformers_4_reads_it(model, tmp_path / "old")
     theirs = peer("replace", tmp_path / "set", old, {"tokens": ids})
     torch.testing.assert_close(theirs["logits"], theirs["reference"], rtol=1e-3, atol=1e-3)

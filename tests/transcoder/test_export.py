@@ -1,4 +1,4 @@
-"""python -m transcoder.export and transcoder.import_: from a run to other tools' folders, and from theirs to a run."""
+"""python -m evaluate.export and transcoder.import_: from a run to other tools' folders, and from theirs to a run."""
 
 import subprocess
 import sys
@@ -117,7 +117,7 @@ def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
         command = [sys.executable, "-m", module, *options, *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    process = run("transcoder.export", "--run", settings.run, "--format", to, "--prefix", "2")
+    process = run("evaluate.export", "--run", settings.run, "--format", to, "--prefix", "2")
     assert process.returncode == 0, process.stderr
     folder = process.stdout.strip()
     process = run("transcoder.import_", "--run", "theirs", "--from", folder)
@@ -130,9 +130,9 @@ def test_the_commands_there_and_back(make_settings: Make, to: str) -> None:
     process = run("transcoder.import_", "--run", "theirs", "--from", folder)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
     assert "there already" in process.stderr
-    process = run("transcoder.export", "--run", "absent", "--format", to)
+    process = run("evaluate.export", "--run", "absent", "--format", to)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
-    process = run("transcoder.export", "--run", settings.run, "--format", "ae.pt")
+    process = run("evaluate.export", "--run", settings.run, "--format", "ae.pt")
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
 
 

@@ -131,13 +131,12 @@ def layers(*numbers: int, **changes: object) -> list[Transcoder]:
 
 def test_circuit_tracer_is_one_file_per_layer_and_a_config(tmp_path: Path) -> None:
     saved = [transcoder.saved() for transcoder in layers(4, 0, 1, 2, 3)]
-    circuit_tracer.write(tmp_path, saved, "demo")
+    circuit_tracer.write(tmp_path, saved)
     assert (tmp_path / "config.yaml").read_text() == (
         'model_name: "tests/tiny"\n'
         'model_kind: "transcoder_set"\n'
         'feature_input_hook: "ln2.hook_normalized"\n'
         'feature_output_hook: "hook_mlp_out"\n'
-        'scan: "tiny/demo"\n'
     )
     own = tiny_transcoder()
     for layer in range(5):
@@ -167,19 +166,19 @@ def test_circuit_tracer_names_missing_layers(
     tmp_path: Path, numbers: tuple[int, ...], partial: bool, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        circuit_tracer.write(tmp_path, [t.saved() for t in layers(*numbers)], "x", partial)
+        circuit_tracer.write(tmp_path, [t.saved() for t in layers(*numbers)], partial)
     assert not list(tmp_path.iterdir())
 
 
 def test_circuit_tracer_takes_layers_from_0_on_request_and_refuses_a_mixture(tmp_path: Path) -> None:
-    circuit_tracer.write(tmp_path, [t.saved() for t in layers(0, 1)], "x", partial=True)
+    circuit_tracer.write(tmp_path, [t.saved() for t in layers(0, 1)], partial=True)
     assert (tmp_path / "layer_1.safetensors").is_file()
     first, second = layers(0, 1)
     with pytest.raises(InputError, match="latents: layer 0 has 11, layer 1 has 5"):
-        circuit_tracer.write(tmp_path, [first.saved(), second.prefix(1).saved()], "x", partial=True)
+        circuit_tracer.write(tmp_path, [first.saved(), second.prefix(1).saved()], partial=True)
     with pytest.raises(InputError, match="model: layer 0 has tests/tiny, layer 1 has other"):
         circuit_tracer.write(
-            tmp_path, [first.saved(), layers(1, model="other")[0].saved()], "x", partial=True
+            tmp_path, [first.saved(), layers(1, model="other")[0].saved()], partial=True
         )
 
 
@@ -278,7 +277,7 @@ def test_a_saelens_configuration_we_cannot_honour_is_named(
 
 def test_a_circuit_tracer_set_and_other_tools_files_are_named(tmp_path: Path) -> None:
     """Our own export of a set, one of its layers, a language model, a pickle."""
-    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in layers(0, 1)], "x", partial=True)
+    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in layers(0, 1)], partial=True)
     for path in (folder, folder / "layer_1.safetensors"):
         with pytest.raises(InputError, match=r"layer_\d\.safetensors: a layer of a circuit-tracer set"):
             Transcoder.load(path)
@@ -293,10 +292,10 @@ def test_a_circuit_tracer_set_and_other_tools_files_are_named(tmp_path: Path) ->
 def test_layers_of_a_set_are_alike_by_the_weights_digest_and_not_by_name(tmp_path: Path) -> None:
     """A model moved between two harvests is the same; another one of the same name is not."""
     same = [layers(0, weights_sha256="a" * 64)[0], layers(1, weights_sha256="a" * 64, model="moved/tiny")[0]]
-    circuit_tracer.write(tmp_path / "same", [t.saved() for t in same], "x", partial=True)
+    circuit_tracer.write(tmp_path / "same", [t.saved() for t in same], partial=True)
     other = [layers(0, weights_sha256="a" * 64)[0], layers(1, weights_sha256="b" * 64)[0]]
     with pytest.raises(InputError, match="model: layer 0 has aaaa"):
-        circuit_tracer.write(tmp_path / "other", [t.saved() for t in other], "x", partial=True)
+        circuit_tracer.write(tmp_path / "other", [t.saved() for t in other], partial=True)
 
 
 def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""python -m evaluate.model: every layer's transcoder of one run name on one page, and all MLPs replaced at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.numbers import number_or_dash
+from common.settings import Settings
+from evaluate.report.console import plain, split_name, table_of
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.model.records import ModelMetrics, ReplacedMetrics
+
+TOKENS = 2048
+"""On which all MLPs are replaced, unless told otherwise: SmolLM2-135M's 30 layers take 4 minutes on one core."""
+ALL = "all"
+
+
+def main() -> None:
+    options = parser("evaluate.model", __doc__ or "")
+    options.add_argument(
+        "--tokens",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help="tokens on which all MLPs are replaced at once, a quarter of them for layer after layer; 0: tables alone "
+        "[%(default)s]",
+    )
+    settings, arguments = load(
+        options, n_layers=lambda _: 0
+    )  # of all: describe asks the stores, not the model
+    if arguments.tokens < 0:
+        raise InputError(f"command line: --tokens: expected a number from 0, found {arguments.tokens}")
+    from evaluate.model.run import describe  # after the settings are checked: torch takes seconds to import
+    from transcoder.weights import chosen_run
+
+    whole = (arguments.layer or "").replace(",", " ").split() == [ALL]
+    if not arguments.layer:  # not the profile's own layer
+        settings = settings.model_copy(update={"layers": ()})
+    settings = chosen_run(settings, arguments.run, every_layer=True)
+    show(settings, *describe(settings, arguments.tokens, whole), Console())
+
+
+def show(settings: Settings, result: ModelMetrics, fresh: bool, console: Console) -> None:
+    """A line for each layer, all MLPs replaced at once, which prefix suffices, and the paths."""
+    from evaluate.model.page import notes
+    from evaluate.model.records import ReplacedMetrics
+    from evaluate.model.run import PAGE
+
+    replaced = result.replaced
+    _layers(result, console)
+    if isinstance(replaced, ReplacedMetrics):
+        _replaced(result, replaced, console)
+        for line in sentences(result):
+            plain(console, line)
+    else:
+        plain(console, f"all MLPs replaced at once: not measured: {replaced.skipped}")
+    for note in notes(result):
+        plain(console, f"note: {note}")
+    if not fresh:
+        plain(console, "nothing has changed since the last time: nothing was measured again")
+    plain(console, f"page {settings.set_dir() / PAGE}")
+
+
+def _layers(result: ModelMetrics, console: Console) -> None:
+    """Each layer's last prefix."""
+    from evaluate.model.page import end_of, title
+    from evaluate.model.records import ReplacedMetrics
+
+    of, replaced = result.provenance, result.replaced
+    g = len(result.layers[0].prefixes) - 1
+    table = table_of(
+        f"run {of.run}, {title(result)} of {of.model}: prefix {g} ({end_of(result.layers, g)} latents), "
+        f"{split_name(of.split)} rows",
+        ("layer", "FVU", "L0", "dead %", "over 10 %", "recovered %", "alone (nats)", "up to here (nats)"),
+    )
+    steps = (
+        {line.layer: line.increase for line in replaced.first.cumulative if line.prefix == g}
+        if isinstance(replaced, ReplacedMetrics)
+        else {}
+    )
+    for layer in result.layers:
+        own = layer.prefixes[g]
+        recovered = None if own.recovered_zero is None else 100 * own.recovered_zero
+        table.add_row(
+            str(layer.layer),
+            number_or_dash(own.fvu),
+            f"{own.l0:.1f}",
+            f"{100 * own.dead_fraction:.1f}",
+            f"{100 * own.over_10_percent_fraction:.1f}",
+            number_or_dash(recovered, ".1f"),
+            number_or_dash(own.increase, "+.3f"),
+            number_or_dash(steps.get(layer.layer), "+.3f"),
+        )
+    console.print(table)
+
+
+def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console) -> None:
+    n = len(result.layers)
+    table = table_of(
+        f"all {n} MLPs replaced at once, {replaced.positions:,} tokens, cross-entropy and KL in nats per token",
+        ("", "latents", "L0", "cross-entropy", "KL", "top-1 %", "recovered %", "against mean %"),
+    )
+    changed = {"zeroed": replaced.zero, "at their mean": replaced.mean}
+    table.add_row("the model", "", "", f"{replaced.clean:.3f}", "", "", "", "")
+    for g, each in enumerate(replaced.prefixes):
+        shares = [None if s is None else 100 * s for s in (each.recovered_zero, each.recovered_mean)]
+        table.add_row(
+            f"prefix {g}",
+            f"{each.latents:,}",
+            f"{each.l0:,.0f}",
+            f"{each.cross_entropy:.3f} ({each.increase:+.3f})",
+            f"{each.kl:.3f}",
+            f"{100 * each.top1_agreement:.1f}",
+            *(number_or_dash(share, ".1f") for share in shares),
+        )
+    for name, each in changed.items():
+        table.add_row(
+            name,
+            "",
+            "",
+            f"{each.cross_entropy:.3f}",
+            f"{each.kl:.3f}",
+            f"{100 * each.top1_agreement:.1f}",
+            "",
+            "",
+        )
+    console.print(table)
+
+
+def sentences(result: ModelMetrics) -> list[str]:
+    """Which prefix suffices for what loss, and the check with error terms."""
+    assert not isinstance(result.replaced.skipped, str), "it was measured"
+    lines = []
+    for each in result.sufficient:
+        what = (
+            "no prefix does"
+            if each.prefix is None
+            else f"prefix {each.prefix} suffices ({each.latents:,} latents, L0 {each.l0:,.0f})"
+        )
+        first = max(each.layers_from_the_first)
+        lines.append(
+            f"less than {each.limit:g} nats more: {what} for all MLPs at once; from the first layer up, {first} of "
+            f"{len(result.layers)} can be replaced"
+        )
+    worst = max(line.largest_difference for line in result.replaced.first.with_error_terms)
+    lines.append(f"with error terms it is the model: largest difference of a logit {worst:.1e}")
+    return lines
+
+
+if __name__ == "__main__":
+    run_stage(main)
