@@ -97,9 +97,9 @@ def test_a_killed_driver_takes_its_processes_with_it(here: Path) -> None:
             time.sleep(0.02)
         driver.send_signal(signal.SIGKILL)
     end = time.monotonic() + 20
-    while time.monotonic() < end and (left := _with(here)):
+    while time.monotonic() < end and _with(here):
         time.sleep(0.05)
-    assert not left
+    assert not _with(here)
 
 
 def _with(here: Path) -> list[str]:

@@ -11,7 +11,8 @@ from common.cli import run_stage
 from evaluate import compare, export, push, runs, stores
 from evaluate.__main__ import main as evaluate_main
 from shards.__main__ import main as shards_main
-from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
+from tests.evaluate.fakes import random_coder
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
 
 Stage = Callable[[], None]
 
@@ -80,7 +81,7 @@ def test_all_layers_are_evaluated_and_compared(root: Path, call: Call) -> None:
 
     for layer in range(2):
         other = settings_of(root, "--layer", str(layer), "--run", "other").run_dir()
-        tiny_transcoder(5).save(other)
+        random_coder(D_IN, D_OUT, ENDS, seed=5, layer=layer).save(other)
     code, out, _ = call(compare.main, "--layer", "0-1", "--with", "other")
     assert code == 0
     assert [row[:2] for row in cells(out)] == [[n, run] for n in "01" for run in ("tiny", "other")]
