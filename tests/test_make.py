@@ -102,6 +102,24 @@ def test_demo_takes_run_and_layer(venv: Path) -> None:
     assert "make demo is PROFILE=demo" in process.stderr
 
 
+def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> None:
+    """NPROC alone: for the stages whose rows are shared."""
+    layers = ["--layer", "all", "--spread", "layers"]
+    for target, module in {"train": "train", "sweep": "train.sweep", "evaluate": "evaluate"}.items():
+        typed = (target, "LAYER=all", "NPROC=4")
+        assert make(venv, *typed, "SPREAD=layers")[0] == [["-m", "common.launch", "4", module, *layers]]
+        alone = ["-m", module] if target != "train" else ["-m", "common.launch", "4", module]
+        assert make(venv, *typed)[0] == [[*alone, "--layer", "all"]]
+    assert make(venv, "train", "SPREAD=layers")[0] == [["-m", "train", "--spread", "layers"]]
+    calls = make(venv, "demo", "LAYER=all", "NPROC=2", "SPREAD=layers")[0]
+    options = ["--profile", "demo", "--layer", "all"]
+    assert calls == [
+        ["-m", "common.launch", "2", "harvest", *options],
+        ["-m", "common.launch", "2", "train", *options, "--spread", "layers"],
+        ["-m", "common.launch", "2", "evaluate", *options, "--spread", "layers"],
+    ]
+
+
 def test_a_misspelt_variable_stops_make(venv: Path) -> None:
     calls, process = make(venv, "train", "LAYER=3", "RUM=x")
     assert (calls, process.returncode) == ([], 2)
