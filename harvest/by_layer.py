@@ -7,6 +7,7 @@ instant. The stages are processes of their own, which end with this one.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import Asked
@@ -17,7 +18,7 @@ from common.processes import world
 from common.settings import Settings
 from harvest.plan import plans_of
 from harvest.run import refuse_another, requested
-from shards.plan import group, human, room
+from shards.plan import group, human, measured, room
 from shards.writer import StoreWriter
 
 OWN = ("--force", "--plan", "--refill")
@@ -103,12 +104,18 @@ class _Set:
         return []
 
     def _plans(self, again: Sequence[int]) -> dict[int, int]:
-        """Whole size of every store that is to be harvested; what was begun comes first."""
+        """Whole size of every store that is to be harvested, by a finished one's rows; what was begun comes first."""
         begun = [layer for layer in self._left() if not self.writers[layer].complete]
         todo = [*sorted(begun, key=lambda layer: not self.writers[layer].has_rows), *again]
         if not todo:
             return {}
         plans = plans_of(self.settings.model_copy(update={"layers": tuple(todo)}), again)
+        done = (measured(writer.root) for writer in self.writers.values() if writer.complete)
+        if per_row := max((each for each in done if each is not None), default=None):
+            plans = {
+                layer: plan if plan.measured else replace(plan, bytes_per_row=per_row)
+                for layer, plan in plans.items()
+            }
         return {layer: plans[layer].bytes for layer in todo if layer in plans}
 
     def _room(self, beside: Sequence[int]) -> int:
