@@ -126,7 +126,9 @@ class _Set:
 
     def _check_fit(self, again: Sequence[int]) -> None:
         """Raise `InputError`, before anything is begun, where not even one layer fits."""
-        sizes = {} if self.asked.arguments.force else self._plans(again)
+        if self.asked.arguments.force or any(self._whole(layer) for layer in self._left()):
+            return  # a whole store becomes small before there is a next pass
+        sizes = self._plans(again)
         if sizes and not group(sizes, self._room([*sizes])):
             raise self._too_little(sizes)
 

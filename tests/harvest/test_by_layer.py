@@ -1,6 +1,10 @@
 """harvest.keep layer: groups of layers to their ends, from wherever a kill has left them."""
 
+import contextlib
+import json
+import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +13,7 @@ import pytest
 
 from common.cli import parser, read
 from common.errors import InputError
+from common.settings import ROOT
 from harvest import by_layer
 from harvest.run import harvest
 from shards import Store
@@ -214,3 +219,42 @@ def test_several_processes_are_refused(drive: Drive, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(by_layer, "world", lambda: 2)
     with pytest.raises(InputError, match="leave NPROC out"):
         drive()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kills_of_the_real_thing(llama: Path, corpus: Path, stores: Path, tmp_path: Path) -> None:
+    """Three kill -9 at random instants: the stages end with the driver, and the same command goes on."""
+    training = (
+        *("--transcoder.d_sae", "64", "--transcoder.group_sizes", "16,48", "--transcoder.k", "4"),
+        *(
+            "--train.rows",
+            "6400",
+            "--train.batch_size",
+            "64",
+            "--train.warmup_steps",
+            "5",
+            "--wandb.mode",
+            "disabled",
+        ),
+    )
+    command = [sys.executable, "-m", "harvest", "--run", "r", "--harvest.keep", "layer", *TWO, *training]
+    command += argv(llama, corpus, tmp_path)
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(5, 40))
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    act = tmp_path / stores.name
+    assert ends(act) == [True] * LAYERS
+    for layer in range(LAYERS):
+        run = tmp_path / "checkpoints/transcoder" / stores.name / f"layer_{layer}/r"
+        assert (run / "transcoder.safetensors").exists()
+        assert json.loads((run / "evaluation/metrics.json").read_text())["baselines"]["linear"]["fvu"] < 1
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert again.stdout.count("train rows removed: nothing to do") == LAYERS
+    assert not list(tmp_path.rglob("*.tmp"))
