@@ -167,6 +167,9 @@ class _Set:
             self.failed |= dict.fromkeys(failed, stage)
         for layer in layers:
             if layer not in self.failed:
+                _wait_for(
+                    *self._run_dir(layer).parent.glob("*/.lock")
+                )  # another run may be training on these rows
                 before = size_of(self.writers[layer].root)
                 self.writers[layer].remove_rows()
                 now = size_of(self.writers[layer].root)
@@ -182,14 +185,14 @@ class _Set:
         self._wait_for_the_dead(layers)
         return spread.each({layer: self._command(stage, [layer]) for layer in layers}, 1)
 
+    def _run_dir(self, layer: int) -> Path:
+        return self.asked.alone(layer, self.settings.run).run_dir()
+
     def _wait_for_the_dead(self, layers: Sequence[int]) -> None:
         """Until the stages of a driver that was killed, which end with it, have let go of what they were writing."""
         for layer in layers:
-            run_dir = self.asked.alone(layer, self.settings.run).run_dir()
-            for lock in (self.writers[layer].work / "lock", run_dir / ".lock", run_dir / ".evaluation"):
-                if lock.exists():
-                    with locked(lock, None):
-                        pass
+            run_dir = self._run_dir(layer)
+            _wait_for(self.writers[layer].work / "lock", run_dir / ".lock", run_dir / ".evaluation")
 
     def _command(self, stage: str, layers: Sequence[int]) -> list[str]:
         """The stage with this command line, on these layers."""
@@ -202,6 +205,14 @@ class _Set:
         alone = self.asked.settings(tuple(layers)).harvest
         own = [(key, value) for key, value in self.settings.harvest if value != getattr(alone, key)]
         return [f"--harvest.{key}={value}" for key, value in own]
+
+
+def _wait_for(*locks: Path) -> None:
+    """Until nobody holds these locks; who does is told on standard error."""
+    for lock in locks:
+        if lock.exists():
+            with locked(lock, None):
+                pass
 
 
 def _ended(command: Sequence[str]) -> int:
