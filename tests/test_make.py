@@ -86,7 +86,7 @@ def test_the_environment_has_no_say(venv: Path) -> None:
         "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "transcoder.export",
         "compare": "evaluate.compare", "import": "transcoder.import_", "push": "evaluate.push",
         "runs": "evaluate.runs",
-        "stores": "evaluate.stores", "sweep": "train.sweep",
+        "stores": "evaluate.stores", "sweep": "train.sweep", "model": "evaluate.model",
     }.items():  # fmt: skip
         assert make(venv, target, **around)[0] == [["-m", module]]
     assert make(venv, "upload", **around)[0] == [["-m", "shards", "upload"]]
