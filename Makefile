@@ -1,5 +1,5 @@
 # Every target is a thin call of python -m harvest | shards | train | evaluate.
-# LAYER=17 or "8 12 17", PROFILE=demo, RUN=name, HARVEST=name, NPROC=n, ARGS="--train.lr 3e-4"
+# LAYER=17, "8 12 17", 0-25 or all, PROFILE=demo, RUN=name, HARVEST=name, NPROC=n, ARGS="--train.lr 3e-4"
 
 # The first of these that runs and can make environments (pyenv's stand-ins do not run, Debian's lacks ensurepip without
 # python3-venv). All pins exist for 3.11 to 3.14; the tests run on 3.11.
@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT WITH FORMAT PREFIX FROM REPO MINUTES PART
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -31,7 +31,8 @@ quote   = '$(subst $(NEWLINE),'"$$NEWLINE"',$(subst ','\'',$(1)))'
 option  = $(if $(call asked,$(1)),$(2)$(if $(filter -%,$(firstword $(call asked,$(1)))),=, )$(call quote,$(call asked,$(1))))
 spliced = $(subst $(NEWLINE), ,$(call asked,$(1)))
 MORE    = $(call option,RUN,--run) $(call option,HARVEST,--harvest) $(call spliced,ARGS)
-OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(MORE)
+SPREADS = $(call option,SPREAD,--spread)
+OPTIONS = $(call option,LAYER,--layer) $(call option,PROFILE,--profile) $(MORE) $(SPREADS)
 
 # Environments may lie in places with spaces: with \ for make (the names that end in _), in quotes for the shell.
 home   = $(if $(filter ~/%,$(firstword $(1))),$(HOME)$(patsubst ~%,%,$(1)),$(1))
@@ -55,23 +56,25 @@ help:
 	@echo 'make model RUN=name              write the page of a layer set, with all MLPs replaced at once; LAYER=all: each must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
+	@echo 'make circuit TEXT="..."          draw what the next token after a text hangs on, through the latents of every layer'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
+	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or NPROC=n SPREAD=layers at a time: docs/layers.md'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare model read export import push bench bench-storage gpu soak audit \
-        licences lint format clean
+        train sweep runs stores samples evaluate compare model read circuit export import push bench bench-storage gpu \
+        soak audit licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
 	$(if $(call asked,PROFILE),$(error make demo is PROFILE=demo; leave PROFILE out, or name the stages one by one))
 	@$(RANKS) harvest $(DEMO)
-	@$(RANKS) train $(DEMO)
-	@$(PY) -m evaluate $(DEMO)
+	@$(RANKS) train $(DEMO) $(SPREADS)
+	@$(EACH) evaluate $(DEMO) $(SPREADS)
 
 # A process for each core, up to four, one thread in each: 7 min 13 s on two cores instead of 12 min 45 s one by one.
 test: install-dev install-embedded lint
@@ -87,6 +90,8 @@ test-peers: install-dev install-embedded install-peers
 
 # One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
 RANKS = $(PY) -m $(if $(call asked,NPROC),common.launch $(call quote,$(call asked,NPROC)))
+# With SPREAD=layers every process takes layers of its own: also where a stage's rows are not shared.
+EACH  = $(if $(filter layers,$(call asked,SPREAD)),$(RANKS),$(PY) -m)
 
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)
@@ -104,7 +109,7 @@ train: install
 	@$(RANKS) train $(OPTIONS)
 
 sweep: install
-	@$(PY) -m train.sweep $(OPTIONS)
+	@$(EACH) train.sweep $(OPTIONS)
 
 runs: install
 	@$(PY) -m evaluate.runs $(OPTIONS)
@@ -116,22 +121,26 @@ samples: install
 	@$(PY) -m train.samples_page $(OPTIONS)
 
 evaluate: install
-	@$(PY) -m evaluate $(OPTIONS)
+	@$(EACH) evaluate $(OPTIONS)
 
 compare: install
-	@$(PY) -m evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
+	@$(EACH) evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
 # Every layer's run of one name on one page, and all MLPs replaced at once.
 model: install
 	@$(PY) -m evaluate.model $(OPTIONS)
 
-# TEXT="a sentence"
+# TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
 read: install
-	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(OPTIONS)
+	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(OPTIONS)
+
+# TEXT="a prompt", PREFIX=g; through every layer of RUN
+circuit: install
+	@$(PY) -m evaluate.circuit $(call option,TEXT,--text) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install
-	@$(PY) -m transcoder.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
+	@$(PY) -m evaluate.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FROM=directory, file or hf:// address of another tool's transcoder
 import: install

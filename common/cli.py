@@ -31,8 +31,8 @@ OWN_SECTIONS = {
 
 
 MAKE_VARIABLES = (
-    *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FORMAT"),
-    *("PREFIX", "TO", "FROM", "REPO", "WITH", "MINUTES"),
+    *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FILE", "FORMAT"),
+    *("PREFIX", "TO", "FROM", "REPO", "WITH", "MINUTES", "SPREAD"),
 )
 """Variables of the Makefile that are passed on as the option of the same name."""
 
@@ -366,6 +366,16 @@ def _last_word(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def mendable(error: Exception) -> str | None:
+    """What to say of an error that the user can mend; None: a defect."""
+    if isinstance(error, InputError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in ENVIRONMENT:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; fix that and rerun the same command to continue"
+
+
 def run_stage(stage: Callable[[], None]) -> NoReturn:
     """Run a stage's main function and leave with the exit code of the interface."""
     _open_streams()
@@ -384,10 +394,9 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        if error.errno not in ENVIRONMENT:
+        if (line := mendable(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _last_word(f"error: {where}{error.strerror}; fix that and rerun the same command to continue")
+        _last_word(f"error: {line}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         hint = str(interrupt) or "the same command continues"

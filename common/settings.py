@@ -113,6 +113,10 @@ class Harvest(Section):
     """Share of the documents that training never sees."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the held-out split and the order of rows within a window."""
+    keep: Literal["all", "layer"] = "all"
+    """layer: harvest, train and evaluate some layers, remove their train rows, go on with others (docs/layers.md)."""
+    disk_bytes: int | None = Field(default=None, gt=0)
+    """With harvest.keep layer, what the stores may take together; none: what is free, but for a twentieth."""
 
     @property
     def expected_rows(self) -> int:

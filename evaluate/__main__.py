@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from common.cli import load, parser, run_stage
-from common.numbers import number_or_dash
+from common.cli import parser, read, run_stage
+from common.layers.driver import add_spread, over_layers
+from common.numbers import number_or_dash, percent_or_dash
 from common.settings import Settings
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.report.console import plain, rows_of, table_of
@@ -16,6 +17,7 @@ from evaluate.report.verdicts import verdicts
 if TYPE_CHECKING:  # --help does not wait for the records
     from evaluate.records import Metrics
 
+NOTHING_NEW = "nothing has changed since the last evaluation: nothing was measured again"
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
 
 
@@ -29,17 +31,62 @@ def main() -> None:
         help="tokens of the cross-entropy, the slow part: the language model runs with its MLP replaced; fewer are "
         "faster, 0: no cross-entropy [%(default)s]",
     )
-    settings, arguments = load(options)
-    from evaluate.run import evaluate  # after the settings are checked: torch takes seconds to import
-    from train import log
-    from transcoder.weights import chosen_run
+    add_spread(options)
+    asked = read(options)
+    named, ce_tokens = asked.arguments.run, max(0, asked.arguments.cross_entropy_tokens)
 
-    log.check(settings.wandb)
-    settings = chosen_run(settings, arguments.run)
-    metrics, fresh = evaluate(settings, max(0, arguments.cross_entropy_tokens))
-    if fresh:
-        log.log_evaluation(settings.run_dir(), settings, metrics.written())
-    show(settings, metrics, fresh, Console())
+    def n_layers(settings: Settings) -> int:
+        from transcoder.weights import (
+            n_layers,
+        )  # after the settings are checked: torch takes seconds to import
+
+        return n_layers(settings)
+
+    def chosen(settings: Settings) -> Settings:
+        from train import log
+        from transcoder.weights import chosen_run
+
+        log.check(settings.wandb)
+        return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
+
+    def one(settings: Settings, of_several: bool) -> None:
+        from evaluate.run import evaluate
+        from train import log
+
+        metrics, fresh = evaluate(settings, ce_tokens)
+        if fresh:
+            log.log_evaluation(settings.run_dir(), settings, metrics.written())
+        if of_several and not fresh:
+            print(NOTHING_NEW)
+        else:
+            show(settings, metrics, fresh, Console())
+
+    over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
+
+
+def _lines(settings: Settings) -> list[dict[str, str]]:
+    """What the table of several layers says of one that is evaluated."""
+    from evaluate.files import finished
+    from train.record import latest, step_of
+    from train.snapshot import folder_of
+
+    run_dir = settings.run_dir()
+    if settings.evaluate.checkpoint and (newest := latest(run_dir)):
+        run_dir = folder_of(run_dir, step_of(newest))
+    metrics = finished(run_dir / "evaluation")
+    if metrics is None:
+        return []
+    last = metrics.prefixes[-1]
+    language = last.cross_entropy
+    return [
+        {
+            "FVU of each prefix": " ".join(number_or_dash(prefix.fvu) for prefix in metrics.prefixes),
+            "L0": f"{last.l0:.1f}",
+            "dead %": f"{100 * last.dead_fraction:.1f}",
+            "over 10 %": f"{100 * last.over_10_percent_fraction:.1f}",
+            "CE recovered": percent_or_dash(language and language.recovered_zero),
+        }
+    ]
 
 
 def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
@@ -76,7 +123,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
     if differing := metrics.provenance.mismatch:
         plain(console, f"note: measured where it does not belong, as asked: {'; '.join(differing)}")
     if not fresh:
-        plain(console, "nothing has changed since the last evaluation: nothing was measured again")
+        plain(console, NOTHING_NEW)
     run_dir = settings.run_dir()
     if at := metrics.provenance.checkpoint:
         plain(console, f"note: {checkpoint_note(run_dir, at.step, at.of)}")

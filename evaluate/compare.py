@@ -8,11 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
+from common.layers.driver import add_spread, over_layers
 from common.numbers import number_or_dash
 from common.settings import Settings
-from evaluate.records import Comparison, ComparisonProvenance, Provenance
+from evaluate.records import ComparedPrefix, Comparison, ComparisonProvenance, Provenance
 from evaluate.report.console import plain, rows_of, table_of
 from train.sweep import RESULTS, keep_earlier
 
@@ -27,7 +28,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     from common.device import pick_device  # these import torch, which --help need not wait for
     from common.files import sha256
     from evaluate.metrics.side_by_side import line_of, side_by_side
-    from evaluate.run import prepare
+    from evaluate.run import baselines_for, prepare
     from evaluate.subject import read
     from transcoder.formats import weights_file
 
@@ -41,7 +42,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     coders = {
         name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
     }
-    measured, linear = side_by_side(coders, job.split, job.n_rows, job.store.train)
+    measured, linear = side_by_side(coders, job.split, job.n_rows, baselines_for(job))
     reference = [each for each in measured if each.transcoder == names[0]][-1]
     digests = {name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)}
     comparison = Comparison(
@@ -90,16 +91,22 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
     return [*transcoders.values()]
 
 
+def _is_name(other: str) -> bool:
+    """Whether a word of WITH may be a run's name, or a pattern of such names."""
+    return re.fullmatch(r"[\w.+=*?\[\]-]+", other) is not None and other not in (".", "..")
+
+
 def _paths(run_dir: Path, other: str) -> list[Path]:
     """What one word of WITH names; a run's name comes before a path of the same spelling."""
     from transcoder.formats import fetched
     from transcoder.weights import FILE_NAME
 
     runs = run_dir.parent
-    is_name = re.fullmatch(r"[\w.+=*?\[\]-]+", other) and other not in (".", "..")
+    is_name = _is_name(other)
     if is_name and (runs / other).is_dir():
         return [runs / other]
-    path = fetched(other)
+    layer = runs.name.removeprefix("layer_")
+    path = fetched(other, int(layer) if layer.isdecimal() else None)
     if path.exists():
         return [path]
     if is_name and (matched := sorted(each for each in runs.glob(other) if each.is_dir())):
@@ -165,12 +172,55 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://",
+        help="other transcoders: names of runs, directories and files of ours and other tools', hf://; for several "
+        "layers names of runs alone",
     )
-    settings, arguments = load(options)
-    from transcoder.weights import chosen_run
+    add_spread(options)
+    asked = read(options)
+    named, others = asked.arguments.run, asked.arguments.others
 
-    show(*compare(chosen_run(settings, arguments.run), arguments.others), Console())
+    def n_layers(settings: Settings) -> int:
+        from transcoder.weights import n_layers
+
+        return n_layers(settings)
+
+    def chosen(settings: Settings) -> Settings:
+        from transcoder.weights import chosen_run
+
+        if len(settings.layers) < 2:
+            return chosen_run(settings, named)
+        if paths := [other for other in others if not _is_name(other)]:
+            raise InputError(
+                f"compare: {paths[0]}: is of one layer; for several, WITH takes names of runs that each of them has"
+            )
+        return chosen_run(settings, named, every_layer=True)
+
+    def one(settings: Settings, _: bool) -> None:
+        show(*compare(settings, others), Console())
+
+    over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
+
+
+def _lines(settings: Settings) -> list[dict[str, str]]:
+    """What the table of several layers says of one: every transcoder's full dictionary."""
+    file = settings.run_dir() / "comparison" / "compare.json"
+    comparison = Comparison.model_validate_json(file.read_bytes())
+    full = {line.transcoder: line for line in comparison.lines}
+    return [
+        {
+            "transcoder": name,
+            "latents": f"{line.end:,}",
+            "FVU": _with_difference(line),
+            "L0": f"{line.l0:.1f}",
+            "dead %": f"{100 * line.dead_fraction:.1f}",
+        }
+        for name, line in full.items()
+    ]
+
+
+def _with_difference(line: ComparedPrefix) -> str:
+    change = line.difference.fvu
+    return number_or_dash(line.fvu) + (f" ({change:+.3f})" if change else "")
 
 
 def show(comparison: Comparison, folder: Path, console: Console) -> None:
@@ -178,12 +228,11 @@ def show(comparison: Comparison, folder: Path, console: Console) -> None:
     columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %")
     table = table_of(f"the same {rows_of(comparison.rows, comparison.provenance.split)}", columns)
     for line in comparison.lines:
-        change = line.difference.fvu
         table.add_row(
             line.transcoder,
             str(line.prefix),
             f"{line.end:,}",
-            number_or_dash(line.fvu) + (f" ({change:+.3f})" if change else ""),
+            _with_difference(line),
             f"{line.l0:.1f}",
             f"{100 * line.dead_fraction:.1f}",
         )

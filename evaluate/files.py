@@ -12,12 +12,16 @@ from pydantic import BaseModel, ValidationError
 
 from common.errors import InputError
 from common.files import write_whole
-from evaluate.records import Metrics, Provenance, Record, Results
+from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
 from train.log import LogLine, log_lines
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
+
+
+LATENTS, CONTEXTS = "latents.safetensors", "contexts.safetensors"
+"""What is known of each latent, and the rows that are shown of it: beside metrics.json."""
 
 
 class _Asked(BaseModel):
@@ -127,6 +131,23 @@ def find(folder: Path, provenance: Provenance) -> Evaluation | None:
             continue
         with suppress(ValidationError):
             return Evaluation(each, Metrics.model_validate(values))
+    return None
+
+
+def baselines_before(runs: Path, provenance: Provenance) -> BaselineMetrics | None:
+    """The mean and the linear map as any run below `runs` was measured beside them, on the same rows of this store."""
+    wanted = (provenance.store_fingerprint, provenance.split, provenance.rows)
+    for folder in sorted([*runs.glob("*/evaluation"), *runs.glob("*/evaluations/*")]):
+        with suppress(InputError):  # of another version, or damaged: it was looked at, not asked for
+            metrics = finished(folder)
+            of = metrics and metrics.provenance
+            if (
+                metrics
+                and of
+                and (of.store_fingerprint, of.split, of.rows) == wanted
+                and metrics.baselines.linear
+            ):
+                return metrics.baselines
     return None
 
 

@@ -1,5 +1,7 @@
 """python -m evaluate.push --layer 17 --run name --repo owner/name[/path]: a run on the Hugging Face hub.
 
+Of several layers, each to layer_<number> below that.
+
 Published in one commit: transcoder.safetensors, settings.json, and README.md, the card made from metrics.json.
 Loaded again with Transcoder.load("hf://owner/name/path"). Local paths stay here, see transcoder/public.py.
 """
@@ -10,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import hub
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import sha256
+from common.layers.driver import over_layers
+from common.settings import Settings
 
 
 def push(run_dir: Path, address: str, name: str | None = None) -> None:
@@ -57,16 +61,33 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
 def main() -> None:
     options = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
     options.add_argument(
-        "--repo", required=True, metavar="OWNER/NAME", help="repository, or owner/name/path within one"
+        "--repo",
+        required=True,
+        metavar="OWNER/NAME",
+        help="repository, or owner/name/path within one; several layers go to layer_<number> in it",
     )
-    settings, arguments = load(options)
-    from transcoder import weights  # with torch, which --help need not wait for
+    asked = read(options)
+    repo = f"{hub.SCHEME}{asked.arguments.repo.removeprefix(hub.SCHEME)}"
 
-    settings = weights.chosen_run(settings, arguments.run)
-    address = f"{hub.SCHEME}{arguments.repo.removeprefix(hub.SCHEME)}"
-    weights.refuse_another_model(settings.run_dir(), settings)
-    push(settings.run_dir(), address, settings.model.public_name)
-    print(address)
+    def n_layers(settings: Settings) -> int:
+        from transcoder.weights import n_layers  # with torch, which --help need not wait for
+
+        return n_layers(settings)
+
+    def chosen(settings: Settings) -> Settings:
+        from transcoder.weights import chosen_run
+
+        return chosen_run(settings, asked.arguments.run, every_layer=len(settings.layers) > 1)
+
+    def one(settings: Settings, of_several: bool) -> None:
+        from transcoder.weights import refuse_another_model
+
+        address = f"{repo.rstrip('/')}/layer_{settings.layer}" if of_several else repo
+        refuse_another_model(settings.run_dir(), settings)
+        push(settings.run_dir(), address, settings.model.public_name)
+        print(address)
+
+    over_layers(asked, one, n_layers=n_layers, chosen=chosen)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,35 @@
 """python -m evaluate.read --layer 17 --run name --text "...": which latents fire on your own text.
 
-`Reader` and `Sentence` are those of evaluate/reader.py.
+`Reader` and what it returns are those of evaluate/reader.py. Of one layer, or several side by side.
 """
 
+import hashlib
+import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from common.cli import load, parser, run_stage
+from common.errors import InputError
+from common.settings import Settings
 from common.tokens import PART
 
 if TYPE_CHECKING:
-    from evaluate.reader import Reader, Sentence
+    from evaluate.prompt.records import Prompt
+    from evaluate.reader import Intervention, Reader, Sentence
 
-__all__ = ["Reader", "Sentence"]
+__all__ = ["Intervention", "Reader", "Sentence"]
 
 SHOWN = 5
 """Latents listed for a token."""
+TOKENS = 200
+"""Tokens of the terminal's table; the page has all."""
 
 
 def __getattr__(name: str) -> Any:
-    """`Reader` and `Sentence`, when they are first asked for: --help and a typo need not wait for torch."""
+    """`Reader` and what it returns, when they are first asked for: --help and a typo need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from evaluate import reader
@@ -26,36 +37,95 @@ def __getattr__(name: str) -> Any:
     return getattr(reader, name)
 
 
-def main() -> None:
-    options = parser("evaluate.read", "Show which latents fire on your own text.")
-    options.add_argument("--text", required=True, help="a sentence or more")
-    settings, arguments = load(options)
-    from rich.console import Console
-    from rich.table import Table
+def text_of(text: str | None, file: str | None) -> str:
+    """What is to be read: `text`, or the contents of `file`; "-" is standard input."""
+    if (text is None) == (file is None):
+        raise InputError(
+            "expected either TEXT=... (--text) or FILE=... (--file; - is standard input), found "
+            + ("neither" if text is None else "both")
+        )
+    if file is None:
+        assert text is not None
+        return text
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 at byte {error.start}") from error
 
-    from evaluate.reader import Reader  # with torch, which --help need not wait for
+
+def read_text(settings: Settings, text: str) -> tuple["Prompt", Path]:
+    """The text through the runs of `settings.layers`, and the folder of its prompt.json and prompt.html."""
+    from evaluate.files import write_record
+    from evaluate.prompt.measure import measure_prompt
+    from evaluate.prompt.page import write_page
+    from evaluate.reader import Reader
     from evaluate.subject import checkpoint_note, run_of
     from shards import Store
     from transcoder import Transcoder
-    from transcoder.weights import chosen_run
 
-    settings = chosen_run(settings, arguments.run)
-    store, model, mismatch = Store.of(settings), settings.model, settings.evaluate.allow_mismatch
-    transcoder = Transcoder.load(run_of(settings, store))
-    if at := transcoder.metadata.get("checkpoint"):
-        print(checkpoint_note(settings.run_dir(), at["step"], at["of"]))
-    sentence = Reader(store, transcoder, model.device, model.name, mismatch)(arguments.text)
-    table = Table("token", "active", f"strongest latents, up to {SHOWN}: number:activation")
-    for token, acts in zip(sentence.tokens, sentence.acts, strict=True):
-        values, latents = acts.sort(descending=True)
-        active = int((values > 0).sum())
-        shown = zip(latents[: min(active, SHOWN)].tolist(), values.tolist(), strict=False)
-        numbers = "  ".join(f"{latent}:{value:.3g}" for latent, value in shown)
-        table.add_row(repr(token) if token else PART, str(active), numbers)
-    Console(markup=False, emoji=False).print(table)
-    if sentence.left_out:
-        length = store.manifest.source.context_length
-        print(f"the last {sentence.left_out} tokens were left out: contexts of this store have {length}")
+    readers, run_dirs = {}, {}
+    model, mismatch = settings.model, settings.evaluate.allow_mismatch
+    for layer in settings.layers or (settings.layer,):
+        own = settings.model_copy(update={"layers": (layer,)})
+        store = Store.of(own)
+        run_dirs[layer] = run_of(own, store)
+        transcoder = Transcoder.load(run_dirs[layer])
+        if at := transcoder.metadata.get("checkpoint"):
+            print(checkpoint_note(own.run_dir(), at["step"], at["of"]))
+        if readers:
+            readers[layer] = next(iter(readers.values())).beside(store, transcoder, mismatch)
+        else:
+            readers[layer] = Reader(store, transcoder, model.device, model.name, mismatch)
+    prompt = measure_prompt(text, readers, run_dirs)
+    of_one = len(run_dirs) == 1
+    folder = (settings.run_dir() if of_one else settings.set_dir()) / "prompts" / _slug(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_page(folder / "prompt.html", prompt)
+    write_record(folder / "prompt.json", prompt)
+    return prompt, folder
+
+
+def _slug(text: str) -> str:
+    """A directory's name for a text: its first words, and a digest of all of it."""
+    words = "-".join(re.findall(r"[a-z0-9]+", text.lower())[:6])[:40].strip("-")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{words}-{digest}" if words else digest
+
+
+def show(prompt: "Prompt", folder: Path, console: Console) -> None:
+    """The strongest latents of each token, a table for each layer."""
+    from evaluate.report.console import plain, table_of
+
+    rows = [token for token in prompt.tokens if token.row]
+    for layer in prompt.layers:
+        title = f"layer {layer.layer}, run {layer.run}; strongest latents, up to {SHOWN}: number:activation"
+        table = table_of(title, ("token", "error", "active", "strongest"))
+        for number, token in enumerate(rows[:TOKENS]):
+            active, share = layer.active[number], layer.error_share[-1][number]
+            shown = "  ".join(f"{each.latent}:{each.value:.3g}" for each in active[:SHOWN])
+            error = "-" if share is None else f"{share:.2f}"
+            table.add_row(repr(token.text) if token.text else PART, error, str(len(active)), shown)
+        console.print(table)
+    if len(rows) > TOKENS:
+        plain(console, f"the first {TOKENS} of {len(rows):,} tokens; the page has all")
+    plain(console, f"page {folder / 'prompt.html'}")
+
+
+def main() -> None:
+    options = parser("evaluate.read", "Show which latents fire on your own text.")
+    options.add_argument("--text", help="a sentence or more")
+    options.add_argument("--file", help="a file of UTF-8 text in place of --text; - is standard input")
+    settings, arguments = load(options)
+    text = text_of(arguments.text, arguments.file)
+    from transcoder.weights import chosen_run  # with torch, which --help need not wait for
+
+    settings = chosen_run(settings, arguments.run, every_layer=len(settings.layers) > 1)
+    prompt, folder = read_text(settings, text)
+    show(prompt, folder, Console(markup=False, emoji=False))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,17 @@
 Shapes: n tokens that give rows, D_in, D_out, F latents.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from copy import copy
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from common.device import pick_device
 from common.errors import InputError
@@ -14,9 +21,13 @@ from common.settings import Model
 from common.tokens import TokenText
 from shards import Store
 from shards.layout import kept_mask
+from shards.manifest import Source
 from shards.store import as_harvested, read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
+
+_Change = tuple[Mapping[int, Callable[[Tensor], Tensor]], Collection[int] | None]
+"""Latent -> its activations after the change, from those before; and the rows where it is changed (none: all)."""
 
 
 class Sentence(NamedTuple):
@@ -32,6 +43,23 @@ class Sentence(NamedTuple):
     """[n, F]"""
     left_out: int
     """Tokens of the text beyond the end of the store's contexts."""
+
+
+class Intervention(NamedTuple):
+    """What the model predicts on a text as it is, and with some latents changed. V: words of its vocabulary."""
+
+    tokens: list[str]
+    """Every token of the text, T of them, those without a row too."""
+    before: Tensor
+    """[T, V] logits of the model as it is."""
+    after: Tensor
+    """[T, V] logits with the change."""
+    kl: Tensor
+    """[T] KL(before || after) of the next token's distribution, nats."""
+    changes: Tensor
+    """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`."""
+    continuation: tuple[str, str]
+    """Text that the model writes after it, before and after the change."""
 
 
 class Reader:
@@ -71,28 +99,174 @@ class Reader:
 
         Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
         """
-        source = self.source
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
-            ) from error
-        start = [] if source.bos_token_id is None else [source.bos_token_id]
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if source.special_tokens == "parse" and ids[:1] == start:
-            ids = ids[1:]  # every context begins with one
-        if not ids:
-            raise InputError("text: nothing to read; give some words")
-        whole = torch.tensor([start + ids])
-        context = whole[:, : source.context_length]
-        hooks = [source.input_hook, source.output_hook]
+        return self._read(*context_of(text, self.tokenizer, self.source))
+
+    def sentences(self, text: str) -> list[Sentence]:
+        """All of `text`, cut into contexts as a harvest cuts a document; raises what a call does."""
+        return [self._read(context, left_out=0) for context in self.contexts(text)]
+
+    def contexts(self, text: str) -> list[Tensor]:
+        """Token ids of `text` in contexts [1, T] of at most the store's length, each with its first token."""
+        whole, length = tokens_of(text, self.tokenizer, self.source), self.source.context_length
+        start = whole[:, : 0 if self.source.bos_token_id is None else 1]
+        parts = whole[:, start.shape[1] :].split(length - start.shape[1], dim=1)
+        return [torch.cat([start, part], 1) for part in parts]
+
+    def beside(self, store: Store, transcoder: Transcoder, mismatch: bool = False) -> Reader:
+        """A reader of another layer of the same language model, which is not loaded again."""
+        _same_model(self.source, store)
+        other = copy(self)
+        other.store, other.source = store, store.manifest.source
+        other.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
+        return other
+
+    def _read(self, context: Tensor, left_out: int) -> Sentence:
+        hooks = [self.source.input_hook, self.source.output_hook]
         with self.model.capturing(hooks) as caught:
-            self.model.run_blocks(context, source.layer)
+            self.model.run_blocks(context, self.source.layer)
             inputs, outputs = (caught[hook][0].float() for hook in hooks)
-        kept = torch.from_numpy(kept_mask(context.numpy(), source.dropped_token_ids)[0])
-        pieces = TokenText(self.tokenizer).pieces(context[0].tolist())
+        kept = self.rows_of(context)
+        pieces = self.pieces(context)
         tokens = [piece for piece, here in zip(pieces, kept.tolist(), strict=True) if here]
         inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
-        left_out = whole.shape[1] - context.shape[1]
         return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
+
+    def run(
+        self,
+        text: str,
+        *,
+        set: Mapping[int, float] | None = None,  # noqa: A002 - what it does
+        scale: Mapping[int, float] | None = None,
+        ablate: Collection[int] = (),
+        positions: Collection[int] | None = None,
+        new_tokens: int = 0,
+    ) -> Intervention:
+        """Run `text` with some latents' activations changed, and as it is.
+
+        `set` gives latents a value, `scale` multiplies their activation, `ablate` makes it zero; at the rows numbered
+        `positions`, counted as `Sentence.tokens` are, or at all. What is added to the MLP's own output at a row is the
+        change of the reconstruction, sum over the latents of (activation after - before) * W_dec: the part of the
+        output that the transcoder does not reconstruct stays. `new_tokens`: length of the continuation that the model
+        then writes, the likeliest token each time, with the same change at the new positions where `positions` is none.
+        Raises what a call of the reader does, and `InputError` for a latent or position that is not there, or a latent
+        that is changed twice.
+        """
+        changed = self._changes(set or {}, scale or {}, ablate)
+        context, _ = context_of(text, self.tokenizer, self.source)
+        n_rows = int(self.rows_of(context).sum())
+        if strange := [each for each in positions or () if not 0 <= each < n_rows]:
+            raise InputError(
+                f"positions: expected numbers of rows from 0 to {n_rows - 1}, found {strange[0]}"
+            )
+        limit = (self.model.positions or sys.maxsize) - context.shape[1]
+        if not 0 <= new_tokens <= limit:
+            raise InputError(f"new_tokens: expected 0 to {limit}, the model's positions, found {new_tokens}")
+        before, plain, _ = self._continued(context, None, new_tokens)
+        after, steered, changes = self._continued(context, (changed, positions), new_tokens)
+        log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return Intervention(self.pieces(context), before, after, kl, changes, (plain, steered))
+
+    def rows_of(self, context: Tensor) -> Tensor:
+        """[T] bool: whether a token of a context [1, T] gives a row."""
+        return torch.from_numpy(kept_mask(context.numpy(), self.source.dropped_token_ids)[0])
+
+    def pieces(self, context: Tensor) -> list[str]:
+        """The text of each token of a context [1, T]; see `Sentence.tokens`."""
+        return TokenText(self.tokenizer).pieces(context[0].tolist())
+
+    def _changes(
+        self, given: Mapping[int, float], scale: Mapping[int, float], ablate: Collection[int]
+    ) -> dict[int, Callable[[Tensor], Tensor]]:
+        """Latent -> its activations [n] after the change, from those before."""
+        asked = [*given, *scale, *ablate]
+        for latent in asked:
+            if not 0 <= latent < self.transcoder.d_sae:
+                raise InputError(f"latent: expected 0 to {self.transcoder.d_sae - 1}, found {latent}")
+            if asked.count(latent) > 1:
+                raise InputError(f"latent {latent}: changed twice; give it in one of set, scale and ablate")
+        changes: dict[int, Callable[[Tensor], Tensor]] = {}
+        for latent, value in given.items():
+            changes[latent] = lambda acts, value=value: torch.full_like(acts, value)
+        for latent, factor in (dict.fromkeys(ablate, 0.0) | dict(scale)).items():
+            changes[latent] = lambda acts, factor=factor: factor * acts
+        return changes
+
+    @torch.inference_mode()
+    def _continued(
+        self, context: Tensor, change: _Change | None, new_tokens: int
+    ) -> tuple[Tensor, str, Tensor]:
+        """Logits [T, V] of a context [1, T], the text of the continuation, and what was changed [n, latents]."""
+        tokens, length = context, context.shape[1]
+        logits, changes = self._forward(tokens, change)
+        found = logits
+        for step in range(new_tokens):
+            tokens = torch.cat([tokens, found[-1:].argmax(-1, keepdim=True).to(tokens)], 1)
+            if step + 1 < new_tokens:
+                found, _ = self._forward(tokens, change)
+        text = self.tokenizer.decode(tokens[0, length:].tolist(), skip_special_tokens=False)
+        return logits, text, changes
+
+    def _forward(self, tokens: Tensor, change: _Change | None) -> tuple[Tensor, Tensor]:
+        """Logits [T, V] and the change of each changed latent's activation [n, latents]."""
+        kept = self.rows_of(tokens)
+        changed, positions = change or ({}, None)
+        latents = torch.tensor(list(changed), dtype=torch.long, device=self.device)
+        changes = torch.zeros(int(kept.sum()), len(changed), device=self.device)
+        caught: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, **_: Any) -> None:
+            caught["inputs"] = tensor
+
+        def write(output: Tensor, **_: Any) -> Tensor:
+            here = kept.to(output.device)
+            acts = self.transcoder.encode(caught["inputs"][0, here].float().to(self.device))[:, latents]
+            after = torch.stack([function(acts[:, i]) for i, function in enumerate(changed.values())], 1)
+            chosen = slice(None) if positions is None else torch.tensor(sorted(positions), dtype=torch.long)
+            changes[chosen] = (after - acts)[chosen]
+            moved = output.clone()
+            moved[0, here] += (changes @ self.transcoder.W_dec[latents]).to(output)
+            return moved
+
+        hooks = [(self.source.input_hook, keep), (self.source.output_hook, write)] if changed else []
+        self.model.check_hooks([self.source.input_hook, self.source.output_hook])
+        with self.model.bridge.hooks(fwd_hooks=hooks):
+            logits = self.model.bridge(tokens.to(self.model.device), return_type="logits")
+        return logits[0].to(self.device), changes
+
+
+def _same_model(source: Source, store: Store) -> None:
+    other = store.manifest.source
+    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens"):
+        if getattr(other, key) != getattr(source, key):
+            raise InputError(
+                f"{store.path}: {key}: expected {getattr(source, key)!s:.12} as in layer {source.layer}, found "
+                f"{getattr(other, key)!s:.12}"
+            )
+
+
+def tokens_of(text: str, tokenizer: Tokenizer, source: Source) -> Tensor:
+    """[1, T] the text's token ids, behind the token that every context of the store begins with.
+
+    Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
+        ) from error
+    start = [] if source.bos_token_id is None else [source.bos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if source.special_tokens == "parse" and ids[:1] == start:
+        ids = ids[1:]  # every context begins with one
+    if not ids:
+        raise InputError("text: nothing to read; give some words")
+    return torch.tensor([start + ids])
+
+
+def context_of(text: str, tokenizer: Tokenizer, source: Source) -> tuple[Tensor, int]:
+    """A text as one context of a store, [1, T] token ids, and how many tokens are beyond its end; see `tokens_of`."""
+    whole = tokens_of(text, tokenizer, source)
+    context = whole[:, : source.context_length]
+    return context, whole.shape[1] - context.shape[1]

@@ -234,10 +234,10 @@ class OneGroupMetrics(ReconstructionMetrics, PrefixEnd):
 class BaselineMetrics(Record):
     """What the transcoder must beat, on the same rows."""
 
-    mean: FittedMetrics
-    """the mean output of the train rows"""
-    linear: LinearMetrics
-    """the best linear map"""
+    mean: FittedMetrics | None
+    """the mean output of the train rows; null where those were removed and no run was measured on these rows before"""
+    linear: LinearMetrics | None
+    """the best linear map; null likewise"""
     one_group: OneGroupMetrics | None = None
     """a sibling run without nesting; left out where none is trained and evaluated"""
 

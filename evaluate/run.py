@@ -1,6 +1,7 @@
 """The evaluation of one run, in a straight line: store and weights in, metrics.json, plots and page out."""
 
 import json
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,17 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.files import (
+    CONTEXTS,
+    LATENTS,
     METRICS_VERSION,
+    baselines_before,
     bring_back,
     find,
     make_room,
     read_lines,
     write_record,
 )
-from evaluate.metrics.baselines import fit_ridge
+from evaluate.metrics.baselines import Baselines, fit_ridge
 from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
 from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
@@ -107,6 +111,7 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
             f"{store.path}: expected rows in split {settings.evaluate.split}, found none; harvest with a larger "
             "harvest.heldout_fraction, or measure the rows it was trained on (--evaluate.split train)"
         )
+    split.refuse_removed()
     run_dir = run_of(settings, store)
     metadata = read_metadata(run_dir)
     trained_on = metadata.get("harvest_fingerprint")
@@ -143,6 +148,20 @@ def load_coder(job: Job) -> Transcoder:
     return coder.to(pick_device(job.settings.model.device))
 
 
+def baselines_for(job: Job) -> Baselines:
+    """The mean and the best linear map of the train rows; where those were removed, as they were measured before."""
+    if not job.store.train.removed:
+        return Baselines(fit_ridge(job.store.train))
+    before = baselines_before(job.settings.run_dir().parent, job.provenance)
+    if before is None:
+        print(
+            f"{job.store.path}: its train rows were removed, so their mean and best linear map cannot be measured; "
+            "everything else is",
+            file=sys.stderr,
+        )
+    return Baselines(None, before)
+
+
 def _training_selection(run_dir: Path) -> Select | None:
     """The selection that the run was trained with; none when it was imported."""
     settings = read_metadata(run_dir).get("settings")
@@ -161,13 +180,13 @@ def _measure(
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
     text = TokenText(read_tokenizer(job.store.tokenizer_path))
-    linear = fit_ridge(job.store.train)
+    baselines = baselines_for(job)
     with progress("statistics", job.n_rows, "rows") as bar:
-        first = first_pass(coder, split, job.n_rows, select, linear, moments, text.size, bar.update)
+        first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.promoted, coder.prefix_ends)
+    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends)
     measurement = first.measurement
     results = Results(
         rows=measurement.deviation.rows,
@@ -198,8 +217,10 @@ def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[Lo
         folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
     )
     provenance = json.dumps(results.provenance.written())
-    save_tensors(folder / "latents.safetensors", tensors(latent_catalogue), {"provenance": provenance})
-    files = ["report.html", "latents.safetensors", *(each.plot.file for each in drawn)]
+    save_tensors(folder / LATENTS, tensors(latent_catalogue), {"provenance": provenance})
+    samples = latent_catalogue.samples.tensors(len(latent_catalogue.group), job.split.contexts.shape[1])
+    save_tensors(folder / CONTEXTS, samples, {"provenance": provenance})
+    files = ["report.html", LATENTS, CONTEXTS, *(each.plot.file for each in drawn)]
     metrics = Metrics(**dict(results), files=files)
     write_record(folder / "metrics.json", metrics)
     return metrics

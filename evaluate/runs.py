@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.cli import load, parser, run_stage
+from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import size_of
 from common.numbers import number_or_dash
 from evaluate.files import finished
 from evaluate.stores import print_table
 from shards.plan import human
-from train import checkpoint, record
-from transcoder import weights
 
 COLUMNS: tuple[str, ...] = (
     "model",
@@ -33,6 +31,9 @@ COLUMNS: tuple[str, ...] = (
 
 def runs_of(checkpoints: Path, layers: tuple[int, ...] = ()) -> Iterator[Path]:
     """Run directories, finished or begun, of these layers (none: of all), by model, layer and name."""
+    from train import record
+    from transcoder import weights
+
     folders = [*checkpoints.glob("transcoder/*/layer_*/*/")]
     for run_dir in sorted(folders, key=lambda path: (path.parts[-3], _layer(path), path.name)):
         there = any((run_dir / name).is_file() for name in (weights.FILE_NAME, record.FILE_NAME))
@@ -47,6 +48,8 @@ def _layer(run_dir: Path) -> int:
 
 def line_of(run_dir: Path) -> dict[str, str]:
     """What the table says of a run; of one that cannot be read, why in the last column but one."""
+    from transcoder import weights
+
     line = dict.fromkeys(COLUMNS, "-")
     line |= {
         "model": run_dir.parts[-3],
@@ -63,6 +66,8 @@ def line_of(run_dir: Path) -> dict[str, str]:
 
 def _trained(run_dir: Path) -> dict[str, str]:
     """Of a finished or imported run: what its header says, and the evaluation's numbers where there is one of it."""
+    from transcoder import weights
+
     header = weights.read_metadata(run_dir)
     settings, held = header.get("settings") or {}, header.get("heldout") or {}
     line = _asked(settings, header.get("used") or {}) | {"latents": f"{header['prefix_ends'][-1]:,}"}
@@ -89,9 +94,11 @@ def _trained(run_dir: Path) -> dict[str, str]:
 
 def _begun(run_dir: Path) -> dict[str, str]:
     """Of a run without weights yet: how far its checkpoint is."""
+    from train import record
+
     said = json.loads((run_dir / record.FILE_NAME).read_text(encoding="utf-8"))
     line = _asked(said["settings"], said.get("used") or {})
-    wanted, folder = said["settings"]["train"]["rows"], checkpoint.latest(run_dir)
+    wanted, folder = said["settings"]["train"]["rows"], record.latest(run_dir)
     state: dict[str, Any] = (
         json.loads((folder / "state.json").read_text(encoding="utf-8")) if folder else {"rows": 0, "step": 0}
     )
@@ -112,7 +119,7 @@ def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
 
 
 def main() -> None:
-    settings, arguments = load(parser("evaluate.runs", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.runs", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     folder = settings.paths.checkpoints
     lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if arguments.layer else ())]
     print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")

@@ -5,9 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import size_of
+from shards.commit import commit_of
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
 from shards.plan import human
@@ -50,7 +51,7 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
         windows = len([*(path / WORK / "records").glob("*.json")])
         return line | {"state": f"unfinished, {windows} windows of 32,768 rows"}
     try:
-        manifest = read_manifest(path)
+        manifest, removed = read_manifest(path), commit_of(path).removed
     except InputError as error:
         why = str(error).removeprefix(f"{path / 'zarr.json'}: ").removeprefix("cannot be read: ")
         return line | {"state": f"cannot be read: {why}"}
@@ -59,7 +60,11 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
     line |= {"rows": rows, "held-out": heldout, "width": f"{source.d_in} -> {source.d_out}"}
     if train.inputs and train.outputs:
         line["cost FVU"] = f"{train.inputs.quantisation_fvu:.1e} / {train.outputs.quantisation_fvu:.1e}"
-    return line | {"storage": source.storage, "input": source.input, "state": "complete"}
+    return line | {
+        "storage": source.storage,
+        "input": source.input,
+        "state": "train rows removed" if removed else "complete",
+    }
 
 
 def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:
@@ -84,7 +89,7 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 
 
 def main() -> None:
-    settings, arguments = load(parser("evaluate.stores", __doc__ or ""))
+    settings, arguments = load(parser("evaluate.stores", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     where = settings.paths.activations
     if is_url(where):
         raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")

@@ -3,14 +3,16 @@
 Shapes: b contexts of a forward pass, T positions, D width, n rows of a window.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from common.errors import InputError
+from common.hooks import BEFORE_NORM, layer_of
 from harvest.lm import LanguageModel
+from shards.encode import Column
 from shards.layout import kept_mask
 from shards.manifest import Source
 from shards.reader import Contexts
@@ -71,46 +73,153 @@ class Positions:
     """[m] number within the window, before it is shuffled"""
 
 
+class Intake:
+    """Takes in what a forward pass gives and puts each row into its window: no layer's tensors wait for the last one.
+
+    A layer whose activations are not finite is in `failed`, and is not taken in again.
+    """
+
+    def __init__(self) -> None:
+        self.failed: dict[int, InputError] = {}
+        self._places: dict[str, tuple[Source, Column]] = {}
+        self._before: dict[int, torch.Tensor] = {}
+        """[m, D] by layer: what its norm has read."""
+
+    def begin(self, batch: Positions, places: np.ndarray, targets: list[tuple[Source, WindowRows]]) -> None:
+        """A forward pass over `batch` comes; its rows [m] go to `places` of the windows."""
+        self._batch, self._to = batch, places
+        self._before.clear()
+        self._places = {
+            name: (source, column)
+            for source, rows in targets
+            for name, column in ((source.input_hook, rows.inputs), (source.output_hook, rows.outputs))
+        }
+
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """What is at a hook point, [b, T, D]."""
+        if name.endswith(BEFORE_NORM):
+            self._before[layer_of(name)] = _kept(tensor, self._batch)
+            return
+        if (place := self._places.get(name)) is None:
+            return
+        source, column = place
+        if tensor.shape[:2] != self._batch.tokens.shape:
+            return  # `end` says so
+        del self._places[name]
+        before = self._before.pop(source.layer, None) if name == source.input_hook else None
+        if source.layer in self.failed:
+            return
+        try:
+            column.put(self._to, *_held(_finite(tensor, name, self._batch, source), before))
+        except InputError as error:
+            self.failed[source.layer] = error
+
+    def end(self) -> None:
+        """The forward pass is over; raises `InputError` for a hook that did not fire."""
+        for name in self._places:
+            raise InputError(
+                f"hook {name}: expected {self._batch.tokens.shape} positions, found nothing of that shape; it did not "
+                "fire"
+            )
+
+
+def hooks_for(model: LanguageModel, sources: Iterable[Source]) -> list[str]:
+    """The hook points that an `Intake` wants of a model for these sources."""
+    names = {hook for source in sources for hook in (source.input_hook, source.output_hook)}
+    if model.dtype.itemsize == 2:
+        before = {
+            f"blocks.{source.layer}.{BEFORE_NORM}" for source in sources if source.input == "normalized"
+        }
+        names |= {name for name in before if model.has_hook(name)}
+    return sorted(names)
+
+
 def fill_window(
     model: LanguageModel,
     batches: Iterator[Positions],
     order: np.ndarray,
-    caught: dict[str, torch.Tensor],
+    intake: Intake,
     targets: list[tuple[Source, WindowRows]],
+    make_room: Callable[[int], object],
     on_batch: Callable[[int], object],
 ) -> None:
     """Run the model over a window's contexts and put each row where `order` [n] says, for every layer at once.
 
-    Raises `InputError` naming layer and context when an activation is NaN or infinite.
+    `make_room` is called with the number of a batch's rows before they come, `on_batch` when they are there. Layers
+    that fail are in `intake.failed`, and no more rows of theirs are put.
     """
-    deepest = max(source.layer for source, _ in targets)
     for batch in batches:
-        caught.clear()
-        model.run_blocks(torch.from_numpy(batch.tokens).long(), deepest)
+        left = [(source, rows) for source, rows in targets if source.layer not in intake.failed]
+        if not left:
+            return
         places = order[batch.kept]
-        for source, rows in targets:
-            for name, into in ((source.input_hook, rows.inputs), (source.output_hook, rows.outputs)):
-                into[places] = _rows_of(caught, name, batch, source)
+        make_room(sum(rows.expect(len(places)) for _, rows in left))
+        intake.begin(batch, places, left)
+        model.run_blocks(torch.from_numpy(batch.tokens).long(), max(source.layer for source, _ in left))
+        intake.end()
+        for _, rows in left:
             rows.context[places] = batch.first_context + batch.context
             rows.position[places] = batch.position
         on_batch(len(places))
 
 
-def _rows_of(caught: dict[str, torch.Tensor], name: str, batch: Positions, source: Source) -> np.ndarray:
-    """[m, D] float32 of one hook point at the batch's kept positions."""
-    tensor = caught.get(name)
-    if tensor is None or tensor.shape[:2] != batch.tokens.shape:
-        shape = "nothing" if tensor is None else tuple(tensor.shape)
-        raise InputError(
-            f"hook {name}: expected {batch.tokens.shape} positions, found {shape}; it did not fire"
-        )
+def _kept(tensor: torch.Tensor, batch: Positions) -> torch.Tensor:
+    """[m, D] of [b, T, D]: the batch's kept positions."""
     places = torch.from_numpy(batch.context * batch.tokens.shape[1] + batch.position).to(tensor.device)
-    rows = tensor.flatten(0, 1).index_select(0, places).float().cpu()
+    return tensor.flatten(0, 1).index_select(0, places)
+
+
+def _finite(tensor: torch.Tensor, name: str, batch: Positions, source: Source) -> torch.Tensor:
+    """[m, D] at the batch's kept positions; raises `InputError` naming layer and context of NaN or infinity."""
+    rows = _kept(tensor, batch)
     # One pass over the rows says that all are finite; only where it does not, each row is looked at.
-    if not torch.isfinite(rows.sum()) and not (finite := torch.isfinite(rows).all(dim=1)).all():
+    if (
+        not torch.isfinite(rows.sum(dtype=torch.float32))
+        and not (finite := torch.isfinite(rows).all(dim=1)).all()
+    ):
         row = int((~finite).nonzero()[0])
         raise InputError(
             f"layer {source.layer}, {name}: NaN or infinity in context {batch.first_context + batch.context[row]} "
             f"position {batch.position[row]} with model.dtype {source.dtype}; {OVERFLOW[source.dtype]}"
         )
-    return rows.numpy()
+    return rows
+
+
+def _held(rows: torch.Tensor, before: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a column holds of rows [m, D]: themselves, or where that is exact `before` and a number for each row."""
+    scales = None
+    if before is not None and rows.dtype == torch.float32 and before.dtype.itemsize == 2:
+        scales = _factors(before, rows)
+    if before is None or scales is None:
+        return _numpy(rows), None
+    return _numpy(before), scales.cpu().numpy()
+
+
+def _factors(before: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """[m] float32 with rows == before * factor, to the last bit; None where there are none (a LayerNorm).
+
+    Such a factor is the quotient of two elements to within a rounding error: that, and its neighbours, are tried.
+    """
+    wide = before.float()
+    largest = wide.abs().argmax(dim=1, keepdim=True)
+    factor = rows.gather(1, largest) / wide.gather(1, largest)
+    factor = torch.where(torch.isfinite(factor), factor, torch.ones_like(factor))  # a row of zeros
+    above, below = factor, factor
+    found = (wide * factor == rows).all(dim=1, keepdim=True)
+    for _ in range(2):
+        if found.all():
+            break
+        above = torch.nextafter(above, torch.full_like(above, torch.inf))
+        below = torch.nextafter(below, torch.zeros_like(below))
+        for near in (above, below):
+            fits = (wide * near == rows).all(dim=1, keepdim=True)
+            factor, found = torch.where(fits & ~found, near, factor), found | fits
+    return factor[:, 0] if found.all() else None
+
+
+def _numpy(rows: torch.Tensor) -> np.ndarray:
+    """As `Column.put` takes them; numpy has no bfloat16."""
+    rows = rows.contiguous().cpu()
+    if rows.dtype == torch.bfloat16:
+        return rows.view(torch.int16).numpy().view(np.uint16)
+    return rows.numpy() if rows.dtype in (torch.float16, torch.float32) else rows.float().numpy()

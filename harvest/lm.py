@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,16 +60,31 @@ class LanguageModel:
     def capturing(self, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
         """While open, every forward pass leaves the tensors at these hook points in the yielded dict.
 
-        Hooks are attached once: resolving them anew costs 60 ms a call. Raises what `check_hooks` does.
+        Raises what `check_hooks` does.
         """
         caught: dict[str, torch.Tensor] = {}
+        with self.giving(names, caught.__setitem__):
+            yield caught
 
-        def keep(name: str) -> Any:
-            return lambda tensor, **_: caught.__setitem__(name, tensor)
+    @contextlib.contextmanager
+    def giving(self, names: list[str], take: Callable[[str, torch.Tensor], object]) -> Iterator[None]:
+        """While open, every forward pass gives the tensors at these hook points to `take`, each when it is there.
+
+        Hooks are attached once: resolving them anew costs 60 ms a call. Raises what `check_hooks` does.
+        """
+
+        def give(name: str) -> Any:
+            return lambda tensor, **_: (
+                take(name, tensor) and None
+            )  # what a hook returns takes the tensor's place
 
         self.check_hooks(names)
-        with self.bridge.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
-            yield caught
+        with self.bridge.hooks(fwd_hooks=[(name, give(name)) for name in names]):
+            yield
+
+    def has_hook(self, name: str) -> bool:
+        """Whether there is a hook point of this name (blocks.L.name)."""
+        return name in self.bridge.hook_dict
 
     def run_blocks(self, tokens: torch.Tensor, last_layer: int) -> None:
         """Forward pass [b, T] through block `last_layer` and no further; hooks see what they see."""

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,40 +33,50 @@ from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import NAMES, SPLITS, Manifest, Source
-from shards.plan import expected_rows, human, plan_of, rows_in_words, shortage
+from shards.plan import human, plan_of, rows_in_words, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store, as_harvested
 from shards.writer import ContextWriter, StoreWriter, Text
 
 
-def harvest(settings: Settings, force: bool = False) -> list[Path]:
+def harvest(settings: Settings, force: bool = False, refill: bool = False) -> list[Path]:
     """Write one store per layer of `settings.layers`, or continue where an earlier run was stopped.
 
+    `refill`: also train rows that were removed after training.
     Raises `InputError` for whatever the user can mend; a killed or failed run leaves resumable stores.
     """
     request = requested(settings)
-    todo = _todo(settings, request)
+    todo = to_harvest(settings, request, settings.layers if refill else ())
     if todo:
         where = lm.locate(settings.model)  # before anything is written
         with joined() as processes, contextlib.ExitStack() as stack:
             for writer in todo.values() if processes.leads else ():
+                if writer.removed:
+                    writer.refill()
                 stack.enter_context(writer.lock())
-            manifests = _harvest(settings, todo, request, where, force, processes)
+            manifests, failed = _harvest(settings, todo, request, where, force, processes)
         for layer, manifest in manifests.items():  # when what was only for the writing has gone
             _summary(layer, todo[layer].root, manifest)
+        if failed:
+            raise _failures(failed, len(todo))
     return [_local(settings.store_path(layer)) for layer in settings.layers]
 
 
-def _todo(settings: Settings, request: dict[str, Any]) -> dict[int, StoreWriter]:
-    """The stores that are still to be written, by layer; raises `InputError` where another one has a place."""
+def to_harvest(
+    settings: Settings, request: dict[str, Any], refill: Sequence[int] = ()
+) -> dict[int, StoreWriter]:
+    """The stores that are still to be written, by layer; raises `InputError` where another one has a place.
+
+    `refill`: layers whose train rows are to be written again where they were removed.
+    """
     if not settings.layers:
         raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
     writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
     return {
         layer: writer
         for layer, writer in writers.items()
-        if not _already_there(writer, layer, settings, request)
+        if not _already_there(writer, layer, settings, request, layer in refill)
     }
 
 
@@ -107,22 +118,36 @@ def requested(settings: Settings) -> dict[str, Any]:
     return request if settings.model.dtype == "auto" else {**request, "dtype": settings.model.dtype}
 
 
-def _already_there(writer: StoreWriter, layer: int, settings: Settings, request: dict[str, Any]) -> bool:
-    """Whether the complete store was asked for; raises `InputError` when another one has its place.
+def _already_there(
+    writer: StoreWriter, layer: int, settings: Settings, request: dict[str, Any], refill: bool
+) -> bool:
+    """Whether the complete store was asked for; raises `InputError` when another one has its place."""
+    refuse_another(writer, layer, settings, request)
+    if writer.removed:
+        if refill:
+            return False
+        tqdm.write(
+            f"layer {layer}: {writer.root} was harvested, and its train rows removed after training; nothing to do "
+            "(--refill harvests them again)"
+        )
+    elif writer.complete:
+        tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
+    return writer.complete
+
+
+def refuse_another(writer: StoreWriter, layer: int, settings: Settings, request: dict[str, Any]) -> None:
+    """Raise `InputError` where the store of a layer is, or was begun as, another harvest than the one asked for.
 
     One without a window is no obstacle: it is begun anew.
     """
     source = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
     if source is None or not writer.has_rows:
-        return False
-    if differing := _differing(settings, request | {"layer": layer}, source):
+        return
+    if differing := differences(settings, request | {"layer": layer}, source):
         raise InputError(
             f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
             "or remove it"
         )
-    if writer.complete:
-        tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
-    return writer.complete
 
 
 def _same(there: Any, now: Any) -> bool:
@@ -130,7 +155,7 @@ def _same(there: Any, now: Any) -> bool:
     return sorted(there.values()) == sorted(now) if isinstance(there, dict) else there == now
 
 
-def _differing(settings: Settings, request: dict[str, Any], source: dict[str, Any]) -> list[str]:
+def differences(settings: Settings, request: dict[str, Any], source: dict[str, Any]) -> list[str]:
     """In what another harvest was asked for than the one that is there; of the model its weights tell, not its name."""
     other_model = differs(settings.model, source)
     keys = [key for key in request.keys() - NAMES if not _same(source.get(key, request[key]), request[key])]
@@ -162,8 +187,10 @@ def _harvest(
     where: str,
     force: bool,
     processes: Processes,
-) -> dict[int, Manifest]:
-    """Write the stores; the manifest of each layer, where this process is the one that tells of them."""
+) -> tuple[dict[int, Manifest], dict[int, InputError]]:
+    """Write the stores: the manifest of each layer, where this process is the one that tells of them, and what ended
+    the work on the others.
+    """
     tokenizer = lm.load_tokenizer(where, settings.model.revision)
     special = Special.of(tokenizer, settings.data.pack, settings.data.special_tokens == "parse")
     first, stores = processes.leads, list(writers.values())
@@ -188,9 +215,26 @@ def _harvest(
     if first:
         check_size()
     after_first = check_size if first else lambda: None
-    run_windows(model, stores, settings.harvest, after_first, processes)
+    failed = run_windows(model, stores, settings.harvest, after_first, processes)
     processes.wait()
-    return {layer: writer.finish() for layer, writer in writers.items()} if first else {}
+    whole = {layer: writer for layer, writer in writers.items() if first and not writer.missing()}
+    manifests = {layer: writer.finish() for layer, writer in whole.items()}
+    processes.wait()  # a process that ends with an error ends the others
+    return manifests, failed
+
+
+def _failures(failed: dict[int, InputError], layers: int) -> InputError:
+    """One error of the layers that failed; of one that was alone, its own."""
+    first = next(iter(failed.values()))
+    if layers == 1:
+        return first
+    rest = (
+        f"; layer {' '.join(map(str, sorted(failed)))} failed, the others are harvested"
+        if len(failed) < layers
+        else ""
+    )
+    others = "".join(f"; {error}" for error in list(failed.values())[1:])
+    return InputError(f"{first}{others}{rest}")
 
 
 def _files_as_begun(writer: StoreWriter, request: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +253,7 @@ def _begin_anew(writer: StoreWriter, settings: Settings, request: dict[str, Any]
     """Forget what was begun otherwise than it is asked for now, where no window of it was written."""
     if writer.has_rows or (begun := writer.request) is None:
         return
-    if _differing(settings, request, begun) or writer.begun_otherwise(source):
+    if differences(settings, request, begun) or writer.begun_otherwise(source):
         writer.forget()
 
 
@@ -379,25 +423,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-# -- plan and summary ----------------------------------------------------------------------------------
-
-
-def plan_only(settings: Settings) -> None:
-    """Print what the harvest of every asked layer will take, without starting it."""
-    request = requested(settings)
-    if not (todo := _todo(settings, request)):
-        return
-    shape, options = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
-    lm.check_layers(todo, shape.n_layers, settings.model.name)
-    plans = []
-    for writer in todo.values():
-        read = writer.request is not None and not _differing(settings, request, writer.request)
-        rows = None if read else expected_rows(options)
-        plans.append(plan_of(writer, 2 * shape.width, options.storage, rows))
-    for layer, plan in zip(todo, plans, strict=True):
-        tqdm.write(f"layer {layer}: {plan}")
-    if missing := shortage(plans):
-        tqdm.write(f"it does NOT fit: the harvest {missing}")
+# -- room and summary ----------------------------------------------------------------------------------
 
 
 def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, force: bool) -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
-from common.settings import Paths
+from common.layers.driver import over_layers
+from common.settings import Paths, Settings
 
 
 def main() -> None:
@@ -19,23 +20,38 @@ def main() -> None:
     options.add_argument(
         "--to", help="upload: address to put <model>/<store> below, for example s3://bucket/activations"
     )
-    settings, arguments = load(options)
-    wheres = arguments.stores or [settings.store_path(layer) for layer in settings.layers]
-    if not wheres:
-        raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
-    if arguments.action == "info":
-        for where in wheres:
-            _info(where, settings.paths)
-    elif arguments.action == "upload":
-        for where in wheres:
-            _upload(where, arguments.to)
+    asked = read(options)
+    arguments = asked.arguments
+
+    def work(wheres: list[str], paths: Paths) -> None:
+        if not wheres:
+            raise InputError("shards: no store named; give LAYER=17 (--layer 17) or a path")
+        if arguments.action == "info":
+            for where in wheres:
+                _info(where, paths)
+        elif arguments.action == "upload":
+            for where in wheres:
+                _upload(where, arguments.to)
+        else:
+            damaged = [where for where in wheres if not _verify(where, paths, arguments.repair)]
+            if damaged:
+                raise InputError(
+                    f"{', '.join(damaged)}: damaged as listed; "
+                    "--repair (make verify ARGS=--repair) un-commits the damaged windows"
+                )
+
+    def one(settings: Settings, _: bool) -> None:
+        work([settings.store_path(layer) for layer in settings.layers], settings.paths)
+
+    def n_layers(settings: Settings) -> int:
+        from shards.store import n_layers
+
+        return n_layers(settings)
+
+    if arguments.stores:
+        work(arguments.stores, asked.settings(asked.layers(lambda _: 0)).paths)
     else:
-        damaged = [where for where in wheres if not _verify(where, settings.paths, arguments.repair)]
-        if damaged:
-            raise InputError(
-                f"{', '.join(damaged)}: damaged as listed; "
-                "--repair (make verify ARGS=--repair) un-commits the damaged windows"
-            )
+        over_layers(asked, one, n_layers=n_layers)
 
 
 def _info(where: str, paths: Paths) -> None:
@@ -44,12 +60,14 @@ def _info(where: str, paths: Paths) -> None:
 
     from shards.store import Store
 
-    manifest = Store.open(where, paths.cache, paths.cache_bytes).manifest
+    store = Store.open(where, paths.cache, paths.cache_bytes)
+    manifest = store.manifest
     table = Table("key", "value", title=where, title_justify="left")
     for key, value in manifest.source.model_dump().items():
         table.add_row(key, f"{len(value)} values" if key.startswith("gain") and value else str(value))
     for name, split in manifest.splits.items():
-        table.add_row(f"{name} rows / contexts", f"{split.rows:,} / {split.contexts:,}")
+        gone = " (removed after training)" if getattr(store, name).removed else ""
+        table.add_row(f"{name} rows / contexts", f"{split.rows:,}{gone} / {split.contexts:,}")
         for side, moments in (("inputs", split.inputs), ("outputs", split.outputs)):
             if moments:
                 cost = f"scale {moments.scale:.4g}, storing costs FVU {moments.cost}"
@@ -67,14 +85,25 @@ def _verify(where: str, paths: Paths, repair: bool) -> bool:
     for damage in damages:
         print(f"damaged: {damage}")
     if not damages:
-        print(f"{where}: every byte is as it was committed")
+        print(f"{where}: every byte is as it was committed{_gone(where, paths)}")
     elif repair and is_url(where):
         raise InputError(f"{where}: repair the local store and upload it again")
     elif repair:
         lost = check.repair(Path(where), damages)
+        if not lost:
+            print(f"{where}: what was left of its train rows is removed")
+            return True
         listed = ", ".join(f"{split} {window}" for split, window in lost)
         print(f"{where}: un-committed {len(lost)} window(s) ({listed}); the same make harvest refills them")
     return not damages or repair
+
+
+def _gone(where: str, paths: Paths) -> str:
+    """What to say of train rows that were removed after training."""
+    from shards.store import Store
+
+    train = Store.open(where, paths.cache, paths.cache_bytes).train
+    return f"; its {len(train):,} train rows were removed after training" if train.removed else ""
 
 
 def _upload(where: str, to: str | None) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import InputError
 from common.files import inside
@@ -22,14 +24,41 @@ def store_files(root: Path) -> list[str]:
     )
 
 
-def commit_text(digests: dict[str, str]) -> bytes:
-    """`files.sha256` for these {path: sha256}; the last line digests the lines above."""
-    lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
+REMOVED = "# removed "
+"""Before the line of a file that was removed after training; a comment for sha256sum."""
+
+
+def commit_text(digests: dict[str, str], removed: Mapping[str, str] | None = None) -> bytes:
+    """`files.sha256` for these {path: sha256}, and those of removed files; the last line digests the lines above."""
+    there = [f"{digests[path]}  {path}\n" for path in sorted(digests)]
+    gone = [f"{REMOVED}{digest}  {path}\n" for path, digest in sorted((removed or {}).items())]
+    lines = "".join([*there, *gone]).encode()
     return lines + f"# {hashlib.sha256(lines).hexdigest()}\n".encode()
 
 
+class Commit(NamedTuple):
+    """What `files.sha256` says: {path: sha256}."""
+
+    there: dict[str, str]
+    removed: dict[str, str]
+    """Of train rows that were removed after training; empty for most stores."""
+
+
+def rows_removed(where: str | Path) -> InputError:
+    """What to say where the train rows are asked for that are no longer there."""
+    return InputError(
+        f"{where}: its train rows were removed after training (harvest.keep layer); harvest them again (make harvest "
+        "ARGS=--refill)"
+    )
+
+
 def read_commit(root: Path) -> dict[str, str]:
-    """{path: sha256} of a complete store; raises `InputError` when it is unfinished or its list damaged."""
+    """{path: sha256} of a complete store's files, as `commit_of` reads them."""
+    return commit_of(root).there
+
+
+def commit_of(root: Path) -> Commit:
+    """The list of a complete store; raises `InputError` when it is unfinished or the list damaged."""
     path = root / COMMIT
     if not root.is_dir():
         others = sorted(
@@ -48,12 +77,11 @@ def read_commit(root: Path) -> dict[str, str]:
         raise InputError(
             f"{path}: damaged: its last line does not digest the lines above; make verify tells more"
         )
-    pairs = [
-        re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in body.decode(errors="replace").split("\n")
-    ]
-    if not all(pairs):
-        raise InputError(f"{path}: damaged: expected lines of <sha256>  <path>")
-    digests = {pair[2]: pair[1] for pair in pairs if pair}
-    for name in digests:
-        inside(root, name)
-    return digests
+    commit = Commit({}, {})
+    for line in body.decode(errors="replace").split("\n"):
+        pair = re.fullmatch(r"([0-9a-f]{64})  (.+)", line.removeprefix(REMOVED))
+        if not pair:
+            raise InputError(f"{path}: damaged: expected lines of <sha256>  <path>")
+        inside(root, pair[2])
+        (commit.removed if line.startswith(REMOVED) else commit.there)[pair[2]] = pair[1]
+    return commit

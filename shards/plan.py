@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,10 @@ from shards.writer import StoreWriter
 
 PROVENANCE = 3.5
 """Bytes a row for row_context, row_position and the row's own token, compressed."""
+TOKEN = 2.0
+"""Of these, the token's."""
+RESERVE = 1 / 20
+"""Share of the free disk that is left for runs and everybody else."""
 MANIFEST_BYTES_PER_DIMENSION = 22
 """One float64 as JSON; the manifest holds mean and second moment of two arrays in two splits."""
 
@@ -40,6 +44,11 @@ class Plan:
     def bytes(self) -> int:
         """Of the whole store when it is complete."""
         return int(self.fixed_bytes + sum(self.rows.values()) * self.bytes_per_row)
+
+    @property
+    def kept(self) -> int:
+        """Of the store when its train rows are removed: held-out rows and all text."""
+        return int(self.fixed_bytes + self.rows["heldout"] * self.bytes_per_row + self.rows["train"] * TOKEN)
 
     @property
     def to_come(self) -> int:
@@ -117,3 +126,42 @@ def shortage(plans: list[Plan]) -> str | None:
     """What the stores of these plans, side by side on one disk, still need and do not find; none when they fit."""
     needed, free = sum(plan.to_come for plan in plans), plans[0].free_bytes
     return f"needs {human(needed)} more, {human(free)} are free" if needed > free else None
+
+
+def room(disk_bytes: int | None, stores: Iterable[Path]) -> int:
+    """Bytes that these stores may take together: `harvest.disk_bytes`, or what they take and most of what is free."""
+    there = list(stores)
+    most = sum(size_of(path) for path in there) + int(_free(there[0]) * (1 - RESERVE))
+    return most if disk_bytes is None else min(disk_bytes, most)
+
+
+def group(sizes: Mapping[int, int], room: int) -> list[int]:
+    """The layers, in this order, whose whole stores fit into `room` bytes together."""
+    chosen: list[int] = []
+    for layer, size in sizes.items():
+        if size <= room:
+            chosen.append(layer)
+            room -= size
+    return chosen
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the layers of a set are harvested in groups that the disk holds (harvest.keep layer)."""
+
+    groups: list[list[int]]
+    """A pass of the model each."""
+    left: list[int]
+    """Layers that do not fit beside what is kept of the others."""
+    kept: int
+    """Bytes that are kept of all."""
+
+
+def passes(plans: Mapping[int, Plan], room: int) -> Passes:
+    """The groups that `room` bytes allow; of a finished layer its held-out rows and its text are kept."""
+    groups: list[list[int]] = []
+    left, kept = dict(plans), 0
+    while chosen := group({layer: plan.bytes for layer, plan in left.items()}, room - kept):
+        groups.append(chosen)
+        kept += sum(left.pop(layer).kept for layer in chosen)
+    return Passes(groups, list(left), kept)

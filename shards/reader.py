@@ -17,6 +17,7 @@ import numpy as np
 
 from common.errors import InputError
 from shards.codecs import crc32c
+from shards.commit import rows_removed
 from shards.layout import FILE_CHUNKS, Array
 from shards.remote import Files, LocalFiles
 
@@ -166,6 +167,16 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             os.close(self._fd)
+
+
+class RemovedArray:
+    """In place of the rows that were removed after training."""
+
+    def __init__(self, files: Files, array: Array) -> None:
+        self.array, self._where = array, files.where
+
+    def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
+        raise rows_removed(self._where)
 
 
 class ZarrArray:

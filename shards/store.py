@@ -14,12 +14,12 @@ from common.errors import InputError, shown
 from common.files import sha256
 from common.identity import differs
 from common.settings import Settings
-from shards.commit import read_commit
+from shards.commit import commit_of, rows_removed
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
 from shards.manifest import NAMES, SPLITS, Manifest, read_manifest
-from shards.reader import ChunkReader, Contexts, open_array, read_lines
-from shards.remote import CACHE, CACHE_BYTES, Files, files_of
+from shards.reader import ChunkReader, Contexts, RemovedArray, open_array, read_lines
+from shards.remote import CACHE, CACHE_BYTES, Files, files_of, is_url
 from shards.storage import STORAGES
 
 
@@ -45,17 +45,17 @@ class Store:
         """
         files = files_of(path, cache, cache_bytes)
         root = files.root
-        digests = read_commit(root)
-        for name, expected in digests.items():
+        commit = commit_of(root)
+        for name, expected in commit.there.items():
             if name.endswith(".json"):
                 _check_digest(files.local(name), expected)
         manifest = read_manifest(root)
         splits = {}
         for name in SPLITS:
             record = manifest.splits[name]
-            splits[name] = StoreSplit(
-                files, split_arrays(manifest.source, name, record.rows, record.contexts), manifest
-            )
+            arrays = split_arrays(manifest.source, name, record.rows, record.contexts)
+            removed = any(array.file(0) in commit.removed for array in arrays.values())
+            splits[name] = StoreSplit(files, arrays, manifest, removed)
         return cls(root, manifest, splits)
 
     @classmethod
@@ -98,6 +98,29 @@ class Store:
         return f"<code>{html.escape(repr(self))}</code>"
 
 
+def n_layers(settings: Settings) -> int:
+    """How many layers the model has, as the store of any of them says: for LAYER=all.
+
+    A store that is unfinished, damaged or of another model does not count; what is asked of its layer names it.
+    Raises `InputError` where there is no other.
+    """
+    first = settings.store_path(0)
+    if is_url(first):  # which cannot be listed
+        return Store.open(first, settings.paths.cache, settings.paths.cache_bytes).manifest.source.n_layers
+    folder = Path(first).parent
+    for path in sorted(folder.glob("layer_*.zarr")):
+        try:
+            source = read_manifest(path).source
+        except InputError:
+            continue
+        if not differs(settings.model, source.model_dump(include={*NAMES})):
+            return source.n_layers
+    raise InputError(
+        f"layer: all: {folder} has no finished store of {settings.model.name}, which would say how many layers that "
+        "has; harvest them (make harvest LAYER=all), or name them, LAYER=0-25"
+    )
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """A store's tokenizer.json; raises `InputError` when it is gone or damaged."""
     try:
@@ -131,11 +154,17 @@ def _check_digest(path: Path, expected: str) -> None:
 class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
-    def __init__(self, files: Files, arrays: dict[str, Array], manifest: Manifest) -> None:
+    def __init__(
+        self, files: Files, arrays: dict[str, Array], manifest: Manifest, removed: bool = False
+    ) -> None:
+        self.removed = removed
+        """Whether its rows were removed after training; how many they were, their moments and their text are there."""
+        self._where = files.where
         self.storage, self._stored_as = STORAGES[manifest.source.storage], manifest.source.storage
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
-            name: open_array(files, array) for name, array in arrays.items()
+            name: RemovedArray(files, array) if removed and name != "contexts" else open_array(files, array)
+            for name, array in arrays.items()
         }
         self.contexts = Contexts(self.readers["contexts"])
 
@@ -143,7 +172,13 @@ class StoreSplit:
         return self.readers["inputs"].array.shape[0]
 
     def __repr__(self) -> str:
-        return f"StoreSplit({len(self):,} rows, {self.d_in} -> {self.d_out}, {self._stored_as})"
+        gone = " that were removed" if self.removed else ""
+        return f"StoreSplit({len(self):,} rows{gone}, {self.d_in} -> {self.d_out}, {self._stored_as})"
+
+    def refuse_removed(self) -> None:
+        """Raise `InputError` where the rows were removed after training."""
+        if self.removed:
+            raise rows_removed(self._where)
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""
@@ -165,6 +200,7 @@ class StoreSplit:
         world: int = 1,
     ) -> Loader:
         """Shuffled float32 batches on `device`, from batch number `batch` of `epoch`; see shards/loader.py."""
+        self.refuse_removed()
         return Loader(self, batch_size, seed, epoch, batch, epochs, torch.device(device), rank, world)
 
     def _side(self, side: str, start: int, stop: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from common.device import cores
 from common.errors import InputError
 from common.files import sha256
 from common.progress import progress
-from shards.commit import read_commit, store_files
+from shards.commit import commit_of, store_files
 from shards.layout import FILE_CHUNKS, Array, split_arrays
 from shards.manifest import SPLITS, read_manifest
 from shards.reader import DamagedChunkError, MappedArray
@@ -17,6 +17,7 @@ from shards.remote import Files, LocalFiles
 from shards.writer import StoreWriter
 
 UNLISTED = "not listed in files.sha256: no file of the store"
+LEFT_OVER = "left of train rows that were removed after training: the removal was interrupted"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def verify(files: Files) -> list[Damage]:
 
     Raises `InputError` when the store is unfinished or `files.sha256` itself is damaged.
     """
-    digests = read_commit(files.root)
+    digests, removed = commit_of(files.root)
     arrays = _data_files(files) if _metadata_is_whole(files, digests) else {}
     damages: list[Damage] = []
     with (
@@ -55,7 +56,7 @@ def verify(files: Files) -> list[Damage]:
             if not whole:
                 damages += _locate(files, name, arrays.get(name))
     unlisted = (name for name in store_files(files.root) if name not in digests)
-    return damages + [Damage(name, UNLISTED) for name in unlisted]
+    return damages + [Damage(name, LEFT_OVER if name in removed else UNLISTED) for name in unlisted]
 
 
 def _is_whole(files: Files, name: str, digest: str) -> bool:
@@ -101,11 +102,17 @@ def _locate(files: Files, name: str, place: tuple[Array, int] | None) -> Iterato
 
 
 def repair(root: Path, damages: list[Damage]) -> list[tuple[str, int]]:
-    """Un-commit the windows that hold damage, so that the same harvest refills exactly those.
+    """Un-commit the windows that hold damage, so that the same harvest refills exactly those; a removal that was
+    interrupted is brought to its end first.
 
     Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a window's: the text,
     the tokenizer or the manifest, which a harvest cannot make again from the store alone; or a stranger's file.
     """
+    if any(damage.what == LEFT_OVER for damage in damages):
+        StoreWriter(root).remove_rows()
+        damages = [damage for damage in damages if damage.what != LEFT_OVER]
+    if not damages:
+        return []
     if strange := next((damage.file for damage in damages if damage.what == UNLISTED), None):
         raise InputError(
             f"{root / strange}: is no file of the store; remove this file, the store is not harmed by it"

@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ import numpy as np
 
 from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
-from shards.commit import commit_text, read_commit, store_files
-from shards.encode import Mapped, encode_rows, encode_shard, reduce_moments
+from shards.commit import commit_of, commit_text, store_files
+from shards.encode import Column, Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
     FILE_CHUNKS,
@@ -200,6 +202,31 @@ class StoreWriter:
             self.finish_text(manifest.source.model_dump(), text)
             (self.root / COMMIT).replace(self.work / COMMIT)
 
+    def remove_rows(self) -> None:
+        """Remove the train rows of a complete store: everything else stays, and the digests of what went.
+
+        `files.sha256` says first that they are gone, in one rename. After a kill between that and the end the store is
+        one without train rows, and what is left of their files goes with the next call.
+        """
+        with self.lock():
+            commit = commit_of(self.root)
+            removed = commit.removed | {name: d for name, d in commit.there.items() if _is_row(name)}
+            if removed.keys() & commit.there.keys():
+                there = {name: d for name, d in commit.there.items() if name not in removed}
+                write_whole(self.root / COMMIT, commit_text(there, removed))
+            for name in removed:
+                (self.root / name).unlink(missing_ok=True)
+
+    @property
+    def removed(self) -> bool:
+        """Whether it is complete, but without its train rows."""
+        return self.complete and bool(commit_of(self.root).removed)
+
+    def refill(self) -> None:
+        """Turn a complete store without train rows into an unfinished one that lacks their windows."""
+        rows = read_manifest(self.root).splits["train"].rows
+        self.uncommit([("train", number) for number in range(len(windows(rows)))])
+
     def _record_path(self, split: str, window: int) -> Path:
         return self.work / "records" / f"{split}-{window:06d}.json"
 
@@ -214,7 +241,7 @@ class StoreWriter:
     ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        `mapped`: see `encode_rows`.
+        `mapped`: see `encode_rows`. The rows' memory is given back as they are encoded.
 
         Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`, or a larger
         share of one dimension's own than `max_dimension_fvu`.
@@ -228,7 +255,8 @@ class StoreWriter:
             digests[path] = write_whole(self.root / path, data)
 
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
-            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped)
+            done = partial(columns.let_go, rows)
+            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped, done)
             moments[f"{side}s"] = sums
             self._check_cost(side, sums, max_quantisation_fvu, max_dimension_fvu)
             for name, data in files.items():
@@ -284,15 +312,16 @@ class StoreWriter:
 
     def _recommit(self) -> Manifest:
         """Put the old commit back after the lost windows were refilled with the same bytes."""
-        digests = read_commit(self.work)
+        there, removed = commit_of(self.work)
         for path in sorted((self.work / "records").glob("*.json")):
             for name, recorded in json.loads(path.read_bytes())["files"].items():
-                if digests[name] != recorded:
+                expected = there[name] = removed.pop(name, None) or there[name]
+                if expected != recorded:
                     raise InputError(
                         f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
-                        f"{shown(digests[name])}, found {shown(recorded)}); remove the store and harvest again"
+                        f"{shown(expected)}, found {shown(recorded)}); remove the store and harvest again"
                     )
-        (self.work / COMMIT).replace(self.root / COMMIT)
+        write_whole(self.root / COMMIT, commit_text(there, removed))
         return read_manifest(self.root)
 
     def _record(self, split: str, window: int) -> dict[str, Any]:
@@ -313,29 +342,63 @@ class StoreWriter:
 class WindowRows:
     """One window's rows in stored order; filled by the harvest, written by `StoreWriter.write_window`."""
 
-    inputs: np.ndarray
-    """[n, d_in] float32"""
-    outputs: np.ndarray
-    """[n, d_out] float32"""
+    inputs: Column
+    """[n, d_in]"""
+    outputs: Column
+    """[n, d_out]"""
     context: np.ndarray
     """[n] uint32"""
     position: np.ndarray
     """[n] uint16"""
+    freed: Callable[[int], object] = lambda _: None
+    """Told how many rows of a column have been encoded, and given back."""
+
+    def __post_init__(self) -> None:
+        self._held, self._lock = 0, threading.Lock()
+
+    def expect(self, rows: int) -> int:
+        """Note that so many rows of both columns are put next; returns how many that are together."""
+        with self._lock:
+            self._held += 2 * rows
+        return 2 * rows
 
     @classmethod
-    def empty(cls, rows: int, source: Source) -> "WindowRows":
+    def empty(
+        cls, rows: int, source: Source, freed: Callable[[int], object] = lambda _: None
+    ) -> "WindowRows":
         """Uninitialised columns for `rows` rows."""
         return cls(
-            np.empty((rows, source.d_in), np.float32),
-            np.empty((rows, source.d_out), np.float32),
+            Column(rows, source.d_in),
+            Column(rows, source.d_out),
             np.empty(rows, np.uint32),
             np.empty(rows, np.uint16),
+            freed,
         )
+
+    def let_go(self, column: Column, rows: slice) -> None:
+        """Give back rows of a column that are encoded."""
+        column.free(rows)
+        count = min(rows.stop, len(column)) - rows.start
+        with self._lock:
+            self._held -= count
+        self.freed(count)
+
+    def drop(self) -> None:
+        """Give back whatever is still held."""
+        with self._lock:
+            count, self._held = self._held, 0
+        self.freed(count)
 
 
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:
     """[rows] int64: where kept position i of the window goes."""
     return permutation(rows, source.seed, split_number(split), window)
+
+
+def _is_row(name: str) -> bool:
+    """Whether a file of a store holds train rows, or which token each is of; its text stays."""
+    array, chunk, _ = name.partition("/c/")
+    return bool(chunk) and array.startswith("train/") and array != "train/contexts"
 
 
 class ContextWriter:

@@ -28,6 +28,7 @@ from common.settings import ROOT
 from shards.commit import commit_text, store_files
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
+from tests.transcoder import others
 from transcoder import weights
 
 MODEL = Path("models/tiny-llama")
@@ -339,9 +340,6 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a start from a run of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
     "an import of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
     "a run of another layer to compare with": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
-    "a layer of a circuit-tracer set": lambda: save_file(
-        {"activation_function.threshold": torch.zeros(1)}, "layer_0.safetensors"
-    ),
     "a pickle": lambda: write("ae.pt", b"\x80\x02"),
     "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64), layer=1).save(RUN),
     "the store was harvested again": harvested_again,
@@ -366,7 +364,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     # layer sets
     "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
-}
+} | others.MISTAKES
 """What is wrong, in the page's words -> what makes it so. Mistakes of the command line need nothing made."""
 
 ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {

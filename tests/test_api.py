@@ -12,7 +12,7 @@ import pytest
 import shards
 import transcoder
 from common.settings import ROOT, Settings
-from evaluate.read import Reader, Sentence
+from evaluate.read import Intervention, Reader, Sentence
 from harvest.run import harvest
 from shards import Store
 from tests.evaluate.fakes import random_coder
@@ -21,6 +21,7 @@ PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 CLASSES = [
     *(getattr(package, name) for package in (shards, transcoder) for name in package.__all__),
     Sentence,
+    Intervention,
 ]
 NAMED = {
     (match[1], match[2]): match[3]
@@ -58,6 +59,8 @@ def test_parameters_are_those_of_the_code() -> None:
     assert checked >= 15
     (reader,) = re.findall(r"^\| `Reader\(([^)]*)\)` \|", PAGE, re.MULTILINE)
     assert reader.split(", ") == list(inspect.signature(Reader).parameters)
+    (run,) = re.findall(r"^\| `reader\.run\(([^)]*)\)` \|", PAGE, re.MULTILINE)
+    assert ["self", *run.split(", ")] == list(inspect.signature(Reader.run).parameters)
 
 
 def test_the_examples_are_right(

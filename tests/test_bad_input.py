@@ -140,7 +140,7 @@ def test_names_with_spaces(here: Path) -> None:
     run = Path("my runs/transcoder/bob's tiny llama/layer_0/a")
     assert json.loads((run / "evaluation/metrics.json").read_text())["cross_entropy"]["skipped"] is None
     assert call("train.samples_page", *options) == 0
-    assert call("transcoder.export", *options, "--format", "saelens") == 0
+    assert call("evaluate.export", *options, "--format", "saelens") == 0
     assert call("evaluate.compare", *options, "--with", str(run / "export/saelens")) == 0
 
 

@@ -66,7 +66,8 @@ def test_text_names_its_encoding(file: Path) -> None:
             )
             text = mine and not any(isinstance(mode, str) and "b" in mode for mode in words)
         else:
-            text = bool(keywords & {"text", "universal_newlines"})
+            starts = name in ("run", "Popen", "check_output", "check_call", "call")
+            text = starts and bool(keywords & {"text", "universal_newlines"})
         assert not text or "encoding" in keywords, f"{file}:{call.lineno}: {ast.unparse(call)}"
 
 

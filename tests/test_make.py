@@ -83,14 +83,14 @@ def test_the_environment_has_no_say(venv: Path) -> None:
     )
     around = dict.fromkeys(names, "of the environment")
     for target, module in {
-        "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "transcoder.export",
+        "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "evaluate.export",
         "compare": "evaluate.compare", "import": "transcoder.import_", "push": "evaluate.push",
-        "runs": "evaluate.runs",
-        "stores": "evaluate.stores", "sweep": "train.sweep", "model": "evaluate.model",
+        "runs": "evaluate.runs", "circuit": "evaluate.circuit", "model": "evaluate.model",
+        "stores": "evaluate.stores", "sweep": "train.sweep",
     }.items():  # fmt: skip
         assert make(venv, target, **around)[0] == [["-m", module]]
     assert make(venv, "upload", **around)[0] == [["-m", "shards", "upload"]]
-    assert make(venv, "export", "PREFIX=0", **around)[0] == [["-m", "transcoder.export", "--prefix", "0"]]
+    assert make(venv, "export", "PREFIX=0", **around)[0] == [["-m", "evaluate.export", "--prefix", "0"]]
 
 
 def test_demo_takes_run_and_layer(venv: Path) -> None:

@@ -26,7 +26,7 @@ from shards.remote import LocalFiles
 from shards.verify import verify
 from tests.evaluate.fakes import random_coder
 from tests.fixtures import make_store
-from train import checkpoint
+from train import record
 from transcoder import export
 from transcoder.formats import gemma_scope
 
@@ -282,13 +282,13 @@ def test_a_checkpoints_pointer_stays_in_its_run(text: str, tmp_path: Path) -> No
     (tmp_path / "state" / "step_5").mkdir(parents=True)
     (tmp_path / "state" / "latest").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"expected step_N, found .* to train again from the start"):
-        checkpoint.latest(tmp_path)
+        record.latest(tmp_path)
     (tmp_path / "state" / "latest").write_text("step_5\n")
-    assert checkpoint.latest(tmp_path) == tmp_path / "state" / "step_5"
+    assert record.latest(tmp_path) == tmp_path / "state" / "step_5"
     (tmp_path / "state" / "step_5").rename(tmp_path / "elsewhere")
     (tmp_path / "state" / "step_5").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="a link that leads out of"):
-        checkpoint.latest(tmp_path)
+        record.latest(tmp_path)
 
 
 @pytest.mark.parametrize(

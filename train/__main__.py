@@ -2,11 +2,32 @@
 
 from pathlib import Path
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
+from common.layers.driver import add_spread, over_layers
+from common.settings import Settings
 
 
 def main() -> None:
-    settings, _ = load(parser("train", "Train a nested transcoder on an activation store."))
+    options = parser("train", "Train a nested transcoder on an activation store.")
+    add_spread(options)
+    asked = read(options)
+
+    def lines(settings: Settings) -> list[dict[str, str]]:
+        from train.finish import line_of
+        from transcoder.weights import read_metadata
+
+        return [line_of(read_metadata(settings.run_dir()))]
+
+    over_layers(asked, _train, n_layers=_n_layers, lines=lines)
+
+
+def _n_layers(settings: Settings) -> int:
+    from transcoder.weights import n_layers
+
+    return n_layers(settings)
+
+
+def _train(settings: Settings, of_several: bool) -> None:
     from rich.console import Console  # after the settings are checked: torch takes seconds to import
 
     from shards import Store
@@ -24,6 +45,8 @@ def main() -> None:
             "" if store else f" (no store at {store_path}: whether it was trained on that one is not checked)"
         )
         print(f"already trained on {metadata['training']['rows']:,} rows{gone}, nothing to do")
+        if of_several:
+            return
     else:
         from common.device import share_cores
         from train.loop import train

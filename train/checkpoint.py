@@ -5,8 +5,6 @@ So a process killed at any instant leaves a whole checkpoint behind, the last on
 """
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.errors import InputError, first_line
-from common.files import inside, whole_folder, write_whole
+from common.files import whole_folder, write_whole
 from train.log import log_lines
+from train.record import afresh, latest
 from train.state import State
 from transcoder.weights import CHECKPOINT, save_tensors
 
@@ -40,25 +39,6 @@ def save(run_dir: Path, state: State) -> None:
             shutil.rmtree(old)
 
 
-def latest(run_dir: Path) -> Path | None:
-    """Directory of the newest whole checkpoint; none when the run has none yet.
-
-    Raises `InputError` when the pointer is damaged or leads out of the run.
-    """
-    pointer = run_dir / CHECKPOINT
-    if not pointer.is_file():
-        return None
-    name = pointer.read_bytes().decode(errors="replace").strip()
-    if not re.fullmatch(r"step_\d+", name):
-        raise InputError(f"{pointer}: expected step_N, found {name!r:.80}; {_remedy(run_dir)}")
-    return inside(pointer.parent, name)
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's directory."""
-    return int(folder.name.removeprefix("step_"))
-
-
 def restore(run_dir: Path, state: State) -> bool:
     """Bring `state` to the newest checkpoint; False when there is none.
 
@@ -72,19 +52,15 @@ def restore(run_dir: Path, state: State) -> bool:
         version = scalars.pop("version", None)
         if version != VERSION:
             raise InputError(
-                f"{folder}: expected checkpoint version {VERSION}, found {version}; {_remedy(run_dir)}"
+                f"{folder}: expected checkpoint version {VERSION}, found {version}; {afresh(run_dir)}"
             )
         state.restore(load_file(folder / "tensors.safetensors"), scalars)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         what = f"not a readable checkpoint: {first_line(error)}"
-        raise InputError(f"{folder}: {what}; {_remedy(run_dir)}") from error
+        raise InputError(f"{folder}: {what}; {afresh(run_dir)}") from error
     return True
-
-
-def _remedy(run_dir: Path) -> str:
-    return f"remove {run_dir}{os.sep} to train again from the start"
 
 
 def cut_metrics(run_dir: Path, step: int) -> None:

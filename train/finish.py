@@ -110,6 +110,16 @@ def summary(metadata: dict[str, Any]) -> Any:
     return table
 
 
+def line_of(metadata: dict[str, Any]) -> dict[str, str]:
+    """The same in a line, for a table of several runs."""
+    heldout = metadata["heldout"]
+    return {
+        "FVU of each prefix": " ".join(number_or_dash(value, ".4f") for value in heldout["fvu"]),
+        "L0": f"{heldout['l0'][-1]:.1f}",
+        "never fire": f"{100 * heldout['dead'] / metadata['prefix_ends'][-1]:.1f} %",
+    }
+
+
 def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
     """Percentages of prefix g's latents that never fire and that are frequent; older headers have neither."""
     if not heldout["rows"] or "dead_fraction" not in heldout:

@@ -1,6 +1,8 @@
 """What a run directory says about itself: settings.json, and the metadata of the finished weights."""
 
 import json
+import os
+import re
 import subprocess
 from functools import cache
 from importlib.metadata import version
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError, shown
-from common.files import write_whole
+from common.files import inside, write_whole
 from common.settings import FREE, ROOT, Data, Harvest, Settings, validated
 from shards.manifest import Manifest, Source
 from shards.storage import STORAGES
@@ -74,8 +76,6 @@ def refuse_another(run_dir: Path, settings: Settings, fingerprint: str | None) -
                 f"{run_dir}: holds a transcoder that was not trained here; give another name (RUN=name)"
             )
         return
-    from train.checkpoint import latest
-
     if not (run_dir / weights.FILE_NAME).exists() and latest(run_dir) is None:
         return  # it has learned nothing that would be kept: begun anew
     record = read(run_dir)
@@ -130,10 +130,32 @@ def read(run_dir: Path) -> Begun:
         ) from error
 
 
+def latest(run_dir: Path) -> Path | None:
+    """Directory of the newest whole checkpoint; none when the run has none yet.
+
+    Raises `InputError` when the pointer is damaged or leads out of the run.
+    """
+    pointer = run_dir / weights.CHECKPOINT
+    if not pointer.is_file():
+        return None
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"step_\d+", name):
+        raise InputError(f"{pointer}: expected step_N, found {name!r:.80}; {afresh(run_dir)}")
+    return inside(pointer.parent, name)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's directory."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def afresh(run_dir: Path) -> str:
+    """What to do with a run whose checkpoint cannot be used."""
+    return f"remove {run_dir}{os.sep} to train again from the start"
+
+
 def stopped(run_dir: Path) -> str | None:
     """Where a run without finished weights stands, in words; none where it has them, or none was begun."""
-    from train.checkpoint import latest, step_of  # which imports what imports this module
-
     if (run_dir / weights.FILE_NAME).exists() or not (run_dir / FILE_NAME).exists():
         return None
     train, newest = read(run_dir).settings.train, latest(run_dir)
@@ -152,8 +174,6 @@ def refuse_unfinished(run_dir: Path) -> None:
 
 def went_on(run_dir: Path) -> int | None:
     """Step of a checkpoint that is later than the finished weights: a run of more rows that is not at its end."""
-    from train.checkpoint import latest, step_of
-
     training, newest = weights.read_metadata(run_dir).get("training"), latest(run_dir)
     if training is None or newest is None or step_of(newest) <= training["steps"]:
         return None

@@ -36,8 +36,8 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
             f"{run_dir}: trained on harvest {shown(fingerprint)}, {store.path} is {shown(store.manifest.fingerprint)}; "
             "a checkpoint is evaluated on the store that it was trained on (HARVEST=name)"
         )
-    newest = checkpoint.latest(run_dir)
-    if newest is not None and _is_written(folder := folder_of(run_dir, checkpoint.step_of(newest))):
+    newest = record.latest(run_dir)
+    if newest is not None and _is_written(folder := folder_of(run_dir, record.step_of(newest))):
         return folder
     recipe = Recipe.of(settings, store, device)
     state = _restored(run_dir, settings, recipe, store, device)
@@ -78,12 +78,12 @@ def _restored(run_dir: Path, settings: Settings, recipe: Recipe, store: Store, d
     sampled = settings.train.sample_every > 0
     state = State.start(fresh.map(lambda each: each.to(device)), objective.prefix_ends, sampled)
     while True:
-        before = checkpoint.latest(run_dir)
+        before = record.latest(run_dir)
         try:
             if checkpoint.restore(run_dir, state):
                 return state
         except InputError:
-            if checkpoint.latest(run_dir) == before:
+            if record.latest(run_dir) == before:
                 raise
             continue
         raise InputError(

@@ -8,6 +8,8 @@ under the same name are kept in <run>-sweep/earlier.
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -17,10 +19,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import sha256, write_whole
-from common.numbers import number_or_dash
+from common.layers.driver import add_spread, over_layers
 from common.settings import Settings, changes, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
 from train.log import where
@@ -82,12 +84,13 @@ def _in_proportion(groups: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
 
 def report(runs: list[Settings], folder: Path) -> Table:
     """Write results.json, and sweep.png where there are held-out rows; the table, best FVU of the full prefix first."""
+    from train.finish import line_of
     from transcoder.weights import read_metadata
 
-    rows = []
+    rows, lines = [], {}
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
-        heldout = metadata["heldout"]
+        lines[settings.run], heldout = line_of(metadata), metadata["heldout"]
         rows.append({"run": settings.run, "fvu": heldout["fvu"], "l0": heldout["l0"], "dead": heldout["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
     rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
@@ -96,11 +99,9 @@ def report(runs: list[Settings], folder: Path) -> Table:
     write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())
     if measured := [row for row in rows if None not in row["fvu"]]:
         _plot(measured, folder / "sweep.png")
-    table = Table("run", "FVU of each prefix", "L0", "never fire", title="held-out rows, best first")
+    table = Table("run", *next(iter(lines.values())), title="held-out rows, best first")
     for row in rows:
-        fvu = " ".join(number_or_dash(value, ".4f") for value in row["fvu"])
-        dead = f"{100 * row['dead'] / row['d_sae']:.1f} %"
-        table.add_row(row["run"], fvu, f"{row['l0'][-1]:.1f}", dead)
+        table.add_row(row["run"], *lines[row["run"]].values())
     return table
 
 
@@ -141,30 +142,68 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    settings, _ = load(parser("train.sweep", "Train every combination of [sweep]."))
-    from shards import Store  # with torch, which --help need not wait for
+    options = parser("train.sweep", "Train every combination of [sweep].")
+    add_spread(options)
+
+    def n_layers(settings: Settings) -> int:
+        from transcoder.weights import n_layers  # with torch, which --help need not wait for
+
+        return n_layers(settings)
+
+    over_layers(read(options), _sweep, n_layers=n_layers, lines=_best)
+
+
+def _folder(settings: Settings) -> Path:
+    return settings.run_dir().with_name(f"{settings.run}-sweep")
+
+
+def _sweep(settings: Settings, of_several: bool) -> None:
+    from shards import Store
     from train import record
 
     store = Store.of(settings)
     fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
-    folder = settings.run_dir().with_name(f"{settings.run}-sweep")
+    folder = _folder(settings)
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
         from common.device import share_cores
         from train.loop import train_together
 
         share_cores()
-        os.environ.setdefault(
-            "WANDB_RUN_GROUP", f"{settings.model_slug}-layer_{settings.layer}-{folder.name}"[:128]
-        )
-        train_together(waiting, store)
-    Console().print(report(runs, folder))
+        with _wandb_group(f"{settings.model_slug}-layer_{settings.layer}-{folder.name}"[:128]):
+            train_together(waiting, store)
+    table = report(runs, folder)
+    if of_several and not waiting:
+        return
+    Console().print(table)
     print(f"runs {folder.parent}")
     if (folder / "sweep.png").exists():
         print(f"plot {folder / 'sweep.png'}")
     for line in where(*(one.run_dir() for one in runs)):
         print(line)
+
+
+@contextmanager
+def _wandb_group(name: str) -> Iterator[None]:
+    """W&B's group of the runs of one sweep, where the user has not named another."""
+    own = "WANDB_RUN_GROUP" in os.environ
+    os.environ.setdefault("WANDB_RUN_GROUP", name)
+    try:
+        yield
+    finally:
+        if not own:
+            del os.environ["WANDB_RUN_GROUP"]
+
+
+def _best(settings: Settings) -> list[dict[str, str]]:
+    """The best run of a layer's sweep, as a line of the table of all layers."""
+    from train.finish import line_of
+    from transcoder.weights import read_metadata
+
+    first, *_ = json.loads((_folder(settings) / RESULTS).read_text(encoding="utf-8"))
+    best = settings.run_dir().with_name(first["run"])
+    return [{"best run": first["run"], **line_of(read_metadata(best))}]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""python -m transcoder.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats.
+"""A run in other tools' formats; make export is `python -m evaluate.export`.
 
-What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
-rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
+What they all read: float32 weights on raw activations without the norm's gain (Gemma Scope 2: with it), one threshold
+per latent, decoder rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own
+threshold.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from common.cli import load, parser, run_stage
+from common.cli import run_stage
 from common.errors import InputError
 from common.files import whole_folder
+from common.hooks import INPUT_HOOKS, Convention
 from common.settings import Settings
 from transcoder import weights
 from transcoder.formats import WRITERS, circuit_tracer
@@ -21,8 +25,14 @@ FORMATS = (*WRITERS, "circuit_tracer")
 
 
 HOOKS = ("model", "input_hook", "output_hook")
-NEEDED: dict[str, tuple[str, ...]] = {"saelens": HOOKS, "circuit_tracer": (*HOOKS, "n_layers")}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "saelens": HOOKS,
+    "gemma_scope_2": HOOKS,
+    "circuit_tracer": (*HOOKS, "n_layers"),
+}
 """What a format says of the language model, as keys of a store's source."""
+CONVENTIONS: dict[str, Convention] = {"gemma_scope_2": "mlp_in"}
+"""Whose transcoders read inputs with the norm's gain; the others' read them without."""
 
 
 def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None = None) -> Path:
@@ -30,44 +40,62 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
 
     `name`: what the model is called in it, if not what `transcoder.public.published` says.
     """
-    transcoder = exported(run_dir, prefix, name)
-    _refuse_unknown(run_dir, transcoder, to)
+    transcoder = exported(run_dir, prefix, name, CONVENTIONS.get(to, "normalized"))
+    _refuse_unknown(run_dir, transcoder.metadata["source"], to)
     folder = run_dir / "export" / (to + _suffix(prefix))
     with whole_folder(folder) as aside:
         written = WRITERS[to](aside, *transcoder.saved())
     return folder / written.relative_to(aside)
 
 
-def export_set(settings: Settings, prefix: int | None = None, partial: bool = False) -> Path:
+def export_set(
+    settings: Settings,
+    prefix: int | None = None,
+    partial: bool = False,
+    reads: Convention = "normalized",
+    add: Callable[[Path, Mapping[int, Path]], None] | None = None,
+) -> Path:
     """Write the runs of one name to <model>/export/circuit_tracer/<run>[_prefix_g], a folder for circuit-tracer.
 
-    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`.
+    Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`. `reads`: inputs
+    with the norm's gain or without. `add` gets the folder and each layer's run directory, and writes what else belongs
+    in it.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
-    runs = [folder / settings.run for folder in folders]
-    called = settings.model.public_name
-    layers = []
-    for run in runs:
-        if (run / weights.FILE_NAME).is_file():
-            weights.refuse_another_model(run, settings)
-            transcoder = exported(run, prefix, called)
-            _refuse_unknown(run, transcoder, "circuit_tracer")
-            layers.append(transcoder.saved())
-    if not layers:
+    runs = [
+        folder / settings.run for folder in folders if (folder / settings.run / weights.FILE_NAME).is_file()
+    ]
+    if not runs:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
-    name = settings.run + _suffix(prefix)
+    sources = {}
+    for run in runs:
+        weights.refuse_another_model(run, settings)
+        source = weights.read_metadata(run).get("source", {})
+        _refuse_unknown_gain(run, source, reads)
+        _refuse_unknown(run, source, "circuit_tracer")
+        sources[_layer(run, source)] = run, source
+    circuit_tracer.check_layers(sources, next(iter(sources.values()))[1]["n_layers"], partial)
+    saved = (exported(run, prefix, settings.model.public_name, reads).saved() for run, _ in sources.values())
+    name = settings.run + _suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
     folder = model / "export" / "circuit_tracer" / name
     with whole_folder(folder) as aside:
-        circuit_tracer.write(aside, layers, name, partial)
+        circuit_tracer.write(aside, saved, partial)
+        if add is not None:
+            add(aside, {layer: run for layer, (run, _) in sources.items()})
     return folder
 
 
-def _refuse_unknown(run_dir: Path, transcoder: Transcoder, to: str) -> None:
+def _refuse_unknown(run_dir: Path, source: Mapping[str, Any], to: str) -> None:
     """An imported transcoder's file may not say what a format has to."""
     for key in NEEDED.get(to, ()):
-        if transcoder.metadata["source"].get(key) is None:
+        if source.get(key) is None:
             raise InputError(_unknown(run_dir, key))
+
+
+def _refuse_unknown_gain(run_dir: Path, source: Mapping[str, Any], reads: Convention) -> None:
+    if source.get("input") in INPUT_HOOKS.keys() - {reads} and not isinstance(source.get("gain"), list):
+        raise InputError(_unknown(run_dir, "gain"))
 
 
 def _unknown(run_dir: Path, key: str) -> str:
@@ -81,37 +109,43 @@ def _suffix(prefix: int | None) -> str:
     return "" if prefix is None else f"_prefix_{prefix}"
 
 
-def exported(run_dir: Path, prefix: int | None, name: str | None = None) -> Transcoder:
-    """The run's transcoder, or one prefix of it, as every format wants it: without the norm's gain, fit to be seen."""
+def exported(
+    run_dir: Path, prefix: int | None, name: str | None = None, reads: Convention = "normalized"
+) -> Transcoder:
+    """The run's transcoder, or one prefix of it, as formats want it: fit to be seen, on inputs without the norm's gain
+    (`reads`: with it).
+
+    Raises `InputError` where a gain is not known, or of zero (see `transcoder.gain.convert`), and for top-k, which no
+    format has a place for.
+    """
     transcoder = Transcoder.load(run_dir)
     n = len(transcoder.prefix_ends)
     if prefix is not None and not 0 <= prefix < n:
         raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
     source = transcoder.metadata.get("source", {})
-    if type(source.get("layer")) is not int:  # it becomes part of a path
-        raise InputError(f"{run_dir}: source.layer: expected a number, found {source.get('layer')!r:.80}")
+    _layer(run_dir, source)
+    if transcoder.k is not None:
+        raise InputError(
+            f"{run_dir}: keeps the {transcoder.k} largest activations of each row, which no format has a place for: "
+            "they have a threshold for each latent; make push publishes it as it is"
+        )
     positive = transcoder.thresholds.clamp_min(0)  # the same: an activation is positive
     gated = replace(transcoder, thresholds=positive, metadata=published(transcoder.metadata, name))
-    if source.get("input") == "mlp_in" and not isinstance(source.get("gain"), list):
-        raise InputError(_unknown(run_dir, "gain"))
-    whole = convert(gated, "normalized", source, str(run_dir))
+    _refuse_unknown_gain(run_dir, source, reads)
+    whole = convert(gated, reads, source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
 
 
+def _layer(run_dir: Path, source: Mapping[str, Any]) -> int:
+    """The layer that a file's metadata say; it becomes part of a path."""
+    layer = source.get("layer")
+    if type(layer) is not int:
+        raise InputError(f"{run_dir}: source.layer: expected a number, found {layer!r:.80}")
+    return layer
+
+
 def main() -> None:
-    options = parser("transcoder.export", "Write a run, or one prefix of it, in another tool's format.")
-    options.add_argument("--format", choices=FORMATS, required=True, help="whose format")
-    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
-    options.add_argument(
-        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
-    )
-    settings, arguments = load(options)
-    settings = weights.chosen_run(settings, arguments.run, every_layer=arguments.format == "circuit_tracer")
-    if arguments.format == "circuit_tracer":
-        print(export_set(settings, arguments.prefix, arguments.partial))
-    else:
-        weights.refuse_another_model(settings.run_dir(), settings)
-        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+    raise InputError("python -m transcoder.export: is now python -m evaluate.export, with the same options")
 
 
 if __name__ == "__main__":

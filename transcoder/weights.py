@@ -100,13 +100,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _foreign(names: set[str]) -> str:
     """What to say of a safetensors file that this project has not written, by the names of its tensors."""
-    read = "read are runs of this project, SAELens' directories and Gemma Scope's params.npz"
-    if "activation_function.threshold" in names:
-        return (
-            f"a layer of a circuit-tracer set, which is not read; bring in what it was exported from: {read}"
-        )
     shown = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
-    return f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); {read}"
+    return (
+        f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); read are runs of this "
+        "project and transcoders of SAELens, Gemma Scope, circuit-tracer and sparsify"
+    )
 
 
 def _check_format(path: Path, metadata: dict[str, Any]) -> None:
@@ -181,6 +179,21 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
     if unfinished and not checkpoint:
         print(f"begun later, not finished: {', '.join(unfinished)}", file=sys.stderr)
     return settings.model_copy(update={"run": newest})
+
+
+def n_layers(settings: Settings) -> int:
+    """How many layers the model has, as a run of any of them says, else a store: for LAYER=all."""
+    from shards.store import n_layers  # which reads more than a header
+
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    for file in sorted(model.glob(f"layer_*/*/{FILE_NAME}")):
+        try:
+            source = read_metadata(file).get("source") or {}
+        except InputError:
+            continue  # what is asked of its layer names it
+        if isinstance(found := source.get("n_layers"), int) and not differs(settings.model, source):
+            return found
+    return n_layers(settings)
 
 
 def _ages(layers: Sequence[Path], mark: str) -> dict[str, float]:

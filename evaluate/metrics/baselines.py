@@ -83,25 +83,32 @@ def _products(split: Split, n_rows: int, mean_in: Tensor, mean_out: Tensor) -> t
 
 
 class Baselines:
-    """Errors of the mean of the train rows and of a linear map fitted on them."""
+    """Errors of the mean of the train rows and of a linear map fitted on them.
 
-    def __init__(self, linear: LinearMap) -> None:
-        width = len(linear.mean_out)
-        self.linear = linear
+    Where the train rows were removed there is no map, and the errors are those that were measured `before`, if any.
+    """
+
+    def __init__(self, linear: LinearMap | None, before: BaselineMetrics | None = None) -> None:
+        width = 0 if linear is None else len(linear.mean_out)
+        self.linear, self._before = linear, before
         self.of_mean, self.of_linear = Reconstruction(width), Reconstruction(width)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]."""
+        if self.linear is None:
+            return
         self.of_mean.add(outputs, self.linear.mean_out.expand_as(outputs))
         self.of_linear.add(outputs, self.linear(inputs))
 
     def result(self, deviation: float, one_group: OneGroupMetrics | None = None) -> BaselineMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows; `one_group`: a run without nesting, if any."""
-        fit = self.linear
-        mean = FittedMetrics(**dict(self.of_mean.result(deviation)), fit_rows=fit.rows)
-        linear = LinearMetrics(
-            **dict(self.of_linear.result(deviation)), fit_rows=fit.rows, penalty=fit.penalty
-        )
+        if (fit := self.linear) is None:
+            mean, linear = (self._before.mean, self._before.linear) if self._before else (None, None)
+        else:
+            mean = FittedMetrics(**dict(self.of_mean.result(deviation)), fit_rows=fit.rows)
+            linear = LinearMetrics(
+                **dict(self.of_linear.result(deviation)), fit_rows=fit.rows, penalty=fit.penalty
+            )
         if one_group is None:
             return BaselineMetrics(mean=mean, linear=linear)
         return BaselineMetrics(mean=mean, linear=linear, one_group=one_group)

@@ -11,6 +11,7 @@ import torch
 
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weights, top_tokens
+from evaluate.metrics.language import LogitEffects
 from evaluate.metrics.passes import First
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import GroupMetrics, SplitPair
@@ -43,17 +44,17 @@ class Catalogue:
     """[F, N_TOKENS]"""
     histogram: np.ndarray
     """[F, H] firings of the even sample by activation, H equal bins from 0 to `largest`."""
+    percentiles: np.ndarray
+    """[F, 100] float32 activation that 1, 2, ... 100 % of the even sample do not exceed; 0 for a dead one."""
     neighbours: Neighbours
     twins: Partners
     parents: Partners
     samples: Samples
-    promoted: np.ndarray
-    """[F, n] token ids whose logits the latent raises most; n is 0 where the language model was not run, or
-    that would take minutes."""
+    effects: LogitEffects
 
 
 def catalogue(
-    first: First, samples: Samples, neighbours: Neighbours, promoted: np.ndarray, ends: Sequence[int]
+    first: First, samples: Samples, neighbours: Neighbours, effects: LogitEffects, ends: Sequence[int]
 ) -> Catalogue:
     """Puts together what the passes and the language model found."""
     n_latents = ends[-1]
@@ -78,11 +79,12 @@ def catalogue(
         tokens=tokens,
         token_shares=token_shares,
         histogram=activation_histogram(first.even, firing.largest.numpy()),
+        percentiles=activation_percentiles(first.even),
         neighbours=neighbours,
         twins=twins,
         parents=parents,
         samples=samples,
-        promoted=promoted,
+        effects=effects,
     )
 
 
@@ -94,6 +96,28 @@ def activation_histogram(even: Best, largest: np.ndarray) -> np.ndarray:
         even.latents * np.int64(HISTOGRAM_BINS) + which, minlength=len(largest) * HISTOGRAM_BINS
     )
     return flat.reshape(len(largest), HISTOGRAM_BINS)
+
+
+def activation_percentiles(even: Best) -> np.ndarray:
+    """[F, 100] the smallest activation of the even sample that p % of it, p from 1 to 100, do not exceed.
+
+    Of 1, 2, 3, 4 the first quarter is 1, the second 2:
+
+    >>> even = Best(1, 8)
+    >>> values = np.array([4, 1, 3, 2], np.float32)
+    >>> even.add(np.zeros(4, int), np.arange(4, dtype=np.uint32), np.arange(4), values, np.zeros(4, int))
+    >>> even.finish()
+    >>> activation_percentiles(even)[0, [0, 24, 25, 49, 99]].tolist()
+    [1.0, 1.0, 2.0, 2.0, 4.0]
+    """
+    order = np.lexsort((even.values, even.latents))
+    bounds = even.bounds()
+    alive = np.flatnonzero(np.diff(bounds))
+    counts = np.diff(bounds)[alive, None]
+    rank = -(-np.arange(1, 101) * counts // 100) - 1
+    percentiles = np.zeros((even.n_latents, 100), np.float32)
+    percentiles[alive] = even.values[order[bounds[alive, None] + rank]]
+    return percentiles
 
 
 def group_summaries(catalogue: Catalogue, ends: Sequence[int]) -> list[GroupMetrics]:
@@ -146,7 +170,12 @@ def tensors(catalogue: Catalogue) -> dict[str, torch.Tensor]:
         "token_entropy_bits": torch.from_numpy(catalogue.entropy),
         "top_token_share": torch.from_numpy(catalogue.top_share),
         "top_tokens": torch.from_numpy(catalogue.tokens),
-        "promoted_tokens": torch.from_numpy(catalogue.promoted),
+        "activation_histogram": torch.from_numpy(catalogue.histogram.astype(np.int32)),
+        "activation_percentiles": torch.from_numpy(catalogue.percentiles),
+        "promoted_tokens": torch.from_numpy(catalogue.effects.promoted),
+        "promoted_logits": torch.from_numpy(catalogue.effects.promoted_by),
+        "suppressed_tokens": torch.from_numpy(catalogue.effects.suppressed),
+        "suppressed_logits": torch.from_numpy(catalogue.effects.suppressed_by),
         "nearest_latents": catalogue.neighbours.latents,
         "nearest_cosines": catalogue.neighbours.cosines,
         "twins": torch.from_numpy(catalogue.twins.latents),

@@ -122,6 +122,22 @@ class Samples:
     shades: np.ndarray
     """[S, 2 REACH + 1] float16 activation on the tokens around the row, 0 where the latent does not fire."""
 
+    def tensors(self, n_latents: int, context_length: int) -> dict[str, torch.Tensor]:
+        """As contexts.safetensors keeps them, `docs/outputs.md`; the shades without their zeros."""
+        context, position = np.divmod(self.places, context_length)
+        sample, column = np.nonzero(self.shades)
+        columns = {
+            "bounds": np.searchsorted(self.latents, np.arange(n_latents + 1)),
+            "context": context.astype(np.int32),
+            "position": position.astype(np.int32),
+            "activation": self.values,
+            "quantile": self.quantiles,
+            "around_bounds": np.searchsorted(sample, np.arange(len(self.places) + 1)),
+            "around_offset": (column - REACH).astype(np.int8),
+            "around_activation": self.shades[sample, column],
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
+
 
 def choose(top: Best, even: Best, context_length: int) -> Samples:
     """The `SHOWN_TOP` strongest rows in distinct contexts, and `SHOWN_EVEN` at evenly spaced quantiles."""

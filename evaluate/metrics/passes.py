@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evaluate.metrics.baselines import Baselines, LinearMap
+from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.coactivation import Coactivation
 from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.metrics.error_map import ErrorMap
@@ -18,7 +18,7 @@ from evaluate.metrics.rows import TextSplit, blocks
 from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
 from transcoder import Transcoder
-from transcoder.entries import Entries, entries_above
+from transcoder.entries import Entries
 
 Tick = Callable[[int], object]
 
@@ -46,7 +46,7 @@ def first_pass(
     split: TextSplit,
     n_rows: int,
     select: Select | None,
-    linear: LinearMap,
+    baselines: Baselines,
     moments: Moments,
     vocabulary: int,
     tick: Tick,
@@ -56,7 +56,7 @@ def first_pass(
     positions = split.contexts.shape[1]
     first = First(
         measurement=Measurement(coder, select),
-        baselines=Baselines(linear),
+        baselines=baselines,
         error_map=ErrorMap(
             np.asarray(moments.mean),
             float(moments.variance.sum()),
@@ -94,9 +94,7 @@ def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, 
     shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, _ = split.rows(start, stop)
-        row, latent, value = _arrays(
-            entries_above(coder.pre_activations(inputs.to(device)), coder.thresholds[-1])
-        )
+        row, latent, value = _arrays(coder.entries(coder.pre_activations(inputs.to(device))))
         shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
         tick(stop - start)
     return samples

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from common.progress import progress
-from evaluate.metrics.baselines import Baselines, fit_ridge
+from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.rows import blocks
@@ -43,11 +43,10 @@ class Measured(NamedTuple):
 
 @torch.inference_mode()
 def side_by_side(
-    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, train: StoreSplit
+    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, baselines: Baselines
 ) -> tuple[list[Measured], float | None]:
     """One pass: every coder's prefixes, and the FVU of the best linear map."""
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
-    baselines = Baselines(fit_ridge(train))
     with progress("compare", n_rows, "rows") as bar:
         for start, stop in blocks(n_rows):
             inputs, outputs = split.rows(start, stop)
@@ -62,7 +61,8 @@ def side_by_side(
         both = zip(measurement.result(), redundancy.prefixes, strict=True)
         lines += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
     deviation = next(iter(measurements.values())).deviation.total
-    return lines, baselines.result(deviation).linear.fvu
+    linear = baselines.result(deviation).linear
+    return lines, linear and linear.fvu
 
 
 def line_of(one: Measured, reference: Measured) -> ComparedPrefix:

@@ -3,12 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
+LEFT = ("transcoder", "token", "strongest")
+"""Columns of words."""
+
 
 def table_of(title: str, columns: tuple[str, ...]) -> Table:
     """An empty table with its title and columns."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column == "transcoder" else "right")
+        table.add_column(column, justify="left" if column in LEFT else "right")
     return table
 
 

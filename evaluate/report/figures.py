@@ -56,7 +56,7 @@ def all_plots(results: Results, catalogue: Catalogue, log: list[LogLine]) -> Ite
     latents, errors, linear = (
         results.latents.written(),
         results.errors.written(),
-        results.baselines.linear.fvu,
+        results.baselines.linear and results.baselines.linear.fvu,
     )
     alive = [(catalogue.group == g) & (catalogue.firings > 0) for g in range(len(prefixes))]
     densities = [catalogue.density[-1][own] for own in alive]

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from common.errors import InputError
 from common.identity import differs, directory_sha256
 from common.settings import Model
-from harvest.run import harvest, plan_only
+from harvest.plan import plan_only
+from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
 from tests.harvest.test_run import Make, change_weights, stopped_after

@@ -24,7 +24,8 @@ from common.files import sha256
 from common.identity import directory_sha256
 from common.settings import Settings
 from evaluate import stores
-from harvest.run import harvest, plan_only
+from harvest.plan import plan_only
+from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
 from shards.plan import human

@@ -16,7 +16,8 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from common.errors import InputError
 from common.settings import Model, Settings
 from harvest import lm
-from harvest.run import harvest, plan_only
+from harvest.plan import plan_only
+from harvest.run import harvest
 from harvest.sealed import NETWORK, PROGRAMS, sealed
 from tests.models import save_tokenizer
 

@@ -15,7 +15,8 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import Settings
 from evaluate.read import Reader
-from harvest.run import _already_there, harvest, plan_only, requested
+from harvest.plan import plan_only
+from harvest.run import _already_there, harvest, requested
 from harvest.text import documents
 from shards import Store
 from shards.commit import read_commit
@@ -301,7 +302,7 @@ def test_a_begun_harvest_of_chats_notices_another_template(
         said = json.loads(plan.read_text())
         del said["request"]["chat_template_sha256"]
         plan.write_text(json.dumps(said))
-        assert not _already_there(StoreWriter(plan.parent.parent), 1, settings, requested(settings))
+        assert not _already_there(StoreWriter(plan.parent.parent), 1, settings, requested(settings), False)
     plan.write_text(json.dumps(said | {"request": said["request"] | {"chat_template_sha256": "0" * 64}}))
     (path,) = harvest(settings)
     store = Store.open(path)

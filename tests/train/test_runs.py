@@ -18,7 +18,7 @@ from common.settings import ROOT, Settings
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import D_IN, command, sparse_rows, tensors
-from train import checkpoint, record
+from train import record
 from train.__main__ import main
 from train.loop import RESTRAINT, Run, restrain, step_for, train, train_step, train_together
 from train.normalisation import fold
@@ -281,7 +281,7 @@ def test_init_from_a_run_of_the_other_convention_is_converted(
 def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: Store) -> None:
     settings = make_settings(train__rows=64 * 20)
     train(settings, store)
-    folder = checkpoint.latest(settings.run_dir())
+    folder = record.latest(settings.run_dir())
     assert folder is not None
     (folder / "tensors.safetensors").write_bytes(b"cut short")
     with pytest.raises(
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_the_old_normalisation_is_refused_and_left_as_it_is(
     """Its numbers mean other weights now: continuing it would change the run without a word."""
     settings = make_settings(train__rows=64 * 20)
     train(settings, store)
-    folder = checkpoint.latest(settings.run_dir())
+    folder = record.latest(settings.run_dir())
     assert folder is not None
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 1}))

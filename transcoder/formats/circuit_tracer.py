@@ -1,11 +1,12 @@
 """circuit-tracer's transcoder sets: a folder of config.yaml and layer_N.safetensors, one for every layer.
 
 The tool replaces the MLP of every layer, so it wants layers 0 to the last and one width; its encoders are
-[F, D] like ours, and one hook name, without the layer, holds for all of them.
+[F, D] like ours, and one hook name, without the layer, holds for all of them. config.yaml has no `scan`: the tool's
+loader puts in where it found the set, a path or a hub name, which is where its page looks for features/.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +17,80 @@ from common.errors import InputError
 from common.files import write_whole
 from transcoder import weights
 
+Saved = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
-def write(
-    folder: Path,
-    layers: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
-    name: str,
-    partial: bool = False,
-) -> Path:
-    """Write one file per layer and config.yaml into `folder`, which is returned.
 
-    `layers` are (tensors, metadata) in any order; `name` names the set in the tool's graphs. `partial`: layers
-    0 to N of a deeper model, which the tool loads as transcoders but cannot trace a whole model with.
-    Raises `InputError` naming the layers that are missing, or the layer that does not fit the others.
+def write(folder: Path, layers: Iterable[Saved], partial: bool = False) -> Path:
+    """Write one file per layer and config.yaml into `folder`, which is returned. One layer is in memory at a time.
+
+    `layers` are (tensors, metadata) in any order. `partial`: layers 0 to N of a deeper model, which the tool loads as
+    transcoders but cannot trace a whole model with.
+    Raises `InputError` naming the layers that are missing, or the layer that does not fit the others; then no file is
+    left.
     """
-    numbered = {metadata["source"]["layer"]: (tensors, metadata) for tensors, metadata in layers}
-    first = numbered[min(numbered)][1]["source"]
-    _check_layers(sorted(numbered), max(numbered) + 1 if partial else first["n_layers"])
-    _check_alike(numbered)
+    kinds: dict[int, dict[str, Any]] = {}
+    first: Mapping[str, Any] = {}
+    try:
+        for tensors, metadata in layers:
+            source = metadata["source"]
+            first = first or source
+            kinds[source["layer"]] = _kind(tensors, source)
+            _check_alike(kinds, source["layer"])
+            stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}
+            stored["activation_function.threshold"] = weights.threshold_of_each(tensors)
+            write_whole(folder / _file(source["layer"]), save(stored, _header(metadata)))
+        check_layers(kinds, first["n_layers"], partial)
+    except InputError:
+        for layer in kinds:
+            (folder / _file(layer)).unlink(missing_ok=True)
+        raise
     config = {
         "model_name": first["model"],
         "model_kind": "transcoder_set",
         "feature_input_hook": _without_layer(first["input_hook"]),
         "feature_output_hook": _without_layer(first["output_hook"]),
-        "scan": f"{str(first['model']).rpartition('/')[2].lower()}/{name}",
     }
-    for layer, (tensors, metadata) in sorted(numbered.items()):
-        stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}
-        stored["activation_function.threshold"] = weights.threshold_of_each(tensors)
-        write_whole(folder / f"layer_{layer}.safetensors", save(stored, _header(metadata)))
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
     write_whole(folder / "config.yaml", lines.encode())
     return folder
 
 
-def _check_layers(layers: list[int], n_layers: int) -> None:
-    missing = [layer for layer in range(n_layers) if layer not in layers]
+def check_layers(layers: Collection[int], n_layers: int, partial: bool) -> None:
+    """Raise `InputError` naming what is missing of all layers of the model, or with `partial` of those from 0 on."""
+    expected = max(layers) + 1 if partial else n_layers
+    missing = [layer for layer in range(expected) if layer not in layers]
     if missing:
         alone = f", or export layers 0 to {max(layers)} alone with --partial (make: ARGS=--partial)"
         remedy = alone if min(missing) > max(layers) else ""
         raise InputError(
-            f"circuit_tracer: needs a run of every layer from 0 to {n_layers - 1}, one width; missing "
+            f"circuit_tracer: needs a run of every layer from 0 to {expected - 1}, one width; missing "
             f"{' '.join(map(str, missing))}; train them{remedy}"
         )
 
 
-def _check_alike(numbered: Mapping[int, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-    """Model, hooks, width and skip connection are the same in every layer."""
+def _kind(tensors: Mapping[str, Tensor], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Model, hooks, width and skip connection, which are the same in every layer."""
+    return {
+        "model": source.get("weights_sha256") or source["model"],  # a name is for people
+        "input hook": _without_layer(source["input_hook"]),
+        "output hook": _without_layer(source["output_hook"]),
+        "latents": len(tensors["W_enc"]),
+        "skip connection": "W_skip" in tensors,
+    }
 
-    def kind(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
-        source = metadata["source"]
-        return {
-            "model": source.get("weights_sha256") or source["model"],  # a name is for people
-            "input hook": _without_layer(source["input_hook"]),
-            "output hook": _without_layer(source["output_hook"]),
-            "latents": len(tensors["W_enc"]),
-            "skip connection": "W_skip" in tensors,
-        }
 
-    kinds = {layer: kind(*saved) for layer, saved in sorted(numbered.items())}
+def _check_alike(kinds: Mapping[int, dict[str, Any]], layer: int) -> None:
     first, expected = next(iter(kinds.items()))
-    for layer, properties in kinds.items():
-        for key, value in expected.items():
-            if properties[key] != value:
-                raise InputError(
-                    f"circuit_tracer: all layers must be alike; {key}: layer {first} has {value}, layer {layer} has "
-                    f"{properties[key]}"
-                )
+    for key, value in expected.items():
+        if kinds[layer][key] != value:
+            raise InputError(
+                f"circuit_tracer: all layers must be alike; {key}: layer {first} has {value}, layer {layer} has "
+                f"{kinds[layer][key]}"
+            )
+
+
+def _file(layer: int) -> str:
+    return f"layer_{layer}.safetensors"
 
 
 def _without_layer(hook: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.settings import Model, Settings
-from evaluate.metrics.language import measure_language, promoted_tokens
+from evaluate.metrics.language import logit_effects, measure_language
 from evaluate.metrics.splice import Loss, splice, summary
 from evaluate.records import AblationLosses
 from harvest import lm
@@ -178,7 +178,7 @@ def test_every_prefix_of_a_run_on_its_own_store(harvested: tuple[Settings, Store
     language = measure_language(settings, store, store.heldout, coder, 64)
     measured = language.cross_entropy
     assert isinstance(measured, AblationLosses)
-    assert language.promoted.shape == (9, 6)
+    assert language.effects.promoted.shape == language.effects.suppressed_by.shape == (9, 10)
     assert measured.positions == measured.contexts * (store.manifest.source.context_length - 1)
     assert len(language.prefixes) == 2
     assert all(prefix.kl > 0 for prefix in language.prefixes)
@@ -196,19 +196,24 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
         assert measured.cross_entropy.skipped
         assert reason in measured.cross_entropy.skipped
         assert measured.prefixes == []
-        assert measured.promoted.shape == (4, 0)
+        assert measured.effects.promoted.shape == (4, 0)
     unasked = measure_language(settings, store, store.heldout, coder, 0)
     assert unasked.cross_entropy.written() == {"skipped": "it was not asked for"}
 
 
-def test_promoted_tokens_are_hugging_faces_logits(directory: Path) -> None:
+def test_promoted_and_suppressed_tokens_are_hugging_faces_logits(directory: Path) -> None:
     """Of the decoder row alone: what the final norm's bias and the head's add is the same for all latents."""
     W_dec = random_coder(3, 32, ends=(300,)).W_dec
-    promoted = promoted_tokens(language_model(directory), W_dec, n=4)
+    effects = logit_effects(language_model(directory), W_dec, n=4)
     reference = hugging_face(directory)
     norm = reference.transformer.ln_f if hasattr(reference, "transformer") else reference.model.norm
     with torch.inference_mode():
         if isinstance(norm, torch.nn.LayerNorm):
             norm.bias.zero_()
         logits = reference.lm_head(norm(W_dec))
-    assert torch.equal(torch.from_numpy(promoted).long(), logits.topk(4).indices)
+    for tokens, values, expected in (
+        (effects.promoted, effects.promoted_by, logits.topk(4)),
+        (effects.suppressed, effects.suppressed_by, logits.topk(4, largest=False)),
+    ):
+        assert torch.equal(torch.from_numpy(tokens).long(), expected.indices)
+        torch.testing.assert_close(torch.from_numpy(values), expected.values, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from common.tokens import TokenText
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
+from evaluate.metrics.language import LogitEffects
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import Metrics
 from evaluate.report.page_data import page_data, script_json
@@ -296,7 +297,13 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
             (others[:, :4] % ends[0]).astype(np.int32), rng.random((n_latents, 4)).astype(np.float32)
         ),
         samples=samples,
-        promoted=rng.integers(0, 60, (n_latents, 6)).astype(np.int32),
+        percentiles=np.sort(rng.random((n_latents, 100)).astype(np.float32)),
+        effects=LogitEffects(
+            rng.integers(0, 60, (n_latents, 10)).astype(np.int32),
+            np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
+            rng.integers(0, 60, (n_latents, 10)).astype(np.int32),
+            -np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
+        ),
     )
 
 

@@ -1,0 +1,64 @@
+"""python -m evaluate.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats."""
+
+from argparse import ArgumentTypeError
+
+from common.cli import parser, read, run_stage
+from common.layers.driver import over_layers
+from common.settings import Settings
+
+
+def known_format(name: str) -> str:
+    """`name`, if it is a format's."""
+    from transcoder.export import FORMATS  # with torch, which --help need not wait for
+
+    if name not in FORMATS:
+        raise ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, FORMATS))})")
+    return name
+
+
+def main() -> None:
+    options = parser("evaluate.export", "Write a run, or one prefix of it, in another tool's format.")
+    options.add_argument(
+        "--format",
+        type=known_format,
+        required=True,
+        help="saelens, gemma_scope, gemma_scope_2, circuit_tracer",
+    )
+    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
+    options.add_argument(
+        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
+    )
+    options.add_argument(
+        "--reads",
+        choices=("normalized", "mlp_in"),
+        default="normalized",
+        help="circuit_tracer: inputs without the norm's gain, or with it (mlp_in), which its nnsight backend needs for "
+        "Llama and Qwen models [%(default)s]",
+    )
+    options.add_argument(
+        "--without-pages", action="store_true", help="circuit_tracer: no feature pages, which quote the text"
+    )
+    asked = read(options)
+    arguments = asked.arguments
+    from evaluate.feature_pages import SetPages
+    from transcoder import weights
+    from transcoder.export import export, export_set
+
+    def chosen(settings: Settings) -> Settings:
+        every = arguments.format == "circuit_tracer" or len(settings.layers) > 1
+        return weights.chosen_run(settings, arguments.run, every_layer=every)
+
+    def one(settings: Settings, _: bool) -> None:
+        weights.refuse_another_model(settings.run_dir(), settings)
+        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+
+    if arguments.format == "circuit_tracer":
+        settings = chosen(asked.settings(asked.layers(weights.n_layers)))
+        pages = None if arguments.without_pages else SetPages(settings, arguments.prefix).write
+        print(export_set(settings, arguments.prefix, arguments.partial, arguments.reads, pages))
+    else:
+        over_layers(asked, one, n_layers=weights.n_layers, chosen=chosen)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,311 @@
+"""circuit-tracer's feature pages: what its graph shows of a node's latent, from the evaluations of a set's runs.
+
+In features/: index.json.gz, {layer: {filename, offsets}}, and layer_N.bin, where bytes [offsets[f], offsets[f + 1])
+are the length (uint32, little-endian) and the zlib of latent f's JSON. F latents, S samples.
+"""
+
+import gzip
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+
+from common.errors import InputError
+from common.files import sha256, write_whole
+from common.progress import progress
+from common.settings import Settings
+from common.tokens import TokenText
+from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
+from evaluate.metrics.contexts import Samples
+from evaluate.metrics.rows import ContextTable
+from evaluate.report.page_data import Stretches, Strings
+from shards import Store
+from shards.store import read_tokenizer
+from transcoder.weights import FILE_NAME, read_metadata
+
+FOLDER, INDEX = "features", "index.json.gz"
+BLOCK = 512
+"""Latents whose samples and texts are in memory together: 20 MB."""
+QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
+
+
+class Example(TypedDict):
+    """A stretch of text."""
+
+    tokens: list[str]
+    tokens_acts_list: list[float]
+    train_token_ind: int
+    """The sample's own token."""
+    is_repeated_datapoint: bool
+
+
+class Quantile(TypedDict):
+    quantile_name: str
+    examples: list[Example]
+
+
+class Page(TypedDict):
+    """A latent, as circuit_tracer/frontend/feature_models.py has it."""
+
+    transcoder_id: str
+    index: int
+    examples_quantiles: list[Quantile]
+    top_logits: list[str]
+    bottom_logits: list[str]
+    act_min: float
+    act_max: float
+    quantile_values: list[float]
+    histogram: list[float]
+    """Equal bins from `act_min` to `act_max`."""
+    activation_frequency: float
+
+
+class _Made(BaseModel):
+    """What is read of an evaluation's provenance."""
+
+    metrics_version: int = 0
+    weights_sha256: str
+    store_fingerprint: str
+    split: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a layer's pages are made of."""
+
+    layer: int
+    folder: Path
+    """Of the evaluation."""
+    rows: int
+    contexts: ContextTable
+    """Of the evaluated split."""
+    text: TokenText
+
+    def pages(self, prefix: int | None = None) -> Iterator[Page]:
+        """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,
+        frequency by the prefix's."""
+        try:
+            with (
+                safe_open(self.folder / LATENTS, "numpy") as latents,
+                safe_open(self.folder / CONTEXTS, "numpy") as contexts,
+            ):
+                group = latents.get_tensor("group")
+                g = int(group.max()) if prefix is None else prefix
+                for start in range(0, end := int((group <= g).sum()), BLOCK):
+                    yield from self._block(latents, contexts, g, start, min(start + BLOCK, end))
+        except SafetensorError as error:
+            raise InputError(
+                f"{self.folder}: damaged ({error}); remove it and evaluate layer {self.layer} again (make evaluate)"
+            ) from error
+
+    def _block(self, latents: Any, contexts: Any, g: int, start: int, stop: int) -> Iterator[Page]:
+        """Of latents [start, stop); the files as safetensors opens them."""
+
+        def column(name: str) -> np.ndarray:
+            return latents.get_slice(name)[start:stop]
+
+        def labels(name: str) -> list[list[str]]:
+            return [[self.text.label(token) for token in tokens] for tokens in column(name).tolist()]
+
+        density = latents.get_slice("density")[g, start:stop]
+        largest, histogram, percentiles = map(
+            column, ("largest_activation", "activation_histogram", "activation_percentiles")
+        )
+        promoted, suppressed = labels("promoted_tokens"), labels("suppressed_tokens")
+        examples = _Examples(contexts, start, stop, self.contexts, self.text)
+        for n in range(stop - start):
+            yield Page(
+                transcoder_id=f"layer_{self.layer}",
+                index=start + n,
+                examples_quantiles=examples.of(n) or [_note(f"fires on none of {self.rows:,} rows")],
+                top_logits=promoted[n],
+                bottom_logits=suppressed[n],
+                act_min=0.0,
+                act_max=_short(largest[n]),
+                quantile_values=[_short(value) for value in percentiles[n]],
+                histogram=histogram[n].tolist(),
+                activation_frequency=float(density[n]),
+            )
+
+
+class _Examples:
+    """The samples of latents [start, stop) with the text around them; of contexts.safetensors, opened."""
+
+    def __init__(self, file: Any, start: int, stop: int, contexts: ContextTable, text: TokenText) -> None:
+        self.bounds = file.get_slice("bounds")[start : stop + 1]
+        first, last = map(int, self.bounds[[0, -1]])
+        self.bounds = self.bounds - first
+        length = contexts.shape[1]
+        self.places = file.get_slice("context")[first:last].astype(np.int64) * length
+        self.places += file.get_slice("position")[first:last]
+        self.values, self.quantiles = (
+            file.get_slice(name)[first:last] for name in ("activation", "quantile")
+        )
+        self.around = file.get_slice("around_bounds")[first : last + 1]
+        begin, end = map(int, self.around[[0, -1]])
+        self.around = self.around - begin
+        self.offset = file.get_slice("around_offset")[begin:end]
+        finite = np.finfo(np.float16).max  # what is beyond it became infinite
+        self.activation = np.minimum(file.get_slice("around_activation")[begin:end], finite)
+        empty = np.zeros(0)
+        samples = Samples(empty, self.places, empty, empty, empty)
+        self.stretches = Stretches.around(samples, np.arange(last - first), length)
+        strings = Strings(text)
+        self.pool = self.stretches.strings(contexts, strings)
+        self.texts = strings.texts
+
+    def of(self, n: int) -> list[Quantile]:
+        """Of the block's nth latent: its strongest contexts, then a few of each quarter of its firings."""
+        names = ("strongest contexts", *QUARTERS)
+        groups: dict[str, list[Example]] = {name: [] for name in names}
+        seen: set[int] = set()
+        for sample in range(self.bounds[n], self.bounds[n + 1]):
+            quantile = self.quantiles[sample]
+            which = 0 if np.isnan(quantile) else 1 + min(int(4 * (1 - quantile)), 3)
+            groups[names[which]].append(self._example(sample, int(self.places[sample]) in seen))
+            seen.add(int(self.places[sample]))
+        return [Quantile(quantile_name=name, examples=some) for name, some in groups.items() if some]
+
+    def _example(self, sample: int, repeated: bool) -> Example:
+        at, length, focus = (
+            int(column[sample])
+            for column in (
+                self.stretches.sample_at,
+                self.stretches.sample_lengths,
+                self.stretches.sample_focus,
+            )
+        )
+        activations = [0.0] * length
+        near = slice(self.around[sample], self.around[sample + 1])
+        for offset, value in zip(self.offset[near].tolist(), self.activation[near].tolist(), strict=True):
+            activations[focus + offset] = _short(value)
+        activations[focus] = _short(self.values[sample])
+        return Example(
+            tokens=[self.texts[number] for number in self.pool[at : at + length].tolist()],
+            tokens_acts_list=activations,
+            train_token_ind=focus,
+            is_repeated_datapoint=repeated,
+        )
+
+
+def _short(value: float) -> float:
+    """Five digits."""
+    return float(f"{value:.5g}")
+
+
+def _note(text: str) -> Quantile:
+    """A line on a page without contexts: where the index has no page, the tool goes on to show the latent before."""
+    return Quantile(quantile_name=text, examples=[])
+
+
+def empty_pages(layer: int, n_latents: int, why: str) -> Iterator[Page]:
+    """Pages of a layer of which nothing is known, but why."""
+    for f in range(n_latents):
+        yield Page(
+            transcoder_id=f"layer_{layer}",
+            index=f,
+            examples_quantiles=[_note(why)],
+            top_logits=[],
+            bottom_logits=[],
+            act_min=0.0,
+            act_max=0.0,
+            quantile_values=[],
+            histogram=[],
+            activation_frequency=0.0,
+        )
+
+
+def write_layer(path: Path, pages: Iterable[Page]) -> list[int]:
+    """Write a layer's file; returns the offsets [F + 1] of its records. One page is in memory at a time."""
+    offsets = [0]
+    with path.open("wb") as file:
+        for page in pages:
+            text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+            record = zlib.compress(text.encode())
+            file.write(struct.pack("<I", len(record)) + record)
+            offsets.append(offsets[-1] + 4 + len(record))
+    return offsets
+
+
+def write_index(folder: Path, offsets: Mapping[int, list[int]]) -> None:
+    """Write index.json.gz of the layers' files."""
+    index = {str(layer): {"filename": _file(layer), "offsets": each} for layer, each in offsets.items()}
+    write_whole(folder / INDEX, gzip.compress(json.dumps(index).encode(), mtime=0))
+
+
+def _file(layer: int) -> str:
+    return f"layer_{layer}.bin"
+
+
+@dataclass
+class SetPages:
+    """`write` adds features/ to an exported set, from the evaluations of the runs that it is made of."""
+
+    settings: Settings
+    prefix: int | None = None
+    lacking: dict[str, list[int]] = field(default_factory=dict)
+    """Why there is nothing to show -> of which layers."""
+
+    def write(self, folder: Path, runs: Mapping[int, Path]) -> None:
+        """`runs`: each layer's run directory. One line on standard error for each reason why layers are left without.
+
+        Raises `InputError` where an evaluation is of other weights than the run's, or damaged.
+        """
+        found = {layer: self._evaluated(layer, run_dir) for layer, run_dir in sorted(runs.items())}
+        for layer, each in found.items():
+            if isinstance(each, str):
+                self.lacking.setdefault(each, []).append(layer)
+        for why, layers in self.lacking.items():
+            numbers = " ".join(map(str, layers))
+            made_by = f'make evaluate LAYER="{numbers}" RUN={self.settings.run}'
+            print(
+                f"no feature pages of layers {numbers}: {why}; {made_by}, and export again", file=sys.stderr
+            )
+        if not any(isinstance(each, Evaluated) for each in found.values()):
+            return
+        (folder / FOLDER).mkdir()
+        offsets: dict[int, list[int]] = {}
+        with progress("feature pages", len(found), "layers") as bar:
+            for layer, each in found.items():
+                if isinstance(each, str):
+                    ends = read_metadata(runs[layer])["prefix_ends"]
+                    n = ends[-1 if self.prefix is None else self.prefix]
+                    pages = empty_pages(layer, n, f"layer {layer}: {each}")
+                else:
+                    pages = each.pages(self.prefix)
+                offsets[layer] = write_layer(folder / FOLDER / _file(layer), pages)
+                bar.update(1)
+        write_index(folder / FOLDER, offsets)
+
+    def _evaluated(self, layer: int, run_dir: Path) -> Evaluated | str:
+        """The layer's evaluation and store, or why there are no pages."""
+        folder = run_dir / "evaluation"
+        values = complete(folder)
+        if values is None:
+            return "not evaluated"
+        made = _Made.model_validate(values["provenance"])
+        if made.weights_sha256 != sha256(run_dir / FILE_NAME):
+            raise InputError(
+                f"{folder}: is of other weights than {run_dir / FILE_NAME}; evaluate the run again (make evaluate "
+                f"LAYER={layer} RUN={run_dir.name}), or export without its pages (--without-pages)"
+            )
+        if made.metrics_version != METRICS_VERSION:
+            return "evaluated by another version"
+        try:
+            store = Store.of(self.settings.model_copy(update={"layers": (layer,)}))
+        except InputError:
+            return f"no store of their texts can be read in {self.settings.paths.activations}"
+        if store.manifest.fingerprint != made.store_fingerprint:
+            return "evaluated on another harvest than is in the store"
+        split = getattr(store, made.split)
+        text = TokenText(read_tokenizer(store.tokenizer_path))
+        return Evaluated(layer, folder, made.rows, split.contexts, text)

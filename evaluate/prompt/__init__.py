@@ -1,0 +1,1 @@
+"""A text of the user's own: which latents fire on it, token by token."""

@@ -1,0 +1,94 @@
+"""A text through a language model and the transcoders of some of its layers."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import sha256
+from common.tokens import TokenText
+from evaluate.files import finished
+from evaluate.prompt.records import VERSION, ActiveLatent, NamedLatent, Prompt, PromptLayer, PromptToken
+from evaluate.reader import Reader, Sentence
+from shards.store import read_tokenizer
+from transcoder.fvu import ratio
+from transcoder.weights import FILE_NAME
+
+
+def measure_prompt(text: str, readers: Mapping[int, Reader], run_dirs: Mapping[int, Path]) -> Prompt:
+    """`readers` and the directories of their runs, by layer; a long text is cut into contexts as a harvest does."""
+    reader = next(iter(readers.values()))
+    contexts = reader.contexts(text)
+    tokens = [
+        PromptToken(text=piece, context=number, row=row)
+        for number, context in enumerate(contexts)
+        for piece, row in zip(reader.pieces(context), reader.rows_of(context).tolist(), strict=True)
+    ]
+    layers = [_layer(layer, each, text, run_dirs[layer]) for layer, each in readers.items()]
+    return Prompt(version=VERSION, model=reader.source.model, text=text, tokens=tokens, layers=layers)
+
+
+def _layer(layer: int, reader: Reader, text: str, run_dir: Path) -> PromptLayer:
+    sentences = reader.sentences(text)
+    acts = torch.cat([sentence.acts for sentence in sentences])
+    firing = acts.any(0).nonzero().flatten().tolist()
+    return PromptLayer(
+        layer=layer,
+        run=run_dir.name,
+        prefix_ends=list(reader.transcoder.prefix_ends),
+        error_share=_error_shares(reader, sentences),
+        active=[_active(row) for row in acts],
+        latents=_named(firing, reader, run_dir),
+    )
+
+
+def _active(acts: Tensor) -> list[ActiveLatent]:
+    values, latents = acts.sort(descending=True, stable=True)
+    n = int((values > 0).sum())
+    pairs = zip(latents[:n].tolist(), values[:n].tolist(), strict=True)
+    return [ActiveLatent(latent=latent, value=value) for latent, value in pairs]
+
+
+def _error_shares(reader: Reader, sentences: list[Sentence]) -> list[list[float | None]]:
+    """[n] for each prefix: |y - y_hat|^2 / |y - mean(y)|^2, mean(y) of the train rows; none where y is it."""
+    inputs, outputs = (
+        torch.cat([getattr(each, side) for each in sentences]) for side in ("inputs", "outputs")
+    )
+    moments = reader.store.manifest.splits["train"].outputs
+    assert moments is not None, "a store has train rows"
+    mean = torch.tensor(moments.mean, dtype=torch.float32, device=outputs.device)
+    distance = (outputs - mean).square().sum(-1)
+    shares = []
+    for g in range(len(reader.transcoder.prefix_ends)):
+        error = (outputs - reader.transcoder.prefix(g)(inputs)).square().sum(-1)
+        pairs = zip(error.tolist(), distance.tolist(), strict=True)
+        shares.append([ratio(*pair) for pair in pairs])
+    return shares
+
+
+def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedLatent]:
+    """Group of each latent, and where these weights were evaluated its density and label."""
+    ends = reader.transcoder.prefix_ends
+    group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
+    try:
+        metrics = finished(run_dir / "evaluation")
+    except InputError as error:  # of another version
+        print(f"without labels: {error}", file=sys.stderr)
+        metrics = None
+    if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / FILE_NAME):
+        return {latent: NamedLatent(group=group[latent]) for latent in firing}
+    with safe_open(run_dir / "evaluation" / "latents.safetensors", framework="pt") as file:
+        density, top = file.get_tensor("density")[-1], file.get_tensor("top_tokens")
+    text = TokenText(read_tokenizer(reader.store.tokenizer_path))
+    return {
+        latent: NamedLatent(
+            group=group[latent],
+            density=float(density[latent]),
+            label=tuple(text.label(token) for token in top[latent].tolist() if token >= 0),
+        )
+        for latent in firing
+    }

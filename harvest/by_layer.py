@@ -1,0 +1,214 @@
+"""harvest.keep layer: harvest, train and evaluate a group of layers, remove their train rows, go on with the next.
+
+Nothing is noted: what was done is read from the stores. One without train rows is done; a whole one is to be trained
+and evaluated, and its rows then removed; any other is to be harvested. So the same command goes on after a kill at any
+instant. The stages are processes of their own, which end with this one.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.cli import Asked
+from common.errors import InputError
+from common.files import locked, size_of
+from common.layers import spread
+from common.processes import world
+from common.settings import Settings
+from harvest.plan import plans_of
+from harvest.run import refuse_another, requested
+from shards.plan import group, human, room
+from shards.writer import StoreWriter
+
+OWN = ("--force", "--plan", "--refill")
+"""Options of harvest that the other stages do not have."""
+
+
+def by_layer(asked: Asked, settings: Settings) -> None:
+    """Bring every layer asked for to its end; raises `InputError` naming those that failed."""
+    if not settings.layers:
+        raise InputError("layer: none given; for example LAYER=all (--layer all)")
+    if world() > 1:
+        raise InputError(
+            "harvest.keep layer starts its stages itself, each in one process; leave NPROC out, or harvest a group of "
+            "layers, train it and remove it yourself"
+        )
+    folder = Path(settings.store_path(settings.layers[0])).parent
+    with locked(folder / ".by_layer", f"{folder}: another harvest with harvest.keep layer is at work"):
+        failed = _Set(asked, settings).work()
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(settings.layers)} layers failed "
+            f"({'; '.join(f'{layer}: {why}' for layer, why in sorted(failed.items()))}), as said above; their rows are "
+            "kept; the same command tries them again, and skips what is done"
+        )
+
+
+class _Set:
+    def __init__(self, asked: Asked, settings: Settings) -> None:
+        self.asked, self.settings = asked, settings
+        self.writers = {layer: StoreWriter(Path(settings.store_path(layer))) for layer in settings.layers}
+        self.failed: dict[int, str] = {}
+        """Layer -> stage."""
+
+    def work(self) -> dict[int, str]:
+        """The failed layers and the stages in which they did."""
+        self._refuse_others()
+        again = self._look_at_removed()
+        self._check_fit(again)
+        while True:
+            self._finish([layer for layer in self._left() if self._whole(layer)])
+            if not (chosen := self._next(again)):
+                return self.failed
+            self._harvest(chosen)
+            again = [layer for layer in again if layer not in chosen]
+
+    def _refuse_others(self) -> None:
+        """Layers whose place has another harvest have failed: neither are its rows trained on nor removed."""
+        request = requested(self.settings)  # where the text is not there, nothing is begun
+        for layer, writer in self.writers.items():
+            try:
+                refuse_another(writer, layer, self.settings, request)
+            except InputError as error:
+                self._fail(layer, "harvest", error)
+
+    def _fail(self, layer: int, stage: str, error: InputError) -> None:
+        print(f"error: layer {layer}: {error}", file=sys.stderr, flush=True)
+        self.failed[layer] = stage
+
+    def _left(self) -> list[int]:
+        return [layer for layer in self.writers if layer not in self.failed]
+
+    def _whole(self, layer: int) -> bool:
+        return self.writers[layer].complete and not self.writers[layer].removed
+
+    def _look_at_removed(self) -> list[int]:
+        """Layers whose rows were removed, but whose training is not what is asked for now: to be harvested again.
+
+        Without --refill they have failed: the rows are not harvested again by mistake.
+        """
+        removed = [layer for layer in self._left() if self.writers[layer].removed]
+        for layer in removed:
+            self.writers[layer].remove_rows()  # what a killed removal has left
+        layers = " ".join(map(str, removed))
+        if not removed or _ended(self._command("train", removed)) == 0:
+            for layer in removed:
+                print(f"layer {layer}: trained, evaluated, train rows removed: nothing to do", flush=True)
+            return []
+        print(f"layers {layers}: one of them is not trained as asked for", flush=True)
+        other = self._each("train", removed)
+        if self.asked.arguments.refill:
+            return other
+        self.failed |= dict.fromkeys(other, "train")
+        return []
+
+    def _plans(self, again: Sequence[int]) -> dict[int, int]:
+        """Whole size of every store that is to be harvested; what was begun comes first."""
+        begun = [layer for layer in self._left() if not self.writers[layer].complete]
+        todo = [*sorted(begun, key=lambda layer: not self.writers[layer].has_rows), *again]
+        if not todo:
+            return {}
+        plans = plans_of(self.settings.model_copy(update={"layers": tuple(todo)}), again)
+        return {layer: plans[layer].bytes for layer in todo if layer in plans}
+
+    def _room(self, beside: Sequence[int]) -> int:
+        """What the stores of these layers may take: all others, finished or failed, stay as they are."""
+        roots = {layer: writer.root for layer, writer in self.writers.items()}
+        others = [root for layer, root in roots.items() if layer not in beside]
+        return room(self.settings.harvest.disk_bytes, roots.values()) - sum(map(size_of, others))
+
+    def _check_fit(self, again: Sequence[int]) -> None:
+        """Raise `InputError`, before anything is begun, where not even one layer fits."""
+        sizes = {} if self.asked.arguments.force else self._plans(again)
+        if sizes and not group(sizes, self._room([*sizes])):
+            raise self._too_little(sizes)
+
+    def _too_little(self, sizes: dict[int, int]) -> InputError:
+        limit = "harvest.disk_bytes" if self.settings.harvest.disk_bytes else "the disk"
+        layer = min(sizes, key=lambda each: sizes[each])
+        return InputError(
+            f"{self.settings.paths.activations}: layer {layer} takes {human(sizes[layer])}, and {limit} leaves "
+            f"{human(max(0, self._room([*sizes])))} for it; lower harvest.rows, raise harvest.disk_bytes, move "
+            "paths.activations, or give --force"
+        )
+
+    def _next(self, again: Sequence[int]) -> list[int]:
+        """The layers of the next pass; those that do not fit beside what is kept of the others have failed."""
+        if not (sizes := self._plans(again)):
+            return []
+        if chosen := group(sizes, self._room([*sizes])):
+            return chosen
+        if self.asked.arguments.force:
+            return [next(iter(sizes))]
+        print(f"error: {self._too_little(sizes)}", file=sys.stderr, flush=True)
+        self.failed |= dict.fromkeys(sizes, "no room")
+        return []
+
+    def _harvest(self, layers: Sequence[int]) -> None:
+        print(f"harvest of layer {' '.join(map(str, sorted(layers)))}, in one pass of the model", flush=True)
+        self._wait_for_the_dead(layers)
+        _ended(self._command("harvest", layers))
+        missing = [layer for layer in layers if not self._whole(layer)]
+        self.failed |= dict.fromkeys(missing, "harvest")
+
+    def _finish(self, layers: Sequence[int]) -> None:
+        """Train and evaluate whole stores, and remove their train rows."""
+        for stage in ("train", "evaluate"):
+            failed = self._each(stage, [layer for layer in layers if layer not in self.failed])
+            self.failed |= dict.fromkeys(failed, stage)
+        for layer in layers:
+            if layer not in self.failed:
+                before = size_of(self.writers[layer].root)
+                self.writers[layer].remove_rows()
+                now = size_of(self.writers[layer].root)
+                print(
+                    f"layer {layer}: train rows removed, {human(before - now)}; {human(now)} stay", flush=True
+                )
+
+    def _each(self, stage: str, layers: Sequence[int]) -> list[int]:
+        """The layers whose stage failed."""
+        if not layers:
+            return []
+        print(f"{stage} of layer {' '.join(map(str, layers))}", flush=True)
+        self._wait_for_the_dead(layers)
+        return spread.each({layer: self._command(stage, [layer]) for layer in layers}, 1)
+
+    def _wait_for_the_dead(self, layers: Sequence[int]) -> None:
+        """Until the stages of a driver that was killed, which end with it, have let go of what they were writing."""
+        for layer in layers:
+            run_dir = self.asked.alone(layer, self.settings.run).run_dir()
+            for lock in (self.writers[layer].work / "lock", run_dir / ".lock", run_dir / ".evaluation"):
+                if lock.exists():
+                    with locked(lock, None):
+                        pass
+
+    def _command(self, stage: str, layers: Sequence[int]) -> list[str]:
+        """The stage with this command line, on these layers."""
+        given = [word for word in sys.argv[1:] if stage == "harvest" or word not in OWN]
+        one = [f"--layer={' '.join(map(str, layers))}", f"--run={self.settings.run}", "--harvest.keep=all"]
+        return [stage, *given, *one, *(self._as_in_the_set(layers) if stage == "harvest" else [])]
+
+    def _as_in_the_set(self, layers: Sequence[int]) -> list[str]:
+        """A layer that is harvested alone has the set's settings all the same, not those of its recipe."""
+        alone = self.asked.settings(tuple(layers)).harvest
+        own = [(key, value) for key, value in self.settings.harvest if value != getattr(alone, key)]
+        return [f"--harvest.{key}={value}" for key, value in own]
+
+
+def _ended(command: Sequence[str]) -> int:
+    """Exit code of a stage that has ended of itself, 0 or 2; any other, and Ctrl-C, end this process too."""
+    child = spread.Child(0, command, 0, 1)
+    try:
+        code = child.process.wait()
+    except KeyboardInterrupt:
+        child.process.terminate()
+        child.process.wait()
+        raise
+    finally:
+        if child.process.stdin:
+            child.process.stdin.close()
+    if code == spread.INTERRUPTED:
+        raise KeyboardInterrupt
+    if code not in (0, spread.FAILED):
+        raise SystemExit(code if code > 0 else 128 - code)
+    return code
