@@ -101,9 +101,9 @@ def _layers(result: ModelMetrics, console: Console) -> None:
 
 
 def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console) -> None:
-    n = len(result.layers)
+    which = f"all {len(result.layers)} MLPs" if len(result.layers) > 1 else "the one MLP"
     table = table_of(
-        f"all {n} MLPs replaced at once, {replaced.positions:,} tokens, cross-entropy and KL in nats per token",
+        f"{which} replaced at once, {replaced.positions:,} tokens, cross-entropy and KL in nats per token",
         ("", "latents", "L0", "cross-entropy", "KL", "top-1 %", "recovered %", "against mean %"),
     )
     changed = {"zeroed": replaced.zero, "at their mean": replaced.mean}
