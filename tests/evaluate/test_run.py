@@ -227,11 +227,12 @@ def test_metrics_that_no_version_writes_are_one_line(values: dict, root: Path, t
         evaluate(settings_of(tmp_path))
 
 
-def test_the_document_of_outputs_names_every_column_of_latents(root: Path) -> None:
+@pytest.mark.parametrize("name", ["latents", "contexts"])
+def test_the_document_of_outputs_names_every_tensor(root: Path, name: str) -> None:
     document = (ROOT / "docs" / "outputs.md").read_text()
-    table = document[document.index("## evaluation/latents.safetensors") :].split("\n\n")[2]
+    table = document[document.index(f"## evaluation/{name}.safetensors") :].split("\n\n")[2]
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    with safe_open(settings_of(root).run_dir() / "evaluation" / "latents.safetensors", "pt") as file:
+    with safe_open(settings_of(root).run_dir() / "evaluation" / f"{name}.safetensors", "pt") as file:
         assert set(file.keys()) == named
         assert json.loads(file.metadata()["provenance"]) == metrics_of(root)["provenance"]
 

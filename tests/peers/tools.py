@@ -3,6 +3,8 @@
 python tools.py saelens FOLDER ROWS OUT          SAE.load_from_disk
 python tools.py gemma_scope PARAMS ROWS OUT      circuit-tracer's loader of Gemma Scope's transcoders
 python tools.py circuit_tracer FOLDER ROWS OUT   circuit-tracer's own loader; ROWS holds inputs_0, inputs_1, ...
+python tools.py pages FOLDER LAYER LATENT OUT    circuit-tracer's own model of a page, of every 16th page of the set;
+                                                 OUT's header: page of the latent, pages of each layer, scan
 python tools.py replace FOLDER MODEL TOKENS OUT  circuit-tracer's replacement model with all MLPs replaced
 python tools.py attribute FOLDER MODEL TOKENS OUT  its attribution graph of one context, whole
 python tools.py graph GRAPH OUT                  its schema of graph files; OUT: number of nodes and links
@@ -71,6 +73,38 @@ def circuit_tracer(folder: str, rows: str, out: str) -> None:
         values = computed(pre, transcoder.encode(x), transcoder(x))
         tensors |= {f"{name}_{layer}": tensor for name, tensor in values.items()}
     save_file(tensors, out, metadata={"config": json.dumps(config)})
+
+
+def pages(folder: str, layer: str, latent: str, out: str) -> None:
+    import gzip
+    import math
+    import zlib
+
+    from circuit_tracer.frontend.feature_models import Model
+    from circuit_tracer.frontend.graph_models import Node
+    from circuit_tracer.utils.hf_utils import load_transcoder_from_hub
+
+    features = Path(folder) / "features"
+    index = json.loads(gzip.decompress((features / "index.json.gz").read_bytes()))
+
+    def page(of: int, number: int) -> Model:
+        offsets, data = index[str(of)]["offsets"], (features / index[str(of)]["filename"]).read_bytes()
+        record = data[offsets[number] : offsets[number + 1]]
+        length = int.from_bytes(record[:4], "little")
+        return Model.model_validate_json(zlib.decompress(record[4 : 4 + length]))
+
+    number = Node.feature_node(int(layer), 0, int(latent)).feature
+    w = (math.isqrt(8 * number + 1) - 1) // 2  # util.js: cantorUnpair
+    y = number - w * (w + 1) // 2
+    counts = [len(index[str(of)]["offsets"]) - 1 for of in range(len(index))]
+    for of, count in enumerate(counts):
+        assert [page(of, n).index for n in range(0, count, 16)] == list(range(0, count, 16))
+    said = {
+        "page": page(w - y, y).model_dump_json(),
+        "pages": json.dumps(counts),
+        "scan": load_transcoder_from_hub(folder)[0].scan,  # by its full path
+    }
+    save_file({"layer": torch.tensor(w - y)}, out, metadata=said)
 
 
 def hooked_transformer(model: str):
