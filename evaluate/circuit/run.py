@@ -68,7 +68,7 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
         run=settings.run,
         prefix=len(coders[0].prefix_ends) - 1,
         n_layers=model.n_layers,
-        text=text,
+        prompt=text,
         pieces=tokens.pieces(context[0].tolist()),
         n_nodes=n_nodes,
         weights=_digests(settings, layer_set.layers),

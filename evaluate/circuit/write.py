@@ -33,7 +33,7 @@ class About:
     run: str
     prefix: int
     n_layers: int
-    text: str
+    prompt: str
     pieces: list[str]
     """The text's tokens."""
     n_nodes: int
@@ -44,9 +44,9 @@ class About:
     @property
     def slug(self) -> str:
         """Name of the folder: the text's first words, and a digest of what the circuit is of."""
-        plain = unicodedata.normalize("NFKD", self.text).encode("ascii", "ignore").decode().lower()
+        plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
         words = "-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-") or "text"
-        return f"{words}-{hashlib.sha256(f'{self.prefix} {self.text}'.encode()).hexdigest()[:8]}"
+        return f"{words}-{hashlib.sha256(f'{self.prefix} {self.prompt}'.encode()).hexdigest()[:8]}"
 
 
 def write(
