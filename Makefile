@@ -56,6 +56,7 @@ help:
 	@echo 'make model RUN=name              write the page of a layer set, with all MLPs replaced at once; LAYER=all: each must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
+	@echo 'make circuit TEXT="..."          draw what the next token after a text hangs on, through the latents of every layer'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or NPROC=n SPREAD=layers at a time: docs/layers.md'
@@ -65,8 +66,8 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare model read export import push bench bench-storage gpu soak audit \
-        licences lint format clean
+        train sweep runs stores samples evaluate compare model read circuit export import push bench bench-storage gpu \
+        soak audit licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
@@ -132,6 +133,10 @@ model: install
 # TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
 read: install
 	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(OPTIONS)
+
+# TEXT="a prompt", PREFIX=g; through every layer of RUN
+circuit: install
+	@$(PY) -m evaluate.circuit $(call option,TEXT,--text) $(call option,PREFIX,--prefix) $(OPTIONS)
 
 # FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
 export: install

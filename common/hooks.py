@@ -1,5 +1,6 @@
 """Where an MLP is read and written: names of hook points, and the two conventions of its input."""
 
+import re
 from typing import Literal
 
 Convention = Literal["normalized", "mlp_in"]
@@ -10,6 +11,12 @@ BEFORE_NORM = "ln2.hook_in"
 """What the norm before the MLP reads: the residual stream, in the model's own precision."""
 OUTPUT_HOOK = "hook_mlp_out"
 """The MLP's output as it is added to the residual stream: after Gemma-2's post-norm."""
+
+OWN_OUTPUT = "mlp.hook_out"
+"""What the MLP itself puts out, as other tools' transcoders may predict it: the same tensor, but where a norm follows,
+before that norm. A store does not record whether one does; the model's name tells."""
+NORM_FOLLOWS = re.compile(r"gemma(?![-_](?:1\.1[-_])?[27]b)|glm-?4", re.IGNORECASE)
+"""Gemma from its second generation on (gemma-2b and gemma-7b are the first), GLM-4."""
 
 
 def hooks_of(layer: int, kind: Convention) -> tuple[str, str]:
@@ -28,3 +35,16 @@ def in_convention(hook: str, now: Convention, wanted: Convention) -> str:
 def layer_of(hook: str) -> int:
     """3 of blocks.3.ln2.hook_in."""
     return int(hook.split(".")[1])
+
+
+def same_output(hook: str, other: str, model: str) -> bool:
+    """Whether two output hooks of a model are one tensor.
+
+    >>> own, added = "blocks.3.mlp.hook_out", "blocks.3.hook_mlp_out"
+    >>> same_output(own, added, "Qwen/Qwen3-4B"), same_output(own, added, "google/gemma-3-4b-pt")
+    (True, False)
+    """
+    if hook == other:
+        return True
+    (*block, name), (*there, added) = hook.split(".", 2), other.split(".", 2)
+    return block == there and {name, added} == {OWN_OUTPUT, OUTPUT_HOOK} and not NORM_FOLLOWS.search(model)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from posixpath import normpath
 from typing import NamedTuple
 
 from common.errors import ENVIRONMENT, InputError, first_line
@@ -41,17 +42,18 @@ def parse(url: str) -> Address:
     return Address("dataset" if kind else "model", repo, revision, path.strip("/"))
 
 
-def download(url: str, names: Sequence[str]) -> Path:
+def download(url: str, names: Sequence[str], beside: Sequence[str] = ()) -> Path:
     """Local path of the file at `url`, or of the directory with those of the files `names` that it has.
 
-    Kept in huggingface_hub's cache (HF_HOME). Raises `InputError` when there is no such thing, or no access.
+    `beside`: names or patterns of what comes along, from the directory on (../name). Kept in huggingface_hub's cache
+    (HF_HOME). Raises `InputError` when there is no such thing, or no access.
     """
     import huggingface_hub
     from huggingface_hub.utils import logging as hf_logging
 
     where = parse(url)
     hf_logging.set_verbosity_error()  # its warning of what is said better below
-    wanted = [where.path, *(f"{where.path}/{name}".lstrip("/") for name in names)]
+    wanted = [where.path, *(normpath(f"./{where.path}/{name}") for name in (*names, *beside))]
     with _explained(url):
         root = huggingface_hub.snapshot_download(
             where.repo, repo_type=where.repo_type, revision=where.revision, allow_patterns=wanted

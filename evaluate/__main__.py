@@ -67,7 +67,7 @@ def main() -> None:
 def _lines(settings: Settings) -> list[dict[str, str]]:
     """What the table of several layers says of one that is evaluated."""
     from evaluate.files import finished
-    from train.checkpoint import latest, step_of
+    from train.record import latest, step_of
     from train.snapshot import folder_of
 
     run_dir = settings.run_dir()

@@ -105,7 +105,8 @@ def _paths(run_dir: Path, other: str) -> list[Path]:
     is_name = _is_name(other)
     if is_name and (runs / other).is_dir():
         return [runs / other]
-    path = fetched(other)
+    layer = runs.name.removeprefix("layer_")
+    path = fetched(other, int(layer) if layer.isdecimal() else None)
     if path.exists():
         return [path]
     if is_name and (matched := sorted(each for each in runs.glob(other) if each.is_dir())):
@@ -171,8 +172,8 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="other transcoders: names of runs, directories, Gemma Scope's params.npz, SAELens' directories, hf://; "
-        "for several layers names of runs alone",
+        help="other transcoders: names of runs, directories and files of ours and other tools', hf://; for several "
+        "layers names of runs alone",
     )
     add_spread(options)
     asked = read(options)

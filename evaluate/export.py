@@ -19,7 +19,10 @@ def known_format(name: str) -> str:
 def main() -> None:
     options = parser("evaluate.export", "Write a run, or one prefix of it, in another tool's format.")
     options.add_argument(
-        "--format", type=known_format, required=True, help="saelens, gemma_scope, circuit_tracer"
+        "--format",
+        type=known_format,
+        required=True,
+        help="saelens, gemma_scope, gemma_scope_2, circuit_tracer",
     )
     options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
     options.add_argument(

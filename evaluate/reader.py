@@ -11,6 +11,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -98,9 +99,7 @@ class Reader:
 
         Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
         """
-        whole = self._tokens(text)
-        context = whole[:, : self.source.context_length]
-        return self._read(context, left_out=whole.shape[1] - context.shape[1])
+        return self._read(*context_of(text, self.tokenizer, self.source))
 
     def sentences(self, text: str) -> list[Sentence]:
         """All of `text`, cut into contexts as a harvest cuts a document; raises what a call does."""
@@ -108,7 +107,7 @@ class Reader:
 
     def contexts(self, text: str) -> list[Tensor]:
         """Token ids of `text` in contexts [1, T] of at most the store's length, each with its first token."""
-        whole, length = self._tokens(text), self.source.context_length
+        whole, length = tokens_of(text, self.tokenizer, self.source), self.source.context_length
         start = whole[:, : 0 if self.source.bos_token_id is None else 1]
         parts = whole[:, start.shape[1] :].split(length - start.shape[1], dim=1)
         return [torch.cat([start, part], 1) for part in parts]
@@ -153,7 +152,7 @@ class Reader:
         that is changed twice.
         """
         changed = self._changes(set or {}, scale or {}, ablate)
-        context = self._tokens(text)[:, : self.source.context_length]
+        context, _ = context_of(text, self.tokenizer, self.source)
         n_rows = int(self.rows_of(context).sum())
         if strange := [each for each in positions or () if not 0 <= each < n_rows]:
             raise InputError(
@@ -167,23 +166,6 @@ class Reader:
         log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         return Intervention(self.pieces(context), before, after, kl, changes, (plain, steered))
-
-    def _tokens(self, text: str) -> Tensor:
-        """[1, T] the text's token ids, behind the token that every context begins with."""
-        source = self.source
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
-            ) from error
-        start = [] if source.bos_token_id is None else [source.bos_token_id]
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if source.special_tokens == "parse" and ids[:1] == start:
-            ids = ids[1:]  # every context begins with one
-        if not ids:
-            raise InputError("text: nothing to read; give some words")
-        return torch.tensor([start + ids])
 
     def rows_of(self, context: Tensor) -> Tensor:
         """[T] bool: whether a token of a context [1, T] gives a row."""
@@ -261,3 +243,30 @@ def _same_model(source: Source, store: Store) -> None:
                 f"{store.path}: {key}: expected {getattr(source, key)!s:.12} as in layer {source.layer}, found "
                 f"{getattr(other, key)!s:.12}"
             )
+
+
+def tokens_of(text: str, tokenizer: Tokenizer, source: Source) -> Tensor:
+    """[1, T] the text's token ids, behind the token that every context of the store begins with.
+
+    Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: not UTF-8, or half of a surrogate pair, at its character {error.start + 1}"
+        ) from error
+    start = [] if source.bos_token_id is None else [source.bos_token_id]
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if source.special_tokens == "parse" and ids[:1] == start:
+        ids = ids[1:]  # every context begins with one
+    if not ids:
+        raise InputError("text: nothing to read; give some words")
+    return torch.tensor([start + ids])
+
+
+def context_of(text: str, tokenizer: Tokenizer, source: Source) -> tuple[Tensor, int]:
+    """A text as one context of a store, [1, T] token ids, and how many tokens are beyond its end; see `tokens_of`."""
+    whole = tokens_of(text, tokenizer, source)
+    context = whole[:, : source.context_length]
+    return context, whole.shape[1] - context.shape[1]

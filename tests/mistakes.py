@@ -24,10 +24,12 @@ from transformers import PreTrainedTokenizerFast
 from common import cli
 from common.cli import run_stage
 from common.files import sha256
+from common.settings import ROOT
 from shards.commit import commit_text, store_files
 from shards.writer import StoreWriter
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
+from tests.transcoder import others
 from transcoder import weights
 
 MODEL = Path("models/tiny-llama")
@@ -70,7 +72,8 @@ rows = 512
 
 def call(module: str, *arguments: str) -> int:
     """`python -m module arguments` in this process; its exit code."""
-    main = importlib.import_module(f"{module}.__main__" if "." not in module else module).main
+    package = (ROOT / Path(*module.split("."))).is_dir()
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(cli, "PIPELINE_TOML", Path("pipeline.toml"))
@@ -340,9 +343,6 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a start from a run of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
     "an import of another layer": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
     "a run of another layer to compare with": lambda: random_coder(32, 32, (8, 24, 64)).save("layer_0"),
-    "a layer of a circuit-tracer set": lambda: save_file(
-        {"activation_function.threshold": torch.zeros(1)}, "layer_0.safetensors"
-    ),
     "a pickle": lambda: write("ae.pt", b"\x80\x02"),
     "a transcoder of another model's width": lambda: random_coder(16, 16, (8, 24, 64), layer=1).save(RUN),
     "the store was harvested again": harvested_again,
@@ -364,8 +364,10 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "no .npz": lambda: write("params.npz", "a web page"),
     "an .npz of pickles": lambda: np.savez("params.npz", W_enc=np.array([{}], object)),
     "the run is not evaluated": lambda: remove(RUN / "evaluation"),
+    # layer sets
+    "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
-}
+} | others.MISTAKES
 """What is wrong, in the page's words -> what makes it so. Mistakes of the command line need nothing made."""
 
 ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {

@@ -15,6 +15,7 @@ from shards import Store
 from train.normalisation import NORMALISATION, Scaling, unfold
 from train.step.losses import Objective, prefix_weights
 from train.step.schedule import active_latents, learning_rate, peak_rate
+from transcoder.formats import fetched
 from transcoder.gain import bind
 from transcoder.transcoder import Parameters, Transcoder
 
@@ -133,7 +134,7 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
         fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
     try:
-        other = Transcoder.load(settings.train.init_from, device)
+        other = Transcoder.load(fetched(settings.train.init_from, settings.layer), device)
     except InputError as error:
         raise InputError(f"train.init_from: {error}") from error
     expected = {

@@ -31,14 +31,27 @@ class Entries(NamedTuple):
         return torch.bincount(self.rows, minlength=self.n_rows)
 
 
-def entries_above(pre: Float[Tensor, "n F"], threshold: Tensor | float) -> Entries:
+def entries_above(pre: Float[Tensor, "n F"], threshold: Tensor | float, k: int | None = None) -> Entries:
     """Entries of pre-activations that are positive and exceed `threshold` (a number, or [F]).
 
     This is JumpReLU's gate (Rajamanoharan et al. 2024, arXiv:2407.14435). The threshold here is calibrated after
-    training (train/measure.py), not learned.
+    training (train/measure.py), not learned. With `k`, of them only those among the `k` largest of their row.
     """
+    pre = largest_of_rows(pre, k)
     rows, latents = torch.nonzero((pre > threshold) & (pre > 0), as_tuple=True)
     return Entries(rows, latents, pre[rows, latents], len(pre))
+
+
+def largest_of_rows(pre: Float[Tensor, "n F"], k: int | None) -> Float[Tensor, "n F"]:
+    """`pre` with all but the `k` largest of each row made zero, exactly `k` kept where values are equal; all if None.
+
+    >>> largest_of_rows(torch.tensor([[0.9, 0.1, 0.8], [0.2, -1.0, 0.3]]), k=1).tolist()
+    [[0.8999999761581421, 0.0, 0.0], [0.0, 0.0, 0.30000001192092896]]
+    """
+    if k is None or k >= pre.shape[1]:
+        return pre
+    values, latents = pre.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre).scatter_(1, latents, values)
 
 
 def decode(

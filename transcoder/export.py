@@ -1,7 +1,8 @@
 """A run in other tools' formats; make export is `python -m evaluate.export`.
 
-What they all read: float32 weights on raw activations without the norm's gain, one threshold per latent, decoder
-rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own threshold.
+What they all read: float32 weights on raw activations without the norm's gain (Gemma Scope 2: with it), one threshold
+per latent, decoder rows of unit norm. A prefix is exported as the narrower transcoder that it is, with its own
+threshold.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +25,14 @@ FORMATS = (*WRITERS, "circuit_tracer")
 
 
 HOOKS = ("model", "input_hook", "output_hook")
-NEEDED: dict[str, tuple[str, ...]] = {"saelens": HOOKS, "circuit_tracer": (*HOOKS, "n_layers")}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "saelens": HOOKS,
+    "gemma_scope_2": HOOKS,
+    "circuit_tracer": (*HOOKS, "n_layers"),
+}
 """What a format says of the language model, as keys of a store's source."""
+CONVENTIONS: dict[str, Convention] = {"gemma_scope_2": "mlp_in"}
+"""Whose transcoders read inputs with the norm's gain; the others' read them without."""
 
 
 def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None = None) -> Path:
@@ -33,7 +40,7 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
 
     `name`: what the model is called in it, if not what `transcoder.public.published` says.
     """
-    transcoder = exported(run_dir, prefix, name)
+    transcoder = exported(run_dir, prefix, name, CONVENTIONS.get(to, "normalized"))
     _refuse_unknown(run_dir, transcoder.metadata["source"], to)
     folder = run_dir / "export" / (to + _suffix(prefix))
     with whole_folder(folder) as aside:
@@ -108,7 +115,8 @@ def exported(
     """The run's transcoder, or one prefix of it, as formats want it: fit to be seen, on inputs without the norm's gain
     (`reads`: with it).
 
-    Raises `InputError` where a gain is not known, or of zero: see `transcoder.gain.convert`.
+    Raises `InputError` where a gain is not known, or of zero (see `transcoder.gain.convert`), and for top-k, which no
+    format has a place for.
     """
     transcoder = Transcoder.load(run_dir)
     n = len(transcoder.prefix_ends)
@@ -116,6 +124,11 @@ def exported(
         raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
     source = transcoder.metadata.get("source", {})
     _layer(run_dir, source)
+    if transcoder.k is not None:
+        raise InputError(
+            f"{run_dir}: keeps the {transcoder.k} largest activations of each row, which no format has a place for: "
+            "they have a threshold for each latent; make push publishes it as it is"
+        )
     positive = transcoder.thresholds.clamp_min(0)  # the same: an activation is positive
     gated = replace(transcoder, thresholds=positive, metadata=published(transcoder.metadata, name))
     _refuse_unknown_gain(run_dir, source, reads)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.errors import InputError
-from common.hooks import INPUT_HOOKS, Convention, hooks_of, in_convention
+from common.hooks import INPUT_HOOKS, OWN_OUTPUT, Convention, hooks_of, in_convention, same_output
 from common.settings import model_slug
 from shards import Store
 from shards.manifest import Source
@@ -45,6 +45,7 @@ def bind(
         )
     refuse_mismatch(own, store, name, mismatch, option)
     _tell_of_name(own, store, name)
+    _tell_of_output(own, store, name)
     return convert(transcoder, source.input, source.model_dump(), name)
 
 
@@ -73,6 +74,18 @@ def _tell_of_name(recorded: Mapping[str, Any], store: Store, name: str) -> None:
         )
 
 
+def _tell_of_output(recorded: Mapping[str, Any], store: Store, name: str) -> None:
+    """Say on standard error that two hooks are taken for one tensor because of what the model is called."""
+    source = store.manifest.source
+    hook = recorded.get("output_hook")
+    if hook != source.output_hook and same_output(str(hook), source.output_hook, source.model):
+        tqdm.write(
+            f"note: {name}: predicts the MLP's output ({hook}), the store has what is added to the residual stream: "
+            f"the same where no norm follows the MLP, as is taken to be so of {source.model!r:.80}",
+            file=sys.stderr,
+        )
+
+
 def _differing(recorded: Mapping[str, Any], source: Source) -> list[str]:
     """Layer, weights and hooks that a record knows and that are not the store's; hooks only within one layer."""
     expected = {
@@ -85,11 +98,15 @@ def _differing(recorded: Mapping[str, Any], source: Source) -> list[str]:
     differing = {
         key: recorded[key] for key, value in expected.items() if recorded.get(key) not in (None, value)
     }
+    if same_output(str(recorded.get("output_hook")), source.output_hook, source.model):
+        differing.pop("output_hook", None)
     if "layer" in differing:
         differing = {key: value for key, value in differing.items() if not key.endswith("hook")}
     said = [
         f"{_WORDS[key]} {_short(value)}, there {_short(expected[key])}" for key, value in differing.items()
     ]
+    if str(differing.get("output_hook", "")).endswith(OWN_OUTPUT):
+        said.append("between the two lies the norm after the MLP")
     if "weights_sha256" in differing and recorded.get("dtype", source.dtype) != source.dtype:
         said.append(f"model.dtype {recorded['dtype']}, there {source.dtype}, which alone changes the digest")
     return said
@@ -120,8 +137,9 @@ def convert(transcoder: Transcoder, wanted: Convention, norm: Mapping[str, Any],
     convention = source.get("input")
     if convention not in INPUT_HOOKS:
         raise InputError(
-            f"{name}: its metadata do not say whether it reads inputs with the norm's gain; "
-            f"expected source.input to be one of {', '.join(INPUT_HOOKS)}, found {convention}"
+            f"{name}: its file does not say whether it reads inputs with the norm's gain; expected source.input to be "
+            f"one of {', '.join(INPUT_HOOKS)}, found {convention!s:.80}; say it in importing it: make import "
+            "ARGS='--input mlp_in' (with the gain) or ARGS='--input normalized' (without)"
         )
     if convention == wanted:
         return transcoder

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from transcoder import formats, weights
-from transcoder.entries import decode, entries_above
+from transcoder.entries import Entries, decode, entries_above, largest_of_rows
 
 ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
 
@@ -60,6 +60,9 @@ class Transcoder:
     prefix_ends: tuple[int, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     """Settings, harvest fingerprint, versions and training record of the run that made it."""
+    k: int | None = None
+    """In each row only the `k` largest are active (Gao et al. 2024, arXiv:2406.04093), a prefix counting its own
+    latents; none of ours: other tools' top-k transcoders, whose thresholds are zero."""
 
     W_enc = property(lambda self: self.parameters.W_enc)
     b_enc = property(lambda self: self.parameters.b_enc)
@@ -91,8 +94,11 @@ class Transcoder:
     def __repr__(self) -> str:
         return (
             f"Transcoder({self.d_in} -> {self.d_out}, {self.d_sae:,} latents in prefixes "
-            f"{'/'.join(map(str, self.prefix_ends))}, threshold {_span(self.thresholds[-1])}, on {self.W_enc.device})"
+            f"{'/'.join(map(str, self.prefix_ends))}, {self._gate()}, on {self.W_enc.device})"
         )
+
+    def _gate(self) -> str:
+        return f"top {self.k} of each row" if self.k else f"threshold {_span(self.thresholds[-1])}"
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -110,10 +116,15 @@ class Transcoder:
     def encode(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b F"]:
         """Activations: the pre-activation where it is positive and above the threshold, zero elsewhere.
 
-        Raises `InputError` for inputs of another width or no floats.
+        With `k`, only the k largest of each row. Raises `InputError` for inputs of another width or no floats.
         """
-        pre = self.pre_activations(inputs)
-        return pre.mul_(pre > self.thresholds[-1].clamp_min(0))
+        pre = largest_of_rows(self.pre_activations(inputs).view(-1, self.d_sae), self.k)
+        return pre.mul_(pre > self.thresholds[-1].clamp_min(0)).view(*inputs.shape[:-1], self.d_sae)
+
+    def entries(self, pre: Float[Tensor, "n F"], g: int = -1) -> Entries:
+        """The active entries of prefix `g` among all latents' pre-activations; of the whole transcoder by default."""
+        end, threshold = self.prefix_ends[g], self.thresholds[g]
+        return entries_above(pre[:, :end], threshold[:end] if threshold.ndim else threshold, self.k)
 
     def base_output(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b D_out"]:
         """The output with no latent active: b_dec (+ inputs W_skip^T)."""
@@ -140,8 +151,7 @@ class Transcoder:
         return outputs.view(*inputs.shape[:-1], self.d_out)
 
     def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
-        entries = entries_above(self.pre_activations(inputs), self.thresholds[-1])
-        return decode(entries, self.W_dec, self.base_output(inputs))
+        return decode(self.entries(self.pre_activations(inputs)), self.W_dec, self.base_output(inputs))
 
     def _rows(self, what: str, values: Tensor, width: int) -> Float[Tensor, "n D"]:
         """Any leading shape as rows, in the weights' dtype; raises `InputError` for another width or for no floats."""
@@ -163,7 +173,7 @@ class Transcoder:
         narrow = replace(whole, W_enc=whole.W_enc[:end], b_enc=whole.b_enc[:end], W_dec=whole.W_dec[:end])
         thresholds = self.thresholds[: g + 1]
         own = thresholds if thresholds.ndim == 1 else thresholds[:, :end]
-        return Transcoder(narrow, own, self.prefix_ends[: g + 1], self.metadata)
+        return replace(self, parameters=narrow, thresholds=own, prefix_ends=self.prefix_ends[: g + 1])
 
     def to(self, device: str | torch.device) -> "Transcoder":
         """This transcoder on another device."""
@@ -173,7 +183,12 @@ class Transcoder:
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by name, metadata): all that a file of any format contains."""
         tensors = {**self.parameters.named(), "thresholds": self.thresholds}
-        return tensors, {**self.metadata, "prefix_ends": self.prefix_ends}
+        metadata = {**self.metadata, "prefix_ends": self.prefix_ends}
+        if self.k is None:
+            return tensors, metadata
+        if not self.thresholds.any():  # what gates by thresholds alone then refuses the file
+            del tensors["thresholds"]
+        return tensors, {**metadata, "selection": "topk", "k": self.k}
 
     def save(self, path: str | Path) -> None:
         """Write to `path` if it ends in .safetensors, else to transcoder.safetensors in that directory."""
@@ -183,8 +198,8 @@ class Transcoder:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transcoder":
-        """Read a run directory or .safetensors file of ours, Gemma Scope's params.npz or its directory, or
-        SAELens' directory; each also at hf://owner/name[@revision]/path.
+        """Read a run directory or .safetensors file of ours, or a file or directory of SAELens, Gemma Scope (1 and 2),
+        circuit-tracer or sparsify (transcoder/formats/); each also at hf://owner/name[@revision]/path.
 
         Raises `InputError` that names the file, the tensor, what was expected and what was found.
         """
@@ -193,7 +208,9 @@ class Transcoder:
         ends = metadata.pop("prefix_ends", None)
         if not _rising(ends):
             raise InputError(f"{path}: prefix_ends: expected rising numbers of latents, found {ends!r}")
-        ends = tuple(ends)
+        ends, k = tuple(ends), _k_of(path, metadata)
+        if k is not None:
+            tensors.setdefault("thresholds", torch.zeros(len(ends)))
         shapes = _shapes(path, tensors, ends)
         checked = {
             name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
@@ -203,7 +220,7 @@ class Transcoder:
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: tensor {name}: expected finite numbers, found NaN or infinity")
         thresholds = checked.pop("thresholds")
-        return cls(Parameters(**checked), thresholds, ends, metadata)
+        return cls(Parameters(**checked), thresholds, ends, metadata, k)
 
 
 def _span(thresholds: Tensor) -> str:
@@ -216,6 +233,18 @@ def _rising(ends: Any) -> bool:
     """Whether these are positive whole numbers, each larger than the one before."""
     whole = isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)
     return whole and bool(ends) and list(ends) == sorted(set(ends)) and ends[0] > 0
+
+
+def _k_of(path: Path, metadata: dict[str, Any]) -> int | None:
+    """What a file's metadata say of top-k, taken out of them; None where thresholds alone select."""
+    selection, k = metadata.pop("selection", None), metadata.pop("k", None)
+    if (selection, k) == (None, None):
+        return None
+    if selection != "topk" or type(k) is not int or k < 1:
+        raise InputError(
+            f"{path}: selection: expected 'topk' with a k of at least 1, found {selection!r:.80} with {k!r:.80}"
+        )
+    return k
 
 
 def _shapes(path: Path, tensors: Mapping[str, Tensor], ends: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -100,13 +100,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _foreign(names: set[str]) -> str:
     """What to say of a safetensors file that this project has not written, by the names of its tensors."""
-    read = "read are runs of this project, SAELens' directories and Gemma Scope's params.npz"
-    if "activation_function.threshold" in names:
-        return (
-            f"a layer of a circuit-tracer set, which is not read; bring in what it was exported from: {read}"
-        )
     shown = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
-    return f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); {read}"
+    return (
+        f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); read are runs of this "
+        "project and transcoders of SAELens, Gemma Scope, circuit-tracer and sparsify"
+    )
 
 
 def _check_format(path: Path, metadata: dict[str, Any]) -> None:

@@ -125,8 +125,11 @@ class Measurement:
 def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
     """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g.
 
-    The dense [B, F] array is searched once, with the lowest threshold of each latent.
+    The dense [B, F] array is searched once, with the lowest threshold of each latent. A top-k transcoder's prefixes
+    each have their own k largest.
     """
+    if coder.k is not None:
+        return [coder.entries(pre, g) for g in range(len(coder.prefix_ends))]
     thresholds = coder.thresholds
     loose = entries_above(pre, thresholds.amin(0))
     nested = []

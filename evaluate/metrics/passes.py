@@ -18,7 +18,7 @@ from evaluate.metrics.rows import TextSplit, blocks
 from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
 from transcoder import Transcoder
-from transcoder.entries import Entries, entries_above
+from transcoder.entries import Entries
 
 Tick = Callable[[int], object]
 
@@ -94,9 +94,7 @@ def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, 
     shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, _ = split.rows(start, stop)
-        row, latent, value = _arrays(
-            entries_above(coder.pre_activations(inputs.to(device)), coder.thresholds[-1])
-        )
+        row, latent, value = _arrays(coder.entries(coder.pre_activations(inputs.to(device))))
         shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
         tick(stop - start)
     return samples

@@ -55,8 +55,9 @@ def show(settings: Settings, result: ModelMetrics, fresh: bool, console: Console
     _layers(result, console)
     if isinstance(replaced, ReplacedMetrics):
         _replaced(result, replaced, console)
-        for line in sentences(result):
-            plain(console, line)
+        _sufficient(result, console)
+        worst = max(line.largest_difference for line in replaced.first.with_error_terms)
+        plain(console, f"with error terms it is the model: largest difference of a logit {worst:.1e}")
     else:
         plain(console, f"all MLPs replaced at once: not measured: {replaced.skipped}")
     for note in notes(result):
@@ -132,24 +133,20 @@ def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console)
     console.print(table)
 
 
-def sentences(result: ModelMetrics) -> list[str]:
-    """Which prefix suffices for what loss, and the check with error terms."""
-    assert not isinstance(result.replaced.skipped, str), "it was measured"
-    lines = []
+def _sufficient(result: ModelMetrics, console: Console) -> None:
+    table = table_of(
+        "which prefix suffices for what loss",
+        ("nats more, less than", "all at once", "latents", "L0", "layers from the first"),
+    )
     for each in result.sufficient:
-        what = (
-            "no prefix does"
-            if each.prefix is None
-            else f"prefix {each.prefix} suffices ({each.latents:,} latents, L0 {each.l0:,.0f})"
+        table.add_row(
+            f"{each.limit:g}",
+            "none" if each.prefix is None else f"prefix {each.prefix}",
+            number_or_dash(each.latents, ","),
+            number_or_dash(each.l0, ",.0f"),
+            " / ".join(map(str, each.layers_from_the_first)),
         )
-        first = max(each.layers_from_the_first)
-        lines.append(
-            f"less than {each.limit:g} nats more: {what} for all MLPs at once; from the first layer up, {first} of "
-            f"{len(result.layers)} can be replaced"
-        )
-    worst = max(line.largest_difference for line in result.replaced.first.with_error_terms)
-    lines.append(f"with error terms it is the model: largest difference of a logit {worst:.1e}")
-    return lines
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def open_set(settings: Settings, whole: bool = False) -> LayerSet:
     layers = settings.layers or tuple(there)
     if not layers:
         raise InputError(
-            f"{model}: no layer has a finished run {settings.run}; train them (make train LAYER=all)"
+            f"{model}: no layer has a finished run {settings.run}; train them (make train LAYER=all "
+            f"RUN={settings.run})"
         )
     one = [settings.model_copy(update={"layers": (layer,)}) for layer in layers]
     for each in one:

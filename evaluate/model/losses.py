@@ -1,7 +1,9 @@
 """From the sums over all positions to the records of model.json."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from common.errors import InputError
 from evaluate.metrics.splice import Loss, summary
 from evaluate.model.records import (
     ChangedModel,
@@ -18,7 +20,11 @@ from evaluate.model.replaced import CLEAN, MEAN, ZERO, Measured
 def replaced_metrics(
     found: Measured, layers: Sequence[LayerMetrics], contexts: tuple[int, int]
 ) -> ReplacedMetrics:
-    """Everything measured with all MLPs replaced; `contexts`: how many, and how many of them for the slow part."""
+    """Everything measured with all MLPs replaced; `contexts`: how many, and how many of them for the slow part.
+
+    Raises `InputError` where a loss is no finite number, saying with what replaced.
+    """
+    _refuse_no_numbers(found, layers)
     clean = _changed(found.whole[CLEAN])
     return ReplacedMetrics(
         skipped=None,
@@ -30,6 +36,28 @@ def replaced_metrics(
         prefixes=[_whole(found.whole, g, layers) for g in range(len(layers[0].prefixes))],
         first=_first(found, contexts[1]),
     )
+
+
+def _refuse_no_numbers(found: Measured, layers: Sequence[LayerMetrics]) -> None:
+    """A float16 model overflows at 65,504; a transcoder far outside of what it was trained on may give as much."""
+    sums = {
+        f"with the layers up to {layer} replaced by prefix {g}": loss for (g, layer), loss in _ordered(found)
+    }
+    sums = {"as it is": found.whole[CLEAN], **sums}
+    sums |= {
+        f"with all MLPs replaced by prefix {g}": found.whole[str(g)] for g in range(len(layers[0].prefixes))
+    }
+    for what, loss in sums.items():
+        if not math.isfinite(loss.cross_entropy + loss.divergence):
+            raise InputError(
+                f"the model {what}: its cross-entropy is no finite number; train with more rows, or harvest with "
+                "--model.dtype float32 if it is a float16 model, which overflows above 65,504"
+            )
+
+
+def _ordered(found: Measured) -> list[tuple[tuple[int, int], Loss]]:
+    """What was measured cumulatively, prefix by prefix, from the first layer up."""
+    return sorted(found.cumulative.items(), key=lambda each: each[0])
 
 
 def _whole(losses: Mapping[str, Loss], g: int, layers: Sequence[LayerMetrics]) -> ReplacedPrefix:
@@ -64,7 +92,7 @@ def _first(found: Measured, contexts: int) -> FirstContexts:
         clean=clean,
         cumulative=[
             CumulativeLine.model_validate(line(loss, g) | {"layer": layer})
-            for (g, layer), loss in sorted(found.cumulative.items())
+            for (g, layer), loss in _ordered(found)
         ],
         with_error_terms=[
             ErrorTermsLine.model_validate(line(loss, g) | {"largest_difference": found.largest_difference[g]})

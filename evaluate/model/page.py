@@ -43,13 +43,13 @@ BY_LAYER: tuple[tuple[str, str, str, Value], ...] = (
     (
         "alone",
         "Each MLP alone replaced",
-        "cross-entropy above the model's (nats per token)",
+        "cross-entropy rise (nats per token)",
         lambda prefix: prefix.increase,
     ),
     (
         "recovered",
         "Cross-entropy recovered by each MLP alone",
-        "of what zeroing costs (%)",
+        "share of what zeroing costs (%)",
         lambda prefix: _percent(prefix.recovered_zero),
     ),
     ("fvu", "Error", "FVU (0 perfect, 1 the mean)", lambda prefix: prefix.fvu),

@@ -58,15 +58,15 @@ def describe(settings: Settings, tokens: int, whole: bool = False) -> tuple[Mode
         and all((folder / each).exists() for each in earlier.files)
     ):
         return earlier, False
-    replaced = earlier.replaced if earlier and same else _measure(settings, found, split, layers, tokens)
-    result = ModelMetrics(
-        provenance=provenance,
-        layers=layers,
-        replaced=replaced,
-        sufficient=sufficient(replaced, layers) if isinstance(replaced, ReplacedMetrics) else [],
-        files=[],
-    )
-    with locked(folder / ".model", f"{folder}: another make model is writing it"):
+    with locked(folder / ".model", f"{folder}: another make model is at work on it"):
+        replaced = earlier.replaced if earlier and same else _measure(settings, found, split, layers, tokens)
+        result = ModelMetrics(
+            provenance=provenance,
+            layers=layers,
+            replaced=replaced,
+            sufficient=sufficient(replaced, layers) if isinstance(replaced, ReplacedMetrics) else [],
+            files=[],
+        )
         return _write(folder, result), True
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -324,9 +325,9 @@ def cumulative(
 ) -> Figure:
     """What is lost while more and more layers are replaced, from the first up; a line for each prefix."""
     fig, (left, right) = figure(2, width=WIDE)
-    _layer_lines(left, layers, increases, "cross-entropy above the model's (nats per token)")
+    _layer_lines(left, layers, increases, "cross-entropy rise (nats per token)")
     shares = [[100 * each for each in own] for own in agreements]
-    _layer_lines(right, layers, shares, "same likeliest token as the model (%)")
+    _layer_lines(right, layers, shares, "top-1 agreement with the model (%)")
     right.set_ylim(top=100)
     for axes in (left, right):
         axes.set_xlabel("last layer replaced, all below it too")
@@ -339,7 +340,8 @@ def _layer_lines(
     for g, values in enumerate(prefixes):
         axes.plot(layers, [_number(value) for value in values], **_look(g), label=f"prefix {g}")
     axes.set(xlabel="layer", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
-    axes.set_ylim(min(0, low), high if high > 0 else 1)  # zero is in view, and dead latents may be none
+    below = any(_number(value) < 0 for values in prefixes for value in values)
+    axes.set_ylim(min(0, low) if below else 0, high if high > 0 else 1)  # dead latents may be none
     _legend(axes)

@@ -22,6 +22,11 @@ def percent(value: float | None) -> str:
     return number(None if value is None else 100 * value)
 
 
+def one_decimal(value: float | None) -> str:
+    """A share as a percentage with one decimal, for columns of them."""
+    return number_or_dash(None if value is None else 100 * value, ".1f", "–")
+
+
 def visible(token: str) -> str:
     """A token with its white space made visible."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍").replace(" ", "␣")
@@ -39,6 +44,7 @@ def _environment(escaped: bool) -> Environment:
     environment.filters |= {
         "number": number,
         "percent": percent,
+        "one_decimal": one_decimal,
         "split_name": split_name,
         "visible": visible,
     }

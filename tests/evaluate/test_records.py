@@ -16,8 +16,8 @@ from tests.golden.write import GOLDEN
 
 WRITTEN = {"metrics.json": Metrics, "compare.json": Comparison, "model.json": ModelMetrics}
 """In tests/golden: put together from files that the code before there were records wrote, long lists cut short. If this
-fails, what a file holds has changed: raise METRICS_VERSION (of model.json: VERSION in evaluate/model/run.py), and change
-the golden file likewise by hand."""
+fails, what a file holds has changed: raise METRICS_VERSION (of model.json: VERSION in evaluate/model/run.py), and
+change the golden file likewise by hand."""
 
 
 def golden(name: str) -> dict[str, Any]:

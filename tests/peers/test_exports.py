@@ -11,10 +11,12 @@ from safetensors import safe_open
 
 from common.hooks import hooks_of
 from common.settings import Settings
+from evaluate.metrics.side_by_side import side_by_side
 from evaluate.metrics.splice import splice
 from shards import Store
 from shards.layout import kept_mask
 from tests.evaluate.fakes import random_coder
+from tests.fixtures import make_store
 from tests.models import save_model
 from tests.peers.conftest import (
     LAYERS,
@@ -29,6 +31,7 @@ from tests.transcoder.test_formats import layers as named_layers
 from transcoder import Transcoder
 from transcoder.export import export, export_set, exported
 from transcoder.formats import circuit_tracer
+from transcoder.gain import bind
 
 pytestmark = pytest.mark.peers
 Runs = dict[str, Settings]
@@ -130,3 +133,76 @@ def test_what_saelens_saves_we_read(kind: str, peer: Peer, tmp_path: Path) -> No
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
     theirs = peer("make", tmp_path / "theirs", kind, {"inputs": x})
     agree(Transcoder.load(tmp_path / "theirs"), x, theirs)
+
+
+def random_run(folder: Path, skip: bool) -> Path:
+    """A run of three prefixes that reads inputs without the gain, as training leaves one."""
+    coder = random_coder(32, 32, (24, 48, 96), skip=skip)
+    metadata = named_layers(1, n_layers=3, gain=(torch.arange(32) / 8 - 1.9).tolist())[0].metadata
+    replace(coder, metadata=metadata).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", [None, 1])
+@pytest.mark.parametrize("skip", [False, True])
+def test_circuit_tracers_reader_of_gemma_scope_2_computes_the_same(
+    peer: Peer, skip: bool, prefix: int | None, tmp_path: Path
+) -> None:
+    """On inputs with the gain, which the run reads without; our own reader gives the same back."""
+    run_dir = random_run(tmp_path / "run", skip)
+    normalized = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+    x = normalized * torch.tensor(Transcoder.load(run_dir).metadata["source"]["gain"])
+    folder = export(run_dir, "gemma_scope_2", prefix)
+    theirs = peer("gemma_scope_2", folder / "params.safetensors", {"inputs": x})
+    agree(exported(run_dir, prefix, convention="mlp_in"), x, theirs)
+    plain = exported(run_dir, prefix)
+    torch.testing.assert_close(theirs["pre"], plain.pre_activations(normalized), rtol=1e-4, atol=1e-4)
+    read_back = Transcoder.load(folder)
+    agree(read_back, x, theirs)
+    assert read_back.metadata["source"]["input_hook"] == "blocks.1.mlp.hook_in"
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_saelens_keeps_our_prefixes(peer: Peer, skip: bool, tmp_path: Path) -> None:
+    """Loaded and saved again by SAELens: prefixes, their thresholds and the store's fingerprint come back."""
+    run_dir = random_run(tmp_path / "run", skip)
+    folder = export(run_dir, "saelens")
+    peer("again", folder, tmp_path / "again")
+    own, read_back = exported(run_dir, None), Transcoder.load(tmp_path / "again")
+    assert read_back.prefix_ends == own.prefix_ends == (24, 48, 96)
+    assert torch.equal(read_back.thresholds, own.thresholds)
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+    for g in range(3):
+        assert torch.equal(read_back.prefix(g)(x), own.prefix(g)(x))
+    kept, written = (
+        json.loads((each / "cfg.json").read_text())["metadata"] for each in (tmp_path / "again", folder)
+    )
+    known = {"sae_lens_version": kept["sae_lens_version"]}
+    assert {key: kept.get(key) for key in written} == written | known
+    assert read_back.metadata["harvest_fingerprint"] == "f" * 64
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "skip"])
+def test_what_circuit_tracer_saves_we_read(kind: str, peer: Peer, tmp_path: Path) -> None:
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    theirs = peer("make_set", tmp_path / "set", kind, {"inputs": x})
+    for layer in range(2):
+        own = Transcoder.load(tmp_path / "set" / f"layer_{layer}.safetensors")
+        agree(own, x, {name: theirs[f"{name}_{layer}"] for name in ("pre", "acts", "outputs")})
+        assert own.metadata["source"]["input"] == "mlp_in"
+
+
+@pytest.mark.parametrize("kind", ["plain", "skip"])
+def test_what_sparsify_saves_we_read_and_compare(kind: str, peer: Peer, tmp_path: Path) -> None:
+    """The same activations and outputs to 1e-5, and its FVU is ours on the same rows."""
+    inputs, outputs = (torch.randn(300, 6, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    theirs = peer("sparsify", tmp_path / "layers.0.mlp", kind, {"inputs": inputs, "outputs": outputs})
+    own = Transcoder.load(tmp_path / "layers.0.mlp")
+    assert own.k == 4
+    for name, values in (("acts", own.encode(inputs)), ("outputs", own(inputs))):
+        torch.testing.assert_close(values, theirs[name], rtol=1e-5, atol=1e-5)
+    rows = (inputs.numpy(), outputs.numpy())
+    hooks = {"input": "mlp_in", "input_hook": "blocks.0.mlp.hook_in"}
+    store = make_store(tmp_path / "layer_0.zarr", rows, rows, **hooks)
+    measured = side_by_side({"theirs": bind(own, store)}, store.heldout, 300, store.train)[0]
+    assert measured[0].metrics.fvu == pytest.approx(float(theirs["fvu"]), rel=1e-5)

@@ -4,8 +4,14 @@ python tools.py saelens FOLDER ROWS OUT          SAE.load_from_disk
 python tools.py gemma_scope PARAMS ROWS OUT      circuit-tracer's loader of Gemma Scope's transcoders
 python tools.py circuit_tracer FOLDER ROWS OUT   circuit-tracer's own loader; ROWS holds inputs_0, inputs_1, ...
 python tools.py replace FOLDER MODEL TOKENS OUT  circuit-tracer's replacement model with all MLPs replaced
+python tools.py attribute FOLDER MODEL TOKENS OUT  its attribution graph of one context, whole
+python tools.py graph GRAPH OUT                  its schema of graph files; OUT: number of nodes and links
 python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridge with the transcoder in place;
                                                  TOKENS: tokens and excluded [b, T], where the MLP keeps its output
+python tools.py gemma_scope_2 PARAMS ROWS OUT    circuit-tracer's loader of Gemma Scope 2's transcoders
+python tools.py again FOLDER TO OUT              SAELens loads a transcoder and saves it in TO
+python tools.py make_set FOLDER KIND ROWS OUT    circuit-tracer saves a set of two layers of its own in FOLDER
+python tools.py sparsify FOLDER KIND ROWS OUT    sparsify saves a transcoder of its own; OUT has its FVU on outputs
 python tools.py make FOLDER KIND ROWS OUT        SAELens saves a transcoder of its own in FOLDER
 
 ROWS: inputs [n, D_in]. OUT: pre [n, F], acts [n, F], outputs [n, D_out] as the tool computes them.
@@ -35,6 +41,14 @@ def gemma_scope(params: str, rows: str, out: str) -> None:
     from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_transcoder
 
     transcoder, x = load_gemma_scope_transcoder(params, layer=0), load_file(rows)["inputs"]
+    pre = transcoder.encode(x, apply_activation_function=False)
+    save_file(computed(pre, transcoder.encode(x), transcoder(x)), out)
+
+
+def gemma_scope_2(params: str, rows: str, out: str) -> None:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_gemma_scope_2_transcoder
+
+    transcoder, x = load_gemma_scope_2_transcoder(params, layer=0), load_file(rows)["inputs"]
     pre = transcoder.encode(x, apply_activation_function=False)
     save_file(computed(pre, transcoder.encode(x), transcoder(x)), out)
 
@@ -123,6 +137,35 @@ def replace(folder: str, model: str, tokens: str, out: str) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
 
 
+def attribute(folder: str, model: str, tokens: str, out: str) -> None:
+    from circuit_tracer import ReplacementModel
+    from circuit_tracer import attribute as attributed
+    from transformers import AutoTokenizer
+
+    transcoders, _ = transcoder_set(folder)
+    config, weights, _ = hooked_transformer(model)
+    replaced = ReplacementModel.from_config(config, transcoders)
+    replaced.load_state_dict(renamed(weights), strict=False)
+    replaced.tokenizer = AutoTokenizer.from_pretrained(model)
+    graph = attributed(load_file(tokens)["tokens"], replaced, batch_size=16)
+    tensors = {
+        "effects": graph.adjacency_matrix,
+        "active": graph.active_features[graph.selected_features],
+        "values": graph.activation_values[graph.selected_features],
+        "logits": graph.logit_token_ids,
+        "probabilities": graph.logit_probabilities,
+    }
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, out)
+
+
+def graph(file: str, out: str) -> None:
+    from circuit_tracer.frontend.graph_models import Link, Model
+
+    read = Model.model_validate_json(Path(file).read_text())
+    links = [Link.model_validate(link) for link in read.links]
+    save_file({"nodes": torch.tensor(len(read.nodes)), "links": torch.tensor(len(links))}, out)
+
+
 def renamed(weights: dict) -> dict:
     """The replacement model wraps every MLP and the unembedding once."""
     inserts = {".mlp.": ".mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
@@ -175,6 +218,56 @@ def make(folder: str, kind: str, rows: str, out: str) -> None:
                 parameter.abs_()
         sae.save_model(folder)
         save_file(computed(x @ sae.W_enc + sae.b_enc, sae.encode(x), sae(x)), out)
+
+
+def again(folder: str, to: str, out: str) -> None:
+    from sae_lens import SAE
+
+    SAE.load_from_disk(folder).save_model(to)
+    save_file({}, out)
+
+
+def make_set(folder: str, kind: str, rows: str, out: str) -> None:
+    from circuit_tracer.transcoder.activation_functions import JumpReLU
+    from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
+
+    x = load_file(rows)["inputs"]
+    torch.manual_seed(0)
+    layers, tensors = {}, {}
+    for layer in range(2):
+        gate = JumpReLU(torch.rand(24), 0.1) if kind == "jumprelu" else torch.nn.functional.relu
+        sizes = {"d_model": x.shape[1], "d_transcoder": 24, "activation_function": gate, "layer_idx": layer}
+        transcoder = SingleLayerTranscoder(**sizes, skip_connection=kind == "skip", dtype=torch.float32)
+        for name, parameter in transcoder.named_parameters():
+            if "threshold" not in name:
+                torch.nn.init.normal_(parameter)
+        layers[layer] = transcoder
+        pre = transcoder.encode(x, apply_activation_function=False)
+        values = computed(pre, transcoder.encode(x), transcoder(x))
+        tensors |= {f"{name}_{layer}": tensor.detach() for name, tensor in values.items()}
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
+    TranscoderSet(layers, **hooks).to_safetensors(folder)
+    known = {"model_name": "tests/tiny", "model_kind": "transcoder_set", **hooks}
+    Path(folder, "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in known.items()))
+    save_file(tensors, out)
+
+
+def sparsify(folder: str, kind: str, rows: str, out: str) -> None:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    tensors = load_file(rows)
+    x, y = tensors["inputs"], tensors["outputs"]
+    torch.manual_seed(0)
+    config = SparseCoderConfig(num_latents=24, k=4, transcode=True, skip_connection=kind == "skip")
+    coder = SparseCoder(x.shape[1], config)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.normal_()
+        coder.save_to_disk(folder)
+        forward = coder(x, y)
+        pre = x @ coder.encoder.weight.T + coder.encoder.bias
+        acts = torch.zeros_like(pre).scatter_(1, forward.latent_indices, forward.latent_acts)
+        save_file(computed(pre, acts, forward.sae_out) | {"fvu": forward.fvu}, out)
 
 
 if __name__ == "__main__":

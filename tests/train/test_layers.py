@@ -23,14 +23,14 @@ from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import command, sparse_rows, tiny_settings
 from tests.train.test_log import FakeWandb
-from train import sweep
+from train import log, sweep
 from train.__main__ import main
 from train.loop import Run
 from transcoder.weights import read_metadata
 
 Call = Callable[..., tuple[int, list[str], list[str]]]
 Capture = pytest.CaptureFixture[str]
-ROWS = 64 * 20
+ROWS = 64 * 12
 WEIGHTS = "transcoder.safetensors"
 
 
@@ -178,7 +178,7 @@ def test_a_stopped_set_continues_in_the_layer_where_it_was(
     feed = Run.feed
 
     def feeding(self: Run, *args: Any) -> None:
-        if (self.settings.layer, self.state.step) == (1, 11):
+        if (self.settings.layer, self.state.step) == (1, 6):
             os.kill(os.getpid(), signal.SIGINT)
         feed(self, *args)
 
@@ -186,7 +186,7 @@ def test_a_stopped_set_continues_in_the_layer_where_it_was(
         patch.setattr(Run, "feed", feeding)
         code, out, err = call("--layer", "0-2")
     assert (code, out[-1]) == (130, "layer 1 (2 of 3)")
-    assert err == ["interrupted: layer 1: step 12 is saved; the same command continues"]
+    assert err == ["interrupted: layer 1: step 7 is saved; the same command continues"]
     assert not run_of(tmp_path, 2).exists()
     assert call("--layer", "0-2")[0] == 0
     assert_as_alone(tmp_path, alone, 0, 1, 2)
@@ -200,7 +200,7 @@ from train.loop import Run
 
 feed = Run.feed
 def feeding(self, *args):
-    if (self.settings.layer, self.state.step) == (1, 11):
+    if (self.settings.layer, self.state.step) == (1, 6):
         os.kill(os.getpid(), signal.SIGKILL)
     feed(self, *args)
 
@@ -212,12 +212,12 @@ run_stage(main)
 def test_a_killed_set_continues_by_the_same_command(
     call: Call, root: Path, tmp_path: Path, alone: Path
 ) -> None:
-    """kill -9 at step 11 of the second layer; its last checkpoint is that of step 10."""
+    """kill -9 at step 6 of the second layer; its last checkpoint is that of step 5."""
     words = [sys.executable, "-c", KILLED, *typed(root, tmp_path), "--layer", "0-2"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert killed.returncode == -9, killed.stderr
-    assert (run_of(tmp_path, 1) / "state" / "latest").read_text() == "step_10\n"
+    assert (run_of(tmp_path, 1) / "state" / "latest").read_text() == "step_5\n"
     code, out, _ = call("--layer", "0-2")
     assert (code, out[1]) == (0, f"already trained on {ROWS:,} rows, nothing to do")
     assert_as_alone(tmp_path, alone, 0, 1, 2)
@@ -245,6 +245,7 @@ def test_a_layer_is_gone_before_the_next_begins(call: Call, monkeypatch: pytest.
         start(self, *args, **keywords)
 
     monkeypatch.setitem(sys.modules, "wandb", Told())
+    monkeypatch.setattr(log, "check", lambda _: None)  # looks for the package
     monkeypatch.setattr(Run, "__init__", starting)
     assert call("--layer", "0-2", "--wandb.mode", "offline")[0] == 0
     assert said == [word for n in range(3) for word in (f"tiny-layer_{n}-a begins", "ends")]
@@ -264,6 +265,7 @@ def test_a_sweep_of_layers_has_a_table_each_and_the_best_of_all(
             return super().init(**arguments)
 
     monkeypatch.setitem(sys.modules, "wandb", Told())
+    monkeypatch.setattr(log, "check", lambda _: None)  # looks for the package
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     wanted = ("--layer", "0 1", "--sweep.k", "3,4", "--train.rows", "640", "--wandb.mode", "offline")
     code, out, _ = call(*wanted, stage=sweep.main)

@@ -39,13 +39,17 @@ def tiny_transcoder(skip: bool = False, **source: object) -> Transcoder:
     return Transcoder(p.parameters, torch.tensor([0.1, 0.2, 0.3]), (2, 5, 11), metadata)
 
 
-def same(actual: Transcoder, expected: Transcoder) -> None:
-    """Bit-identical tensors; the threshold of each latent is the whole dictionary's."""
+def same(actual: Transcoder, expected: Transcoder, nested: bool = False) -> None:
+    """Bit-identical tensors; the threshold of each latent is the whole dictionary's, but where prefixes are kept."""
     for name, tensor in expected.parameters.named().items():
         assert torch.equal(actual.parameters.named()[name], tensor), name
     assert actual.parameters.named().keys() == expected.parameters.named().keys()
-    assert actual.prefix_ends == (expected.d_sae,)
-    assert torch.equal(actual.thresholds, torch.full((1, expected.d_sae), expected.threshold))
+    if nested:
+        assert actual.prefix_ends == expected.prefix_ends
+        assert torch.equal(actual.thresholds, expected.thresholds)
+    else:
+        assert actual.prefix_ends == (expected.d_sae,)
+        assert torch.equal(actual.thresholds, torch.full((1, expected.d_sae), expected.threshold))
 
 
 @pytest.mark.parametrize("prefix", [None, 0, 1])
@@ -54,7 +58,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, write, prefix: int | No
     own = tiny_transcoder() if prefix is None else tiny_transcoder().prefix(prefix)
     folder = write(tmp_path, *own.saved())
     loaded = Transcoder.load(folder)
-    same(loaded, own)
+    same(loaded, own, nested=write is saelens.write)
     x = problem(rows=50, dtype=torch.float32).x
     assert torch.equal(loaded.encode(x), own.encode(x))
     assert torch.equal(loaded(x), own(x))
@@ -86,7 +90,7 @@ def test_gemma_scope_puts_layer_width_and_l0_into_the_path(tmp_path: Path) -> No
 
 def test_saelens_keeps_the_skip_connection_and_says_where_it_belongs(tmp_path: Path) -> None:
     folder = saelens.write(tmp_path, *tiny_transcoder(skip=True).saved())
-    same(Transcoder.load(folder), tiny_transcoder(skip=True))
+    same(Transcoder.load(folder), tiny_transcoder(skip=True), nested=True)
     config = json.loads((folder / "cfg.json").read_text())
     assert config["architecture"] == "jumprelu_skip_transcoder"
     assert (config["d_in"], config["d_sae"], config["d_out"], config["dtype"]) == (5, 11, 3, "float32")
@@ -104,6 +108,7 @@ def test_saelens_keeps_the_skip_connection_and_says_where_it_belongs(tmp_path: P
         "weights_sha256": None,
         "harvest_fingerprint": "f" * 64,
         "prefix_ends": [2, 5, 11],
+        "prefix_thresholds": tiny_transcoder().thresholds.tolist(),
         "git_commit": None,
     }
     assert Transcoder.load(folder).metadata["source"] == {
@@ -177,9 +182,7 @@ def test_circuit_tracer_takes_layers_from_0_on_request_and_refuses_a_mixture(tmp
     with pytest.raises(InputError, match="latents: layer 0 has 11, layer 1 has 5"):
         circuit_tracer.write(tmp_path, [first.saved(), second.prefix(1).saved()], partial=True)
     with pytest.raises(InputError, match="model: layer 0 has tests/tiny, layer 1 has other"):
-        circuit_tracer.write(
-            tmp_path, [first.saved(), layers(1, model="other")[0].saved()], partial=True
-        )
+        circuit_tracer.write(tmp_path, [first.saved(), layers(1, model="other")[0].saved()], partial=True)
 
 
 def test_a_threshold_below_zero_is_zero_after_their_relu(tmp_path: Path) -> None:
@@ -275,18 +278,16 @@ def test_a_saelens_configuration_we_cannot_honour_is_named(
         Transcoder.load(folder)
 
 
-def test_a_circuit_tracer_set_and_other_tools_files_are_named(tmp_path: Path) -> None:
-    """Our own export of a set, one of its layers, a language model, a pickle."""
-    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in layers(0, 1)], partial=True)
-    for path in (folder, folder / "layer_1.safetensors"):
-        with pytest.raises(InputError, match=r"layer_\d\.safetensors: a layer of a circuit-tracer set"):
-            Transcoder.load(path)
+def test_other_tools_files_are_named(tmp_path: Path) -> None:
+    """A language model, a pickle, a directory of pickles."""
     save_file({"model.embed": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"found none: another tool's file \(model\.embed\); read are runs"):
         Transcoder.load(tmp_path / "model.safetensors")
     (tmp_path / "ae.pt").write_bytes(b"\x80\x02")
     with pytest.raises(InputError, match=r"ae\.pt: a pickle, which is not read"):
         Transcoder.load(tmp_path / "ae.pt")
+    with pytest.raises(InputError, match=r"ae\.pt: a pickle, which is not read"):
+        Transcoder.load(tmp_path)
 
 
 def test_layers_of_a_set_are_alike_by_the_weights_digest_and_not_by_name(tmp_path: Path) -> None:
@@ -296,6 +297,43 @@ def test_layers_of_a_set_are_alike_by_the_weights_digest_and_not_by_name(tmp_pat
     other = [layers(0, weights_sha256="a" * 64)[0], layers(1, weights_sha256="b" * 64)[0]]
     with pytest.raises(InputError, match="model: layer 0 has aaaa"):
         circuit_tracer.write(tmp_path / "other", [t.saved() for t in other], partial=True)
+
+
+def test_saelens_files_whose_thresholds_were_changed_are_read_without_prefixes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saelens.write(tmp_path, *tiny_transcoder().saved())
+    stored = load_file(folder / "sae_weights.safetensors")
+    stored["threshold"][4] = 0.5
+    save_file(stored, folder / "sae_weights.safetensors")
+    changed = Transcoder.load(folder)
+    assert changed.prefix_ends == (11,)
+    assert torch.equal(changed.thresholds, stored["threshold"][None])
+    assert (
+        "its thresholds are not those that were exported; it is read without its" in capsys.readouterr().err
+    )
+    config = json.loads((folder / "cfg.json").read_text())
+    for ends, cuts in (([2, 5, 12], [0.1] * 3), ([2, 5, 11], [0.1] * 2), ([2, 5, 11], ["a"] * 3)):
+        config["metadata"] |= {"prefix_ends": ends, "prefix_thresholds": cuts}
+        (folder / "cfg.json").write_text(json.dumps(config))
+        with pytest.raises(
+            InputError, match="as many prefix_thresholds as prefix_ends, numbers, the last end 11"
+        ):
+            Transcoder.load(folder)
+
+
+def test_saelens_name_for_gemma_scope_2s_input_is_read_by_its_module(tmp_path: Path) -> None:
+    """SAELens 6.54 calls it the residual before the norm (blocks.N.hook_mlp_in); its hf_hook_name is right."""
+    folder = saelens.write(tmp_path, *tiny_transcoder().saved())
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] |= {"hook_name": "blocks.3.hook_mlp_in"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"an MLP's input\), found blocks\.3\.hook_mlp_in"):
+        Transcoder.load(folder)
+    config["metadata"] |= {"hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    source = Transcoder.load(folder).metadata["source"]
+    assert (source["input"], source["input_hook"]) == ("mlp_in", "blocks.3.mlp.hook_in")
 
 
 def test_gemma_scopes_directories_name_the_layer(tmp_path: Path) -> None:

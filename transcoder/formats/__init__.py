@@ -14,7 +14,7 @@ from torch import Tensor
 from common import hub
 from common.errors import InputError
 from transcoder import weights
-from transcoder.formats import gemma_scope, saelens
+from transcoder.formats import circuit_tracer_set, gemma_scope, gemma_scope_2, saelens, sparsify
 
 Saved = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by our names, metadata."""
@@ -23,50 +23,87 @@ READERS: dict[str, Callable[[Path], Saved]] = {
     weights.FILE_NAME: weights.read,
     gemma_scope.FILE_NAME: gemma_scope.read,
     saelens.FILE_NAME: saelens.read,
+    gemma_scope_2.FILE_NAME: gemma_scope_2.read,
+    sparsify.FILE_NAME: sparsify.read,
 }
+"""By the name of the file of weights; a layer of a circuit-tracer set is told by what is in it."""
 WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], Path]] = {
     "saelens": saelens.write,
     "gemma_scope": gemma_scope.write,
+    "gemma_scope_2": gemma_scope_2.write,
 }
 """By FORMAT; each writes below a directory and returns the one to load. A set of layers: circuit_tracer.py."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-BESIDE = ("settings.json", saelens.CONFIG_NAME)
-"""What a transcoder's directory holds besides the weights."""
+CONFIGS = (saelens.CONFIG_NAME, gemma_scope_2.CONFIG_NAME, circuit_tracer_set.CONFIG_NAME)
+"""What other tools keep beside the weights; given instead of them, it stands for its directory."""
+EXPECTED = (
+    f"{weights.FILE_NAME} (a run of ours), {gemma_scope.FILE_NAME} or {gemma_scope_2.FILE_NAME} (Gemma Scope), "
+    f"{saelens.FILE_NAME} (SAELens), {sparsify.FILE_NAME} (sparsify) or {circuit_tracer_set.CONFIG_NAME} and "
+    "layer_N.safetensors (circuit-tracer)"
+)
 
 
-def fetched(path: str | Path) -> Path:
-    """The local path of a directory or file; hf://owner/name/path is downloaded into the hub's cache."""
+def fetched(path: str | Path, layer: int | None = None) -> Path:
+    """The local path of a directory or file; hf://owner/name/path is downloaded into the hub's cache.
+
+    Of a set of layers in one directory (circuit-tracer's, sparsify's) that of `layer`, downloaded alone.
+    """
     if not hub.is_hub(path):
-        return Path(path)
-    return hub.download(str(path), (*READERS, *BESIDE))
+        return _of_layer(Path(path), layer)
+    beside = ["settings.json", *CONFIGS, *(f"../{name}" for name in CONFIGS)]
+    if layer is not None:
+        files = (sparsify.FILE_NAME, sparsify.CONFIG_NAME)
+        beside += [circuit_tracer_set.layer_file(layer), *(f"*.{layer}.mlp/{name}" for name in files)]
+    return _of_layer(hub.download(str(path), tuple(READERS), beside), layer)
+
+
+def _of_layer(path: Path, layer: int | None) -> Path:
+    """What a directory holds of `layer`, if it is a set; else `path` itself."""
+    if path.name in CONFIGS and path.is_file():
+        path = path.parent
+    if not path.is_dir() or _weights_in(path):
+        return path
+    if (path / circuit_tracer_set.CONFIG_NAME).is_file():
+        return circuit_tracer_set.of_layer(path, layer)
+    folders = [] if layer is None else sparsify.layer_folders(path, layer)
+    return folders[0] if len(folders) == 1 else path
+
+
+def _weights_in(folder: Path) -> Path | None:
+    return next((folder / name for name in READERS if (folder / name).is_file()), None)
 
 
 def weights_file(path: Path) -> Path:
     """The file of weights in a directory, or `path` itself; raises `InputError` when there is none."""
-    path = path.parent if path.name == saelens.CONFIG_NAME else path
-    files = [path / name for name in READERS] if path.is_dir() else [path]
-    weights_path = next((file for file in files if file.is_file()), None)
-    if weights_path is not None and weights_path.suffix in PICKLES:
+    path = _of_layer(path, None)
+    weights_path = _weights_in(path) if path.is_dir() else path
+    if weights_path is None and path.is_dir():
+        weights_path = next((each for each in sorted(path.iterdir()) if each.suffix in PICKLES), None)
+    if weights_path is not None and weights_path.suffix in PICKLES and weights_path.is_file():
         raise InputError(
             f"{weights_path}: a pickle, which is not read; save its tensors as SAELens' or Gemma Scope's files"
         )
-    if weights_path is None:
+    if weights_path is None or not weights_path.is_file():
         if (path / "settings.json").is_file():
             raise InputError(
                 f"{path}: interrupted, or still training; its weights are written when it ends: rerun the same make "
                 "train to continue; make evaluate ARGS='--evaluate.checkpoint true' evaluates the checkpoint"
             )
-        if (path / "config.yaml").is_file() and (layers := sorted(path.glob("layer_*.safetensors"))):
-            return layers[0]  # circuit-tracer's set: its reader says what it is
-        raise InputError(
-            f"{path}: no transcoder here; expected {weights.FILE_NAME} (a run of ours), {gemma_scope.FILE_NAME} "
-            f"(Gemma Scope) or {saelens.FILE_NAME} (SAELens)"
-        )
+        raise InputError(f"{path}: no transcoder here; expected {EXPECTED}{_below(path)}")
     return weights_path
+
+
+def _below(path: Path) -> str:
+    """The directories in `path` that hold one, in words; nothing where none does."""
+    there = [each.name for each in sorted(path.iterdir()) if _weights_in(each)] if path.is_dir() else []
+    more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+    return f"; there is one in {', '.join(there[:3])}{more} below it" if there else ""
 
 
 def read(path: Path) -> Saved:
     """What the file or directory at `path` holds; raises `InputError` naming the file and what is wrong."""
     file = weights_file(path)
-    reader = gemma_scope.read if file.suffix == ".npz" else READERS.get(file.name, weights.read)
-    return reader(file)
+    if file.suffix == ".npz":
+        return gemma_scope.read(file)
+    layer = circuit_tracer_set.is_layer
+    return READERS.get(file.name, circuit_tracer_set.read if layer(file) else weights.read)(file)

@@ -13,6 +13,7 @@ import pytest
 import evaluate.model.__main__ as command
 from common.cli import run_stage
 from common.errors import InputError
+from common.files import locked
 from common.settings import Settings
 from evaluate.model import run
 from evaluate.model.page import notes, spans
@@ -34,6 +35,7 @@ from tests.evaluate.model.sets import (
     save_evaluation,
     settings_at,
 )
+from tests.evaluate.report.test_page import Opened, browser  # noqa: F401
 from tests.models import save_model
 from transcoder.weights import FILE_NAME
 
@@ -224,7 +226,7 @@ REFUSALS: dict[str, tuple[Callable[[Settings], None], tuple[str, ...], str]] = {
     "no layer has such a run": (
         lambda settings: None,
         ("--run", "other"),
-        r"no layer has a finished run other; train them \(make train LAYER=all\)",
+        r"no layer has a finished run other; train them \(make train LAYER=all RUN=other\)",
     ),
     "another number of prefixes": (
         other_prefixes,
@@ -397,3 +399,35 @@ def test_the_runs_weights_are_what_is_compared(settings: Settings) -> None:
         (one(settings, layer).run_dir() / FILE_NAME).touch()
     assert describe(settings, TOKENS)[1] is False
     assert settings.run == RUN
+
+
+def test_the_page_shows_one_prefix_at_a_time_without_a_script(
+    browser: Any,  # noqa: F811
+    original: Path,
+    llama: Path,
+) -> None:
+    page = Opened(browser, settings_at(original, llama).set_dir() / "model.html", width=360, height=740)
+    rows = page.page.locator("tr[data-prefix]")
+    assert rows.count() == len(LAYERS) * len(ENDS)
+    for g in range(len(ENDS)):
+        page.page.click(f"#prefix label:nth-of-type({g + 1})")
+        shown = [row.get_attribute("data-prefix") for row in rows.all() if row.is_visible()]
+        assert shown == [str(g)] * len(LAYERS)
+        assert page.page.locator("ul.verdicts:visible").count() == 1
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.page.evaluate("document.scripts.length") == 0
+    page.page.click("tr:visible a")
+    assert page.page.url.endswith("/layer_0/tiny/evaluation/report.html")
+    page.said.clear()  # that page is a stand-in
+    page.close()
+
+
+def test_two_at_once_are_refused_before_anything_is_measured(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_measure", fail)
+    with (
+        locked(settings.set_dir() / ".model", None),
+        pytest.raises(InputError, match=r"sets/tiny: another make model is at work on it \(process \d+\)"),
+    ):
+        describe(settings, 2 * TOKENS)

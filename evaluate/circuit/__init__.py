@@ -1,0 +1,1 @@
+"""make circuit: the attribution graph of one text through a layer set."""

@@ -1,0 +1,99 @@
+"""What is said of a circuit's nodes: tokens a latent fires on, from its layer's evaluation, and tokens it promotes."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from common.files import sha256
+from common.settings import Settings
+from common.tokens import TokenText
+from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
+from evaluate.files import finished
+from evaluate.metrics.language import logit_effects
+from evaluate.report.templates import percent
+from harvest.lm import LanguageModel
+from transcoder import Transcoder
+from transcoder.weights import FILE_NAME
+
+SHOWN = 3
+"""Tokens in the text of a label."""
+
+
+class Label(NamedTuple):
+    """What is known of a node."""
+
+    text: str
+    """In one line."""
+    word: str
+    """The token of an embedding or a logit, or what an error is at."""
+    fires: list[str]
+    """Tokens that hold most of a latent's activation; none where its layer has no evaluation of these weights."""
+    promotes: list[str]
+    """Tokens whose logits a latent raises most by itself."""
+
+
+def labels(
+    nodes: Nodes,
+    model: LanguageModel,
+    coders: Sequence[Transcoder],
+    tokens: TokenText,
+    pieces: Sequence[str],
+    evaluations: Mapping[int, Path],
+) -> list[Label]:
+    """Of each node; `pieces`: the text's tokens."""
+    found: list[Label] = [Label("", "", [], [])] * len(nodes)
+    for layer in np.unique(nodes.layer[nodes.kind == LATENT]).tolist():
+        own = np.flatnonzero((nodes.kind == LATENT) & (nodes.layer == layer))
+        numbers = nodes.number[own]
+        rows = coders[layer].W_dec[torch.from_numpy(numbers).to(model.device)]
+        promoted = logit_effects(model, rows).promoted
+        fires = _fires(evaluations[layer], numbers) if layer in evaluations else np.zeros((len(own), 0), int)
+        for node, on, raised in zip(own.tolist(), fires.tolist(), promoted.tolist(), strict=True):
+            words = [tokens.label(token) for token in on if token >= 0]
+            promotes = [tokens.label(token) for token in raised]
+            parts = [("fires on", words), ("promotes", promotes)]
+            text = "; ".join(f"{what} {_listed(some)}" for what, some in parts if some)
+            found[node] = Label(text, "", words, promotes)
+    for node in np.flatnonzero(nodes.kind != LATENT).tolist():
+        kind, position, number = (int(each[node]) for each in (nodes.kind, nodes.position, nodes.number))
+        word = tokens.label(number) if kind == LOGIT else pieces[position]
+        text = {
+            TOKEN: f"token {word!r}",
+            ERROR: f"error of layer {nodes.layer[node]} at {word!r}",
+            LOGIT: f"next token {word!r}, {percent(float(nodes.value[node]))} %",
+        }[kind]
+        found[node] = Label(text, word, [], [])
+    return found
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " ".join(repr(word) for word in words[:SHOWN])
+
+
+def _fires(evaluation: Path, numbers: np.ndarray) -> np.ndarray:
+    with safe_open(evaluation / "latents.safetensors", "numpy") as file:
+        return file.get_tensor("top_tokens")[numbers]
+
+
+def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
+    """Folder of each layer's evaluation of the run's present weights; of the others a line on standard error."""
+    found, without = {}, []
+    for layer in layers:
+        run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
+        metrics = finished(run_dir / "evaluation")
+        if metrics is not None and metrics.provenance.weights_sha256 == sha256(run_dir / FILE_NAME):
+            found[layer] = run_dir / "evaluation"
+        else:
+            without.append(layer)
+    if without:
+        print(
+            f"layers without an evaluation of these weights: {' '.join(map(str, without))}; their latents are labelled "
+            f"by what they promote alone (make evaluate LAYER=... RUN={settings.run})",
+            file=sys.stderr,
+        )
+    return found
