@@ -2,8 +2,8 @@
 
 Speed: the demo's model and text; blocks of windows are harvested and, in turns, the same contexts are run through
 the same early-stopped model with nothing else done. Medians of several turns in one process.
-Memory: Gemma-2's real width (2,304) with two layers and random weights; peak resident size of the whole command
-minus that of loading the model and running one batch, at two numbers of rows.
+Memory: Gemma-2's real width (2,304) with eight layers and random weights; peak resident size of the whole command
+minus that of loading the model and running a few batches: of 1, 4 and 8 layers, and of one at three times the rows.
 """
 
 import argparse
@@ -94,40 +94,39 @@ def peak(command: list[str]) -> float:
 
 
 def memory(scratch: Path) -> dict[str, float]:
-    """GiB beyond the model, at one window and a bit, and at three times that."""
-    model = save_wide_gemma(scratch / "gemma")
+    """GiB beyond the model: of 1, 4 and 8 layers, at one window and a bit; of one also at three times that."""
+    model = save_wide_gemma(scratch / "gemma", layers=8, d_mlp=512)
     text = write_jsonl(scratch / "text.jsonl", sentences(9000, words=40))
-    common = ["--layer", "1", "--model.name", str(model), "--data.files", str(text), "--data.pack", "concat"]
+    common = ["--model.name", str(model), "--data.files", str(text), "--data.pack", "concat"]
     common += ["--harvest.context_length", "64", "--model.device", "cpu", "--model.dtype", "bfloat16"]
+
+    def of(layers: range, rows: int) -> float:
+        where = ["--layer", " ".join(map(str, layers)), "--harvest.rows", str(rows)]
+        with tempfile.TemporaryDirectory(dir=scratch) as activations:
+            return peak(
+                [sys.executable, "-m", "harvest", *common, *where, "--paths.activations", activations]
+            )
+
     gibs = {}
-    base = peak(
-        [
-            sys.executable,
-            "-m",
-            "harvest",
-            *common,
-            "--harvest.rows",
-            "200",
-            "--paths.activations",
-            str(scratch / "0"),
-        ]
-    )
-    for rows in (40_000, 120_000):
-        where = ["--harvest.rows", str(rows), "--paths.activations", str(scratch / str(rows))]
-        gibs[f"GiB beyond the model, {rows:,} rows"] = (
-            peak([sys.executable, "-m", "harvest", *common, *where]) - base
-        )
+    for layers, rows in (
+        (range(7, 8), 40_000),
+        (range(7, 8), 120_000),
+        (range(4, 8), 40_000),
+        (range(8), 40_000),
+    ):
+        what = f"GiB beyond the model, layers {len(layers)}, {rows:,} rows"
+        gibs[what] = of(layers, rows) - of(layers, 4_000)
     return gibs
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description="Harvest against the bare forward pass.")
-    options.add_argument("--skip-memory", action="store_true")
+    options.add_argument("--only", choices=["speed", "memory"], help="one of both [both]")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         demo = ["--profile", "demo", "--harvest.rows", str(WINDOWS * SHARD_ROWS)]
-        results = speed(Path(scratch), demo)
-        if not arguments.skip_memory:
+        results = {} if arguments.only == "memory" else speed(Path(scratch), demo)
+        if arguments.only != "speed":
             results |= memory(Path(scratch))
     table = Table("what", "figure")
     for name, value in results.items():

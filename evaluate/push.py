@@ -15,8 +15,6 @@ from common import hub
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import sha256
-from common.layers.driver import over_layers
-from common.settings import Settings
 
 
 def push(run_dir: Path, address: str, name: str | None = None) -> None:
@@ -59,35 +57,30 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
 
 
 def main() -> None:
-    options = parser("evaluate.push", "Publish a run and its card on the Hugging Face hub.")
+    options = parser("evaluate.push", "Publish a run, or those of several layers, on the Hugging Face hub.")
     options.add_argument(
-        "--repo",
-        required=True,
-        metavar="OWNER/NAME",
-        help="repository, or owner/name/path within one; several layers go to layer_<number> in it",
+        "--repo", required=True, metavar="OWNER/NAME", help="repository, or owner/name/path within one"
+    )
+    options.add_argument(
+        "--pages",
+        action="store_true",
+        help="several layers: with circuit-tracer's feature pages, which quote the text",
     )
     asked = read(options)
-    repo = f"{hub.SCHEME}{asked.arguments.repo.removeprefix(hub.SCHEME)}"
+    address = f"{hub.SCHEME}{asked.arguments.repo.removeprefix(hub.SCHEME)}".rstrip("/")
+    from transcoder import weights  # with torch, which --help need not wait for
 
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import n_layers  # with torch, which --help need not wait for
+    settings = asked.settings(asked.layers(weights.n_layers))
+    of_several = len(settings.layers) > 1
+    settings = weights.chosen_run(settings, asked.arguments.run, every_layer=of_several)
+    if of_several:
+        from evaluate.model.push import push_set
 
-        return n_layers(settings)
-
-    def chosen(settings: Settings) -> Settings:
-        from transcoder.weights import chosen_run
-
-        return chosen_run(settings, asked.arguments.run, every_layer=len(settings.layers) > 1)
-
-    def one(settings: Settings, of_several: bool) -> None:
-        from transcoder.weights import refuse_another_model
-
-        address = f"{repo.rstrip('/')}/layer_{settings.layer}" if of_several else repo
-        refuse_another_model(settings.run_dir(), settings)
+        push_set(settings, address, asked.arguments.pages)
+    else:
+        weights.refuse_another_model(settings.run_dir(), settings)
         push(settings.run_dir(), address, settings.model.public_name)
-        print(address)
-
-    over_layers(asked, one, n_layers=n_layers, chosen=chosen)
+    print(address)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ instant. The stages are processes of their own, which end with this one.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import Asked
@@ -17,7 +18,7 @@ from common.processes import world
 from common.settings import Settings
 from harvest.plan import plans_of
 from harvest.run import refuse_another, requested
-from shards.plan import group, human, room
+from shards.plan import group, human, measured, room
 from shards.writer import StoreWriter
 
 OWN = ("--force", "--plan", "--refill")
@@ -103,12 +104,18 @@ class _Set:
         return []
 
     def _plans(self, again: Sequence[int]) -> dict[int, int]:
-        """Whole size of every store that is to be harvested; what was begun comes first."""
+        """Whole size of every store that is to be harvested, by a finished one's rows; what was begun comes first."""
         begun = [layer for layer in self._left() if not self.writers[layer].complete]
         todo = [*sorted(begun, key=lambda layer: not self.writers[layer].has_rows), *again]
         if not todo:
             return {}
         plans = plans_of(self.settings.model_copy(update={"layers": tuple(todo)}), again)
+        done = (measured(writer.root) for writer in self.writers.values() if writer.complete)
+        if per_row := max((each for each in done if each is not None), default=None):
+            plans = {
+                layer: plan if plan.measured else replace(plan, bytes_per_row=per_row)
+                for layer, plan in plans.items()
+            }
         return {layer: plans[layer].bytes for layer in todo if layer in plans}
 
     def _room(self, beside: Sequence[int]) -> int:
@@ -119,7 +126,9 @@ class _Set:
 
     def _check_fit(self, again: Sequence[int]) -> None:
         """Raise `InputError`, before anything is begun, where not even one layer fits."""
-        sizes = {} if self.asked.arguments.force else self._plans(again)
+        if self.asked.arguments.force or any(self._whole(layer) for layer in self._left()):
+            return  # a whole store becomes small before there is a next pass
+        sizes = self._plans(again)
         if sizes and not group(sizes, self._room([*sizes])):
             raise self._too_little(sizes)
 
@@ -158,6 +167,9 @@ class _Set:
             self.failed |= dict.fromkeys(failed, stage)
         for layer in layers:
             if layer not in self.failed:
+                _wait_for(
+                    *self._run_dir(layer).parent.glob("*/.lock")
+                )  # another run may be training on these rows
                 before = size_of(self.writers[layer].root)
                 self.writers[layer].remove_rows()
                 now = size_of(self.writers[layer].root)
@@ -173,14 +185,14 @@ class _Set:
         self._wait_for_the_dead(layers)
         return spread.each({layer: self._command(stage, [layer]) for layer in layers}, 1)
 
+    def _run_dir(self, layer: int) -> Path:
+        return self.asked.alone(layer, self.settings.run).run_dir()
+
     def _wait_for_the_dead(self, layers: Sequence[int]) -> None:
         """Until the stages of a driver that was killed, which end with it, have let go of what they were writing."""
         for layer in layers:
-            run_dir = self.asked.alone(layer, self.settings.run).run_dir()
-            for lock in (self.writers[layer].work / "lock", run_dir / ".lock", run_dir / ".evaluation"):
-                if lock.exists():
-                    with locked(lock, None):
-                        pass
+            run_dir = self._run_dir(layer)
+            _wait_for(self.writers[layer].work / "lock", run_dir / ".lock", run_dir / ".evaluation")
 
     def _command(self, stage: str, layers: Sequence[int]) -> list[str]:
         """The stage with this command line, on these layers."""
@@ -193,6 +205,14 @@ class _Set:
         alone = self.asked.settings(tuple(layers)).harvest
         own = [(key, value) for key, value in self.settings.harvest if value != getattr(alone, key)]
         return [f"--harvest.{key}={value}" for key, value in own]
+
+
+def _wait_for(*locks: Path) -> None:
+    """Until nobody holds these locks; who does is told on standard error."""
+    for lock in locks:
+        if lock.exists():
+            with locked(lock, None):
+                pass
 
 
 def _ended(command: Sequence[str]) -> int:

@@ -305,7 +305,8 @@ def _text_pass(
     for other in others:
         other.clear()
         for split in SPLITS:
-            shutil.copytree(first.root / split, other.root / split)
+            if contexts[split].contexts:
+                shutil.copytree(first.root / split, other.root / split)
         write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
     for writer in lacking:
         writer.finish_text(request, text)

@@ -65,7 +65,9 @@ class Column:
     def _hold(self, dtype: np.dtype) -> np.ndarray:
         """Zeros of this type in pages of their own; returned."""
         rows, width = self.shape
-        self._pages = mmap.mmap(-1, max(1, rows * width * dtype.itemsize))
+        # Private: of shared pages, as Python makes them, none would go back.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._pages = mmap.mmap(-1, max(1, rows * width * dtype.itemsize), flags=private)
         self._values = np.frombuffer(self._pages, dtype, rows * width).reshape(self.shape)
         return self._values
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from common.files import size_of
 from common.settings import Harvest
 from shards.commit import store_files
-from shards.layout import CHUNK_ROWS
+from shards.layout import CHUNK_ROWS, SHARD_ROWS
+from shards.manifest import read_manifest
 from shards.storage import STORAGES
 from shards.writer import StoreWriter
 
@@ -106,6 +107,15 @@ def plan_of(writer: StoreWriter, width: int, storage: str, expected: Mapping[str
     text = (path for path in writer.root.glob("*/contexts/c/**/*") if path.is_file())
     fixed += sum(path.stat().st_size for path in [*others, *text])
     return Plan(rows, expected is None, written / finished_rows, fixed, size, free, measured=True)
+
+
+def measured(root: Path) -> float | None:
+    """Bytes a row of a complete store's held-out rows, which stay when train rows are removed; none of too few."""
+    rows = read_manifest(root).splits["heldout"].rows
+    if rows < SHARD_ROWS:  # the last chunk's padding would count
+        return None
+    own = size_of(root / "heldout") - size_of(root / "heldout" / "contexts")
+    return own / rows + TOKEN
 
 
 def _free(where: Path) -> int:

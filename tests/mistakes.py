@@ -26,6 +26,7 @@ from common.cli import run_stage
 from common.files import sha256
 from common.settings import ROOT
 from shards.commit import commit_text, store_files
+from shards.writer import StoreWriter
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
 from tests.transcoder import others
@@ -322,6 +323,8 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a shard is cut short": lambda: cut(STORE / "train/inputs/c/0/0"),
     "a shard is missing": lambda: remove(STORE / "heldout/outputs/c/0/0"),
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
+    "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
+    "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),

@@ -115,15 +115,15 @@ def by_hugging_face(
     return caught | {"gain": 1 + weight if "Gemma" in type(norm).__name__ else weight}
 
 
-def save_wide_gemma(directory: Path) -> Path:
+def save_wide_gemma(directory: Path, layers: int = 2, d_mlp: int = 9216) -> Path:
     """Gemma-2-2B's real widths (d 2304, d_mlp 9216, 8 heads of 256) with two layers and a small vocabulary."""
     return save_model(
         directory,
         "gemma2",
         dtype=torch.bfloat16,
         hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=2,
+        intermediate_size=d_mlp,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=256,

@@ -85,7 +85,7 @@ def test_the_environment_has_no_say(venv: Path) -> None:
     for target, module in {
         "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "evaluate.export",
         "compare": "evaluate.compare", "import": "transcoder.import_", "push": "evaluate.push",
-        "runs": "evaluate.runs", "circuit": "evaluate.circuit",
+        "runs": "evaluate.runs", "circuit": "evaluate.circuit", "model": "evaluate.model",
         "stores": "evaluate.stores", "sweep": "train.sweep",
     }.items():  # fmt: skip
         assert make(venv, target, **around)[0] == [["-m", module]]
@@ -100,6 +100,24 @@ def test_demo_takes_run_and_layer(venv: Path) -> None:
     calls, process = make(venv, "demo", "PROFILE=guide")
     assert (calls, process.returncode) == ([], 2)
     assert "make demo is PROFILE=demo" in process.stderr
+
+
+def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> None:
+    """NPROC alone: for the stages whose rows are shared."""
+    layers = ["--layer", "all", "--spread", "layers"]
+    for target, module in {"train": "train", "sweep": "train.sweep", "evaluate": "evaluate"}.items():
+        typed = (target, "LAYER=all", "NPROC=4")
+        assert make(venv, *typed, "SPREAD=layers")[0] == [["-m", "common.launch", "4", module, *layers]]
+        alone = ["-m", module] if target != "train" else ["-m", "common.launch", "4", module]
+        assert make(venv, *typed)[0] == [[*alone, "--layer", "all"]]
+    assert make(venv, "train", "SPREAD=layers")[0] == [["-m", "train", "--spread", "layers"]]
+    calls = make(venv, "demo", "LAYER=all", "NPROC=2", "SPREAD=layers")[0]
+    options = ["--profile", "demo", "--layer", "all"]
+    assert calls == [
+        ["-m", "common.launch", "2", "harvest", *options],
+        ["-m", "common.launch", "2", "train", *options, "--spread", "layers"],
+        ["-m", "common.launch", "2", "evaluate", *options, "--spread", "layers"],
+    ]
 
 
 def test_a_misspelt_variable_stops_make(venv: Path) -> None:

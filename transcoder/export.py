@@ -57,6 +57,26 @@ def export_set(
 ) -> Path:
     """Write the runs of one name to <model>/export/circuit_tracer/<run>[_prefix_g], a folder for circuit-tracer.
 
+    Parameters as of `write_set`.
+    """
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    name = settings.run + _suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
+    folder = model / "export" / "circuit_tracer" / name
+    with whole_folder(folder) as aside:
+        write_set(aside, settings, prefix, partial, reads, add)
+    return folder
+
+
+def write_set(
+    folder: Path,
+    settings: Settings,
+    prefix: int | None = None,
+    partial: bool = False,
+    reads: Convention = "normalized",
+    add: Callable[[Path, Mapping[int, Path]], None] | None = None,
+) -> None:
+    """Write circuit-tracer's set into `folder`, a layer at a time.
+
     Of `settings.layers`, or of every layer that has such a run. `partial`: see `circuit_tracer.write`. `reads`: inputs
     with the norm's gain or without. `add` gets the folder and each layer's run directory, and writes what else belongs
     in it.
@@ -77,13 +97,9 @@ def export_set(
         sources[_layer(run, source)] = run, source
     circuit_tracer.check_layers(sources, next(iter(sources.values()))[1]["n_layers"], partial)
     saved = (exported(run, prefix, settings.model.public_name, reads).saved() for run, _ in sources.values())
-    name = settings.run + _suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
-    folder = model / "export" / "circuit_tracer" / name
-    with whole_folder(folder) as aside:
-        circuit_tracer.write(aside, saved, partial)
-        if add is not None:
-            add(aside, {layer: run for layer, (run, _) in sources.items()})
-    return folder
+    circuit_tracer.write(folder, saved, partial)
+    if add is not None:
+        add(folder, {layer: run for layer, (run, _) in sources.items()})
 
 
 def _refuse_unknown(run_dir: Path, source: Mapping[str, Any], to: str) -> None:

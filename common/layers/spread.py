@@ -25,7 +25,7 @@ class Child:
             stdin=subprocess.PIPE,  # ends with this process, and ends the child
             stdout=pipe,
             stderr=pipe,
-            env=os.environ | (_own_share(place, places) if self._prefixed else {}),
+            env=os.environ | (own_share(place, places) if self._prefixed else {}),
             start_new_session=True,  # Ctrl-C comes here alone, and is passed on once
         )
         self._said: dict[int, bytes] = {}
@@ -57,9 +57,9 @@ class Child:
         return more
 
 
-def _own_share(place: int, places: int) -> dict[str, str]:
+def own_share(place: int, places: int) -> dict[str, str]:
     """Of the cores and GPUs, for the process at one of so many places."""
-    import torch
+    import torch  # which the module's importers need not wait for
 
     from common.device import cores
 

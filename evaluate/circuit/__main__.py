@@ -48,14 +48,18 @@ def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Ro
     from evaluate.report.templates import percent
 
     console = Console(markup=False, emoji=False, highlight=False)
-    strongest = sorted(
-        (path for some in routes.values() for path in some), key=lambda path: -abs(path.weight)
-    )
-    table = Table("% of the target", "path (layer/latent@token)", "labels")
-    for path in strongest[:SHOWN]:
-        names = " → ".join(place(circuit, node) for node in path.nodes[:-1])
-        said = "\n".join(_line(labels[node].text) for node in path.nodes)
-        table.add_row(percent(path.weight), names, said)
+    probability = {logit: float(circuit.nodes.value[logit]) for logit in routes}
+    found = [(logit, route) for logit, some in routes.items() for route in some]
+    found.sort(key=lambda each: -abs(each[1].weight) * probability[each[0]])
+    table = Table("weight %", "next token", "path (layer/latent@token)", "labels")
+    for logit, route in found[:SHOWN]:
+        steps = route.nodes[:-1]
+        table.add_row(
+            percent(route.weight),
+            f"{_line(repr(labels[logit].word))}\n{percent(probability[logit])} %",
+            "\n".join(place(circuit, node) for node in steps),
+            "\n".join(_line(labels[node].text) for node in steps),
+        )
     console.print(table)
     ends = circuit.ends
     print(

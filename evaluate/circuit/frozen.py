@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.hooks import hooks_of
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
@@ -71,7 +71,13 @@ class Frozen:
         """[V], of the last position, after a soft cap."""
         model.bridge.requires_grad_(False)
         self._leaves = [each.clone().requires_grad_() for each in (self.embedding, *self.written)]
-        self.linear = self.run(self._leaves[0], self._leaves[1:])
+        try:
+            self.linear = self.run(self._leaves[0], self._leaves[1:])
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            raise InputError(  # OLMo: its norm has no gain, which TransformerLens expects where a hook sets the scale
+                f"{model.name}: TransformerLens cannot hold its norms and attention patterns fixed: "
+                f"{first_line(error)}; {self._cannot}"
+            ) from error
         for layer in range(model.n_layers + 1):
             self._check(layer, self.linear.at(layer).detach(), self.reads.at(layer))
 

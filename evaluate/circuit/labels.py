@@ -13,7 +13,7 @@ from common.files import sha256
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
-from evaluate.files import finished
+from evaluate.files import complete
 from evaluate.metrics.language import logit_effects
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
@@ -85,8 +85,7 @@ def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
     found, without = {}, []
     for layer in layers:
         run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
-        metrics = finished(run_dir / "evaluation")
-        if metrics is not None and metrics.provenance.weights_sha256 == sha256(run_dir / FILE_NAME):
+        if _weights_of(run_dir / "evaluation") == sha256(run_dir / FILE_NAME):
             found[layer] = run_dir / "evaluation"
         else:
             without.append(layer)
@@ -97,3 +96,10 @@ def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
             file=sys.stderr,
         )
     return found
+
+
+def _weights_of(folder: Path) -> object:
+    """Digest of the weights that an evaluation of any version is of; none where there is none with latents."""
+    provenance = (complete(folder) or {}).get("provenance")
+    there = (folder / "latents.safetensors").is_file()
+    return provenance.get("weights_sha256") if there and isinstance(provenance, dict) else None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.errors import InputError
 from common.files import sha256
 from common.progress import progress
 from common.settings import Model, Settings
@@ -67,7 +68,7 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
         run=settings.run,
         prefix=len(coders[0].prefix_ends) - 1,
         n_layers=model.n_layers,
-        text=text,
+        prompt=text,
         pieces=tokens.pieces(context[0].tolist()),
         n_nodes=n_nodes,
         weights=_digests(settings, layer_set.layers),
@@ -83,10 +84,13 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
 
 
 def readers(layer_set: LayerSet, prefix: int | None) -> list[Transcoder]:
-    """A prefix of every layer's transcoder, reading inputs without the norm's gain."""
+    """A prefix of every layer's transcoder (none: the last), reading inputs without the norm's gain."""
+    last = layer_set.n_prefixes - 1
+    if prefix is not None and not 0 <= prefix <= last:
+        raise InputError(f"prefix: run {layer_set.name} has prefixes 0 to {last}, found {prefix}")
     return [
         convert(
-            coder.prefix(-1 if prefix is None else prefix),
+            coder.prefix(last if prefix is None else prefix),
             "normalized",
             layer_set.stores[layer].manifest.source.model_dump(),
             f"{layer_set.name}, layer {layer}",
@@ -98,8 +102,8 @@ def readers(layer_set: LayerSet, prefix: int | None) -> list[Transcoder]:
 def exact(wanted: Model, source: Source) -> LanguageModel:
     """The language model of a store, with its weights in float32, in which effects are told apart from rounding."""
     model = language_model(wanted.model_copy(update={"dtype": source.dtype}), source)
-    model.bridge.to(torch.float32)
-    model.dtype = torch.float32
+    torch.nn.Module.to(model.bridge, torch.float32)  # its own `to` prints a line
+    model.bridge.cfg.dtype = model.dtype = torch.float32
     return model
 
 

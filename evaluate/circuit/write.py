@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from common.files import whole_folder
+from common.files import locked, whole_folder
 from evaluate.circuit.attribute import MASS, MOST_LOGITS
 from evaluate.circuit.graph import ERROR, KINDS, LATENT, LOGIT, TOKEN, Circuit, Route
 from evaluate.circuit.labels import Label
@@ -33,7 +33,7 @@ class About:
     run: str
     prefix: int
     n_layers: int
-    text: str
+    prompt: str
     pieces: list[str]
     """The text's tokens."""
     n_nodes: int
@@ -44,9 +44,9 @@ class About:
     @property
     def slug(self) -> str:
         """Name of the folder: the text's first words, and a digest of what the circuit is of."""
-        plain = unicodedata.normalize("NFKD", self.text).encode("ascii", "ignore").decode().lower()
+        plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
         words = "-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-") or "text"
-        return f"{words}-{hashlib.sha256(f'{self.prefix} {self.text}'.encode()).hexdigest()[:8]}"
+        return f"{words}-{hashlib.sha256(f'{self.prefix} {self.prompt}'.encode()).hexdigest()[:8]}"
 
 
 def write(
@@ -59,14 +59,15 @@ def write(
 ) -> None:
     """Both files, and the list of graphs that circuit-tracer's server reads, in a folder that appears whole."""
     graph = graph_json(about, circuit, labels)
-    listed = {"graphs": [graph["metadata"] | {"slug": "graph"}]}
+    listed = {"graphs": [graph["metadata"]]}
     reports = {
         layer: quote(os.path.relpath(place / "report.html", folder), safe="/")
         for layer, place in evaluations.items()
     }
-    with whole_folder(folder) as aside:
+    held = locked(folder.with_name(f".{folder.name}.lock"), f"{folder}: another make circuit is writing it")
+    with held, whole_folder(folder) as aside:
         for name, values in (("graph.json", graph), ("graph-metadata.json", listed)):
-            text = json.dumps(values, ensure_ascii=False, allow_nan=False, indent=1)
+            text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             (aside / name).write_text(text + "\n", encoding="utf-8")
         page = circuit_page(about, circuit, labels, routes, reports)
         (aside / "circuit.html").write_text(page, encoding="utf-8")
@@ -81,7 +82,7 @@ def graph_json(about: About, circuit: Circuit, labels: Sequence[Label]) -> dict[
     ids = _ids(about, circuit)
     return {
         "metadata": {
-            "slug": about.slug,
+            "slug": "graph",  # the tool's server takes it for the file's name
             "scan": f"./{about.model}/{about.run}",
             "transcoder_list": [],
             "prompt_tokens": about.pieces,
@@ -105,7 +106,7 @@ def graph_json(about: About, circuit: Circuit, labels: Sequence[Label]) -> dict[
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": [_node(circuit, node, ids[node], labels[node], about) for node in range(len(ids))],
         "links": [
-            {"source": ids[source], "target": ids[target], "weight": effect}
+            {"source": ids[source], "target": ids[target], "weight": float(f"{effect:.6g}")}
             for source, target, effect in zip(
                 circuit.source.tolist(), circuit.target.tolist(), circuit.effect.tolist(), strict=True
             )
@@ -206,8 +207,8 @@ def circuit_page(
             for *values, label in zip(*(each.tolist() for each in columns), labels, strict=True)
         ],
         "edges": [
-            list(each)
-            for each in zip(
+            [source, target, float(f"{effect:.4g}"), float(f"{weight:.4g}")]
+            for source, target, effect, weight in zip(
                 *(part.tolist() for part in (circuit.source, circuit.target, circuit.effect, circuit.weight)),
                 strict=True,
             )

@@ -47,10 +47,11 @@ def open_set(settings: Settings, whole: bool = False) -> LayerSet:
     first that is of another model or tokenizer, or has another number of prefixes, than the first of the set.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    found = [path.parts[-3] for path in model.glob(f"layer_*/{settings.run}/{FILE_NAME}")]
+    names = [name.removeprefix("layer_") for name in found]
     there = sorted(
-        int(path.parent.parent.name.removeprefix("layer_"))
-        for path in model.glob(f"layer_*/{settings.run}/{FILE_NAME}")
-    )
+        int(name) for name in names if name.isdecimal()
+    )  # a copy put aside is no layer: layer_3_old
     layers = settings.layers or tuple(there)
     if not layers:
         raise InputError(
@@ -62,14 +63,14 @@ def open_set(settings: Settings, whole: bool = False) -> LayerSet:
         refuse_missing(each.run_dir())
     stores = {each.layer: Store.of(each) for each in one}
     coders = {each.layer: read(each.run_dir(), stores[each.layer]) for each in one}
-    found = LayerSet(settings.run, stores, coders)
-    _check_alike(found)
-    if whole and found.missing:
+    opened = LayerSet(settings.run, stores, coders)
+    _check_alike(opened)
+    if whole and opened.missing:
         raise InputError(
-            f"{model}: run {settings.run}: expected every layer from 0 to {found.n_layers - 1}, missing "
-            f"{' '.join(map(str, found.missing))}; train them (make train LAYER=all RUN={settings.run})"
+            f"{model}: run {settings.run}: expected every layer from 0 to {opened.n_layers - 1}, missing "
+            f"{' '.join(map(str, opened.missing))}; train them (make train LAYER=all RUN={settings.run})"
         )
-    return found
+    return opened
 
 
 def _check_alike(found: LayerSet) -> None:

@@ -163,9 +163,12 @@ def _measure(
     coders = {layer: coder.to(model.device) for layer, coder in found.coders.items()}
     on_device = LayerSet(found.name, found.stores, coders)
     total = passes(model, on_device, len(contexts), n_part, contexts.shape[1])
-    with progress(f"{len(coders)} MLPs replaced", total, "tokens") as bar:
-        moved = {layer: mean.to(model.device) for layer, mean in means.items()}
-        measured = measure(model, on_device, moved, contexts, n_part, bar.update)
+    moved = {layer: mean.to(model.device) for layer, mean in means.items()}
+    try:
+        with progress(f"{len(coders)} MLPs replaced", total, "tokens") as bar:
+            measured = measure(model, on_device, moved, contexts, n_part, bar.update)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written; the same command begins again") from None
     return replaced_metrics(measured, layers, (len(contexts), n_part))
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,9 +53,13 @@ def make_run(
     vocabulary: list[str] | None = None,
     heldout: int = 1500,
     constant: bool = False,
+    **source: Any,
 ) -> Store:
-    """Store, weights, settings and log of the run "tiny"; outputs are a noisy linear map of the inputs, or constant."""
-    settings = settings_of(root)
+    """Store, weights, settings and log of the run "tiny"; outputs are a noisy linear map of the inputs, or constant.
+
+    `source`: what the store was harvested from, its layer too.
+    """
+    settings = settings_of(root, "--layer", str(source.get("layer", 0)))
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((D_IN, D_OUT)).astype(np.float32)
 
@@ -63,7 +68,9 @@ def make_run(
         noise = 0.1 * rng.standard_normal((n, D_OUT)).astype(np.float32)
         return inputs, np.ones_like(noise) if constant else inputs @ mixing + noise + 1
 
-    store = make_store(settings.store_path(0), train=rows(2000), heldout=rows(heldout), vocabulary=vocabulary)
+    store = make_store(
+        settings.store_path(settings.layer), rows(2000), rows(heldout), vocabulary=vocabulary, **source
+    )
     run_dir = settings.run_dir()
     run_dir.mkdir(parents=True)
     saved = settings.model_dump(mode="json")

@@ -6,6 +6,8 @@ python tools.py circuit_tracer FOLDER ROWS OUT   circuit-tracer's own loader; RO
 python tools.py pages FOLDER LAYER LATENT OUT    circuit-tracer's own model of a page, of every 16th page of the set;
                                                  OUT's header: page of the latent, pages of each layer, scan
 python tools.py replace FOLDER MODEL TOKENS OUT  circuit-tracer's replacement model with all MLPs replaced
+python tools.py attribute FOLDER MODEL TOKENS OUT  its attribution graph of one context, whole
+python tools.py graph GRAPH OUT                  its schema of graph files; OUT: number of nodes and links
 python tools.py splice FOLDER MODEL TOKENS OUT   cross-entropy of SAELens' bridge with the transcoder in place;
                                                  TOKENS: tokens and excluded [b, T], where the MLP keeps its output
 python tools.py gemma_scope_2 PARAMS ROWS OUT    circuit-tracer's loader of Gemma Scope 2's transcoders
@@ -167,6 +169,35 @@ def replace(folder: str, model: str, tokens: str, out: str) -> None:
         _, activations = replaced.get_activations(tokens_of_row)
         tensors[f"acts_{row}"] = activations.detach().to_dense().contiguous()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out)
+
+
+def attribute(folder: str, model: str, tokens: str, out: str) -> None:
+    from circuit_tracer import ReplacementModel
+    from circuit_tracer import attribute as attributed
+    from transformers import AutoTokenizer
+
+    transcoders, _ = transcoder_set(folder)
+    config, weights, _ = hooked_transformer(model)
+    replaced = ReplacementModel.from_config(config, transcoders)
+    replaced.load_state_dict(renamed(weights), strict=False)
+    replaced.tokenizer = AutoTokenizer.from_pretrained(model)
+    graph = attributed(load_file(tokens)["tokens"], replaced, batch_size=16)
+    tensors = {
+        "effects": graph.adjacency_matrix,
+        "active": graph.active_features[graph.selected_features],
+        "values": graph.activation_values[graph.selected_features],
+        "logits": graph.logit_token_ids,
+        "probabilities": graph.logit_probabilities,
+    }
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, out)
+
+
+def graph(file: str, out: str) -> None:
+    from circuit_tracer.frontend.graph_models import Link, Model
+
+    read = Model.model_validate_json(Path(file).read_text())
+    links = [Link.model_validate(link) for link in read.links]
+    save_file({"nodes": torch.tensor(len(read.nodes)), "links": torch.tensor(len(links))}, out)
 
 
 def renamed(weights: dict) -> dict:

@@ -34,8 +34,11 @@ const piece = (position) => visible(data.tokens[position]);
 
 // ---- layout: a column for each token, a row for each layer ----
 
-const STEP = 13, ROW = 22, LEFT = 46, TOP = 96, GOAL = 30;
+const LISTED = 40; // links of one node, in each direction
+const MOST_LINKS = 2000; // drawn at once; more cannot be told apart
+const STEP = 13, ROW = 19, LEFT = 46, TOP = 92, GOAL = 30;
 const rowOf = (node) => data.layers - node.layer; // logits 0, layer 0: layers, tokens: layers + 1
+const stepOf = (cell) => cell[0].kind === LOGIT ? GOAL : Math.max(5, Math.min(STEP, 300 / cell.length)); // crowded ones overlap
 const cells = new Map();
 for (const node of nodes) {
   const key = node.position + " " + rowOf(node);
@@ -43,11 +46,11 @@ for (const node of nodes) {
   cells.get(key).push(node);
 }
 const widths = data.tokens.map((token) => Math.max(46, 9 * Math.min(14, [...visible(token)].length) + 14));
-for (const cell of cells.values()) widths[cell[0].position] = Math.max(widths[cell[0].position], cell.length * (cell[0].kind === LOGIT ? GOAL : STEP) + 14);
+for (const cell of cells.values()) widths[cell[0].position] = Math.max(widths[cell[0].position], cell.length * stepOf(cell) + 14);
 const starts = widths.map(((at) => (width) => (at += width) - width)(LEFT));
 const WIDTH = starts.at(-1) + widths.at(-1) + 60, HEIGHT = TOP + (data.layers + 1) * ROW + 44;
 for (const cell of cells.values()) {
-  const step = cell[0].kind === LOGIT ? GOAL : STEP, position = cell[0].position;
+  const step = stepOf(cell), position = cell[0].position;
   if (cell[0].kind === LOGIT) cell.sort((a, b) => b.value - a.value);
   cell.forEach((node, i) => {
     node.x = starts[position] + widths[position] / 2 + (i - (cell.length - 1) / 2) * step;
@@ -98,9 +101,9 @@ function line(edge, own) {
 }
 let chosen = null;
 function drawLinks() {
-  const n = Math.round(edges.length * ($("links").value / 100) ** 2);
+  const n = Math.round(Math.min(edges.length, MOST_LINKS) * ($("links").value / 100) ** 2);
   $("drawn").textContent = `${n.toLocaleString("en")} of ${edges.length.toLocaleString("en")}`;
-  const own = chosen ? [...chosen.into, ...chosen.out] : [];
+  const own = chosen ? [...chosen.into.slice(0, LISTED), ...chosen.out.slice(0, LISTED)] : [];
   links.replaceChildren(...edges.slice(0, n).map((edge) => line(edge, false)), ...own.map((edge) => line(edge, true)));
   svg.classList.toggle("chosen-one", Boolean(chosen));
   const near = new Set(own.flatMap((edge) => [edge.source, edge.target]));
@@ -119,7 +122,7 @@ function tokenList(words) {
 }
 function ends(title, list, other) {
   const box = make("div"), items = make("ul", "ends");
-  for (const edge of list.slice(0, 40)) {
+  for (const edge of list.slice(0, LISTED)) {
     const node = other(edge), item = make("li"), button = make("button"), words = make("span", "words");
     button.type = "button";
     button.title = `${node.text}\neffect ${number(edge.effect)}, ${percent(edge.weight)} of all that reaches the target`;
@@ -129,7 +132,7 @@ function ends(title, list, other) {
     item.append(button); items.append(item);
   }
   if (!list.length) items.append(make("li", "note", "none is kept"));
-  box.append(make("h3", "", list.length > 40 ? `${title}, 40 of ${list.length}` : title), items);
+  box.append(make("h3", "", list.length > LISTED ? `${title}, ${LISTED} of ${list.length}` : title), items);
   return box;
 }
 function detail() {
@@ -180,9 +183,9 @@ function beside(node, key) {
   const up = key === "ArrowUp", others = nodes.filter((each) => up ? each.y < node.y : each.y > node.y);
   return others.sort((a, b) => (Math.abs(a.y - node.y) - Math.abs(b.y - node.y)) || (Math.abs(a.x - node.x) - Math.abs(b.x - node.x)))[0];
 }
-svg.addEventListener("click", (event) => { const dot = event.target.closest(".dot"); choose(dot ? nodes[dot.dataset.node] : null); });
-svg.addEventListener("focusin", (event) => { const dot = event.target.closest(".dot"); if (dot && nodes[dot.dataset.node] !== chosen) choose(nodes[dot.dataset.node]); });
-svg.addEventListener("keydown", (event) => {
+$("canvas").addEventListener("click", (event) => { const dot = event.target.closest(".dot"); choose(dot ? nodes[dot.dataset.node] : null); });
+$("canvas").addEventListener("focusin", (event) => { const dot = event.target.closest(".dot"); if (dot && nodes[dot.dataset.node] !== chosen) choose(nodes[dot.dataset.node]); });
+$("canvas").addEventListener("keydown", (event) => {
   const dot = event.target.closest(".dot");
   if (!dot || event.ctrlKey || event.metaKey || event.altKey) return;
   const node = nodes[dot.dataset.node];

@@ -151,6 +151,15 @@ def test_what_cannot_be_held_fixed_is_refused(
         effects.of(every_target(effects))
 
 
+def test_a_norm_that_cannot_be_held_is_refused(tmp_path: Path) -> None:
+    """OLMo's has no gain, which the bridge takes for granted where a hook sets the norm's scale."""
+    model = load(save_model(tmp_path / "olmo", "olmo"))
+    with pytest.raises(
+        InputError, match=r"TransformerLens cannot hold its norms .* no attribute 'weight'; circuits"
+    ):
+        Effects(model, coders_of(model), text())
+
+
 def test_logits_that_are_not_the_unembeddings_are_refused(tmp_path: Path) -> None:
     """Granite divides its logits by a number of its own."""
     directory = save_model(tmp_path / "granite", "granite", logits_scaling=3.0)

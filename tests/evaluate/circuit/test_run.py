@@ -73,7 +73,7 @@ def test_both_files(layers: Settings, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(nodes) == len(graph["nodes"]) == len(circuit.nodes)
     assert len(graph["links"]) == len(circuit.source)
     for link, effect in zip(graph["links"], circuit.effect, strict=True):
-        assert link["weight"] == pytest.approx(float(effect))
+        assert link["weight"] == pytest.approx(float(effect), rel=1e-5)
         assert nodes[link["source"]]["ctx_idx"] <= nodes[link["target"]]["ctx_idx"]
     latent = next(node for node in graph["nodes"] if node["feature_type"] == "cross layer transcoder")
     layer, number, position = map(int, latent["node_id"].split("_"))
@@ -115,8 +115,9 @@ def test_no_nodes_to_follow(layers: Settings) -> None:
 def test_what_is_refused(layers: Settings, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run a: expected every layer from 0 to 2, missing 1; train them"):
         trace(of(layers, 0, 2), TEXT, None, 10)
-    with pytest.raises(InputError, match="prefix: expected 0 to 1, found 2"):
-        trace(of(layers), TEXT, 2, 10)
+    for prefix in (2, -1):
+        with pytest.raises(InputError, match=f"prefix: run a has prefixes 0 to 1, found {prefix}"):
+            trace(of(layers), TEXT, prefix, 10)
     with pytest.raises(InputError, match="text: nothing to read; give some words"):
         trace(of(layers), "", None, 10)
     with pytest.raises(InputError, match="text: not UTF-8"):

@@ -167,7 +167,7 @@ def test_an_interruption_leaves_what_was_there(settings: Settings, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr("evaluate.metrics.splice.Loss.add", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="nothing was written; the same command begins again"):
             describe(settings, 2 * TOKENS)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     with monkeypatch.context() as patch:  # while writing: no model.json, so the next call measures
@@ -320,7 +320,10 @@ def test_a_store_removed_under_way(settings: Settings, monkeypatch: pytest.Monke
 def test_a_part_of_the_layers_says_so(
     settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without LAYER, every layer that has the run."""
+    """Without LAYER, every layer that has the run; a directory put aside is none."""
+    shutil.copytree(
+        one(settings, 1).run_dir(), one(settings, 1).run_dir().parent.with_name("layer_1_old") / RUN
+    )
     remove(one(settings, 1).run_dir())
     monkeypatch.setattr(
         sys, "argv", ["x", *arguments(tmp_path / "set", Path(settings.model.name)), "--tokens", "32"]

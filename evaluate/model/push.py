@@ -1,0 +1,89 @@
+"""A layer set on the Hugging Face hub, in the forms of three tools, with one card for the model.
+
+    config.yaml, layer_N.safetensors, features/   circuit-tracer's set, where the set has every layer
+    saelens/layer_N/                              SAELens
+    matryoshka/layer_N/                           ours, all prefixes, with the layer's own card
+
+circuit-tracer downloads what matches layer_*.safetensors, in folders too; ours lies elsewhere.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import hub
+from common.settings import Settings
+from evaluate.feature_pages import SetPages
+from evaluate.files import finished
+from evaluate.push import write
+from evaluate.records import PrefixMetrics
+from evaluate.report.card import plain
+from evaluate.report.templates import markdown
+from transcoder import weights
+from transcoder.export import exported, write_set
+from transcoder.formats import WRITERS
+from transcoder.public import ON_HUB
+
+
+class LayerLine(NamedTuple):
+    """What the card's table says of a layer."""
+
+    layer: int
+    first: PrefixMetrics
+    last: PrefixMetrics
+
+
+def push_set(settings: Settings, address: str, pages: bool = False) -> None:
+    """Publish the evaluated runs named `settings.run` of `settings.layers` at `address` (hf://owner/name/path).
+
+    `pages`: with circuit-tracer's feature pages, which quote the text. One commit: all of it is there, or nothing.
+    Raises `InputError` for the first layer that is not trained here, or not evaluated as it is now, before anything is
+    sent.
+    """
+    hub.parse(address)
+    set_dir = settings.set_dir()
+    set_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=set_dir, prefix=".push-") as folder:
+        message = write_forms(settings, Path(folder), address, pages)
+        hub.upload(Path(folder), address, message)
+
+
+def write_forms(settings: Settings, folder: Path, address: str, pages: bool = False) -> str:
+    """Write what `push_set` publishes into `folder`; returns the commit's message."""
+    lines, name = [], settings.model.public_name
+    source: dict[str, Any] = {}
+    for layer in settings.layers:
+        run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
+        weights.refuse_another_model(run_dir, settings)
+        own = folder / "matryoshka" / f"layer_{layer}"
+        own.mkdir(parents=True)
+        write(run_dir, own, f"{address}/matryoshka/layer_{layer}", name)
+        tensors, metadata = exported(run_dir, None, name).saved()
+        WRITERS["saelens"](folder / "saelens" / f"layer_{layer}", tensors, metadata)
+        source = metadata["source"]
+        metrics = finished(run_dir / "evaluation")
+        assert metrics is not None, "write has checked it"
+        lines.append(LayerLine(layer, metrics.prefixes[0], metrics.prefixes[-1]))
+    missing = [layer for layer in range(source["n_layers"]) if layer not in settings.layers]
+    if not missing:
+        write_set(folder, settings, add=SetPages(settings).write if pages else None)
+    text = _card(lines, source, missing, address)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return f"Transcoders {settings.run}, {len(lines)} layers"
+
+
+def _card(lines: list[LayerLine], source: dict[str, Any], missing: list[int], address: str) -> str:
+    where, model = hub.parse(address), plain(source["model"])
+    return markdown(
+        "set_card.md",
+        layers=lines,
+        missing=missing,
+        whole=not missing,
+        model=model,
+        base_model=model if ON_HUB.fullmatch(model) else None,
+        d_in=source["d_in"],
+        release=where.repo,
+        folder=f"{where.path}/" if where.path else "",
+        repo=f"{where.repo}/{where.path}".rstrip("/"),
+        address=address,
+    )
