@@ -13,13 +13,8 @@ from common.files import sha256
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
-<<<<<<< HEAD
-from evaluate.files import finished
-from evaluate.metrics.language import logit_effects
-=======
 from evaluate.files import complete
-from evaluate.metrics.language import promoted_tokens
->>>>>>> w5-D
+from evaluate.metrics.language import logit_effects
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
