@@ -141,4 +141,4 @@ def test_what_a_row_takes_is_measured_on_what_stays(tmp_path: Path) -> None:
     assert before is not None
     assert measured(path) == before
     rows = sum(file.stat().st_size for file in path.glob("heldout/[!c]*/c/**/*") if file.is_file())
-    assert before == pytest.approx(rows / (SHARD_ROWS + 2000) + TOKEN, rel=0.01)
+    assert before == pytest.approx(rows / (SHARD_ROWS + 2000) + TOKEN, rel=0.02)  # less the metadata
