@@ -8,14 +8,13 @@ import pytest
 
 from common.errors import InputError
 from common.settings import Settings
-from evaluate import compare, push, read, stores
+from evaluate import compare, export, push, read, stores
 from evaluate import runs as listing
 from evaluate.__main__ import main as evaluate_main
 from evaluate.files import write_record
 from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
 from train import samples_page
-from transcoder import export
 from transcoder.weights import chosen_run
 
 
