@@ -235,9 +235,9 @@ class BaselineMetrics(Record):
     """What the transcoder must beat, on the same rows."""
 
     mean: FittedMetrics | None
-    """the mean output of the train rows; null where those were removed and no run was measured on these rows before"""
+    """the mean output of the train rows; null if they were removed and no run was evaluated on these rows before"""
     linear: LinearMetrics | None
-    """the best linear map; null likewise"""
+    """the best linear map from input to output, fitted on the train rows; null in the same case"""
     one_group: OneGroupMetrics | None = None
     """a sibling run without nesting; left out where none is trained and evaluated"""
 
