@@ -134,7 +134,9 @@ def notes(result: ModelMetrics) -> list[str]:
     if without := [layer.layer for layer in layers if layer.positions is None]:
         said.append(f"Without cross-entropy of its own: {spans(without)}.")
     if len({layer.positions for layer in layers if layer.positions is not None}) > 1:
-        said.append("The cross-entropy with only one MLP replaced was measured on different numbers of tokens.")
+        said.append(
+            "The cross-entropy with only one MLP replaced was measured on different numbers of tokens."
+        )
     if other := result.provenance.other_text:
         first = result.provenance.contexts_of_layer
         said.append(f"Harvested from another text, or more of it, than layer {first}: {spans(other)}.")
