@@ -70,7 +70,7 @@ class LanguageMetrics(Record):
     cross_entropy: float
     """of the next token, nats per token"""
     kl: float
-    """KL divergence of the next token's distribution from that of the model as it is, nats per token"""
+    """KL divergence of the next-token distribution from that of the original model, nats per token"""
     recovered_zero: float | None
     """(CE_zero - CE) / (CE_zero - CE_clean): 1 costs nothing, 0 is as bad as none; null where zeroing costs nothing"""
     recovered_mean: float | None
@@ -304,7 +304,7 @@ class RedundancyMetrics(PairShare):
 
 
 class AblationLosses(Record):
-    """The language model as it is, and with the MLP ablated."""
+    """The original language model, and the model with the MLP ablated."""
 
     skipped: None
     """null: it was measured"""
@@ -313,7 +313,7 @@ class AblationLosses(Record):
     positions: int
     """tokens of them that were predicted"""
     clean: float
-    """cross-entropy of the model as it is, nats per token"""
+    """cross-entropy of the original model, nats per token"""
     zero: float
     """with the MLP's output zeroed, nats per token"""
     mean: float
