@@ -48,19 +48,19 @@ export WANDB_SILENT ?= true
 # Without a target, or as `make help`: lists the targets, as docs/commands.md does.
 help:
 	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
-	@echo 'make demo-circuit                the same for all 30 layers, small, ending in the set'\''s page and a graph (30 minutes)'
+	@echo 'make demo-circuit                the same for all 30 layers, small; then the set'\''s page and a circuit (30 minutes)'
 	@echo 'make test                        install the development extras, lint, types, tests'
 	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the layer'\''s activation store'
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
-	@echo 'make model RUN=name              write the page of a layer set, with all MLPs replaced at once; LAYER=all: each must be there'
+	@echo 'make model RUN=name              write the page of a set, with all MLPs replaced at once; LAYER=all: every layer must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
-	@echo 'make circuit TEXT="..."          draw what the next token after a text hangs on, through the latents of every layer'
+	@echo 'make circuit TEXT="..."          trace a prompt through the latents of all layers to the next token'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
-	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or NPROC=n SPREAD=layers at a time: docs/layers.md'
+	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or n at a time (NPROC=n SPREAD=layers): docs/layers.md'
 	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.

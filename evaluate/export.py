@@ -17,16 +17,18 @@ def known_format(name: str) -> str:
 
 
 def main() -> None:
-    options = parser("evaluate.export", "Write a run, or one prefix of it, in another tool's format.")
+    options = parser("evaluate.export", "Write a run, or one prefix of it, in the format of another tool.")
     options.add_argument(
         "--format",
         type=known_format,
         required=True,
-        help="saelens, gemma_scope, gemma_scope_2, circuit_tracer",
+        help="saelens, gemma_scope, gemma_scope_2 or circuit_tracer",
     )
-    options.add_argument("--prefix", type=int, metavar="G", help="only this prefix, as a narrower transcoder")
     options.add_argument(
-        "--partial", action="store_true", help="circuit_tracer: layers 0 to N of a deeper model will do"
+        "--prefix", type=int, metavar="G", help="only this prefix, counted from 0, as a narrower transcoder"
+    )
+    options.add_argument(
+        "--partial", action="store_true", help="circuit_tracer: allow layers 0 to N of a deeper model"
     )
     options.add_argument(
         "--reads",
@@ -36,7 +38,9 @@ def main() -> None:
         "Llama and Qwen models [%(default)s]",
     )
     options.add_argument(
-        "--without-pages", action="store_true", help="circuit_tracer: no feature pages, which quote the text"
+        "--without-pages",
+        action="store_true",
+        help="circuit_tracer: leave out the feature pages, which quote the text",
     )
     asked = read(options)
     arguments = asked.arguments

@@ -116,9 +116,11 @@ def show(prompt: "Prompt", folder: Path, console: Console) -> None:
 
 
 def main() -> None:
-    options = parser("evaluate.read", "Show which latents fire on your own text.")
-    options.add_argument("--text", help="a sentence or more")
-    options.add_argument("--file", help="a file of UTF-8 text in place of --text; - is standard input")
+    options = parser(
+        "evaluate.read", "Show which latents fire on each token of a text, as a table and a page."
+    )
+    options.add_argument("--text", help="the text, a sentence or more")
+    options.add_argument("--file", help="a file of UTF-8 text, in place of --text; -: standard input")
     settings, arguments = load(options)
     text = text_of(arguments.text, arguments.file)
     from transcoder.weights import chosen_run  # with torch, which --help need not wait for

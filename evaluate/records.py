@@ -70,7 +70,7 @@ class LanguageMetrics(Record):
     cross_entropy: float
     """of the next token, nats per token"""
     kl: float
-    """KL divergence of the next token's distribution from that of the model as it is, nats per token"""
+    """KL divergence of the next-token distribution from that of the original model, nats per token"""
     recovered_zero: float | None
     """(CE_zero - CE) / (CE_zero - CE_clean): 1 costs nothing, 0 is as bad as none; null where zeroing costs nothing"""
     recovered_mean: float | None
@@ -235,9 +235,9 @@ class BaselineMetrics(Record):
     """What the transcoder must beat, on the same rows."""
 
     mean: FittedMetrics | None
-    """the mean output of the train rows; null where those were removed and no run was measured on these rows before"""
+    """the mean output of the train rows; null if they were removed and no run was evaluated on these rows before"""
     linear: LinearMetrics | None
-    """the best linear map; null likewise"""
+    """the best linear map from input to output, fitted on the train rows; null in the same case"""
     one_group: OneGroupMetrics | None = None
     """a sibling run without nesting; left out where none is trained and evaluated"""
 
@@ -304,7 +304,7 @@ class RedundancyMetrics(PairShare):
 
 
 class AblationLosses(Record):
-    """The language model as it is, and with the MLP ablated."""
+    """The original language model, and the model with the MLP ablated."""
 
     skipped: None
     """null: it was measured"""
@@ -313,7 +313,7 @@ class AblationLosses(Record):
     positions: int
     """tokens of them that were predicted"""
     clean: float
-    """cross-entropy of the model as it is, nats per token"""
+    """cross-entropy of the original model, nats per token"""
     zero: float
     """with the MLP's output zeroed, nats per token"""
     mean: float

@@ -16,11 +16,17 @@ SHOWN = 8
 
 
 def _options() -> argparse.ArgumentParser:
-    options = parser("evaluate.circuit", "Draw the strongest paths between latents of every layer on a text.")
+    options = parser(
+        "evaluate.circuit",
+        "Trace a prompt: an attribution graph from its tokens, through latents of all layers, to the next token.",
+    )
     options.add_argument("--text", required=True, help="the prompt, a few words or more")
-    options.add_argument("--prefix", type=int, help="prefix of every transcoder, from 0 [the last]")
+    options.add_argument("--prefix", type=int, help="prefix of every transcoder, counted from 0 [the last]")
     options.add_argument(
-        "--nodes", type=int, default=N_NODES, help=f"latents whose inputs are followed, at most [{N_NODES}]"
+        "--nodes",
+        type=int,
+        default=N_NODES,
+        help=f"latents traced back to their sources, at most [{N_NODES}]",
     )
     return options
 

@@ -1,4 +1,4 @@
-"""python -m evaluate.model: every layer's transcoder of one run name on one page, and all MLPs replaced at once."""
+"""python -m evaluate.model: the runs of one name in all layers on one page, and all MLPs replaced at once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ ALL = "all"
 
 
 def main() -> None:
-    options = parser("evaluate.model", __doc__ or "")
+    options = parser(
+        "evaluate.model",
+        "Show the runs of one name in all layers on one page, and measure the model with all MLPs replaced at once.",
+    )
     options.add_argument(
         "--tokens",
         type=int,
         default=TOKENS,
         metavar="N",
-        help="tokens on which all MLPs are replaced at once, a quarter of them for layer after layer; 0: tables alone "
-        "[%(default)s]",
+        help="tokens on which to measure the model with MLPs replaced (a quarter of them for cumulative losses); 0: do "
+        "not run the language model [%(default)s]",
     )
     settings, arguments = load(
         options, n_layers=lambda _: 0
@@ -57,7 +60,7 @@ def show(settings: Settings, result: ModelMetrics, fresh: bool, console: Console
         _replaced(result, replaced, console)
         _sufficient(result, console)
         worst = max(line.largest_difference for line in replaced.first.with_error_terms)
-        plain(console, f"with error terms it is the model: largest difference of a logit {worst:.1e}")
+        plain(console, f"with error terms: the original model, largest difference of a logit {worst:.1e}")
     else:
         plain(console, f"all MLPs replaced at once: not measured: {replaced.skipped}")
     for note in notes(result):
@@ -77,7 +80,7 @@ def _layers(result: ModelMetrics, console: Console) -> None:
     table = table_of(
         f"run {of.run}, {title(result)} of {of.model}: prefix {g} ({end_of(result.layers, g)} latents), "
         f"{split_name(of.split)} rows",
-        ("layer", "FVU", "L0", "dead %", "over 10 %", "recovered %", "alone (nats)", "up to here (nats)"),
+        ("layer", "FVU", "L0", "dead %", "over 10 %", "recovered %", "alone (nats)", "cumulative (nats)"),
     )
     steps = (
         {line.layer: line.increase for line in replaced.first.cumulative if line.prefix == g}
@@ -107,7 +110,7 @@ def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console)
         ("", "latents", "L0", "cross-entropy", "KL", "top-1 %", "recovered %", "against mean %"),
     )
     changed = {"zeroed": replaced.zero, "at their mean": replaced.mean}
-    table.add_row("the model", "", "", f"{replaced.clean:.3f}", "", "", "", "")
+    table.add_row("original model", "", "", f"{replaced.clean:.3f}", "", "", "", "")
     for g, each in enumerate(replaced.prefixes):
         shares = [None if s is None else 100 * s for s in (each.recovered_zero, each.recovered_mean)]
         table.add_row(

@@ -25,7 +25,7 @@ def _plots(result: ModelMetrics) -> Iterator[Plot]:
         yield Plot(
             "model_cumulative",
             "overview",
-            "Layers replaced one after the other, from the first up",
+            "Layers replaced cumulatively, from the first",
             lambda: _cumulative(replaced, result.provenance.layers),
         )
     for name, caption, label, value in BY_LAYER:
@@ -42,13 +42,13 @@ Value = Callable[[LayerPrefix], float | None]
 BY_LAYER: tuple[tuple[str, str, str, Value], ...] = (
     (
         "alone",
-        "Each MLP alone replaced",
-        "cross-entropy rise (nats per token)",
+        "Only this MLP replaced",
+        "cross-entropy increase (nats per token)",
         lambda prefix: prefix.increase,
     ),
     (
         "recovered",
-        "Cross-entropy recovered by each MLP alone",
+        "Cross-entropy recovered, only this MLP replaced",
         "share of what zeroing costs (%)",
         lambda prefix: _percent(prefix.recovered_zero),
     ),
@@ -134,7 +134,9 @@ def notes(result: ModelMetrics) -> list[str]:
     if without := [layer.layer for layer in layers if layer.positions is None]:
         said.append(f"Without cross-entropy of its own: {spans(without)}.")
     if len({layer.positions for layer in layers if layer.positions is not None}) > 1:
-        said.append("The cross-entropy of the layers alone was measured on different numbers of tokens.")
+        said.append(
+            "The cross-entropy with only one MLP replaced was measured on different numbers of tokens."
+        )
     if other := result.provenance.other_text:
         first = result.provenance.contexts_of_layer
         said.append(f"Harvested from another text, or more of it, than layer {first}: {spans(other)}.")

@@ -17,11 +17,12 @@ class LayerPrefix(PrefixEnd):
     over_10_percent_fraction: float
     """their share of the prefix's latents"""
     recovered_zero: float | None
-    """cross-entropy recovered with this MLP alone replaced, against zeroing it; null where it was not measured"""
+    """cross-entropy recovered with only this MLP replaced, relative to zeroing it; null if not measured"""
     increase: float | None
-    """cross-entropy with this MLP alone replaced less that of the model as it is, nats per token; null likewise"""
+    """cross-entropy with only this MLP replaced minus that of the original model, nats per token; null if not
+    measured"""
     kl: float | None
-    """KL divergence with this MLP alone replaced, nats per token; null likewise"""
+    """KL divergence with only this MLP replaced, nats per token; null if not measured"""
 
 
 class LayerMetrics(Record):
@@ -30,13 +31,13 @@ class LayerMetrics(Record):
     layer: int
     """from 0"""
     rows: int
-    """held-out rows (or train rows: `provenance.split`) that were measured"""
+    """rows that were measured, held-out or train (`provenance.split`)"""
     positions: int | None
-    """tokens that were predicted for `increase`, `recovered_zero` and `kl`; null where they were not measured"""
+    """predicted tokens in `increase`, `recovered_zero` and `kl`; null if not measured"""
     prefixes: list[LayerPrefix]
     """each prefix, coarsest first"""
     report: str
-    """the layer's own page, relative to this file"""
+    """path of the layer's own report, relative to this file"""
 
 
 class ChangedModel(Record):
@@ -45,141 +46,141 @@ class ChangedModel(Record):
     cross_entropy: float
     """of the next token, nats per token"""
     kl: float
-    """KL divergence of the next token's distribution from that of the model as it is, nats per token"""
+    """KL divergence of the next-token distribution from that of the original model, nats per token"""
     top1_agreement: float
-    """share of the positions where the likeliest next token is the one of the model as it is"""
+    """share of the positions where the most likely next token is that of the original model"""
 
 
 class ReplacedPrefix(ChangedModel):
-    """All MLPs of the set replaced by one prefix of their transcoders; without error terms."""
+    """All MLPs of the set replaced by one prefix of their transcoders, without error terms."""
 
     latents: int
-    """of this prefix, all layers together"""
+    """latents of this prefix, summed over layers"""
     l0: float
-    """active latents per token, all layers together: the sum of the layers' own means"""
+    """active latents per token, summed over layers; from the layers' own evaluations"""
     increase: float
-    """cross-entropy less that of the model as it is on the same tokens, nats per token"""
+    """cross-entropy minus that of the original model on the same tokens, nats per token"""
     recovered_zero: float | None
-    """(CE_zero - CE) / (CE_zero - CE_clean), zero: all MLPs of the set zeroed; null where zeroing costs nothing"""
+    """(CE_zero - CE) / (CE_zero - CE_clean), where zero: all MLPs of the set zeroed; null if zeroing costs nothing"""
     recovered_mean: float | None
-    """the same against every MLP's mean output"""
+    """the same, with every MLP at its mean output in place of zero"""
 
 
 class CumulativeLine(ChangedModel):
-    """The set's layers up to one replaced, the others the model's own; without error terms."""
+    """The layers of the set up to one layer replaced, the others unchanged, without error terms."""
 
     prefix: int
     """from 0"""
     layer: int
-    """the last that is replaced"""
+    """the last layer that is replaced"""
     increase: float
-    """cross-entropy less that of the model as it is on the same tokens, nats per token"""
+    """cross-entropy minus that of the original model on the same tokens, nats per token"""
 
 
 class ErrorTermsLine(ChangedModel):
-    """All MLPs replaced, with error terms: the model itself, up to rounding; a check of the measurement."""
+    """All MLPs replaced, with error terms. This is the original model up to rounding: a check of the measurement."""
 
     prefix: int
     """from 0"""
     increase: float
-    """cross-entropy less that of the model as it is on the same tokens, nats per token"""
+    """cross-entropy minus that of the original model on the same tokens, nats per token"""
     largest_difference: float
-    """of a logit to the clean one's, absolute"""
+    """largest absolute difference of a logit from that of the original model"""
 
 
 class FirstContexts(Record):
-    """What was measured on the first contexts alone, as it takes a pass for every layer."""
+    """What was measured on the first contexts only, because it takes a pass for every layer."""
 
     contexts: int
-    """of those of `replaced`, the first so many"""
+    """number of contexts: the first of those in `replaced`"""
     positions: int
-    """tokens of them that were predicted"""
+    """predicted tokens in them"""
     clean: float
-    """cross-entropy of the model as it is on them, nats per token"""
+    """cross-entropy of the original model on them, nats per token"""
     cumulative: list[CumulativeLine]
-    """from the first layer up, prefix by prefix, coarsest first"""
+    """layers replaced cumulatively from the first, for each prefix, coarsest first"""
     with_error_terms: list[ErrorTermsLine]
-    """each prefix, coarsest first"""
+    """all MLPs replaced, with error terms, for each prefix, coarsest first"""
 
 
 class ReplacedMetrics(Record):
     """The language model with all MLPs of the set replaced at once."""
 
     skipped: None
-    """null: it was measured"""
+    """null, because it was measured"""
     contexts: int
-    """contexts of the split that were read"""
+    """number of contexts of the split that the language model ran on"""
     positions: int
-    """tokens of them that were predicted"""
+    """predicted tokens in them"""
     clean: float
-    """cross-entropy of the model as it is, nats per token"""
+    """cross-entropy of the original model, nats per token"""
     zero: ChangedModel
-    """every MLP's output zeroed at the positions that have a row"""
+    """every MLP's output set to zero at the positions that have a row"""
     mean: ChangedModel
-    """every MLP's output at its mean there"""
+    """every MLP's output set, at these positions, to its mean over the store's rows"""
     prefixes: list[ReplacedPrefix]
     """each prefix, coarsest first"""
     first: FirstContexts
-    """cumulatively, and with error terms"""
+    """the cumulative numbers, and those with error terms"""
 
 
 class Sufficient(Record):
-    """Which prefix suffices for a loss."""
+    """The coarsest prefix that keeps the cross-entropy within a limit."""
 
     limit: float
-    """the increase of the cross-entropy stays below it, nats per token"""
+    """limit on the increase of the cross-entropy, nats per token"""
     prefix: int | None
-    """the coarsest with which it does where all MLPs of the set are replaced; null: none"""
+    """coarsest prefix below the limit with all MLPs of the set replaced; null: none"""
     latents: int | None
-    """of that prefix, all layers together; null: none"""
+    """latents of that prefix, summed over layers; null: none"""
     l0: float | None
-    """its active latents per token, all layers together; null: none"""
+    """active latents per token of that prefix, summed over layers; null: none"""
     layers_from_the_first: list[int]
-    """of each prefix: so many of the set's layers, from the first up, can be replaced"""
+    """for each prefix: how many layers of the set, counted from the first, can be replaced at once below the limit"""
     each_layer_alone: list[int] | None
-    """layers for which each prefix is the coarsest that suffices where this MLP alone is replaced, and last those for
-    which none does; null where a layer's cross-entropy was not measured"""
+    """for each prefix: number of layers for which it is the coarsest below the limit with only that MLP replaced; the
+    last entry: number of layers for which no prefix is below it; null if a layer's cross-entropy was not measured"""
 
 
 class SetProvenance(Record):
-    """What was measured on what: files with the same one are the same."""
+    """What was measured, and on what. If it is unchanged, nothing is measured again."""
 
     run: str
-    """name of the runs"""
+    """name of the runs in the set"""
     model: str
-    """the language model, as the harvest called it"""
+    """the language model, by the name that the harvest used"""
     model_sha256: str
     """digest of its weights"""
     n_layers: int
-    """layers of the language model"""
+    """number of layers of the language model"""
     layers: list[int]
-    """those of the set"""
+    """layers of the set"""
     split: str
     """heldout or train"""
     contexts_of_layer: int
-    """whose store's contexts were run through the model"""
+    """layer from whose store the contexts were taken"""
     other_text: list[int]
-    """layers whose store has other contexts in this split: harvested from another text, or more of it"""
+    """layers whose store has other contexts in this split: they were harvested from another text, or more of it"""
     tokens: int
-    """asked for with all MLPs replaced, 0: none"""
+    """`--tokens`: tokens on which all MLPs are replaced; 0: none"""
     weights_sha256: dict[str, str]
     """by layer: digest of transcoder.safetensors"""
     store_fingerprint: dict[str, str]
     """by layer: digest of what was harvested and how"""
     version: int
-    """of what is measured; another one is measured again"""
+    """version of the measurement; files of another version are measured again"""
 
 
 class ModelMetrics(Record):
     """All of model.json."""
 
     provenance: SetProvenance
-    """what was measured on what"""
+    """what was measured, and on what"""
     layers: list[LayerMetrics]
-    """each layer of the set, from the first"""
+    """each layer of the set, in rising order"""
     replaced: ReplacedMetrics | NotMeasured
     """all MLPs of the set replaced at once, or why that was not measured"""
     sufficient: list[Sufficient]
-    """which prefix suffices for what loss; empty where that was not measured"""
+    """the coarsest prefix for each limit on the loss; empty if not measured"""
     files: list[str]
-    """the other files beside this one"""
+    """names of the page and the plots beside this file"""

@@ -325,12 +325,12 @@ def cumulative(
 ) -> Figure:
     """What is lost while more and more layers are replaced, from the first up; a line for each prefix."""
     fig, (left, right) = figure(2, width=WIDE)
-    _layer_lines(left, layers, increases, "cross-entropy rise (nats per token)")
+    _layer_lines(left, layers, increases, "cross-entropy increase (nats per token)")
     shares = [[100 * each for each in own] for own in agreements]
-    _layer_lines(right, layers, shares, "top-1 agreement with the model (%)")
+    _layer_lines(right, layers, shares, "top-1 agreement with the original model (%)")
     right.set_ylim(top=100)
     for axes in (left, right):
-        axes.set_xlabel("last layer replaced, all below it too")
+        axes.set_xlabel("last layer replaced (with all below it)")
     return fig
 
 

@@ -125,20 +125,20 @@ function ends(title, list, other) {
   for (const edge of list.slice(0, LISTED)) {
     const node = other(edge), item = make("li"), button = make("button"), words = make("span", "words");
     button.type = "button";
-    button.title = `${node.text}\neffect ${number(edge.effect)}, ${percent(edge.weight)} of all that reaches the target`;
+    button.title = `${node.text}\neffect ${number(edge.effect)}, ${percent(edge.weight)} of the effects on the target`;
     words.append(make("small", "", place(node) + " "), make("bdi", "", visible(node.text)));
     button.append(make("span", "value" + (edge.effect < 0 ? " negative" : ""), (edge.effect < 0 ? "−" : "+") + percent(edge.weight)), words);
     button.onclick = () => choose(node, true);
     item.append(button); items.append(item);
   }
-  if (!list.length) items.append(make("li", "note", "none is kept"));
+  if (!list.length) items.append(make("li", "note", "none after pruning"));
   box.append(make("h3", "", list.length > LISTED ? `${title}, ${LISTED} of ${list.length}` : title), items);
   return box;
 }
 function detail() {
   const panel = $("node");
   if (!chosen) {
-    panel.replaceChildren(make("h2", "", "Nodes with most influence"), make("p", "note", "Choose a node to see what it reads and what it writes to."));
+    panel.replaceChildren(make("h2", "", "Nodes with most influence"), make("p", "note", "Choose a node to see its sources and its targets."));
     const items = make("ul", "ends");
     for (const node of nodes.filter((each) => each.kind !== LOGIT).sort((a, b) => b.share - a.share).slice(0, 25)) {
       const item = make("li"), button = make("button"), words = make("span", "words");
@@ -161,7 +161,7 @@ function detail() {
   if (node.fires.length) panel.append(make("h3", "", "Fires on"), tokenList(node.fires));
   if (node.promotes.length) panel.append(make("h3", "", "Promotes"), tokenList(node.promotes));
   const report = node.kind === LATENT && data.reports[node.layer];
-  if (report) { const link = make("a", "", "its page in the layer's report"), box = make("p"); link.href = `${report}#latents/${node.latent}/prefix-${data.prefix}`; box.append(link); panel.append(box); }
+  if (report) { const link = make("a", "", "this latent in the layer's report"), box = make("p"); link.href = `${report}#latents/${node.latent}/prefix-${data.prefix}`; box.append(link); panel.append(box); }
   panel.append(ends("Comes from", node.into, (edge) => edge.source), ends("Leads to", node.out, (edge) => edge.target));
   panel.scrollTop = 0;
 }

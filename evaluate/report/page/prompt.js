@@ -56,7 +56,7 @@ function drawStrip() {
   if (!chosen) { $("chosen").textContent = "No latent is chosen."; return; }
   const layer = prompt.layers[chosen[0]], known = layer.latents[chosen[1]];
   $("chosen").textContent = `Latent ${chosen[1]} of layer ${layer.layer}, group ${known.group}: ` +
-    `${label(layer, chosen[1]) || "no label, as this layer was not evaluated"}. It fires on ${values.filter(Boolean).length} of these tokens, at most at ${number(largest)}.`;
+    `${label(layer, chosen[1]) || "no label, because this layer was not evaluated"}. It fires on ${values.filter(Boolean).length} of these tokens; its largest activation is ${number(largest)}.`;
 }
 
 function drawRows() {
