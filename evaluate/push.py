@@ -1,6 +1,6 @@
 """python -m evaluate.push --layer 17 --run name --repo owner/name[/path]: a run on the Hugging Face hub.
 
-Of several layers, each to layer_<number> below that.
+Of several layers, all of them together: evaluate/model/push.py.
 
 Published in one commit: transcoder.safetensors, settings.json, and README.md, the card made from metrics.json.
 Loaded again with Transcoder.load("hf://owner/name/path"). Local paths stay here, see transcoder/public.py.

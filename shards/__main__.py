@@ -100,10 +100,14 @@ def _verify(where: str, paths: Paths, repair: bool) -> bool:
 
 def _gone(where: str, paths: Paths) -> str:
     """What to say of train rows that were removed after training."""
-    from shards.store import Store
+    from shards.commit import commit_of
+    from shards.manifest import read_manifest
+    from shards.remote import files_of
 
-    train = Store.open(where, paths.cache, paths.cache_bytes).train
-    return f"; its {len(train):,} train rows were removed after training" if train.removed else ""
+    root = files_of(where, paths.cache, paths.cache_bytes).root
+    if not commit_of(root).removed:
+        return ""
+    return f"; its {read_manifest(root).splits['train'].rows:,} train rows were removed after training"
 
 
 def _upload(where: str, to: str | None) -> None:

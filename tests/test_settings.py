@@ -119,7 +119,10 @@ def test_run_names_tell_what_differs_from_the_recipe() -> None:
             "layer: expected layer numbers from 0, found 'x'; for example LAYER=17, LAYER=\"0-5 12\" or LAYER=all",
         ),
         (["--run", "../up"], "run: '../up' is not a name; use letters, digits and . _ + = - (at most 100)"),
-        (["--profile", "nope"], "profile: expected one of demo, guide, found 'nope'; see pipeline.toml"),
+        (
+            ["--profile", "nope"],
+            "profile: expected one of demo, circuit, guide, found 'nope'; see pipeline.toml",
+        ),
         (
             ["--train.lr"],
             "command line: argument --train.lr: expected one argument; --help-all lists every option",

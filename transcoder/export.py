@@ -91,7 +91,9 @@ def write_set(
     sources = {}
     for run in runs:
         weights.refuse_another_model(run, settings)
-        source = weights.read_metadata(run).get("source", {})
+        metadata = weights.read_metadata(run)
+        _refuse_top_k(run, metadata.get("k"))
+        source = metadata.get("source", {})
         _refuse_unknown_gain(run, source, reads)
         _refuse_unknown(run, source, "circuit_tracer")
         sources[_layer(run, source)] = run, source
@@ -107,6 +109,14 @@ def _refuse_unknown(run_dir: Path, source: Mapping[str, Any], to: str) -> None:
     for key in NEEDED.get(to, ()):
         if source.get(key) is None:
             raise InputError(_unknown(run_dir, key))
+
+
+def _refuse_top_k(run_dir: Path, k: int | None) -> None:
+    if k is not None:
+        raise InputError(
+            f"{run_dir}: keeps the {k} largest activations of each row, which no format has a place for: "
+            "they have a threshold for each latent; make push publishes it as it is"
+        )
 
 
 def _refuse_unknown_gain(run_dir: Path, source: Mapping[str, Any], reads: Convention) -> None:
@@ -140,11 +150,7 @@ def exported(
         raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
     source = transcoder.metadata.get("source", {})
     _layer(run_dir, source)
-    if transcoder.k is not None:
-        raise InputError(
-            f"{run_dir}: keeps the {transcoder.k} largest activations of each row, which no format has a place for: "
-            "they have a threshold for each latent; make push publishes it as it is"
-        )
+    _refuse_top_k(run_dir, transcoder.k)
     positive = transcoder.thresholds.clamp_min(0)  # the same: an activation is positive
     gated = replace(transcoder, thresholds=positive, metadata=published(transcoder.metadata, name))
     _refuse_unknown_gain(run_dir, source, reads)

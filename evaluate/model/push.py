@@ -9,28 +9,17 @@ circuit-tracer downloads what matches layer_*.safetensors, in folders too; ours 
 
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import hub
 from common.settings import Settings
 from evaluate.feature_pages import SetPages
 from evaluate.files import finished
 from evaluate.push import write
-from evaluate.records import PrefixMetrics
-from evaluate.report.card import plain
-from evaluate.report.templates import markdown
+from evaluate.report.card import LayerLine, set_card
 from transcoder import weights
 from transcoder.export import exported, write_set
 from transcoder.formats import WRITERS
-from transcoder.public import ON_HUB
-
-
-class LayerLine(NamedTuple):
-    """What the card's table says of a layer."""
-
-    layer: int
-    first: PrefixMetrics
-    last: PrefixMetrics
 
 
 def push_set(settings: Settings, address: str, pages: bool = False) -> None:
@@ -67,23 +56,6 @@ def write_forms(settings: Settings, folder: Path, address: str, pages: bool = Fa
     missing = [layer for layer in range(source["n_layers"]) if layer not in settings.layers]
     if not missing:
         write_set(folder, settings, add=SetPages(settings).write if pages else None)
-    text = _card(lines, source, missing, address)
+    text = set_card(lines, source, missing, address)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return f"Transcoders {settings.run}, {len(lines)} layers"
-
-
-def _card(lines: list[LayerLine], source: dict[str, Any], missing: list[int], address: str) -> str:
-    where, model = hub.parse(address), plain(source["model"])
-    return markdown(
-        "set_card.md",
-        layers=lines,
-        missing=missing,
-        whole=not missing,
-        model=model,
-        base_model=model if ON_HUB.fullmatch(model) else None,
-        d_in=source["d_in"],
-        release=where.repo,
-        folder=f"{where.path}/" if where.path else "",
-        repo=f"{where.repo}/{where.path}".rstrip("/"),
-        address=address,
-    )

@@ -1,9 +1,11 @@
-"""The model card of a run: its metadata and numbers in the template page/card.md."""
+"""The model cards of a run and of a layer set: metadata and numbers in the templates page/card.md and set_card.md."""
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from evaluate.records import Results
+from common import hub
+from evaluate.records import PrefixMetrics, Results
 from evaluate.report.templates import markdown
 from transcoder import Transcoder
 from transcoder.public import ON_HUB
@@ -32,4 +34,30 @@ def card(transcoder: Transcoder, results: Results, address: str) -> str:
         d_sae=transcoder.d_sae,
         d_out=transcoder.d_out,
         skip=transcoder.W_skip is not None,
+    )
+
+
+class LayerLine(NamedTuple):
+    """What the card of a set says of a layer."""
+
+    layer: int
+    first: PrefixMetrics
+    last: PrefixMetrics
+
+
+def set_card(lines: Sequence[LayerLine], source: dict[str, Any], missing: Sequence[int], address: str) -> str:
+    """The card of several layers; `source`: any layer's, `missing`: layers of the model without a transcoder."""
+    where, model = hub.parse(address), plain(source["model"])
+    return markdown(
+        "set_card.md",
+        layers=lines,
+        missing=missing,
+        whole=not missing,
+        model=model,
+        base_model=model if ON_HUB.fullmatch(model) else None,
+        d_in=source["d_in"],
+        release=where.repo,
+        folder=f"{where.path}/" if where.path else "",
+        repo=f"{where.repo}/{where.path}".rstrip("/"),
+        address=address,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate.model.push as push_of_several
 from common.cli import run_stage
 from evaluate import compare, export, push, runs, stores
 from evaluate.__main__ import main as evaluate_main
@@ -121,15 +122,15 @@ def test_each_layer_is_exported_and_pushed(root: Path, call: Call, monkeypatch: 
     folders = [settings_of(root, "--layer", str(n)).run_dir() / "export" / "saelens" for n in range(2)]
     assert [line for line in out if line.startswith("/")] == list(map(str, folders))
     assert all(any(folder.iterdir()) for folder in folders)
-    pushed: list[tuple[str, str]] = []
-    monkeypatch.setattr(push, "push", lambda run_dir, address, _: pushed.append((str(run_dir), address)))
+    pushed: list[tuple[object, str]] = []
+    monkeypatch.setattr(push, "push", lambda run_dir, address, _: pushed.append((run_dir, address)))
+    monkeypatch.setattr(
+        push_of_several, "push_set", lambda settings, address, _: pushed.append((settings.layers, address))
+    )
     assert call(push.main, "--layer", "0-1", "--repo", "me/set/")[0] == 0
-    assert pushed == [
-        (str(folder.parent.parent), f"hf://me/set/layer_{n}") for n, folder in enumerate(folders)
-    ]
-    pushed.clear()
     assert call(push.main, "--repo", "me/one")[0] == 0
-    assert [address for _, address in pushed] == ["hf://me/one"]
+    assert [address for _, address in pushed] == ["hf://me/set", "hf://me/one"]
+    assert pushed[0][0] == (0, 1)
 
 
 def test_all_is_no_limit_to_the_listings(call: Call) -> None:

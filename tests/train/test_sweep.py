@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from common.settings import Settings, Sweep
 from shards import Store
 from tests.fixtures import make_store
 from tests.train.runs import command, sparse_rows, tensors, tiny_settings
-from train import sweep
+from train import loop, sweep
 from train.loop import train
 
 WANTED = {"lr": (1e-3, 3e-3), "d_sae": (64, 128)}
@@ -65,10 +66,18 @@ def test_a_sweep_from_the_command_line(
 ) -> None:
     options = command(base, "--sweep.lr", "1e-3,3e-3", "--sweep.skip", "false,true")[3:]
     monkeypatch.setattr("sys.argv", ["train.sweep", *options])
-    monkeypatch.setenv("WANDB_RUN_GROUP", "")  # undone at the end
-    monkeypatch.delenv("WANDB_RUN_GROUP")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    groups: list[str | None] = []
+    together = loop.train_together
+
+    def trained(*given: Any) -> Any:
+        groups.append(os.environ.get("WANDB_RUN_GROUP"))
+        return together(*given)
+
+    monkeypatch.setattr(loop, "train_together", trained)
     sweep.main()
-    assert os.environ["WANDB_RUN_GROUP"] == "tiny-layer_0-s-sweep"
+    assert groups == ["tiny-layer_0-s-sweep"]
+    assert "WANDB_RUN_GROUP" not in os.environ
     printed = capsys.readouterr().out
     assert "4 runs, 0 of them already trained" in printed
     folder = base.run_dir().with_name("s-sweep")

@@ -385,7 +385,7 @@ def test_a_layer_of_a_circuit_tracer_set(tmp_path: Path, kind: str, skip: bool) 
 
 def test_our_own_set_comes_back(tmp_path: Path) -> None:
     own = layers(0, 1)
-    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in own], "x", partial=True)
+    folder = circuit_tracer.write(tmp_path / "set", [t.saved() for t in own], partial=True)
     read = Transcoder.load(folder / "layer_1.safetensors")
     assert torch.equal(read(drawn(9, D)), own[1](drawn(9, D)))
     assert read.metadata["source"]["input_hook"] == "blocks.1.ln2.hook_normalized"

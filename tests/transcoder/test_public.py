@@ -92,6 +92,7 @@ def private(root: Path, **source: object) -> Transcoder:
         **source,
     }
     own = tiny_transcoder(**named)
+    own.metadata["source"].setdefault("gain", [1.0] * own.d_in)
     return replace(
         own, metadata=own.metadata | {"settings": settings, "imported": {"from": str(root / "theirs")}}
     )
