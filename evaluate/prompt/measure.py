@@ -33,15 +33,20 @@ def measure_prompt(text: str, readers: Mapping[int, Reader], run_dirs: Mapping[i
 
 
 def _layer(layer: int, reader: Reader, text: str, run_dir: Path) -> PromptLayer:
-    sentences = reader.sentences(text)
-    acts = torch.cat([sentence.acts for sentence in sentences])
-    firing = acts.any(0).nonzero().flatten().tolist()
+    """One context's activations are in memory at a time."""
+    active: list[list[ActiveLatent]] = []
+    shares: list[list[float | None]] = [[] for _ in reader.transcoder.prefix_ends]
+    for sentence in reader.sentences(text):
+        active += map(_active, sentence.acts)
+        for own, more in zip(shares, _error_shares(reader, sentence), strict=True):
+            own += more
+    firing = sorted({each.latent for row in active for each in row})
     return PromptLayer(
         layer=layer,
         run=run_dir.name,
         prefix_ends=list(reader.transcoder.prefix_ends),
-        error_share=_error_shares(reader, sentences),
-        active=[_active(row) for row in acts],
+        error_share=shares,
+        active=active,
         latents=_named(firing, reader, run_dir),
     )
 
@@ -53,11 +58,9 @@ def _active(acts: Tensor) -> list[ActiveLatent]:
     return [ActiveLatent(latent=latent, value=value) for latent, value in pairs]
 
 
-def _error_shares(reader: Reader, sentences: list[Sentence]) -> list[list[float | None]]:
+def _error_shares(reader: Reader, sentence: Sentence) -> list[list[float | None]]:
     """[n] for each prefix: |y - y_hat|^2 / |y - mean(y)|^2, mean(y) of the train rows; none where y is it."""
-    inputs, outputs = (
-        torch.cat([getattr(each, side) for each in sentences]) for side in ("inputs", "outputs")
-    )
+    inputs, outputs = sentence.inputs, sentence.outputs
     moments = reader.store.manifest.splits["train"].outputs
     assert moments is not None, "a store has train rows"
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=outputs.device)
