@@ -1,17 +1,14 @@
 """A text through a language model and the transcoders of some of its layers."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from common.errors import InputError
 from common.files import sha256
 from common.tokens import TokenText
-from evaluate.files import finished
+from evaluate.files import is_of, latents_of
 from evaluate.prompt.records import VERSION, ActiveLatent, NamedLatent, Prompt, PromptLayer, PromptToken
 from evaluate.reader import Reader, Sentence
 from shards.store import read_tokenizer
@@ -77,20 +74,15 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     """Group of each latent, and where these weights were evaluated its density and label."""
     ends = reader.transcoder.prefix_ends
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    try:
-        metrics = finished(run_dir / "evaluation")
-    except InputError as error:  # of another version
-        print(f"without labels: {error}", file=sys.stderr)
-        metrics = None
-    if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / FILE_NAME):
+    evaluation = run_dir / "evaluation"
+    if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
         return {latent: NamedLatent(group=group[latent]) for latent in firing}
-    with safe_open(run_dir / "evaluation" / "latents.safetensors", framework="pt") as file:
-        density, top = file.get_tensor("density")[-1], file.get_tensor("top_tokens")
+    density, top = latents_of(evaluation, "density", "top_tokens")
     text = TokenText(read_tokenizer(reader.store.tokenizer_path))
     return {
         latent: NamedLatent(
             group=group[latent],
-            density=float(density[latent]),
+            density=float(density[-1, latent]),
             label=tuple(text.label(token) for token in top[latent].tolist() if token >= 0),
         )
         for latent in firing
