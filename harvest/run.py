@@ -60,7 +60,7 @@ def harvest(settings: Settings, force: bool = False, refill: bool = False) -> li
             _summary(layer, todo[layer].root, manifest)
         if failed:
             raise _failures(failed, len(todo))
-    return [_local(settings.store_path(layer)) for layer in settings.layers]
+    return [local(settings.store_path(layer)) for layer in settings.layers]
 
 
 def to_harvest(
@@ -72,7 +72,7 @@ def to_harvest(
     """
     if not settings.layers:
         raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
-    writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
+    writers = {layer: StoreWriter(local(settings.store_path(layer))) for layer in settings.layers}
     return {
         layer: writer
         for layer, writer in writers.items()
@@ -80,7 +80,8 @@ def to_harvest(
     }
 
 
-def _local(path: str) -> Path:
+def local(path: str) -> Path:
+    """A store's place on disk; raises `InputError` for an address."""
     if is_url(path):
         raise InputError(f"paths.activations: {path}: a harvest writes locally; upload it with make upload")
     return Path(path)
