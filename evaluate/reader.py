@@ -238,7 +238,7 @@ class Reader:
 
 def _same_model(source: Source, store: Store) -> None:
     other = store.manifest.source
-    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens"):
+    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens", "dropped_token_ids"):
         if getattr(other, key) != getattr(source, key):
             raise InputError(
                 f"{store.path}: {key}: expected {getattr(source, key)!s:.12} as in layer {source.layer}, found "
