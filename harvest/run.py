@@ -209,6 +209,7 @@ def _harvest(
         template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
         _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
+    _refuse_other_text(stores)
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(_with_template(source, writer), create=first)
     processes.wait()
@@ -311,6 +312,17 @@ def _text_pass(
         write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
     for writer in lacking:
         writer.finish_text(request, text)
+
+
+def _refuse_other_text(writers: list[StoreWriter]) -> None:
+    """One pass reads one text: a data set may have changed since some of the stores had theirs."""
+    first, *others = writers
+    for other in others:
+        if other.text.contexts_sha256 != first.text.contexts_sha256:
+            raise InputError(
+                f"{other.root}: holds another text than {first.root}, as the data set has changed between the two; "
+                "harvest the layers that were begun first, one by one, or remove them"
+            )
 
 
 def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, counts: RowCounts) -> None:
