@@ -11,6 +11,8 @@ import numpy as np
 Kind = Literal["latent", "error", "embedding", "logit"]
 KINDS: tuple[Kind, ...] = ("latent", "error", "embedding", "logit")
 LATENT, ERROR, TOKEN, LOGIT = range(4)
+BLOCK = 64
+"""Targets whose rows are multiplied together."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def shares(effects: np.ndarray) -> np.ndarray:
     [[0.75, 0.25], [0.0, 0.0]]
     """
     sizes = np.abs(effects)
-    return sizes / np.maximum(sizes.sum(1, keepdims=True), 1e-30)
+    sizes /= np.maximum(sizes.sum(1, keepdims=True), 1e-30)
+    return sizes
 
 
 def influence(graph: Graph, rows: np.ndarray) -> np.ndarray:
@@ -115,7 +118,10 @@ def influence(graph: Graph, rows: np.ndarray) -> np.ndarray:
     layers = nodes.layer[graph.targets]
     for layer in sorted({*layers.tolist()}, reverse=True):
         own = np.flatnonzero(layers == layer)
-        found[: graph.n_sources] += found[graph.targets[own]] @ rows[own]
+        weights = found[graph.targets[own]]
+        for start in range(0, len(own), BLOCK):  # a product has its rows in float64
+            part = slice(start, start + BLOCK)
+            found[: graph.n_sources] += weights[part] @ rows[own[part]]
     return found
 
 
