@@ -12,10 +12,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
@@ -35,6 +35,8 @@ FOLDER, INDEX = "features", "index.json.gz"
 BLOCK = 512
 """Latents whose samples and texts are in memory together: 4 MB."""
 QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
+
+OTHER_VERSION = "evaluated by another version"
 
 
 class Example(TypedDict):
@@ -74,7 +76,7 @@ class _Made(BaseModel):
     metrics_version: int = 0
     weights_sha256: str
     store_fingerprint: str
-    split: str
+    split: Literal["train", "heldout"]
     rows: int
 
 
@@ -292,14 +294,17 @@ class SetPages:
         values = complete(folder)
         if values is None:
             return "not evaluated"
-        made = _Made.model_validate(values["provenance"])
+        try:
+            made = _Made.model_validate(values["provenance"])
+        except ValidationError:
+            return OTHER_VERSION
         if made.weights_sha256 != sha256(run_dir / FILE_NAME):
             raise InputError(
                 f"{folder}: is of other weights than {run_dir / FILE_NAME}; evaluate the run again (make evaluate "
                 f"LAYER={layer} RUN={run_dir.name}), or export without its pages (--without-pages)"
             )
         if made.metrics_version != METRICS_VERSION:
-            return "evaluated by another version"
+            return OTHER_VERSION
         try:
             store = Store.of(self.settings.model_copy(update={"layers": (layer,)}))
         except InputError:

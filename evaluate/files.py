@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import write_whole
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
 from train.log import LogLine, log_lines
@@ -100,6 +102,24 @@ def _first(error: ValidationError) -> str:
     first = error.errors()[0]
     field = f"field {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
     return f"{field}{first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def is_of(folder: Path, weights_sha256: str) -> bool:
+    """Whether there is a complete evaluation, of any version, of the weights with this digest."""
+    provenance = (complete(folder) or {}).get("provenance")
+    known = isinstance(provenance, dict) and provenance.get("weights_sha256") == weights_sha256
+    return known and (folder / LATENTS).is_file()
+
+
+def latents_of(folder: Path, *names: str) -> list[np.ndarray]:
+    """Columns of an evaluation's latents.safetensors; raises `InputError` where that is damaged."""
+    try:
+        with safe_open(folder / LATENTS, "numpy") as file:
+            return [file.get_tensor(name) for name in names]
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{folder / LATENTS}: damaged ({first_line(error)}); remove {folder} and evaluate again (make evaluate)"
+        ) from error
 
 
 def kept_place(folder: Path, values: Mapping[str, object]) -> Path:

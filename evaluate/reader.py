@@ -6,7 +6,7 @@ Shapes: n tokens that give rows, D_in, D_out, F latents.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ class Reader:
         )
         self.model = language_model(requested, self.source)
         self.tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), self.source.special_tokens)
+        self._text = TokenText(self.tokenizer)
 
     def __call__(self, text: str) -> Sentence:
         """Run `text` through the model; it is cut where the store's contexts end.
@@ -101,9 +102,9 @@ class Reader:
         """
         return self._read(*context_of(text, self.tokenizer, self.source))
 
-    def sentences(self, text: str) -> list[Sentence]:
-        """All of `text`, cut into contexts as a harvest cuts a document; raises what a call does."""
-        return [self._read(context, left_out=0) for context in self.contexts(text)]
+    def sentences(self, text: str) -> Iterator[Sentence]:
+        """All of `text`, cut into contexts as a harvest cuts a document, one at a time; raises what a call does."""
+        return (self._read(context, left_out=0) for context in self.contexts(text))
 
     def contexts(self, text: str) -> list[Tensor]:
         """Token ids of `text` in contexts [1, T] of at most the store's length, each with its first token."""
@@ -173,7 +174,7 @@ class Reader:
 
     def pieces(self, context: Tensor) -> list[str]:
         """The text of each token of a context [1, T]; see `Sentence.tokens`."""
-        return TokenText(self.tokenizer).pieces(context[0].tolist())
+        return self._text.pieces(context[0].tolist())
 
     def _changes(
         self, given: Mapping[int, float], scale: Mapping[int, float], ablate: Collection[int]
@@ -237,7 +238,7 @@ class Reader:
 
 def _same_model(source: Source, store: Store) -> None:
     other = store.manifest.source
-    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens"):
+    for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens", "dropped_token_ids"):
         if getattr(other, key) != getattr(source, key):
             raise InputError(
                 f"{store.path}: {key}: expected {getattr(source, key)!s:.12} as in layer {source.layer}, found "

@@ -17,7 +17,7 @@ from common.layers import spread
 from common.processes import world
 from common.settings import Settings
 from harvest.plan import plans_of
-from harvest.run import refuse_another, requested
+from harvest.run import local, refuse_another, requested
 from shards.plan import group, human, measured, room
 from shards.writer import StoreWriter
 
@@ -34,7 +34,7 @@ def by_layer(asked: Asked, settings: Settings) -> None:
             "harvest.keep layer starts its stages itself, each in one process; leave NPROC out, or harvest a group of "
             "layers, train it and remove it yourself"
         )
-    folder = Path(settings.store_path(settings.layers[0])).parent
+    folder = local(settings.store_path(settings.layers[0])).parent
     with locked(folder / ".by_layer", f"{folder}: another harvest with harvest.keep layer is at work"):
         failed = _Set(asked, settings).work()
     if failed:
@@ -48,7 +48,7 @@ def by_layer(asked: Asked, settings: Settings) -> None:
 class _Set:
     def __init__(self, asked: Asked, settings: Settings) -> None:
         self.asked, self.settings = asked, settings
-        self.writers = {layer: StoreWriter(Path(settings.store_path(layer))) for layer in settings.layers}
+        self.writers = {layer: StoreWriter(local(settings.store_path(layer))) for layer in settings.layers}
         self.failed: dict[int, str] = {}
         """Layer -> stage."""
 
@@ -61,7 +61,7 @@ class _Set:
             self._finish([layer for layer in self._left() if self._whole(layer)])
             if not (chosen := self._next(again)):
                 return self.failed
-            self._harvest(chosen)
+            self._harvest(chosen, again)
             again = [layer for layer in again if layer not in chosen]
 
     def _refuse_others(self) -> None:
@@ -94,7 +94,7 @@ class _Set:
         layers = " ".join(map(str, removed))
         if not removed or _ended(self._command("train", removed)) == 0:
             for layer in removed:
-                print(f"layer {layer}: trained, evaluated, train rows removed: nothing to do", flush=True)
+                print(f"layer {layer}: trained as asked for, train rows removed: nothing to do", flush=True)
             return []
         print(f"layers {layers}: one of them is not trained as asked for", flush=True)
         other = self._each("train", removed)
@@ -153,12 +153,15 @@ class _Set:
         self.failed |= dict.fromkeys(sizes, "no room")
         return []
 
-    def _harvest(self, layers: Sequence[int]) -> None:
+    def _harvest(self, layers: Sequence[int], again: Sequence[int]) -> None:
         print(f"harvest of layer {' '.join(map(str, sorted(layers)))}, in one pass of the model", flush=True)
         self._wait_for_the_dead(layers)
         _ended(self._command("harvest", layers))
-        missing = [layer for layer in layers if not self._whole(layer)]
-        self.failed |= dict.fromkeys(missing, "harvest")
+        for layer in layers:
+            writer = self.writers[layer]
+            # One without train rows of which verify has un-committed a held-out window is done without them.
+            if not writer.complete or (layer in again and writer.removed):
+                self.failed[layer] = "harvest"
 
     def _finish(self, layers: Sequence[int]) -> None:
         """Train and evaluate whole stores, and remove their train rows."""
@@ -167,9 +170,8 @@ class _Set:
             self.failed |= dict.fromkeys(failed, stage)
         for layer in layers:
             if layer not in self.failed:
-                _wait_for(
-                    *self._run_dir(layer).parent.glob("*/.lock")
-                )  # another run may be training on these rows
+                runs = self._run_dir(layer).parent  # another of them may be reading these rows
+                _wait_for(*runs.glob("*/.lock"), *runs.glob("*/.evaluation"))
                 before = size_of(self.writers[layer].root)
                 self.writers[layer].remove_rows()
                 now = size_of(self.writers[layer].root)

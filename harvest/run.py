@@ -60,7 +60,7 @@ def harvest(settings: Settings, force: bool = False, refill: bool = False) -> li
             _summary(layer, todo[layer].root, manifest)
         if failed:
             raise _failures(failed, len(todo))
-    return [_local(settings.store_path(layer)) for layer in settings.layers]
+    return [local(settings.store_path(layer)) for layer in settings.layers]
 
 
 def to_harvest(
@@ -72,7 +72,7 @@ def to_harvest(
     """
     if not settings.layers:
         raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
-    writers = {layer: StoreWriter(_local(settings.store_path(layer))) for layer in settings.layers}
+    writers = {layer: StoreWriter(local(settings.store_path(layer))) for layer in settings.layers}
     return {
         layer: writer
         for layer, writer in writers.items()
@@ -80,7 +80,8 @@ def to_harvest(
     }
 
 
-def _local(path: str) -> Path:
+def local(path: str) -> Path:
+    """A store's place on disk; raises `InputError` for an address."""
     if is_url(path):
         raise InputError(f"paths.activations: {path}: a harvest writes locally; upload it with make upload")
     return Path(path)
@@ -208,6 +209,7 @@ def _harvest(
         template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
         _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
+    _refuse_other_text(stores)
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(_with_template(source, writer), create=first)
     processes.wait()
@@ -310,6 +312,17 @@ def _text_pass(
         write_whole(other.root / "tokenizer.json", (first.root / "tokenizer.json").read_bytes())
     for writer in lacking:
         writer.finish_text(request, text)
+
+
+def _refuse_other_text(writers: list[StoreWriter]) -> None:
+    """One pass reads one text: a data set may have changed since some of the stores had theirs."""
+    first, *others = writers
+    for other in others:
+        if other.text.contexts_sha256 != first.text.contexts_sha256:
+            raise InputError(
+                f"{other.root}: holds another text than {first.root}, as the data set has changed between the two; "
+                "harvest the layers that were begun first, one by one, or remove them"
+            )
 
 
 def _tell_of_text(data: Data, packed: Packed, strings: SpecialStrings, counts: RowCounts) -> None:

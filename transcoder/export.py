@@ -82,10 +82,9 @@ def write_set(
     in it.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
-    folders = [model / f"layer_{layer}" for layer in settings.layers] or sorted(model.glob("layer_*"))
-    runs = [
-        folder / settings.run for folder in folders if (folder / settings.run / weights.FILE_NAME).is_file()
-    ]
+    layers = settings.layers or weights.layers_of(settings)
+    there = (model / f"layer_{layer}" / settings.run for layer in layers)
+    runs = [run for run in there if (run / weights.FILE_NAME).is_file()]
     if not runs:
         raise InputError(f"{model}: no layer of those asked for has a finished run {settings.run}")
     sources = {}

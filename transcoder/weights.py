@@ -181,6 +181,14 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
     return settings.model_copy(update={"run": newest})
 
 
+def layers_of(settings: Settings) -> tuple[int, ...]:
+    """The layers that have a finished run `settings.run`; a copy put aside, layer_3_old, is none."""
+    model = settings.paths.checkpoints / "transcoder" / settings.model_slug
+    found = [path.parts[-3] for path in model.glob(f"layer_*/{settings.run}/{FILE_NAME}")]
+    names = [name.removeprefix("layer_") for name in found]
+    return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+
 def n_layers(settings: Settings) -> int:
     """How many layers the model has, as a run of any of them says, else a store: for LAYER=all."""
     from shards.store import n_layers  # which reads more than a header

@@ -61,7 +61,7 @@ def over_layers(
     layers = asked.layers(n_layers)
     settings = asked.settings(layers)
     apart = launch is not None and asked.arguments.spread == "layers"
-    if len(layers) < 2 and not apart:
+    if not layers or (len(layers) == 1 and not apart):  # of none the stage says that it needs one
         if launch is not None:
             launch.together()
         else:

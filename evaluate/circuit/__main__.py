@@ -40,6 +40,8 @@ def main() -> None:
     from evaluate.circuit.run import trace  # with torch, which --help need not wait for
     from transcoder.weights import chosen_run
 
+    if not arguments.layer:  # not the profile's own layer
+        settings = settings.model_copy(update={"layers": ()})
     settings = chosen_run(settings, arguments.run, every_layer=True)
     traced = trace(settings, arguments.text, arguments.prefix, arguments.nodes)
     _print(traced.circuit, traced.labels, traced.routes)

@@ -3,7 +3,7 @@
 Shapes: N nodes, of which the first S are sources and the others the target logits; R targets with a row of effects.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 Kind = Literal["latent", "error", "embedding", "logit"]
 KINDS: tuple[Kind, ...] = ("latent", "error", "embedding", "logit")
 LATENT, ERROR, TOKEN, LOGIT = range(4)
+BLOCK = 64
+"""Targets whose rows are multiplied together."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +102,27 @@ def shares(effects: np.ndarray) -> np.ndarray:
     [[0.75, 0.25], [0.0, 0.0]]
     """
     sizes = np.abs(effects)
-    return sizes / np.maximum(sizes.sum(1, keepdims=True), 1e-30)
+    sizes /= np.maximum(sizes.sum(1, keepdims=True), 1e-30)
+    return sizes
 
 
-def influence(graph: Graph, rows: np.ndarray) -> np.ndarray:
-    """[N] influence of each node on the logits, and of a logit its probability; `rows` are the shares of the effects.
+def influence(graph: Graph, rows: np.ndarray, sources: np.ndarray | None = None) -> np.ndarray:
+    """[N] influence of each node on the logits, and of a logit its probability; `rows` are the shares of the effects,
+    of all sources or of some.
 
     The sum over all paths to a logit of the product of the shares on it, times the logit's probability: the vector
     p A + p A^2 + ..., which is p ((I - A)^-1 - I). Sources lie below their targets, so one sweep from the top is
     the whole sum.
     """
-    nodes = graph.nodes
+    nodes, columns = graph.nodes, slice(graph.n_sources) if sources is None else sources
     found = np.where(nodes.kind == LOGIT, nodes.value, 0).astype(np.float64)
     layers = nodes.layer[graph.targets]
     for layer in sorted({*layers.tolist()}, reverse=True):
         own = np.flatnonzero(layers == layer)
-        found[: graph.n_sources] += found[graph.targets[own]] @ rows[own]
+        weights = found[graph.targets[own]]
+        for start in range(0, len(own), BLOCK):  # a product has its rows in float64
+            part = slice(start, start + BLOCK)
+            found[columns] += weights[part] @ rows[own[part]]
     return found
 
 
@@ -166,16 +173,15 @@ def _edges(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nodes [N] and edges [R, S] that are left, as masks."""
     nodes, n_sources = graph.nodes, graph.n_sources
-    effects = np.where(kept[graph.targets][:, None] & kept[:n_sources], graph.effects, 0)
-    inner = replace(graph, effects=effects)
-    rows = shares(effects)
-    scores = influence(inner, rows)[graph.targets][:, None] * rows
+    sources = np.flatnonzero(kept[:n_sources])
+    rows = shares(np.where(kept[graph.targets][:, None], graph.effects[:, sources], 0))
+    scores = influence(graph, rows, sources)[graph.targets][:, None] * rows
     row, source = np.nonzero(scores)
-    sizes = scores[row, source]
+    sizes, source = scores[row, source], sources[source]
     order = np.argsort(-sizes, kind="stable")
     before = np.cumsum(sizes[order]) - sizes[order]
     chosen = order[before < edge_share * sizes.sum()]
-    edges = np.zeros(scores.shape, bool)
+    edges = np.zeros(graph.effects.shape, bool)
     edges[row[chosen], source[chosen]] = True
     always = nodes.kind >= TOKEN
     while True:

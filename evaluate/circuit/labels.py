@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from common.files import sha256
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
-from evaluate.files import complete
+from evaluate.files import is_of, latents_of
 from evaluate.metrics.language import logit_effects
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
@@ -52,7 +51,9 @@ def labels(
         numbers = nodes.number[own]
         rows = coders[layer].W_dec[torch.from_numpy(numbers).to(model.device)]
         promoted = logit_effects(model, rows).promoted
-        fires = _fires(evaluations[layer], numbers) if layer in evaluations else np.zeros((len(own), 0), int)
+        fires = np.zeros((len(own), 0), int)
+        if layer in evaluations:
+            fires = latents_of(evaluations[layer], "top_tokens")[0][numbers]
         for node, on, raised in zip(own.tolist(), fires.tolist(), promoted.tolist(), strict=True):
             words = [tokens.label(token) for token in on if token >= 0]
             promotes = [tokens.label(token) for token in raised]
@@ -75,17 +76,12 @@ def _listed(words: Sequence[str]) -> str:
     return " ".join(repr(word) for word in words[:SHOWN])
 
 
-def _fires(evaluation: Path, numbers: np.ndarray) -> np.ndarray:
-    with safe_open(evaluation / "latents.safetensors", "numpy") as file:
-        return file.get_tensor("top_tokens")[numbers]
-
-
 def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
     """Folder of each layer's evaluation of the run's present weights; of the others a line on standard error."""
     found, without = {}, []
     for layer in layers:
         run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
-        if _weights_of(run_dir / "evaluation") == sha256(run_dir / FILE_NAME):
+        if is_of(run_dir / "evaluation", sha256(run_dir / FILE_NAME)):
             found[layer] = run_dir / "evaluation"
         else:
             without.append(layer)
@@ -96,10 +92,3 @@ def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
             file=sys.stderr,
         )
     return found
-
-
-def _weights_of(folder: Path) -> object:
-    """Digest of the weights that an evaluation of any version is of; none where there is none with latents."""
-    provenance = (complete(folder) or {}).get("provenance")
-    there = (folder / "latents.safetensors").is_file()
-    return provenance.get("weights_sha256") if there and isinstance(provenance, dict) else None

@@ -1,6 +1,5 @@
 """A circuit's two files: graph.json in circuit-tracer's schema, and circuit.html, which opens from disk."""
 
-import base64
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from evaluate.circuit.attribute import MASS, MOST_LOGITS
 from evaluate.circuit.graph import ERROR, KINDS, LATENT, LOGIT, TOKEN, Circuit, Route
 from evaluate.circuit.labels import Label
 from evaluate.report.page_data import script_json
-from evaluate.report.templates import PAGE, html
+from evaluate.report.templates import html
 
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98
 """Of the influence that is kept when a graph is pruned; circuit-tracer's own values."""
@@ -194,7 +193,6 @@ def circuit_page(
     reports: Mapping[int, str],
 ) -> str:
     """The page; `reports`: relative address of each layer's report, `routes`: the strongest paths to each logit."""
-    script = (PAGE / "circuit.js").read_text(encoding="utf-8")
     nodes = circuit.nodes
     columns = (nodes.kind, nodes.layer, nodes.position, nodes.number, nodes.value, circuit.share)
     data = {
@@ -216,6 +214,7 @@ def circuit_page(
     }
     return html(
         "circuit.html",
+        "circuit.js",
         about=about,
         ends=circuit.ends,
         counts={name: int((nodes.kind == kind).sum()) for kind, name in enumerate(KINDS)},
@@ -227,8 +226,6 @@ def circuit_page(
         node_share=NODE_SHARE,
         edge_share=EDGE_SHARE,
         lost=circuit.lost,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(script_json(data)),
     )
 

@@ -8,7 +8,7 @@ from common.settings import Settings
 from evaluate.subject import read, refuse_missing
 from shards import Store
 from transcoder import Transcoder
-from transcoder.weights import FILE_NAME
+from transcoder.weights import layers_of
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ def open_set(settings: Settings, whole: bool = False) -> LayerSet:
     first that is of another model or tokenizer, or has another number of prefixes, than the first of the set.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
-    found = [path.parts[-3] for path in model.glob(f"layer_*/{settings.run}/{FILE_NAME}")]
-    names = [name.removeprefix("layer_") for name in found]
-    there = sorted(
-        int(name) for name in names if name.isdecimal()
-    )  # a copy put aside is no layer: layer_3_old
-    layers = settings.layers or tuple(there)
+    layers = settings.layers or layers_of(settings)
     if not layers:
         raise InputError(
             f"{model}: no layer has a finished run {settings.run}; train them (make train LAYER=all "

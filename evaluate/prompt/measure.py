@@ -1,17 +1,14 @@
 """A text through a language model and the transcoders of some of its layers."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from common.errors import InputError
 from common.files import sha256
 from common.tokens import TokenText
-from evaluate.files import finished
+from evaluate.files import is_of, latents_of
 from evaluate.prompt.records import VERSION, ActiveLatent, NamedLatent, Prompt, PromptLayer, PromptToken
 from evaluate.reader import Reader, Sentence
 from shards.store import read_tokenizer
@@ -33,15 +30,20 @@ def measure_prompt(text: str, readers: Mapping[int, Reader], run_dirs: Mapping[i
 
 
 def _layer(layer: int, reader: Reader, text: str, run_dir: Path) -> PromptLayer:
-    sentences = reader.sentences(text)
-    acts = torch.cat([sentence.acts for sentence in sentences])
-    firing = acts.any(0).nonzero().flatten().tolist()
+    """One context's activations are in memory at a time."""
+    active: list[list[ActiveLatent]] = []
+    shares: list[list[float | None]] = [[] for _ in reader.transcoder.prefix_ends]
+    for sentence in reader.sentences(text):
+        active += map(_active, sentence.acts)
+        for own, more in zip(shares, _error_shares(reader, sentence), strict=True):
+            own += more
+    firing = sorted({each.latent for row in active for each in row})
     return PromptLayer(
         layer=layer,
         run=run_dir.name,
         prefix_ends=list(reader.transcoder.prefix_ends),
-        error_share=_error_shares(reader, sentences),
-        active=[_active(row) for row in acts],
+        error_share=shares,
+        active=active,
         latents=_named(firing, reader, run_dir),
     )
 
@@ -53,11 +55,9 @@ def _active(acts: Tensor) -> list[ActiveLatent]:
     return [ActiveLatent(latent=latent, value=value) for latent, value in pairs]
 
 
-def _error_shares(reader: Reader, sentences: list[Sentence]) -> list[list[float | None]]:
+def _error_shares(reader: Reader, sentence: Sentence) -> list[list[float | None]]:
     """[n] for each prefix: |y - y_hat|^2 / |y - mean(y)|^2, mean(y) of the train rows; none where y is it."""
-    inputs, outputs = (
-        torch.cat([getattr(each, side) for each in sentences]) for side in ("inputs", "outputs")
-    )
+    inputs, outputs = sentence.inputs, sentence.outputs
     moments = reader.store.manifest.splits["train"].outputs
     assert moments is not None, "a store has train rows"
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=outputs.device)
@@ -74,20 +74,15 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     """Group of each latent, and where these weights were evaluated its density and label."""
     ends = reader.transcoder.prefix_ends
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    try:
-        metrics = finished(run_dir / "evaluation")
-    except InputError as error:  # of another version
-        print(f"without labels: {error}", file=sys.stderr)
-        metrics = None
-    if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / FILE_NAME):
+    evaluation = run_dir / "evaluation"
+    if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
         return {latent: NamedLatent(group=group[latent]) for latent in firing}
-    with safe_open(run_dir / "evaluation" / "latents.safetensors", framework="pt") as file:
-        density, top = file.get_tensor("density")[-1], file.get_tensor("top_tokens")
+    density, top = latents_of(evaluation, "density", "top_tokens")
     text = TokenText(read_tokenizer(reader.store.tokenizer_path))
     return {
         latent: NamedLatent(
             group=group[latent],
-            density=float(density[latent]),
+            density=float(density[-1, latent]),
             label=tuple(text.label(token) for token in top[latent].tolist() if token >= 0),
         )
         for latent in firing

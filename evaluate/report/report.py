@@ -1,7 +1,5 @@
 """report.html: one self-contained page that opens from disk; every value is escaped by the template engine."""
 
-import base64
-import hashlib
 from pathlib import Path
 
 from markupsafe import Markup
@@ -13,7 +11,7 @@ from evaluate.metrics.rows import BLOCK_ROWS
 from evaluate.records import AblationLosses, NotMeasured, Results
 from evaluate.report.figures import Drawn
 from evaluate.report.page_data import PageData, script_json
-from evaluate.report.templates import PAGE, html
+from evaluate.report.templates import html
 from evaluate.report.verdicts import verdicts
 
 TABS = ("Overview", "Latents", "Nesting", "Error", "About")
@@ -26,9 +24,9 @@ BASELINES = {
 
 def write_report(path: Path, results: Results, data: PageData, drawn: list[Drawn]) -> None:
     """`data`: what the page's script reads; `drawn`: the plots, whose SVG is our own."""
-    script = (PAGE / "report.js").read_text(encoding="utf-8")
     page = html(
         "report.html",
+        "report.js",
         metrics=results,
         provenance=results.provenance.written(),
         verdicts=[verdicts(results, g) for g in range(len(results.prefixes))],
@@ -39,8 +37,6 @@ def write_report(path: Path, results: Results, data: PageData, drawn: list[Drawn
         n_even=N_EVEN,
         min_firings=MIN_FIRINGS,
         block_rows=BLOCK_ROWS,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(script_json(data)),
     )
     write_whole(path, page.encode())

@@ -1,5 +1,7 @@
 """The two template environments: pages always escape HTML, the model card is Markdown and is given words only."""
 
+import base64
+import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -57,9 +59,13 @@ MARKDOWN = _environment(escaped=False)
 """Of the model card, whose values are cut down to words first (evaluate/report/card.py)."""
 
 
-def html(name: str, **values: object) -> str:
-    """The page of a template, with the style sheet that all of them share."""
+def html(name: str, script_file: str | None = None, **values: object) -> str:
+    """The page of a template, with the style sheet that all of them share, and its script if it has one."""
     style = Markup((PAGE / "report.css").read_text(encoding="utf-8"))
+    if script_file is not None:
+        script = (PAGE / script_file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        values |= {"script": Markup(script), "script_hash": digest}
     return HTML.get_template(name).render(style=style, **values)
 
 

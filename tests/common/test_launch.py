@@ -77,3 +77,7 @@ def test_layers_are_shared_or_follow_each_other(
     called(monkeypatch, "3", "train", "--layer", "1", "--spread", "layers")
     assert [*asked.pop()[0]] == [1]
     assert not started
+    # Without a layer: it was done with none, exit code 0.
+    called(monkeypatch, "3", "train", "--spread", "layers")
+    assert len(started) == 1
+    assert not asked

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from common.errors import InputError
+from common.files import sha256
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.feature_pages import Evaluated, SetPages, write_layer
-from evaluate.files import CONTEXTS, LATENTS
+from evaluate.files import CONTEXTS, LATENTS, is_of, latents_of
 from evaluate.metrics.catalogue import tensors
 from evaluate.metrics.contexts import REACH
 from evaluate.run import evaluate
@@ -28,7 +29,7 @@ from tests.evaluate.report.test_page import large_catalogue
 from tests.evaluate.runs import ENDS, make_run, settings_of, tiny_transcoder
 from transcoder import Transcoder
 from transcoder.export import export_set
-from transcoder.weights import save_tensors
+from transcoder.weights import FILE_NAME, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_a_layer_without_evaluation_says_so_and_how_it_gets_pages(
     assert pages[3]["examples_quantiles"] == [{"quantile_name": "layer 1: not evaluated", "examples": []}]
 
 
-CASES = ["no evaluation", "another version", "no store", "another harvest"]
+CASES = ["no evaluation", "another version", "no rows", "no store", "another harvest"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -182,6 +183,9 @@ def test_without_pages_the_set_is_exported_and_says_why(
         shutil.rmtree(metrics.parent)
     elif case == "no store":
         shutil.rmtree(settings.paths.activations)
+    elif case == "no rows":  # of a version that did not note them: a traceback
+        del values["provenance"]["rows"]
+        metrics.write_text(json.dumps(values))
     else:
         key = {"another version": "metrics_version", "another harvest": "store_fingerprint"}[case]
         values["provenance"][key] = 1 if key == "metrics_version" else "0" * 64
@@ -189,7 +193,11 @@ def test_without_pages_the_set_is_exported_and_says_why(
     folder = export(settings)
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "layer_0.safetensors"}
     (said,) = capsys.readouterr().err.splitlines()
-    words = {"no evaluation": "not evaluated", "no store": "no store of their texts"}.get(case, case)
+    words = {
+        "no evaluation": "not evaluated",
+        "no store": "no store of their texts",
+        "no rows": "another version",
+    }.get(case, case)
     assert said.startswith("no feature pages of layers 0: ")
     assert words in said
     assert said.endswith('make evaluate LAYER="0" RUN=tiny, and export again')
@@ -205,6 +213,13 @@ def test_an_evaluation_of_other_weights_or_a_damaged_one_is_refused(root: Path, 
         export(settings)
     (folder / CONTEXTS).write_bytes(whole)
     own = Transcoder.load(settings.run_dir())
+    digest = sha256(settings.run_dir() / FILE_NAME)
+    assert is_of(folder, digest)
+    assert not is_of(folder, digest[::-1])
+    (tokens,) = latents_of(folder, "top_tokens")
+    assert len(tokens) == ENDS[-1]
+    with pytest.raises(InputError, match=r"latents.safetensors: damaged .*; remove .* and evaluate again"):
+        latents_of(folder, "absent")
     replace(own, thresholds=own.thresholds + 0.1).save(settings.run_dir())
     with pytest.raises(InputError, match=r"is of other weights than .*LAYER=0 RUN=tiny\), or export without"):
         export(settings)

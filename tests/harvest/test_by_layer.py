@@ -18,8 +18,10 @@ from harvest import by_layer
 from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
+from shards.layout import COMMIT, WORK
 from shards.remote import LocalFiles
 from shards.verify import verify
+from shards.writer import StoreWriter
 
 LAYERS = 3
 
@@ -213,6 +215,37 @@ def test_rows_of_another_harvest_are_neither_trained_on_nor_removed(stages: Stag
         drive("--harvest.seed", "1")
     assert read_commit(stages.act / "layer_1.zarr") == digests
     assert ("train", (1,)) not in stages.done
+
+
+def test_a_repaired_window_of_a_store_without_train_rows(
+    stages: Stages, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer was said to have failed, with nothing that told why."""
+    drive()
+    store = stages.act / "layer_1.zarr"
+    commit = (store / COMMIT).read_bytes()
+    StoreWriter(store).uncommit([("heldout", 0)])
+
+    def ended(command: Sequence[str]) -> int:
+        if command[0] != "harvest":
+            return stages.ended(command)
+        assert "--layer=1" in command
+        shutil.rmtree(store / WORK)
+        (store / COMMIT).write_bytes(commit)
+        return 0
+
+    monkeypatch.setattr(by_layer, "_ended", ended)
+    drive()
+    assert ends(stages.act) == [True] * LAYERS
+
+
+def test_an_address_is_refused_before_a_folder_of_its_name_is_made(
+    drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a harvest writes locally"):
+        drive("--paths.activations", "s3://bucket/activations")
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_several_processes_are_refused(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Whole harvests of tiny models: what lands in the store, and what survives being stopped."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from harvest.plan import plan_only
 from harvest.run import harvest
 from shards import Store
 from shards.commit import read_commit
+from shards.layout import WORK
 from shards.plan import human
 from shards.writer import StoreWriter
 from tests.models import by_hugging_face, save_model, sentences, write_jsonl
@@ -95,6 +97,20 @@ def test_several_layers_in_one_pass_equal_separate_passes(
     elsewhere = ("--paths.activations", str(tmp_path / "elsewhere"))
     apart = [harvest(settings_for(llama, *elsewhere, layer=layer))[0] for layer in ("0", "2")]
     assert [read_commit(path) for path in together] == [read_commit(path) for path in apart]
+
+
+def test_layers_of_two_texts_are_not_harvested_in_one_pass(llama: Path, settings_for: Make) -> None:
+    """A data set of the hub may change between a layer and the next: the rows of both would be of the first's text."""
+    (path,) = harvest(settings_for(llama, layer="0"))
+    StoreWriter(path).uncommit([("train", 0)])
+    plan = path / WORK / "plan.json"
+    begun = json.loads(plan.read_text())
+    begun["text"]["contexts_sha256"]["train"] = "0" * 64
+    plan.write_text(json.dumps(begun))
+    with pytest.raises(
+        InputError, match=r"layer_2.zarr: holds another text than .*layer_0.zarr, as the data set"
+    ):
+        harvest(settings_for(llama, layer="0 2"))
 
 
 def test_a_store_without_heldout_rows_is_announced(

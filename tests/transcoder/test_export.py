@@ -97,6 +97,7 @@ def test_circuit_tracers_set_is_every_layer_that_has_the_run(make_settings: Make
         export_set(settings)
     assert not list(model.glob("export/*/*"))
     layers(2)[0].save(model / "layer_2" / "a")
+    layers(2)[0].prefix(0).save(model / "layer_2_old" / "a")  # put aside: it took the place of layer 2
     folder = export_set(settings, prefix=1)
     assert folder == model / "export" / "circuit_tracer" / "a_prefix_1"
     assert {path.name for path in folder.iterdir()} == {

@@ -8,6 +8,11 @@ const make = (tag, className, text) => {
   if (text !== undefined) element.textContent = text;
   return element;
 };
+const fill = (parent, children) => { // not as arguments, of which there may be 100,000
+  const all = document.createDocumentFragment();
+  for (const child of children) all.append(child);
+  parent.replaceChildren(all);
+};
 const number = (x) => x === null ? "–" : Number(x.toPrecision(3)).toString();
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
 
@@ -44,8 +49,8 @@ function drawStrip() {
     const found = prompt.layers[chosen[0]].active[row[i]].find(({ latent }) => latent === chosen[1]);
     return found ? found.value : 0;
   });
-  const largest = Math.max(...values, 1e-30);
-  $("strip").replaceChildren(...prompt.tokens.map((token, i) => {
+  const largest = values.reduce((most, value) => Math.max(most, value), 1e-30);
+  fill($("strip"), prompt.tokens.map((token, i) => {
     const element = make("span", token.row ? "t" : "t none", token.text);
     if (values[i]) {
       element.style.background = `rgba(var(--heat), ${0.15 + 0.75 * values[i] / largest})`;
@@ -61,7 +66,7 @@ function drawStrip() {
 
 function drawRows() {
   const g = Number($("prefix").value);
-  $("rows").replaceChildren(...prompt.tokens.flatMap((token, i) => {
+  fill($("rows"), prompt.tokens.flatMap((token, i) => {
     if (row[i] < 0) return [];
     const line = make("tr");
     line.append(make("td", "word token", visible(token.text) || "·"));

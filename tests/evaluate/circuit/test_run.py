@@ -153,6 +153,23 @@ def test_the_command(
     assert page.is_file()
 
 
+def test_the_layer_of_a_profile_is_not_asked_for(layers: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PROFILE=demo has one; all others were said to be missing."""
+    asked: list[Settings] = []
+
+    def traced(settings: Settings, *_: object) -> None:
+        asked.append(settings)
+        raise InputError("enough")
+
+    monkeypatch.setattr("evaluate.circuit.run.trace", traced)
+    argv = ["circuit", "--profile", "demo", "--run", "a", "--text", TEXT]
+    for more, expected in (([], ()), (["--layer", "1"], (1,))):
+        monkeypatch.setattr(sys, "argv", [*argv, *more])
+        with pytest.raises(InputError, match="enough"):
+            command.main()
+        assert asked.pop().layers == expected
+
+
 def test_labels_are_those_of_the_weights_evaluation(
     layers: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
