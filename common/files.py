@@ -74,8 +74,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield aside
         for path in aside.rglob("*"):
             flush(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # write() does not name its file
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
     if folder.exists():
         folder.replace(old)

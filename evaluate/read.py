@@ -48,6 +48,8 @@ def text_of(text: str | None, file: str | None) -> str:
         assert text is not None
         return text
     try:
+        if file == "-" and sys.stdin is None:  # closed before the program began
+            raise InputError("-: standard input is closed")
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error

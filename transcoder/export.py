@@ -5,14 +5,15 @@ per latent, decoder rows of unit norm. A prefix is exported as the narrower tran
 threshold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common.cli import run_stage
 from common.errors import InputError
-from common.files import whole_folder
+from common.files import locked, whole_folder
 from common.hooks import INPUT_HOOKS, Convention
 from common.settings import Settings
 from transcoder import weights
@@ -43,9 +44,17 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
     transcoder = exported(run_dir, prefix, name, CONVENTIONS.get(to, "normalized"))
     _refuse_unknown(run_dir, transcoder.metadata["source"], to)
     folder = run_dir / "export" / (to + _suffix(prefix))
-    with whole_folder(folder) as aside:
+    with _written(folder) as aside:
         written = WRITERS[to](aside, *transcoder.saved())
     return folder / written.relative_to(aside)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `folder` when it is whole; of one export at a time."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    with locked(lock, f"{folder}: another make export is writing it"), whole_folder(folder) as aside:
+        yield aside
 
 
 def export_set(
@@ -62,7 +71,7 @@ def export_set(
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     name = settings.run + _suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
     folder = model / "export" / "circuit_tracer" / name
-    with whole_folder(folder) as aside:
+    with _written(folder) as aside:
         write_set(aside, settings, prefix, partial, reads, add)
     return folder
 

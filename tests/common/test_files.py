@@ -140,6 +140,12 @@ def test_a_read_only_disk_is_an_error_with_its_place(tmp_path: Path) -> None:
         assert failed.value.filename == str(disk / "lock")
 
 
+def test_a_full_disk_is_said_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left.*folder'"), whole_folder(tmp_path / "folder"):
+        raise OSError(28, "No space left on device")  # as write() raises it
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     old = tmp_path / ".folder.old.tmp"

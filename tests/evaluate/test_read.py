@@ -182,6 +182,12 @@ def test_what_is_read_is_given_once(tmp_path: Path) -> None:
         evaluate.read.text_of(None, str(tmp_path / "latin"))
 
 
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # python -m evaluate.read --file - <&-
+    with pytest.raises(InputError, match="-: standard input is closed"):
+        evaluate.read.text_of(None, "-")
+
+
 def test_an_intervention_adds_the_change_of_the_reconstruction(settings: Settings) -> None:
     """Equal to a hook that adds it by hand; a latent that does not fire changes nothing when it is ablated."""
     store, coder = Store.of(settings), random_coder(32, 32, (4, 16), layer=1)

@@ -1,5 +1,6 @@
 """python -m evaluate.export and transcoder.import_: from a run to other tools' folders, and from theirs to a run."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from common.files import whole_folder
+from common.files import locked, whole_folder
 from common.settings import ROOT, Settings
 from tests.evaluate.fakes import random_coder
 from tests.transcoder.test_formats import layers, tiny_transcoder
@@ -83,6 +84,17 @@ def test_nothing_half_written_takes_the_place_of_an_export(tmp_path: Path) -> No
         "saelens",
         "saelens/old",
     ]
+
+
+def test_an_export_that_another_process_writes_is_refused(make_settings: Make) -> None:
+    run_dir = save_run(make_settings(), tiny_transcoder())
+    refusal = (
+        rf"gemma_scope: another make export is writing it \(process {os.getpid()}\); wait for it or stop it"
+    )
+    held = locked(run_dir / "export" / ".gemma_scope.lock", "held")
+    with held, pytest.raises(InputError, match=refusal):
+        export(run_dir, "gemma_scope")
+    assert export(run_dir, "gemma_scope").is_dir()
 
 
 def test_circuit_tracers_set_is_every_layer_that_has_the_run(make_settings: Make) -> None:
