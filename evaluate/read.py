@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from common.cli import load, parser, run_stage
+from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.settings import Settings
 from common.tokens import PART
@@ -123,10 +123,12 @@ def main() -> None:
     )
     options.add_argument("--text", help="the text, a sentence or more")
     options.add_argument("--file", help="a file of UTF-8 text, in place of --text; -: standard input")
-    settings, arguments = load(options)
+    asked = read(options)
+    arguments = asked.arguments
     text = text_of(arguments.text, arguments.file)
-    from transcoder.weights import chosen_run  # with torch, which --help need not wait for
+    from transcoder.weights import chosen_run, n_layers  # with torch, which --help need not wait for
 
+    settings = asked.settings(asked.layers(n_layers))
     settings = chosen_run(settings, arguments.run, every_layer=len(settings.layers) > 1)
     prompt, folder = read_text(settings, text)
     show(prompt, folder, Console(markup=False, emoji=False))
