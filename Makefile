@@ -84,7 +84,7 @@ demo-circuit: install install-embedded
 		leave them out, or name the stages one by one))
 	@$(RANKS) harvest $(CIRCUIT)
 	@$(RANKS) train $(CIRCUIT) $(SPREADS)
-	@$(EACH) evaluate --cross-entropy-tokens 1024 $(CIRCUIT) $(SPREADS)
+	@$(EACH) evaluate --cross-entropy-tokens 256 $(CIRCUIT) $(SPREADS)
 	@$(PY) -m evaluate.model $(CIRCUIT)
 	@$(PY) -m evaluate.circuit --text $(call quote,$(or $(call asked,TEXT),The capital of France is)) $(CIRCUIT)
 
