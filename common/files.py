@@ -208,13 +208,22 @@ def sha256(path: Path) -> str:
 def inside(root: Path, name: str) -> Path:
     """`root` / `name`, which comes from a file that somebody else may have written.
 
-    Raises `InputError` where the name, or a symbolic link on its way, leads out of `root`.
+    Raises `InputError` where the name, or a symbolic link on its way, leads out of `root`; the hub's cache links to its
+    own blobs.
     """
     if re.search(r"[\\\x00-\x1f\x7f]", name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise InputError(f"{root}: {name!r} is not the name of a file in it; do not use what came with it")
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    places = (root.resolve(), *_blobs(root))
+    if not any(path.resolve().is_relative_to(place) for place in places):
         raise InputError(
             f"{path}: a link that leads out of {root}, to {path.resolve()}; copy it with links followed (cp -rL)"
         )
     return path
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    """Where huggingface_hub's cache keeps the files that a directory of its snapshots links to."""
+    for parent in root.absolute().parents:
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            yield (parent.parent / "blobs").resolve()

@@ -133,7 +133,8 @@ def test_each_layer_is_exported_and_pushed(root: Path, call: Call, monkeypatch: 
     assert pushed[0][0] == (0, 1)
 
 
-def test_all_is_no_limit_to_the_listings(call: Call) -> None:
+def test_all_is_no_limit_to_the_listings(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
     _, out, _ = call(runs.main, "--layer", "all")
     assert sum(" tiny " in line for line in out) >= 2
     _, out, _ = call(stores.main, "--layer", "all")

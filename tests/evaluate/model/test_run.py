@@ -391,7 +391,7 @@ def test_notes_on_layers_that_are_not_alike(original: Path, llama: Path) -> None
     assert notes(result.model_copy(update={"layers": changed, "provenance": provenance})) == [
         "The layers were evaluated on different numbers of rows: 1,000 to 4,096.",
         "Without cross-entropy of its own: layer 1.",
-        "The cross-entropy of the layers alone was measured on different numbers of tokens.",
+        "The cross-entropy with only one MLP replaced was measured on different numbers of tokens.",
         "Harvested from another text, or more of it, than layer 0: layers 1-2.",
     ]
 
