@@ -48,7 +48,7 @@ export WANDB_SILENT ?= true
 # Without a target, or as `make help`: lists the targets, as docs/commands.md does.
 help:
 	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
-	@echo 'make demo-circuit                the same for all 30 layers, small; then the set'\''s page and a circuit (30 minutes)'
+	@echo 'make demo-circuit                the same for all 30 layers, small; then the set'\''s page and a circuit (an hour or less)'
 	@echo 'make test                        install the development extras, lint, types, tests'
 	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the layer'\''s activation store'
 	@echo 'make verify LAYER=17             read and check every byte of the store'
