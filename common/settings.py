@@ -376,6 +376,10 @@ class Settings(BaseModel):
             raise InputError(f"layer: expected one layer, found {layers}; give LAYER=17 (--layer 17)")
         return self.layers[0]
 
+    def of_layer(self, layer: int) -> "Settings":
+        """The same for this layer alone."""
+        return self.model_copy(update={"layers": (layer,)})
+
     @property
     def model_slug(self) -> str:
         """Directory name of the model; raises `InputError` where its name does not end in one."""

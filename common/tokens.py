@@ -26,6 +26,15 @@ PART = "·"
 """Shown for a token without text of its own: a part of the character that follows."""
 
 
+def printable(text: str) -> str:
+    """The text in one line, escapes for what a terminal would obey: text of the web may hold its commands.
+
+    >>> printable("a\\tb\\x1b[2J é")
+    'a\\\\tb\\\\x1b[2J é'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 class TokenText:
     """The text of tokens. What a piece means is read off the tokenizer's decoder, not off its name."""
 

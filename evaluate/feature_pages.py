@@ -306,7 +306,7 @@ class SetPages:
         if made.metrics_version != METRICS_VERSION:
             return OTHER_VERSION
         try:
-            store = Store.of(self.settings.model_copy(update={"layers": (layer,)}))
+            store = Store.of(self.settings.of_layer(layer))
         except InputError:
             return f"no store of their texts can be read in {self.settings.paths.activations}"
         if store.manifest.fingerprint != made.store_fingerprint:

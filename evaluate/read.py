@@ -72,7 +72,7 @@ def read_text(settings: Settings, text: str) -> tuple["Prompt", Path]:
     readers, run_dirs = {}, {}
     model, mismatch = settings.model, settings.evaluate.allow_mismatch
     for layer in settings.layers or (settings.layer,):
-        own = settings.model_copy(update={"layers": (layer,)})
+        own = settings.of_layer(layer)
         store = Store.of(own)
         run_dirs[layer] = run_of(own, store)
         transcoder = Transcoder.load(run_dirs[layer])

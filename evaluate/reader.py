@@ -6,6 +6,7 @@ Shapes: n tokens that give rows, D_in, D_out, F latents.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from typing import Any, NamedTuple
@@ -180,11 +181,10 @@ class Reader:
         self, given: Mapping[int, float], scale: Mapping[int, float], ablate: Collection[int]
     ) -> dict[int, Callable[[Tensor], Tensor]]:
         """Latent -> its activations [n] after the change, from those before."""
-        asked = [*given, *scale, *ablate]
-        for latent in asked:
+        for latent, times in Counter([*given, *scale, *ablate]).items():
             if not 0 <= latent < self.transcoder.d_sae:
                 raise InputError(f"latent: expected 0 to {self.transcoder.d_sae - 1}, found {latent}")
-            if asked.count(latent) > 1:
+            if times > 1:
                 raise InputError(f"latent {latent}: changed twice; give it in one of set, scale and ablate")
         changes: dict[int, Callable[[Tensor], Tensor]] = {}
         for latent, value in given.items():

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from common.cli import load, parser, run_stage
 from common.errors import InputError
 from common.settings import first_mistake
-from common.tokens import PART
+from common.tokens import PART, printable
 
 AROUND = 16
 """Tokens shown before and after."""
@@ -108,15 +108,6 @@ p { margin: .15rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 b { font-variant-numeric: tabular-nums }
 </style>
 <h1>Activation samples</h1>"""
-
-
-def printable(text: str) -> str:
-    """The text in one line, escapes for what a terminal would obey: text of the web may hold its commands.
-
-    >>> printable("a\\tb\\x1b[2J é")
-    'a\\\\tb\\\\x1b[2J é'
-    """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def numbers(words: Sequence[str]) -> list[int]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
+from common.tokens import printable
 
 if TYPE_CHECKING:
     from evaluate.circuit.graph import Circuit, Route
@@ -64,9 +65,9 @@ def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Ro
         steps = route.nodes[:-1]
         table.add_row(
             percent(route.weight),
-            f"{_line(repr(labels[logit].word))}\n{percent(probability[logit])} %",
+            f"{printable(repr(labels[logit].word))}\n{percent(probability[logit])} %",
             "\n".join(place(circuit, node) for node in steps),
-            "\n".join(_line(labels[node].text) for node in steps),
+            "\n".join(printable(labels[node].text) for node in steps),
         )
     console.print(table)
     ends = circuit.ends
@@ -76,11 +77,6 @@ def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Ro
         f"{percent(ends.not_followed)} % from latents not followed (--nodes)"
     )
     print(f"{len(circuit.nodes)} nodes and {len(circuit.source)} edges are kept")
-
-
-def _line(text: str) -> str:
-    """Tokens of the web may hold a terminal's commands; what is quoted has them escaped."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 if __name__ == "__main__":

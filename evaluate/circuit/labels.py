@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.files import sha256
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
@@ -17,7 +16,6 @@ from evaluate.metrics.language import logit_effects
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
-from transcoder.weights import FILE_NAME
 
 SHOWN = 3
 """Tokens in the text of a label."""
@@ -76,13 +74,13 @@ def _listed(words: Sequence[str]) -> str:
     return " ".join(repr(word) for word in words[:SHOWN])
 
 
-def evaluations(settings: Settings, layers: Sequence[int]) -> dict[int, Path]:
-    """Folder of each layer's evaluation of the run's present weights; of the others a line on standard error."""
+def evaluations(settings: Settings, weights: Mapping[int, str]) -> dict[int, Path]:
+    """Folder of each layer's evaluation of the weights with these digests; of the others a line on standard error."""
     found, without = {}, []
-    for layer in layers:
-        run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
-        if is_of(run_dir / "evaluation", sha256(run_dir / FILE_NAME)):
-            found[layer] = run_dir / "evaluation"
+    for layer, digest in weights.items():
+        folder = settings.of_layer(layer).run_dir() / "evaluation"
+        if is_of(folder, digest):
+            found[layer] = folder
         else:
             without.append(layer)
     if without:

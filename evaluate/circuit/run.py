@@ -74,7 +74,7 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
         weights=_digests(settings, layer_set.layers),
     )
     folder = settings.set_dir() / "circuits" / about.slug
-    found = evaluations(settings, layer_set.layers)
+    found = evaluations(settings, about.weights)
     named = labels(circuit.nodes, model, coders, tokens, about.pieces, found)
     logits = np.flatnonzero(circuit.nodes.kind == LOGIT)
     order = logits[np.argsort(-circuit.nodes.value[logits])].tolist()
@@ -108,5 +108,4 @@ def exact(wanted: Model, source: Source) -> LanguageModel:
 
 
 def _digests(settings: Settings, layers: Sequence[int]) -> dict[int, str]:
-    one = [settings.model_copy(update={"layers": (layer,)}) for layer in layers]
-    return {each.layer: sha256(each.run_dir() / FILE_NAME) for each in one}
+    return {layer: sha256(settings.of_layer(layer).run_dir() / FILE_NAME) for layer in layers}

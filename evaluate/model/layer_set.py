@@ -53,7 +53,7 @@ def open_set(settings: Settings, whole: bool = False) -> LayerSet:
             f"{model}: no layer has a finished run {settings.run}; train them (make train LAYER=all "
             f"RUN={settings.run})"
         )
-    one = [settings.model_copy(update={"layers": (layer,)}) for layer in layers]
+    one = [settings.of_layer(layer) for layer in layers]
     for each in one:
         refuse_missing(each.run_dir())
     stores = {each.layer: Store.of(each) for each in one}

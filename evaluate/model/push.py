@@ -42,7 +42,7 @@ def write_forms(settings: Settings, folder: Path, address: str, pages: bool = Fa
     lines, name = [], settings.model.public_name
     source: dict[str, Any] = {}
     for layer in settings.layers:
-        run_dir = settings.model_copy(update={"layers": (layer,)}).run_dir()
+        run_dir = settings.of_layer(layer).run_dir()
         weights.refuse_another_model(run_dir, settings)
         own = folder / "matryoshka" / f"layer_{layer}"
         own.mkdir(parents=True)

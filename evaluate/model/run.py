@@ -41,11 +41,11 @@ def describe(settings: Settings, tokens: int, whole: bool = False) -> tuple[Mode
         )
     found = open_set(settings, whole)
     split = {layer: getattr(store, settings.evaluate.split) for layer, store in found.stores.items()}
-    digests = {layer: sha256(_run_dir(settings, layer) / FILE_NAME) for layer in found.layers}
+    digests = {layer: sha256(settings.of_layer(layer).run_dir() / FILE_NAME) for layer in found.layers}
     folder = settings.set_dir()
     metrics = evaluations(settings, found, digests)
     layers = [
-        layer_metrics(layer, each, _run_dir(settings, layer) / "evaluation", folder)
+        layer_metrics(layer, each, settings.of_layer(layer).run_dir() / "evaluation", folder)
         for layer, each in metrics.items()
     ]
     provenance = _provenance(settings, found, digests, tokens)
@@ -70,10 +70,6 @@ def describe(settings: Settings, tokens: int, whole: bool = False) -> tuple[Mode
         return _write(folder, result), True
 
 
-def _run_dir(settings: Settings, layer: int) -> Path:
-    return settings.model_copy(update={"layers": (layer,)}).run_dir()
-
-
 def evaluations(settings: Settings, found: LayerSet, digests: Mapping[int, str]) -> dict[int, Metrics]:
     """Each layer's evaluation, of just these weights and stores.
 
@@ -82,7 +78,7 @@ def evaluations(settings: Settings, found: LayerSet, digests: Mapping[int, str])
     metrics: dict[int, Metrics] = {}
     lacking: dict[str, list[int]] = {}
     for layer in found.layers:
-        each = finished(_run_dir(settings, layer) / "evaluation")
+        each = finished(settings.of_layer(layer).run_dir() / "evaluation")
         if why := _unfit(each, found, layer, digests[layer], settings.evaluate.split):
             lacking.setdefault(why, []).append(layer)
         elif each is not None:

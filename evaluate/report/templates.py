@@ -63,7 +63,7 @@ def html(name: str, script_file: str | None = None, **values: object) -> str:
     """The page of a template, with the style sheet that all of them share, and its script if it has one."""
     style = Markup((PAGE / "report.css").read_text(encoding="utf-8"))
     if script_file is not None:
-        script = (PAGE / script_file).read_text(encoding="utf-8")
+        script = "".join((PAGE / each).read_text(encoding="utf-8") for each in ("elements.js", script_file))
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         values |= {"script": Markup(script), "script_hash": digest}
     return HTML.get_template(name).render(style=style, **values)

@@ -1,23 +1,13 @@
-"use strict";
-// The page's own script. Token text comes from the web: it only ever goes through textContent.
+// The page's own script, after elements.js.
 
-const $ = (id) => document.getElementById(id);
-const make = (tag, className, text) => {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-};
 const draw = (tag, attributes, text) => {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const name in attributes) made.setAttribute(name, attributes[name]);
   if (text !== undefined) made.textContent = text;
   return made;
 };
-const number = (x, digits = 3) => !Number.isFinite(x) ? "–" : Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(digits)));
 const percent = (x) => 100 * Math.abs(x) < 0.01 ? "<0.01 %" : number(100 * x, 3) + " %";
-const INVISIBLE = /[\p{Cf}\p{Cc}\p{Zl}\p{Zp}\u00a0]/gu; // format and control characters, by their code points
-const visible = (text) => text === "" ? "·" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length)).replace(INVISIBLE, (c) => "‹" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "›");
+const visible = (text) => text === "" ? "·" : named(spaces(text));
 const shortened = (text, n) => [...text].length > n ? [...text].slice(0, n - 1).join("") + "…" : text;
 
 // ---- data ----

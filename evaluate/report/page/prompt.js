@@ -1,20 +1,11 @@
-"use strict";
-// The page of a text. Token text comes from anywhere: it only ever goes through textContent.
+// The page of a text, after elements.js.
 
-const $ = (id) => document.getElementById(id);
-const make = (tag, className, text) => {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
-};
 const fill = (parent, children) => { // not as arguments, of which there may be 100,000
   const all = document.createDocumentFragment();
   for (const child of children) all.append(child);
   parent.replaceChildren(all);
 };
-const number = (x) => x === null ? "–" : Number(x.toPrecision(3)).toString();
-const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
+const short = (x) => x === null ? "–" : Number(x.toPrecision(3)).toString();
 
 const prompt = JSON.parse($("data").textContent);
 const row = []; // number of each token's row, -1 without one
@@ -29,7 +20,7 @@ function shownLatents(layer, n) {
 
 function label(layer, latent) {
   const words = layer.latents[latent].label ?? [];
-  return words.slice(0, 3).map(visible).join(" ");
+  return words.slice(0, 3).map(spaces).join(" ");
 }
 
 function button(l, { latent, value }) {
@@ -37,8 +28,8 @@ function button(l, { latent, value }) {
   const element = make("button", "latent g" + (known.group % 6));
   element.type = "button";
   element.setAttribute("aria-pressed", String(chosen !== null && chosen[0] === l && chosen[1] === latent));
-  element.title = `group ${known.group}` + (known.density === undefined ? "" : `, fires on ${number(100 * known.density)} % of the rows`);
-  element.append(make("b", "", latent), make("bdi", "", label(layer, latent)), make("span", "", number(value)));
+  element.title = `group ${known.group}` + (known.density === undefined ? "" : `, fires on ${short(100 * known.density)} % of the rows`);
+  element.append(make("b", "", latent), make("bdi", "", label(layer, latent)), make("span", "", short(value)));
   element.onclick = () => { chosen = chosen && chosen[0] === l && chosen[1] === latent ? null : [l, latent]; draw(); };
   return element;
 }
@@ -54,14 +45,14 @@ function drawStrip() {
     const element = make("span", token.row ? "t" : "t none", token.text);
     if (values[i]) {
       element.style.background = `rgba(var(--heat), ${0.15 + 0.75 * values[i] / largest})`;
-      element.title = number(values[i]);
+      element.title = short(values[i]);
     }
     return element;
   }));
   if (!chosen) { $("chosen").textContent = "No latent is chosen."; return; }
   const layer = prompt.layers[chosen[0]], known = layer.latents[chosen[1]];
   $("chosen").textContent = `Latent ${chosen[1]} of layer ${layer.layer}, group ${known.group}: ` +
-    `${label(layer, chosen[1]) || "no label, because this layer was not evaluated"}. It fires on ${values.filter(Boolean).length} of these tokens; its largest activation is ${number(largest)}.`;
+    `${label(layer, chosen[1]) || "no label, because this layer was not evaluated"}. It fires on ${values.filter(Boolean).length} of these tokens; its largest activation is ${short(largest)}.`;
 }
 
 function drawRows() {
@@ -69,10 +60,10 @@ function drawRows() {
   fill($("rows"), prompt.tokens.flatMap((token, i) => {
     if (row[i] < 0) return [];
     const line = make("tr");
-    line.append(make("td", "word token", visible(token.text) || "·"));
+    line.append(make("td", "word token", spaces(token.text) || "·"));
     prompt.layers.forEach((layer, l) => {
       const share = layer.error_share[Math.min(g, layer.error_share.length - 1)][row[i]];
-      const error = make("td", "bar-cell", number(share));
+      const error = make("td", "bar-cell", short(share));
       error.style.setProperty("--v", Math.min(share ?? 0, 1));
       const cell = make("td", "latents");
       const latents = shownLatents(layer, row[i]);

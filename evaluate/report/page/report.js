@@ -1,13 +1,4 @@
-"use strict";
-// The page's own script. Token text comes from the web: it only ever goes through textContent.
-
-const $ = (id) => document.getElementById(id);
-const make = (tag, className, text) => {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-};
+// The page's own script, after elements.js.
 
 // ---- data ----
 
@@ -34,12 +25,8 @@ function loadData() {
 let children;
 let prefix, order = [], chosen = -1, descending = true;
 const density = (f, g = prefix) => c.density[g * F + f];
-const number = (x, digits = 3) => !Number.isFinite(x) ? "–" : Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") : String(Number(x.toPrecision(digits)));
 const percent = (x) => !Number.isFinite(x) ? "–" : x === 0 ? "0 %" : 100 * x < 0.01 ? "<0.01 %" : number(100 * x, 3) + " %";
-const INVISIBLE = /[\p{Cf}\p{Cc}\p{Zl}\p{Zp}\u00a0]/gu; // format and control characters, by their code points
-const named = (text) => text.replace(INVISIBLE, (c) => "‹" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "›");
 const visible = (text) => named(spaces(text));
-const spaces = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/^ +| +$/g, (s) => "␣".repeat(s.length));
 const words = (f, n = 3) => {
   const made = make("span", "words");
   for (let i = 0; i < n; i++) {

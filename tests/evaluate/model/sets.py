@@ -43,7 +43,7 @@ def settings_at(root: Path, model: Path, *more: str, layer: str = "0 1 2") -> Se
 
 
 def one(settings: Settings, layer: int) -> Settings:
-    return settings.model_copy(update={"layers": (layer,)})
+    return settings.of_layer(layer)
 
 
 def save_coder(settings: Settings, layer: int, ends: tuple[int, ...] = ENDS, seed: int | None = None) -> None:
