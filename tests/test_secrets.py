@@ -10,8 +10,8 @@ import harvest.__main__
 import train.__main__
 from common.cli import load, parser
 from common.errors import InputError
+from evaluate import export, read
 from train import samples_page
-from transcoder import export
 
 SECRETS = {"HF_TOKEN": "hf_" + "q7Zp" * 9, "WANDB_API_KEY": "5ec4e7" * 7}
 SAID = "said-in-the-settings"
@@ -34,7 +34,7 @@ def test_no_file_and_no_line_holds_a_secret(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Harvest, train with W&B, evaluate, export, samples, the real entry points."""
+    """Harvest, train with W&B, evaluate, export, read a text, samples, the real entry points."""
     shared = ["--layer", "1", "--run", "a", "--model.name", str(llama), "--model.device", "cpu"]
     shared += [
         "--paths.activations",
@@ -52,6 +52,7 @@ def test_no_file_and_no_line_holds_a_secret(
         (train.__main__.main, small),
         (evaluate.__main__.main, ["--cross-entropy-tokens", "64"]),
         (export.main, ["--format", "saelens"]),
+        (read.main, ["--text", "The capital of France"]),
         (samples_page.main, []),
     ):
         monkeypatch.setattr("sys.argv", ["x", *shared, *options])
@@ -59,7 +60,8 @@ def test_no_file_and_no_line_holds_a_secret(
     said = capfd.readouterr()
     files = {path: path.read_bytes() for path in surroundings.rglob("*") if path.is_file()}
     names = {path.name for path in files}
-    assert {"settings.json", "zarr.json", "metrics.json", "report.html", "cfg.json", "samples.html"} <= names
+    assert {"settings.json", "zarr.json", "metrics.json", "cfg.json"} <= names
+    assert {"report.html", "samples.html", "prompt.html"} <= names
     logged = [data for path, data in files.items() if path.suffix == ".wandb"]
     assert len(logged) == 2  # what training logged, and evaluation
     # It is not compressed: a secret would be seen as well.
