@@ -70,24 +70,31 @@ class Questions:
         """
         if by not in COLUMNS:
             raise InputError(f"by: expected one of {', '.join(COLUMNS)}, found {shown(by)}")
-        found = separation(self._firings, self._mask(mask))
+        marks = self._mask(mask)
+        if not 0 < marks.sum() < self.rows:
+            raise InputError(
+                f"mask: expected some of the {self.rows:,} rows to be marked and others not, found "
+                f"{int(marks.sum()):,} marked"
+            )
+        found = separation(self._firings, marks)
         table = pd.DataFrame({name: getattr(found, name) for name in COLUMNS})
         table.index.name = "latent"
         return table.sort_values(by, ascending=False, kind="stable")
 
-    def contexts_of(self, latent: int, n: int = 10, reach: int = 16) -> Contexts:
+    def contexts_of(self, latent: int, n: int = 10, reach: int = 16, mask: Any = None) -> Contexts:
         """The `n` contexts in which `latent` is strongest, with `reach` tokens either side of its strongest row there.
 
-        From the store itself, so for every latent that fires. Raises `InputError` for a latent that is not there.
+        From the store itself, so for every latent that fires. `mask` [n] bool: rows to choose from (all). Raises
+        `InputError` for a latent that is not there, or a mask of another length.
         """
         self._refuse_unknown([latent])
         if n < 1 or reach < 0:
             raise InputError(f"contexts: expected n from 1 and reach from 0, found {n} and {reach}")
         rows, values = self._firings.of(latent)
         found = Contexts(latent, len(rows), self.rows)
-        if not len(rows):
-            return found
         strongest = np.argsort(-values, kind="stable")
+        if mask is not None:
+            strongest = strongest[self._mask(mask)[rows[strongest]]]
         context = self._context[rows]
         _, first = np.unique(context[strongest], return_index=True)
         for entry in strongest[np.sort(first)[:n]].tolist():
@@ -132,11 +139,6 @@ class Questions:
             raise InputError(
                 f"mask: expected bool [{self.rows}], one for each row (Found.mask, say), found {marks.dtype} "
                 f"{list(marks.shape)}"
-            )
-        if not 0 < marks.sum() < self.rows:
-            raise InputError(
-                f"mask: expected some of the {self.rows:,} rows to be marked and others not, found "
-                f"{int(marks.sum()):,} marked"
             )
         return marks
 

@@ -180,6 +180,11 @@ def test_contexts_are_those_of_the_store(store: Store, ask: Questions) -> None:
             assert each.activations[each.focus] == np.float32(each.activation)
             assert len(each.tokens) == len(each.activations)
             assert each.tokens[each.focus] == store.heldout.tokens(each.row, each.row + 1).texts[0]
+    chosen = position < 5
+    early = ask.contexts_of(0, n=3, mask=chosen)
+    best = np.sort(np.where(np.arange(length) < 5, grid[:, :, 0], 0).max(1))[::-1][:3]
+    np.testing.assert_allclose([each.activation for each in early], best, rtol=1e-5)
+    assert any(each.activations[each.focus + 1 :].any() for each in early)  # what is around is not masked
     page = ask.contexts_of(0)._repr_html_()
     assert page.count("<b>") == len(ask.contexts_of(0)) == 10  # the word <b> is escaped
     assert "&lt;" in page
