@@ -107,7 +107,7 @@ class Questions:
     def writes(self, latents: Iterable[int], reader: "Reader", n: int = 10) -> pd.DataFrame:
         """Tokens whose logits each latent's decoder row raises and lowers most, by itself (`logit_effects`).
 
-        Indexed by latent: `promoted` and `suppressed`, lists of `n` tokens, strongest first. `reader` has the store's
+        A line for each (latent, "promoted" or "suppressed"), its `n` tokens strongest first. `reader` has the store's
         language model. Raises `InputError` for a latent that is not there, or a reader of another model.
         """
         from evaluate.metrics.language import logit_effects
@@ -119,11 +119,13 @@ class Questions:
             )
         found = logit_effects(reader.model, self.transcoder.W_dec[numbers].to(reader.model.device), n)
         sides = {"promoted": found.promoted, "suppressed": found.suppressed}
-        table = {
-            name: [[self._text.label(token) for token in line] for line in ids.tolist()]
-            for name, ids in sides.items()
+        lines = {
+            (latent, side): [self._text.label(token) for token in tokens[which].tolist()]
+            for which, latent in enumerate(numbers)
+            for side, tokens in sides.items()
         }
-        return pd.DataFrame(table, index=pd.Index(numbers, name="latent"))
+        index = pd.MultiIndex.from_tuples(list(lines), names=["latent", "tokens"])
+        return pd.DataFrame(list(lines.values()), index, range(1, n + 1))
 
     def _around(self, row: int, acts: np.ndarray, reach: int) -> Context:
         """The stretch of text around a row; `acts` [T] of its context."""
