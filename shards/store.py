@@ -3,9 +3,10 @@
 Shapes: n rows, d columns, C contexts, T tokens of a context.
 """
 
+import functools
 import html
 import re
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,13 @@ class Store:
                 _check_digest(files.local(name), expected)
         manifest = read_manifest(root)
         splits = {}
+        # once, for both splits
+        text = functools.cache(lambda: TokenText(read_tokenizer(files.local("tokenizer.json"))))
         for name in SPLITS:
             record = manifest.splits[name]
             arrays = split_arrays(manifest.source, name, record.rows, record.contexts)
             removed = any(array.file(0) in commit.removed for array in arrays.values())
-            splits[name] = StoreSplit(files, arrays, manifest, removed)
+            splits[name] = StoreSplit(files, arrays, manifest, text, removed)
         return cls(root, manifest, splits)
 
     @classmethod
@@ -176,11 +179,16 @@ class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
     def __init__(
-        self, files: Files, arrays: dict[str, Array], manifest: Manifest, removed: bool = False
+        self,
+        files: Files,
+        arrays: dict[str, Array],
+        manifest: Manifest,
+        text: Callable[[], TokenText],
+        removed: bool = False,
     ) -> None:
         self.removed = removed
         """Whether its rows were removed after training; how many they were, their moments and their text are there."""
-        self._where, self._files = files.where, files
+        self._where, self._text = files.where, text
         self.storage, self._stored_as = STORAGES[manifest.source.storage], manifest.source.storage
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
@@ -209,10 +217,15 @@ class StoreSplit:
         """(context number uint32 [n], position in it uint16 [n]) of rows [start, stop)."""
         return self._read("row_context", start, stop), self._read("row_position", start, stop)
 
+    @property
+    def text(self) -> TokenText:
+        """Token ids as text. The tokenizer is read when this is first asked for: a second or two if it is large."""
+        return self._text()
+
     def tokens(self, start: int, stop: int) -> RowTokens:
         """The tokens of rows [start, stop), in stored order; `InputError` outside the split."""
         ids = tokens_at(self.contexts, *self.provenance(start, stop))
-        return RowTokens(ids, [self._text.label(token) for token in ids.tolist()])
+        return RowTokens(ids, [self.text.label(token) for token in ids.tolist()])
 
     def find(self, pattern: str | re.Pattern[str], group: int | str = 0, rows: int | None = None) -> Found:
         """The rows whose tokens overlap a match of the regular expression `pattern`, of the first `rows` rows (all).
@@ -225,11 +238,7 @@ class StoreSplit:
         if rows is not None and not 0 < rows <= len(self):
             raise InputError(f"rows: expected 1 to {len(self)}, those of the split, found {rows}")
         self.refuse_removed()
-        return find(self, self._text, pattern, group, len(self) if rows is None else rows)
-
-    @cached_property
-    def _text(self) -> TokenText:
-        return TokenText(read_tokenizer(self._files.local("tokenizer.json")))
+        return find(self, self.text, pattern, group, len(self) if rows is None else rows)
 
     def loader(
         self,

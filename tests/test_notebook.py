@@ -133,9 +133,10 @@ def test_the_questions_are_answered(
     assert 0 < len(contexts) <= 6
     assert not any(found.mask[each.row] for each in others)
     ask, reader, latents = names["ask"], names["reader"], names["table"].index[:4]
+    text = names["store"].heldout.text
     effects = logit_effects(reader.model, names["transcoder"].W_dec[latents.tolist()], 6)
     expected = {
-        (latent, side): [ask._text.label(int(token)) for token in line]
+        (latent, side): [text.label(int(token)) for token in line]
         for side, ids in (("promoted", effects.promoted), ("suppressed", effects.suppressed))
         for latent, line in zip(latents, ids, strict=True)
     }

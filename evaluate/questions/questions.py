@@ -12,12 +12,10 @@ import pandas as pd
 
 from common.device import pick_device
 from common.errors import InputError, shown
-from common.tokens import TokenText
 from evaluate.questions.contexts import Context, Contexts
 from evaluate.questions.firings import firings
 from evaluate.questions.separation import separation
 from shards import Store
-from shards.store import read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
 
@@ -51,7 +49,6 @@ class Questions:
         self.transcoder = bind(transcoder, store, mismatch=mismatch).to(pick_device(device))
         self.rows = len(own) if rows is None else rows
         self._source, self._split, self._name = store.manifest.source, own, f"{split} rows of {store.path}"
-        self._text = TokenText(read_tokenizer(store.tokenizer_path))
         self._firings = firings(self.transcoder, own, self.rows)
         self._context, self._position = own.provenance(0, self.rows)
 
@@ -120,7 +117,7 @@ class Questions:
         found = logit_effects(reader.model, self.transcoder.W_dec[numbers].to(reader.model.device), n)
         sides = {"promoted": found.promoted, "suppressed": found.suppressed}
         lines = {
-            (latent, side): [self._text.label(token) for token in tokens[which].tolist()]
+            (latent, side): [self._split.text.label(token) for token in tokens[which].tolist()]
             for which, latent in enumerate(numbers)
             for side, tokens in sides.items()
         }
@@ -130,7 +127,7 @@ class Questions:
     def _around(self, row: int, acts: np.ndarray, reach: int) -> Context:
         """The stretch of text around a row; `acts` [T] of its context."""
         context, position = int(self._context[row]), int(self._position[row])
-        pieces = self._text.pieces(self._split.contexts[context].tolist())
+        pieces = self._split.text.pieces(self._split.contexts[context].tolist())
         near = slice(max(position - reach, 0), position + reach + 1)
         focus = position - near.start
         return Context(row, float(acts[position]), context, position, focus, pieces[near], acts[near])
