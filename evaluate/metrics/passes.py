@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from evaluate.labels.measured import Measured
 from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.coactivation import Coactivation
 from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
@@ -87,15 +88,19 @@ def first_pass(
 
 
 @torch.inference_mode()
-def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, tick: Tick) -> Samples:
-    """The samples of every living latent with its activations on the tokens around them."""
+def second_pass(
+    coder: Transcoder, split: TextSplit, n_rows: int, first: First, measured: Measured, tick: Tick
+) -> Samples:
+    """The samples of every living latent with its activations on the tokens around them; labels are `measured`."""
     n_contexts, positions = split.contexts.shape
     samples = choose(first.top, first.even, positions)
     shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, _ = split.rows(start, stop)
         row, latent, value = _arrays(coder.entries(coder.pre_activations(inputs.to(device))))
-        shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
+        context, position = split.provenance(start, stop)
+        shader.add(latent, _places(context, position, positions)[row], value)
+        measured.add(context, position, row, latent, value)
         tick(stop - start)
     return samples
 
