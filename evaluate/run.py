@@ -196,7 +196,7 @@ def _measure(
         first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
     measurement, words = first.measurement, Words(text, split.contexts)
     firings = measurement.prefixes[-1].firing.firings.numpy()
-    measured = Measured(choose(first.even, firings, split, job.n_rows, words), split.contexts, words)
+    measured = Measured(choose(first.sampled, firings, split, job.n_rows, words), split.contexts, words)
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)

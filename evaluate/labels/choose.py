@@ -70,9 +70,9 @@ def keys_of(standing: Standing, folded: bool = False) -> list[np.ndarray]:
     return [word, before * _PAIR + word, before]
 
 
-def choose(even: Best, firings: np.ndarray, split: TextSplit, n_rows: int, words: Words) -> Labels:
+def choose(sampled: Best, firings: np.ndarray, split: TextSplit, n_rows: int, words: Words) -> Labels:
     """Labels by an even sample of each latent's `firings` [F] on rows [0, n_rows)."""
-    n = even.n_latents
+    n = sampled.n_latents
     labels = Labels(
         np.zeros((n, N_WORDS), np.uint8),
         np.full((n, N_WORDS, WINDOW), -1, np.int32),
@@ -82,12 +82,12 @@ def choose(even: Best, firings: np.ndarray, split: TextSplit, n_rows: int, words
         np.zeros(n, bool),
         [],
     )
-    bounds = even.bounds()
+    bounds = sampled.bounds()
     start = 0
     while start < n:
         stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + TOGETHER, side="right")) - 1)
         if bounds[stop] > bounds[start]:
-            _Block(even, firings, split, n_rows, words, start, stop).choose(labels)
+            _Block(sampled, firings, split, n_rows, words, start, stop).choose(labels)
         start = stop
     return labels
 
@@ -97,7 +97,7 @@ class _Block:
 
     def __init__(
         self,
-        even: Best,
+        sampled: Best,
         firings: np.ndarray,
         split: TextSplit,
         n_rows: int,
@@ -105,16 +105,16 @@ class _Block:
         start: int,
         stop: int,
     ) -> None:
-        bounds = even.bounds()[start : stop + 1]
+        bounds = sampled.bounds()[start : stop + 1]
         own = slice(bounds[0], bounds[-1])
         self.start, self.n = start, stop - start
-        latents = even.latents[own].astype(np.int64) - start
-        context, position = np.divmod(even.places[own], split.contexts.shape[1])
+        latents = sampled.latents[own].astype(np.int64) - start
+        context, position = np.divmod(sampled.places[own], split.contexts.shape[1])
         use = ~for_measuring(context)
         self.few = np.bincount(latents[use], minlength=self.n) < FEW
         use |= self.few[latents]
         latents, context, position = latents[use], context[use], position[use]
-        self.latents, self.weight = latents, even.values[own][use].astype(np.float64)
+        self.latents, self.weight = latents, sampled.values[own][use].astype(np.float64)
         self.n_used = np.bincount(latents, minlength=self.n)
         self.per_sampled = firings[start:stop] / np.maximum(np.diff(bounds), 1)
         """Firings that each sampled one stands for."""

@@ -23,7 +23,7 @@ def label_texts(tokens: np.ndarray, kinds: np.ndarray, text: TokenText) -> list[
     labels = []
     for own, kind in zip(tokens.tolist(), kinds.tolist(), strict=True):
         words = zip(own, kind, strict=True)
-        labels.append([_word(part, each, text) for part, each in words if each])
+        labels.append(list(dict.fromkeys(_word(part, each, text) for part, each in words if each)))
     return labels
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from common.tokens import TokenText
-from evaluate.labels.effects import LogitEffects
+from evaluate.labels.choose import Labels
+from evaluate.labels.effects import Chance, LogitEffects
+from evaluate.labels.measured import Quality
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
