@@ -152,12 +152,14 @@ function drawDetail(f) {
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), kin(f)); return; }
   const pair = make("div", "pair"), left = make("div"), right = make("div"), width = c.promoted.width;
-  left.append(make("h3", "", "Tokens that hold its activation"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  left.append(make("h3", "", "Words that say where it fires"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
   if (width) {
     const line = make("p", "promotes");
-    for (let i = 0; i < width; i++) line.append(make("bdi", "token", visible(strings[c.promoted[f * width + i]])), " ");
-    line.title = "highest logits of the latent's decoder row through the final norm and the unembedding";
-    right.append(make("h3", "", "Next tokens it promotes"), line);
+    const tokens = (at, from, by) => { for (let i = 0; i < width; i++) { const t = make("bdi", "token", visible(strings[from[f * width + i]])); t.title = number(by[f * width + i]); at.append(t, " "); } };
+    tokens(line, c.promoted, c.promotedBy);
+    line.title = "what the latent's decoder row alone adds to the logits above their mean; ranked by that over what random directions do";
+    const less = make("p", "promotes"); tokens(less, c.suppressed, c.suppressedBy);
+    right.append(make("h3", "", "Next tokens it promotes" + (c.likeRandom[f] ? " (no more than a random direction)" : "")), line, make("h3", "", "and suppresses"), less);
   }
   pair.append(left, right);
   const strongest = [], even = [];
@@ -173,6 +175,9 @@ function wordTable(f) {
     table.append(make("bdi", "token", visible(strings[c.tokens[f * n + i]])), bar, make("span", "value", percent(share)));
   }
   table.title = "share of the latent's activation";
+  const p = c.labelPrecision[f], r = c.labelRecall[f];
+  const note = make("small", "", `chosen on ${c.labelFirings[f]} firings; ` + (Number.isFinite(r) ? `on other rows precision ${percent(p)}, recall ${percent(r)}` : "too few to measure it on others"));
+  note.style.gridColumn = "1 / -1"; table.append(note);
   return table;
 }
 function histogram(f) {
