@@ -130,9 +130,8 @@ class Evaluated:
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=start + n,
-                examples_quantiles=[_note(f"fires on {' | '.join(words[n])}"), *examples.of(n)]
-                if words[n]
-                else [_note(f"fires on none of {self.rows:,} rows")],
+                examples_quantiles=examples.of(n, words[n])
+                or [_note(f"fires on none of {self.rows:,} rows")],
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
@@ -169,9 +168,10 @@ class _Examples:
         self.pool = self.stretches.strings(contexts, strings)
         self.texts = strings.texts
 
-    def of(self, n: int) -> list[Quantile]:
-        """Of the block's nth latent: its strongest contexts, then a few of each quarter of its firings."""
-        names = ("strongest contexts", *QUARTERS)
+    def of(self, n: int, words: list[str]) -> list[Quantile]:
+        """Of the block's nth latent: its strongest contexts, headed by its label's words, then of each quarter of its
+        firings a few."""
+        names = (f"fires on {' | '.join(words)}: strongest contexts", *QUARTERS)
         groups: dict[str, list[Example]] = {name: [] for name in names}
         seen: set[int] = set()
         for sample in range(self.bounds[n], self.bounds[n + 1]):

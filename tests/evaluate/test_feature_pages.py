@@ -20,6 +20,7 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.feature_pages import Evaluated, SetPages, write_layer
 from evaluate.files import CONTEXTS, LATENTS, is_of, latents_of
+from evaluate.labels.read import label_words
 from evaluate.metrics.catalogue import tensors
 from evaluate.metrics.contexts import REACH
 from evaluate.run import evaluate
@@ -88,7 +89,9 @@ def test_a_page_is_what_the_latent_does(root: Path) -> None:
         assert page["activation_frequency"] == pytest.approx(float((own > 0).double().mean()))
         assert sum(page["histogram"]) == min(len(firings), 256)
         strongest = page["examples_quantiles"][0]
-        assert strongest["quantile_name"] == "strongest contexts"
+        label = " | ".join(label_words(settings_of(root).run_dir() / "evaluation", text)[f])
+        assert strongest["quantile_name"] == f"fires on {label}: strongest contexts"
+        assert label.startswith("word")
         example = strongest["examples"][0]
         row = int(own.argmax())
         at = example["train_token_ind"]
