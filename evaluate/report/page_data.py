@@ -17,8 +17,8 @@ from evaluate.metrics.rows import ContextTable
 
 POOL_TOKENS = 3_000_000
 """Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
-SHOWN_PROMOTED = 6
-"""Tokens: what one line of the browser has room for."""
+SHOWN_LOGITS = 8
+"""Tokens that a latent promotes, and as many that it suppresses."""
 READ = 1024
 """Stretches whose contexts are read from the store together."""
 
@@ -66,7 +66,10 @@ def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> 
         "entropy": catalogue.entropy.astype(np.float32),
         "topShare": catalogue.top_share.astype(np.float32),
         "tokens": labels,
-        "promoted": strings.labels(catalogue.effects.promoted[:, :SHOWN_PROMOTED]),
+        "promoted": strings.labels(catalogue.effects.promoted[:, :SHOWN_LOGITS]),
+        "promotedBy": catalogue.effects.promoted_by[:, :SHOWN_LOGITS],
+        "suppressed": strings.labels(catalogue.effects.suppressed[:, :SHOWN_LOGITS]),
+        "suppressedBy": catalogue.effects.suppressed_by[:, :SHOWN_LOGITS],
         "tokenShares": catalogue.token_shares,
         "histogram": np.minimum(catalogue.histogram, 65_535).astype(np.uint16),
         "near": catalogue.neighbours.latents.numpy().astype(np.int32),

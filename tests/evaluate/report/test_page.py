@@ -77,6 +77,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(f"file://{file}{place}")
+        self.page.wait_for_selector("[data-ready]", state="attached")
 
     def ids(self) -> list[int]:
         """The latents in view, from the top."""
@@ -112,7 +113,7 @@ def test_hostile_text_is_shown_and_never_run(opened: Opened) -> None:
         page.click(f"#tab-{tab}")
         assert page.is_visible(f"#{tab}")
     assert page.evaluate("window.hacked") is None
-    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.scripts.length") == 3
     assert page.evaluate("document.querySelectorAll('main img, main svg[onload]').length") == 0
     strings = page.evaluate("JSON.parse(document.getElementById('data').textContent).strings")
     assert {f" {text}" for text in HOSTILE} <= set(strings)
@@ -190,7 +191,7 @@ def test_a_latent_shows_its_strongest_context_first(opened: Opened) -> None:
     )
     assert values[0] == max(values)
     assert opened.page.locator(".lines li").first.locator(".focus").count() == 1
-    assert opened.page.evaluate("location.hash").startswith(f"#latents/{opened.selected()}")
+    assert opened.page.evaluate("location.hash") == f"#latent={opened.selected()}&prefix=2"
 
 
 def test_keys_focus_the_search_and_move_the_selection(opened: Opened) -> None:
@@ -223,7 +224,7 @@ def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
     page.close()
 
 
-@pytest.mark.parametrize("place", ["", "#overview/prefix-0"])
+@pytest.mark.parametrize("place", ["", "#overview/prefix-0", "#tab=overview"])
 def test_the_page_opens_at_its_top(browser: Any, report: Path, place: str) -> None:
     """A place that is an element's id would be scrolled to once the page has loaded."""
     page = Opened(browser, report, height=300, place=place)
@@ -319,7 +320,7 @@ def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> N
     metrics = Metrics.model_validate(values)
     data["prefix_ends"] = [1152, 3456, 8064, 18_432]
     page = tmp_path / "large.html"
-    write_report(page, metrics, data, [])
+    write_report(page, metrics, data, [], [], {})
     assert page.stat().st_size < 40e6
     started = time.monotonic()
     opened = Opened(browser, page, place="#latents")
