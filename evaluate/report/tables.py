@@ -10,9 +10,6 @@ from typing import Any
 
 from evaluate.records import Results
 
-MORE_DECIMALS = 3
-"""For the smallest value of a column, beyond three digits of its largest."""
-
 
 @dataclass(frozen=True)
 class Column:
@@ -31,10 +28,10 @@ class Column:
 def aligned(values: Iterable[float | None], dash: str = "–") -> list[str]:
     """Numbers for one column, all with the same number of decimals.
 
-    Three digits of the largest, two of the smallest as far as three more decimals show them:
+    Three digits of the largest; a decimal more if the smallest then has three, up to three more if it then has two:
 
-    >>> aligned([0.5642, None, 0.324])
-    ['0.564', '–', '0.324']
+    >>> aligned([0.5642, None, 0.324]), aligned([0.417, 1.0])
+    (['0.564', '–', '0.324'], ['0.417', '1.000'])
     >>> aligned([15, 32.42]), aligned([1200.0, 3]), aligned([12, 3456]), aligned([0.0, 0.0])
     (['15.0', '32.4'], ['1,200.0', '3.0'], ['12', '3,456'], ['0', '0'])
     >>> aligned([1.5, 0.00023, 1e-9])
@@ -44,13 +41,9 @@ def aligned(values: Iterable[float | None], dash: str = "–") -> list[str]:
     sizes = [abs(value) for value in given if value]
     decimals = 0
     if sizes and any(isinstance(value, float) for value in given):
-        decimals = max(0, 2 - _magnitude(max(sizes)))
-        decimals = max(decimals, min(1 - _magnitude(min(sizes)), decimals + MORE_DECIMALS))
+        large, small = (math.floor(math.log10(size)) for size in (max(sizes), min(sizes)))
+        decimals = max(0, 2 - large, min(2 - small, 3 - large), min(1 - small, 5 - large))
     return [dash if value is None else f"{value:,.{decimals}f}" for value in given]
-
-
-def _magnitude(size: float) -> int:
-    return math.floor(math.log10(size))
 
 
 def aligned_percent(shares: Iterable[float | None]) -> list[str]:

@@ -22,13 +22,15 @@ def _facts(header: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not settings:
         return [("imported from", str((header.get("imported") or {}).get("from", "another tool")))]
     coder, train, used = settings["transcoder"], settings.get("train") or {}, header.get("used") or {}
+    ends = header["prefix_ends"]
+    sizes = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     rows = (header.get("training") or {}).get("rows", train.get("rows"))
     facts: list[tuple[str, Any]] = [
         ("k", coder.get("k")),
         ("selection", SELECTIONS.get(coder.get("selection", ""), coder.get("selection"))),
         ("learning rate", _number(used.get("lr", train.get("lr")))),
         ("rows trained", _number(rows)),
-        ("groups", " + ".join(f"{size:,}" for size in coder["group_sizes"])),
+        ("groups" if len(sizes) > 1 else "latents", " + ".join(f"{size:,}" for size in sizes)),
         ("skip connection", "yes" if coder.get("skip") else None),
         ("begun from", Path(train["init_from"]).name if train.get("init_from") else None),
         ("seed", train.get("seed")),

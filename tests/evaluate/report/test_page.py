@@ -23,6 +23,8 @@ from evaluate.run import evaluate
 from shards.store import read_tokenizer
 from tests.evaluate.runs import ENDS, make_run, settings_of
 
+READY = "!document.getElementById('spacer') || 'ready' in document.documentElement.dataset"
+"""The report reads its latents after the first paint; other pages have none."""
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = [
     "<script>window.hacked=1</script>",
@@ -77,7 +79,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(f"file://{file}{place}")
-        self.page.wait_for_selector("[data-ready]", state="attached")
+        self.page.wait_for_function(READY)
 
     def ids(self) -> list[int]:
         """The latents in view, from the top."""
@@ -91,8 +93,8 @@ class Opened:
         return int(self.page.text_content("#detail h2").split()[-1])
 
     def frame(self) -> None:
-        """Waits until the page has drawn what it was asked for (typing is answered after 80 ms)."""
-        self.page.wait_for_timeout(150)
+        """Waits until the page has drawn what it was asked for (typing is answered after 80 ms of its own clock)."""
+        self.page.evaluate("new Promise((done) => setTimeout(() => requestAnimationFrame(done), 120))")
 
     def close(self) -> None:
         self.page.context.close()
@@ -214,10 +216,14 @@ def test_keys_focus_the_search_and_move_the_selection(opened: Opened) -> None:
     assert page.is_visible("#nesting")
 
 
-def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
-    page = Opened(browser, report, place="#latents/2/prefix-1")
+@pytest.mark.parametrize("place", ["#latents/2/prefix-1", "#latent=2&prefix=1"])
+def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path, place: str) -> None:
+    page = Opened(browser, report, place=place)
     assert page.selected() == 2
     assert page.page.is_checked("#prefix input[value='1']")
+    page.page.evaluate("location.hash = '#latent=7'")
+    page.page.wait_for_function("document.querySelector('#detail h2').textContent === 'Latent 7'")
+    assert page.page.get_attribute("#detail a.button", "href") == "#latent=7"
     before = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.page.click("#theme")
     assert page.page.evaluate("getComputedStyle(document.body).backgroundColor") != before
