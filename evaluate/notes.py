@@ -34,6 +34,11 @@ class Note(Record):
     source: str
     """Who said it; "page": written in the report page."""
 
+    @property
+    def text(self) -> str:
+        """For a line of other text: the label, or the star that stands alone."""
+        return self.label or "★"
+
 
 def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
     """Notes of the run's latents by number, of the one file of them in its directory; none where there is no file.
