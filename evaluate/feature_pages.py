@@ -24,6 +24,7 @@ from common.progress import progress
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
+from evaluate.labels.read import label_texts
 from evaluate.metrics.contexts import Samples
 from evaluate.metrics.rows import ContextTable
 from evaluate.report.page_data import Stretches, Strings
@@ -123,12 +124,15 @@ class Evaluated:
             column, ("largest_activation", "activation_histogram", "activation_percentiles")
         )
         promoted, suppressed = labels("promoted_tokens"), labels("suppressed_tokens")
+        words = label_texts(column("label_tokens"), column("label_kinds"), self.text)
         examples = _Examples(contexts, start, stop, self.contexts, self.text)
         for n in range(stop - start):
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=start + n,
-                examples_quantiles=examples.of(n) or [_note(f"fires on none of {self.rows:,} rows")],
+                examples_quantiles=[_note(f"fires on {' | '.join(words[n])}"), *examples.of(n)]
+                if words[n]
+                else [_note(f"fires on none of {self.rows:,} rows")],
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,

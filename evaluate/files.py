@@ -17,7 +17,7 @@ from common.files import write_whole
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
 from train.log import LogLine, log_lines
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
 
@@ -105,9 +105,10 @@ def _first(error: ValidationError) -> str:
 
 
 def is_of(folder: Path, weights_sha256: str) -> bool:
-    """Whether there is a complete evaluation, of any version, of the weights with this digest."""
+    """Whether there is a complete evaluation, of this version, of the weights with this digest."""
     provenance = (complete(folder) or {}).get("provenance")
     known = isinstance(provenance, dict) and provenance.get("weights_sha256") == weights_sha256
+    known = known and provenance.get("metrics_version") == METRICS_VERSION
     return known and (folder / LATENTS).is_file()
 
 

@@ -175,9 +175,45 @@ class SplitPair(Record):
     """rows of both over rows of either"""
 
 
+class LabelMetrics(Record):
+    """How well the latents' labels say where they fire; each alone: latents.safetensors."""
+
+    rows: int
+    """rows that the labels were measured on: none of those that they were chosen on"""
+    measured: int
+    """living latents whose label was measured there; the others fire on too few rows for that"""
+    median_precision: float | None
+    """share of the label's rows on which the latent fires, median of the measured ones"""
+    median_recall: float | None
+    """share of the latent's firings that are on the label's rows, median of the measured ones"""
+    median_activation_recall: float | None
+    """the same share of its summed activation"""
+    rare: int
+    """living latents whose label rests on fewer than 256 firings"""
+
+
+class EffectMetrics(Record):
+    """What the latents' decoder rows do to the logits by themselves; each alone: latents.safetensors."""
+
+    promoted_in_text: float | None
+    """share of the promoted tokens that occur in the evaluated split's text"""
+    left_out: int
+    """tokens of the vocabulary that are promoted by none, as hardly anything was learnt of them"""
+    like_random: int
+    """living latents whose effect is no more peaked than those of random directions"""
+    limit: float
+    """peak beyond which an effect is told from a random direction's"""
+    false_positives: float
+    """share of other random directions beyond `limit`"""
+
+
 class LatentMetrics(FiringMetrics):
     """The full dictionary's latents together; each alone: latents.safetensors."""
 
+    labels: LabelMetrics
+    """how well the labels say where latents fire"""
+    effects: EffectMetrics | None
+    """what decoder rows do to the logits; null where the language model was not run"""
     groups: list[GroupMetrics]
     """each nesting level, coarsest first"""
     splitting: list[SplitPair]

@@ -25,8 +25,19 @@ from evaluate.files import (
     read_lines,
     write_record,
 )
+from evaluate.labels.choose import choose
+from evaluate.labels.effects import effect_metrics, tokens_in
+from evaluate.labels.measured import Measured
+from evaluate.labels.words import Words
 from evaluate.metrics.baselines import Baselines, fit_ridge
-from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
+from evaluate.metrics.catalogue import (
+    Catalogue,
+    catalogue,
+    group_summaries,
+    label_metrics,
+    splitting,
+    tensors,
+)
 from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
@@ -190,11 +201,13 @@ def _measure(
     baselines = baselines_for(job)
     with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
+    measurement, words = first.measurement, Words(text, split.contexts)
+    firings = measurement.prefixes[-1].firing.firings.numpy()
+    measured = Measured(choose(first.sampled, firings, split, job.n_rows, words), split.contexts, words)
     with progress("contexts", job.n_rows, "rows") as bar:
-        samples = second_pass(coder, split, job.n_rows, first, bar.update)
+        samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends)
-    measurement = first.measurement
+    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends, measured)
     results = Results(
         rows=measurement.deviation.rows,
         prefixes=measurement.result(language.prefixes),
@@ -202,6 +215,10 @@ def _measure(
             **dict(measurement.prefixes[-1].firing.result()),
             groups=group_summaries(latent_catalogue, coder.prefix_ends),
             splitting=splitting(latent_catalogue),
+            labels=label_metrics(latent_catalogue),
+            effects=effect_metrics(
+                language.effects, latent_catalogue.firings, tokens_in(split.contexts, text.size)
+            ),
             coactivation_rows=first.coactivation.rows,
         ),
         baselines=first.baselines.result(measurement.deviation.total, flat),

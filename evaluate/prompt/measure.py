@@ -9,6 +9,7 @@ from torch import Tensor
 from common.files import sha256
 from common.tokens import TokenText
 from evaluate.files import is_of, latents_of
+from evaluate.labels.read import label_words
 from evaluate.prompt.records import VERSION, ActiveLatent, NamedLatent, Prompt, PromptLayer, PromptToken
 from evaluate.reader import Reader, Sentence
 from shards.store import read_tokenizer
@@ -77,13 +78,13 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     evaluation = run_dir / "evaluation"
     if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
         return {latent: NamedLatent(group=group[latent]) for latent in firing}
-    density, top = latents_of(evaluation, "density", "top_tokens")
-    text = TokenText(read_tokenizer(reader.store.tokenizer_path))
+    (density,) = latents_of(evaluation, "density")
+    labels = label_words(evaluation, TokenText(read_tokenizer(reader.store.tokenizer_path)))
     return {
         latent: NamedLatent(
             group=group[latent],
             density=float(density[-1, latent]),
-            label=tuple(text.label(token) for token in top[latent].tolist() if token >= 0),
+            label=tuple(labels[latent]),
         )
         for latent in firing
     }

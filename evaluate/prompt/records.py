@@ -25,7 +25,7 @@ class NamedLatent(Record):
     density: float | None = None
     """share of the evaluated rows on which it fires; left out where the layer was not evaluated"""
     label: tuple[str, ...] = ()
-    """tokens with most of its activation, heaviest first; empty where the layer was not evaluated"""
+    """words that say best where it fires; empty where the layer was not evaluated"""
 
 
 class ActiveLatent(Record):

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from common.tokens import TokenText
+from evaluate.labels.choose import Labels
+from evaluate.labels.effects import Chance, LogitEffects
+from evaluate.labels.measured import Quality
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
-from evaluate.metrics.language import LogitEffects
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import Metrics
 from evaluate.report.page_data import page_data, script_json
@@ -310,7 +312,22 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
             np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
             rng.integers(0, 60, (n_latents, 10)).astype(np.int32),
             -np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
+            rng.integers(0, 9000, (n_latents, 32)).astype(np.int32),
+            np.tile(np.array([-2, 3], np.float32), (n_latents, 1)),
+            3 + rng.random(n_latents).astype(np.float32),
+            0,
+            Chance(3.5, 0.01),
         ),
+        labels=Labels(
+            np.ones((n_latents, 5), np.uint8),
+            np.pad(rng.integers(0, 60, (n_latents, 5, 1)), ((0, 0), (0, 0), (0, 7)), constant_values=-1),
+            rng.random((n_latents, 5)).astype(np.float32),
+            rng.random((n_latents, 5)).astype(np.float32),
+            np.full(n_latents, 200),
+            np.ones(n_latents, bool),
+            [],
+        ),
+        quality=Quality(1000, *rng.random((3, n_latents)).astype(np.float32)),
     )
 
 
