@@ -45,7 +45,7 @@ def text_slug(text: str, of: str = "") -> str:
     """A folder's name for what is made of a text: its first words, and a digest of all of it and of what else it is of.
 
     >>> text_slug("Où est le 1er chat ?"), text_slug("日本")
-    ('ou-est-le-1er-chat-93d10c3a', 'text-bc16f2ef')
+    ('ou-est-le-1er-chat-3819673c', 'text-cf2abf0c')
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = "-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-") or "text"

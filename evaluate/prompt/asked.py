@@ -10,7 +10,7 @@ from common.errors import InputError
 How = Literal["set", "scale", "ablate"]
 HOWS: tuple[How, ...] = ("set", "scale", "ablate")
 
-TYPED = re.compile(r"(?:(\d{1,9})/)?(\d{1,9})(?:@(\d{1,9}))?(=.*)?")
+TYPED = re.compile(r"(?:(\d{1,9})/)?(\d{1,9})(?:@(\d{1,9}))?(=.*)?", re.ASCII)
 LARGEST = 3.4e38
 """Of float32."""
 

@@ -54,6 +54,10 @@ def prepared(asked: Sequence[Asked], text: Text, places: Sequence[Place], opened
                 for each in own
             ]
             coder = opened(place).transcoder
+            for each in own:
+                if each.latent >= coder.d_sae:
+                    what = f"{each.how.upper()}: {each.place}"
+                    raise InputError(f"{what}: layer {each.layer}'s run has latents 0 to {coder.d_sae - 1}")
             sites.append(site(place.source, coder, changes, f"layer {place.source.layer}: "))
     return Changes(asked, sites, row_of)
 
@@ -67,8 +71,8 @@ def _check_token(asked: Asked, text: Text, row_of: Sequence[int]) -> None:
     if row_of[asked.token] < 0:
         pieces = [piece for context in text.pieces for piece in context]
         raise InputError(
-            f"{what}: token {asked.token}, {pieces[asked.token]!r}, gives no row: transcoders do not read it; give "
-            f"another, such as {asked._replace(token=next(i for i, row in enumerate(row_of) if row >= 0)).place}"
+            f"{what}: token {asked.token}, {pieces[asked.token]!r}, gives no row: no transcoder reads it; give a token "
+            "that the table lists"
         )
 
 
@@ -123,7 +127,7 @@ def _listed(asked: Asked, changes: Changes, moved: dict[int, Tensor]) -> Changed
         value=None if asked.how == "ablate" else asked.value,
         token=asked.token,
         rows=int((column != 0).sum()),
-        largest=short(float(column[column.abs().argmax()])),
+        largest=short(float(column[column.abs().argmax()])) if len(column) else 0.0,
     )
 
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 
 from common.numbers import number_or_dash
 from common.tokens import PART, printable
@@ -16,23 +16,30 @@ SHOWN = 3
 """Latents listed for a token."""
 TOKENS = 200
 """Tokens of a layer's table."""
-NAMED = 10
+NAMED = 5
 """Latents named below it."""
 SHIFTED = 10
 """Tokens of the table of a change: those whose prediction it moves most."""
-WIDE = 10
-"""Characters of a token in a column of them."""
+WIDE, STRONGEST = 10, 26
+"""Columns of the terminal for a token, and for the strongest latents: the table then fits 80."""
 
 
 def show(prompt: Prompt, folder: Path, console: Console) -> None:
     """A table for each layer, and of a change what it does to the predictions."""
     rows = [i for i, token in enumerate(prompt.tokens) if token.row]
+    plain(
+        console,
+        "latents as number:activation; for the next: the one that raises its logit most, and by how much",
+    )
     for layer in prompt.layers:
-        console.print(_layer(prompt, layer, rows[:TOKENS]))
-        for line in _names(layer, len(rows[:TOKENS])):
-            plain(console, line)
+        _layer(prompt, layer, rows[:TOKENS], console)
     if len(rows) > TOKENS:
         plain(console, f"the first {TOKENS} of {len(rows):,} tokens; the page has all")
+    last = prompt.tokens[-1]
+    plain(
+        console,
+        f"the likeliest token after the text: {_word(last.next)} ({percent(last.next_probability)} %)",
+    )
     if prompt.effects_skipped is not None:
         plain(console, f"no direct effects: {prompt.effects_skipped}")
     if prompt.intervention is not None:
@@ -40,42 +47,37 @@ def show(prompt: Prompt, folder: Path, console: Console) -> None:
     plain(console, f"page {folder / 'prompt.html'}")
 
 
-def _layer(prompt: Prompt, layer: PromptLayer, shown: list[int]) -> Table:
-    title = (
-        f"layer {layer.layer}, run {layer.run}\nlatents as number:activation; the one that raises the next token "
-        "most as number:+logit"
-    )
-    table = _narrow(title, ("#", "token", "error", "active", "strongest", "for the next"), (1, 4, 5))
+def _layer(prompt: Prompt, layer: PromptLayer, shown: list[int], console: Console) -> None:
+    columns = ("#", "token", "error", "L0", "strongest", "for the next")
+    table = table_of(f"layer {layer.layer}, run {layer.run}", columns)
     for row, i in enumerate(shown):
-        active, token = layer.active[row], prompt.tokens[i]
+        active = layer.active[row]
         for_next = max(active, key=lambda each: each.effect or 0.0, default=None)
-        after = "-"
-        if for_next is not None and for_next.effect is not None and for_next.effect > 0:
-            after = f"{for_next.latent}:+{number(for_next.effect, 2)}"
-            after += "" if token.next_given else f" {_word(token.next)}?"
+        raises = for_next is not None and for_next.effect is not None and for_next.effect > 0
         table.add_row(
             str(i),
-            _word(token.text),
+            _word(prompt.tokens[i].text),
             number_or_dash(layer.error_share[-1][row], ".2f"),
             str(len(active)),
-            " ".join(f"{each.latent}:{number(each.value)}" for each in active[:SHOWN]),
-            after,
+            _strongest([f"{each.latent}:{number(each.value)}" for each in active[:SHOWN]]),
+            f"{for_next.latent}:+{number(for_next.effect, 2)}" if raises else "-",
         )
-    return table
+    console.print(table)
+    for line in _names(layer, len(shown)):
+        plain(console, line)
 
 
-def _narrow(title: str, columns: tuple[str, ...], left: tuple[int, ...]) -> Table:
-    """A table whose lines are one line each: what does not fit is cut."""
-    table = table_of(title, columns)
-    for i, column in enumerate(table.columns):
-        column.no_wrap, column.justify = True, "left" if i in left else "right"
-    return table
+def _strongest(latents: list[str]) -> str:
+    """As many as there is room for."""
+    while len(" ".join(latents)) > STRONGEST:
+        latents = latents[:-1]
+    return " ".join(latents) or "-"
 
 
 def _word(text: str) -> str:
     """A token in a column: white space visible, nothing that the terminal obeys; a dot for a part of a character."""
     shown = printable(visible(text)) or PART
-    return shown if len(shown) <= WIDE else shown[: WIDE - 1] + "…"
+    return shown if cell_len(shown) <= WIDE else set_cell_size(shown, WIDE - 1).rstrip() + "…"
 
 
 def _names(layer: PromptLayer, rows: int) -> list[str]:
@@ -95,49 +97,32 @@ def _change(prompt: Prompt, change: PromptChange, console: Console) -> None:
     for each in change.changes:
         plain(console, _told(each))
     by_size = sorted(range(len(change.tokens)), key=lambda i: -change.tokens[i].kl)
-    shown = sorted({*by_size[:SHIFTED], len(change.tokens) - 1})
-    table = _narrow(
-        "what the model predicts after a token, before and after the change; KL in nats",
-        ("#", "token", "KL", "likeliest before", "after", "the next one", "before", "after"),
-        (1, 3, 4, 5),
+    table = table_of(
+        "the likeliest next token, before and after; KL in nats", ("#", "token", "KL", "before", "after")
     )
-    for i in shown:
+    for i in sorted({*by_size[:SHIFTED], len(change.tokens) - 1}):
         shift = change.tokens[i]
-        before, after = (
-            max(shift.likeliest, key=lambda each, at=at: each.probability[at]).token for at in (0, 1)
-        )
-        p = [percent(each) + " %" for each in shift.next.probability]
-        table.add_row(
-            str(i),
-            _word(prompt.tokens[i].text),
-            number(shift.kl),
-            _word(before),
-            _word(after),
-            _word(shift.next.token),
-            *p,
-        )
+        likeliest = [max(shift.likeliest, key=lambda each, at=at: each.probability[at]) for at in (0, 1)]
+        words = [
+            f"{_word(each.token)} {percent(each.probability[at])} %" for at, each in enumerate(likeliest)
+        ]
+        table.add_row(str(i), _word(prompt.tokens[i].text), number(shift.kl), *words)
     console.print(table)
-    _last(prompt, change, console)
+    table = table_of(
+        f"after the last token, {len(change.tokens) - 1}",
+        ("token", "logit before", "after", "probability", "after "),
+    )
+    for each in change.tokens[-1].likeliest:
+        logits, shares = (
+            [f"{logit:.2f}" for logit in each.logit],
+            [f"{percent(p)} %" for p in each.probability],
+        )
+        table.add_row(_word(each.token), *logits, *shares)
+    console.print(table)
     before, after = map(printable, change.continuation)
     if before or after:
         plain(console, f"before: …{before}")
         plain(console, f"after:  …{after}")
-
-
-def _last(prompt: Prompt, change: PromptChange, console: Console) -> None:
-    """The likeliest tokens after the text, with logits."""
-    table = _narrow(
-        f"after token {len(prompt.tokens) - 1}, the last",
-        ("token", "logit before", "after", "probability before", "after"),
-        (0,),
-    )
-    for each in change.tokens[-1].likeliest:
-        table.add_row(
-            _word(each.token),
-            *(f"{logit:.2f}" for logit in each.logit),
-            *(percent(p) + " %" for p in each.probability),
-        )
-    console.print(table)
 
 
 def _told(each: ChangedLatent) -> str:

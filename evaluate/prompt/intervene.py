@@ -7,22 +7,30 @@ several layers are changed, the activations before are those that a layer has wi
 Shapes: T positions, n of them with a row, V words of the vocabulary, m changed latents of a layer.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from common.errors import InputError
-from harvest.lm import LanguageModel
 from shards.layout import kept_mask
 from shards.manifest import Source
 from transcoder import Transcoder
 
+if TYPE_CHECKING:  # with transformers, which takes seconds
+    from harvest.lm import LanguageModel
+
 Hook = tuple[str, Callable[..., Any]]
+
+LARGEST = 1e18
+"""Change of an activation at most: the norms square it, and beyond 1.8e19 the square is infinite in float32. An RMSNorm
+then gives zeros, and the logits look as if nothing were wrong."""
 
 
 class Change(NamedTuple):
@@ -69,6 +77,7 @@ class Site(NamedTuple):
                 rows = slice(None) if each.row is None else each.row
                 after[rows, column] = each.after(acts[rows, column])
             made[self.source.layer] = after - acts
+            _refuse_unless((after - acts).abs() < LARGEST, output.dtype)
             moved = output.clone()
             moved[0, here] += (made[self.source.layer] @ self.coder.W_dec[self.columns]).to(output)
             return moved
@@ -133,14 +142,18 @@ def intervene(model: LanguageModel, context: Tensor, sites: Sequence[Site], new_
         raise InputError(f"new_tokens: expected 0 to {limit}, the model's positions, found {new_tokens}")
     before, plain, _ = _continued(model, context, [], new_tokens)
     after, steered, made = _continued(model, context, sites, new_tokens)
-    if not after.isfinite().all():
-        raise InputError(
-            "with the change, the model's logits are not finite: the activations are too large for its "
-            f"{str(model.dtype).removeprefix('torch.')}; give smaller values"
-        )
+    _refuse_unless(after.isfinite(), model.dtype)
     log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return Outcome(before, after, kl, made, (plain, steered))
+
+
+def _refuse_unless(fine: Tensor, dtype: torch.dtype) -> None:
+    if not fine.all():
+        raise InputError(
+            "the changed activations are too large for the model's numbers "
+            f"({str(dtype).removeprefix('torch.')}): give smaller values"
+        )
 
 
 @torch.inference_mode()

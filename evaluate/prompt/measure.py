@@ -13,12 +13,14 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.files import sha256
+from common.tokens import TokenText
 from evaluate.files import is_of, latents_of
 from evaluate.prompt.next_token import NORM, directions, following
 from evaluate.prompt.records import ActiveLatent, NamedLatent, PromptLayer, PromptToken
 from evaluate.reader import Reader
 from shards import Store
 from shards.manifest import Source
+from shards.store import read_tokenizer
 from transcoder.fvu import ratio
 from transcoder.weights import FILE_NAME
 
@@ -230,7 +232,7 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
         return {latent: NamedLatent(group=group[latent]) for latent in firing}
     density, top = latents_of(evaluation, "density", "top_tokens")
-    text = reader.token_text
+    text = TokenText(read_tokenizer(reader.store.tokenizer_path))
     return {
         latent: NamedLatent(
             group=group[latent],

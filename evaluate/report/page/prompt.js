@@ -6,6 +6,8 @@ const fill = (parent, children) => { // not as arguments, of which there may be 
   parent.replaceChildren(all);
 };
 const percent = (p) => number(100 * p) + " %";
+const probability = (p) => p < 5e-4 ? "<0.1 %" : (100 * p).toFixed(1) + " %";
+const fixed = (x, digits) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
 const signed = (x) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "+") + number(Math.abs(x), 2);
 const direction = (x) => x < 0 ? "down" : "up";
 const ROWS = 200; // of the table at a time
@@ -27,9 +29,9 @@ for (let i = 0, first = -1; i < prompt.tokens.length; i++) {
   first = -1;
 }
 function wordCell(i) {
-  const part = partOf[i], cell = make("td", "word left"), token = prompt.tokens[i];
+  const part = partOf[i], cell = make("th", "word"), token = prompt.tokens[i];
   const text = part ? prompt.tokens[part[1]].text : token.text;
-  cell.append(make("bdi", "", spaces(named(text)) || "·"));
+  cell.append(make("span", "at", i), make("bdi", "", spaces(named(text)) || "·"));
   if (part) cell.append(make("span", "part", ` ${i - part[0] + 1}/${part[1] - part[0] + 1}`));
   cell.title = part ? `part ${i - part[0] + 1} of ${part[1] - part[0] + 1} of ${text}` : token.text;
   return cell;
@@ -90,17 +92,17 @@ function drawStrip() {
 
 function tableRow(i, shown) {
   const line = make("tr"), token = prompt.tokens[i], follows = make("td", "left follows"), n = rowOf[i];
-  follows.append(tokenElement(token.next), ` ${percent(token.next_probability)}${token.next_given ? "" : " ?"}`);
+  follows.append(tokenElement(token.next), ` ${probability(token.next_probability)}${token.next_given ? "" : " ?"}`);
   follows.title = token.next_given ? "the next token, and the probability that the model gives it" : "the text ends here: the token that the model finds likeliest";
-  line.append(make("th", "", i), wordCell(i), follows);
+  line.append(wordCell(i), follows);
   for (const layer of shown) {
-    const share = ofPrefix(layer.error_share)[n], error = make("td", "bar-cell", number(share ?? NaN, 2)), cell = make("td", "latents left");
+    const share = ofPrefix(layer.error_share)[n], error = make("td", "bar-cell", fixed(share ?? NaN, 2)), cell = make("td", "latents left");
     error.style.setProperty("--v", Math.min(share ?? 0, 1));
     const latents = shownLatents(layer, n), left = layer.active[n].length - latents.length;
     cell.append(...latents.map((each) => button(layer, each)));
     if (left > 0) cell.append(make("small", "", `+${left}`));
     line.append(error);
-    if (layer.output_effect.length) line.append(make("td", direction(layer.output_effect[n]), signed(layer.output_effect[n])));
+    if (layer.output_effect.length) line.append(make("td", direction(layer.output_effect[n]), (layer.output_effect[n] < 0 ? "" : "+") + fixed(layer.output_effect[n], 2)));
     line.append(cell);
   }
   return line;
@@ -115,7 +117,7 @@ function pager(place, count, at, go) {
 
 function drawRows() {
   const shown = layers.filter((layer) => layer.shown);
-  const titles = [make("th", "", "#"), make("th", "left", "token"), make("th", "left", "next, probability")];
+  const titles = [make("th", "word", "token"), make("th", "left", "next, probability")];
   for (const layer of shown) {
     titles.push(make("th", "", `error, layer ${layer.layer}`));
     if (layer.output_effect.length) { const whole = make("th", "", "MLP's effect"); whole.title = "direct effect of the MLP's whole output on the next token"; titles.push(whole); }
@@ -137,23 +139,23 @@ const likeliest = (shift, when) => shift.likeliest.reduce((a, b) => b.probabilit
 function drawShifts() {
   const largest = change.tokens.reduce((most, { kl }) => Math.max(most, kl), 1e-30);
   fill($("shifts"), change.tokens.slice(shiftPage * ROWS, (shiftPage + 1) * ROWS).map((shift, k) => {
-    const i = shiftPage * ROWS + k, line = make("tr", i === at ? "chosen" : ""), head = make("th"), pick = make("button", "", i);
-    pick.type = "button"; pick.setAttribute("aria-label", `show what follows token ${i}`); head.append(pick);
-    const kl = make("td", "bar-cell", number(shift.kl)), next = make("td", "left");
+    const i = shiftPage * ROWS + k, line = make("tr", i === at ? "chosen" : ""), head = wordCell(i), pick = make("button", "", i);
+    pick.type = "button"; pick.setAttribute("aria-label", `show what follows token ${i}`); head.firstChild.replaceChildren(pick);
+    const kl = make("td", "bar-cell", fixed(shift.kl, 4)), next = make("td", "left");
     kl.style.setProperty("--v", shift.kl / largest);
     next.append(tokenElement(shift.next.token));
     const words = [0, 1].map((when) => { const cell = make("td", "left"); cell.append(tokenElement(likeliest(shift, when).token)); return cell; });
-    line.append(head, wordCell(i), kl, ...words, next, ...shift.next.probability.map((p) => make("td", "", percent(p))));
+    line.append(head, kl, ...words, next, ...shift.next.probability.map((p) => make("td", "", probability(p))));
     line.onclick = () => { at = i; drawShifts(); };
     return line;
   }));
   pager("shift-pager", change.tokens.length, shiftPage, (to) => { shiftPage = to; drawShifts(); });
   const heading = prompt.tokens[partOf[at] ? partOf[at][1] : at].text;
   $("at").replaceChildren(`After token ${at}, `, tokenElement(heading));
-  fill($("candidates"), change.tokens[at].likeliest.map(({ token, logit, probability }) => {
+  fill($("candidates"), change.tokens[at].likeliest.map(({ token, logit, probability: both }) => {
     const line = make("tr"), word = make("td", "left"), difference = logit[1] - logit[0];
     word.append(tokenElement(token));
-    line.append(word, ...logit.map((x) => make("td", "", x.toFixed(2))), make("td", direction(difference), signed(difference)), ...probability.map((p) => make("td", "", percent(p))));
+    line.append(word, ...logit.map((x) => make("td", "", fixed(x, 2))), make("td", direction(difference), (difference < 0 ? "" : "+") + fixed(difference, 2)), ...both.map((p) => make("td", "", probability(p))));
     return line;
   }));
 }
@@ -179,15 +181,8 @@ function drawChange() {
 
 // ---- controls ----
 
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  try { localStorage.setItem("theme", name); } catch { /* storage can be forbidden for files */ }
-}
 function start() {
-  let saved = null;
-  try { saved = localStorage.getItem("theme"); } catch { /* as above */ }
-  document.documentElement.dataset.theme = saved || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+  themed();
   const most = layers.reduce((a, b) => b.prefix_ends.length > a.prefix_ends.length ? b : a);
   most.prefix_ends.forEach((end, g) => {
     const option = make("option", "", `${g} (${number(end)} latents)`);
