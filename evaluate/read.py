@@ -4,6 +4,7 @@
 and --ablate also the model with the activations of some latents changed.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
-from common.files import text_slug
+from common.files import text_slug, write_whole
 from common.settings import Settings
 from evaluate.prompt.asked import HOWS, Asked, of_layers, parse
 
@@ -63,7 +64,6 @@ def read_text(
 
     `asked`: changes of latents, each with its layer; `new_tokens`: length of the text that the model then writes.
     """
-    from evaluate.files import write_record
     from evaluate.prompt.change import measure_change, prepared
     from evaluate.prompt.measure import Text, measure_layers
     from evaluate.prompt.page import write_page
@@ -90,9 +90,10 @@ def read_text(
     base = settings.run_dir() if len(places) == 1 else settings.set_dir()
     of = " ".join(f"{each.how} {each.place}={each.value!r}" for each in asked)
     folder = base / "prompts" / text_slug(text, of)
-    folder.mkdir(parents=True, exist_ok=True)
     write_page(folder / "prompt.html", prompt, {place.source.layer: place.run_dir for place in places})
-    write_record(folder / "prompt.json", prompt)
+    # Without the line breaks of write_record, which double it: 5 kB for each token and layer.
+    compact = json.dumps(prompt.written(), allow_nan=False, separators=(",", ":"))
+    write_whole(folder / "prompt.json", (compact + "\n").encode())
     return prompt, folder
 
 

@@ -38,7 +38,7 @@ def show(prompt: Prompt, folder: Path, console: Console) -> None:
     last = prompt.tokens[-1]
     plain(
         console,
-        f"the likeliest token after the text: {_word(last.next)} ({percent(last.next_probability)} %)",
+        f"the likeliest token after the text: {_word(last.next)} ({_share(last.next_probability)})",
     )
     if prompt.effects_skipped is not None:
         plain(console, f"no direct effects: {prompt.effects_skipped}")
@@ -74,6 +74,11 @@ def _strongest(latents: list[str]) -> str:
     return " ".join(latents) or "-"
 
 
+def _share(p: float) -> str:
+    """A probability."""
+    return "<0.1 %" if p < 5e-4 else f"{100 * p:.1f} %"
+
+
 def _word(text: str) -> str:
     """A token in a column: white space visible, nothing that the terminal obeys; a dot for a part of a character."""
     shown = printable(visible(text)) or PART
@@ -103,9 +108,7 @@ def _change(prompt: Prompt, change: PromptChange, console: Console) -> None:
     for i in sorted({*by_size[:SHIFTED], len(change.tokens) - 1}):
         shift = change.tokens[i]
         likeliest = [max(shift.likeliest, key=lambda each, at=at: each.probability[at]) for at in (0, 1)]
-        words = [
-            f"{_word(each.token)} {percent(each.probability[at])} %" for at, each in enumerate(likeliest)
-        ]
+        words = [f"{_word(each.token)} {_share(each.probability[at])}" for at, each in enumerate(likeliest)]
         table.add_row(str(i), _word(prompt.tokens[i].text), number(shift.kl), *words)
     console.print(table)
     table = table_of(
@@ -115,7 +118,7 @@ def _change(prompt: Prompt, change: PromptChange, console: Console) -> None:
     for each in change.tokens[-1].likeliest:
         logits, shares = (
             [f"{logit:.2f}" for logit in each.logit],
-            [f"{percent(p)} %" for p in each.probability],
+            [_share(p) for p in each.probability],
         )
         table.add_row(_word(each.token), *logits, *shares)
     console.print(table)
