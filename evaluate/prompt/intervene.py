@@ -141,7 +141,7 @@ def intervene(model: LanguageModel, context: Tensor, sites: Sequence[Site], new_
     if not 0 <= new_tokens <= limit:
         raise InputError(f"new_tokens: expected 0 to {limit}, the model's positions, found {new_tokens}")
     before, plain, _ = _continued(model, context, [], new_tokens)
-    after, steered, made = _continued(model, context, sites, new_tokens)
+    after, steered, made = _continued(model, context, sites, new_tokens) if sites else (before, plain, {})
     _refuse_unless(after.isfinite(), model.dtype)
     log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)

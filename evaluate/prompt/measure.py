@@ -118,7 +118,8 @@ def measure_layers(text: Text, places: Sequence[Place], opened: Open) -> Measure
     for block in _blocks(text, reader, len(places)):
         held: list[Rows] = []
         for number in block:
-            said, rows, why = _through(text, number, reader, [place.source for place in places])
+            said, rows, refused = _through(text, number, reader, [place.source for place in places])
+            why = why or refused
             tokens += said
             held.append(rows)
         for place in places:
@@ -127,7 +128,7 @@ def measure_layers(text: Text, places: Sequence[Place], opened: Open) -> Measure
             for rows in held:
                 own.add(reader, rows)
             if block[-1] == len(text.contexts) - 1:
-                layers.append(_layer(own, reader, place.run_dir))
+                layers.append(_layer(own, reader, place.run_dir, effects=why is None))
     return Measured(tokens, layers, why)
 
 
@@ -183,7 +184,13 @@ def short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _layer(found: Found, reader: Reader, run_dir: Path) -> PromptLayer:
+def _layer(found: Found, reader: Reader, run_dir: Path, effects: bool) -> PromptLayer:
+    """With the direct effects of all contexts, or of none."""
+    if not effects:
+        found.output_effect = []
+        found.active = [
+            [ActiveLatent(latent=each.latent, value=each.value) for each in row] for row in found.active
+        ]
     firing = sorted({each.latent for row in found.active for each in row})
     return PromptLayer(
         layer=reader.source.layer,
