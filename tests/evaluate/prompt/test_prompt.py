@@ -5,6 +5,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from common.errors import InputError
 from common.settings import Settings
 from evaluate.prompt.asked import Asked, of_layers, parse
 from evaluate.prompt.console import show
+from evaluate.prompt.next_token import directions
 from evaluate.prompt.records import Prompt
 from evaluate.read import Reader, read_text
 from harvest.run import harvest
@@ -293,11 +295,17 @@ def test_the_command_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 def test_a_family_without_direct_effects_says_why(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuses(*_: object) -> None:
-        raise InputError("granite: its logits are not its unembedding times its final norm's output")
+    done = []
+
+    def refuses(*given: Any) -> torch.Tensor:
+        done.append(1)
+        if len(done) == 2:  # of one context: then there are none of the others either
+            raise InputError("granite: its logits are not its unembedding times its final norm's output")
+        return directions(*given)
 
     monkeypatch.setattr("evaluate.prompt.measure.directions", refuses)
-    prompt, folder = read_text(settings.of_layer(1), TEXT)
+    prompt, folder = read_text(settings.of_layer(1), f"{TEXT} {TEXT} {TEXT}")
+    assert len(done) > 2
     assert (
         prompt.effects_skipped == "granite: its logits are not its unembedding times its final norm's output"
     )
