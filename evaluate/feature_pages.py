@@ -27,6 +27,7 @@ from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
 from evaluate.labels.read import label_texts
 from evaluate.metrics.contexts import Samples
 from evaluate.metrics.rows import ContextTable
+from evaluate.notes import Note, notes_of
 from evaluate.report.page_data import Stretches, Strings
 from shards import Store
 from shards.store import read_tokenizer
@@ -92,6 +93,8 @@ class Evaluated:
     contexts: ContextTable
     """Of the evaluated split."""
     text: TokenText
+    notes: Mapping[int, Note]
+    """What a person says of the latents."""
 
     def pages(self, prefix: int | None = None) -> Iterator[Page]:
         """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,
@@ -130,9 +133,7 @@ class Evaluated:
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=start + n,
-                examples_quantiles=[_note(f"fires on {' | '.join(words[n])}"), *examples.of(n)]
-                if words[n]
-                else [_note(f"fires on none of {self.rows:,} rows")],
+                examples_quantiles=self._said(start + n, words[n], examples.of(n)),
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
@@ -141,6 +142,16 @@ class Evaluated:
                 histogram=histogram[n].tolist(),
                 activation_frequency=float(density[n]),
             )
+
+    def _said(self, latent: int, words: list[str], examples: list[Quantile]) -> list[Quantile]:
+        """A person's label, the automatic one, then the contexts; or that there are none."""
+        own = [_note(self.notes[latent].text)] if latent in self.notes else []
+        automatic = [_note(f"fires on {' | '.join(words)}")] if words else []
+        return (
+            [*own, *automatic, *examples]
+            if examples
+            else [*own, _note(f"fires on none of {self.rows:,} rows")]
+        )
 
 
 class _Examples:
@@ -317,4 +328,5 @@ class SetPages:
             return "evaluated on another harvest than is in the store"
         split = getattr(store, made.split)
         text = TokenText(read_tokenizer(store.tokenizer_path))
-        return Evaluated(layer, folder, made.rows, split.contexts, text)
+        notes = notes_of(run_dir, layer, read_metadata(run_dir)["prefix_ends"][-1])
+        return Evaluated(layer, folder, made.rows, split.contexts, text, notes)

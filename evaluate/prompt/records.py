@@ -35,6 +35,8 @@ class NamedLatent(Record):
     """nesting level"""
     density: float | None = None
     """share of the evaluated rows on which it fires; left out where the layer was not evaluated"""
+    note: str = ""
+    """a person's label, of the run's notes.csv; left out where there is none"""
     label: tuple[str, ...] = ()
     """words that say best where it fires; empty where the layer was not evaluated"""
 

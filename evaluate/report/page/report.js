@@ -54,6 +54,8 @@ const SORTS = { // value; text, where it is not a plain number of as many decima
   "mean activation": [(f) => c.mean[f]],
   "token entropy (general first)": [(f) => c.entropy[f], (x) => fixed(x, 2) + " bit"],
   "share of its top token": [(f) => c.topShare[f], hundredth],
+  "precision of its label": [(f) => c.labelPrecision[f], hundredth],
+  "recall of its label": [(f) => c.labelRecall[f], hundredth],
   "nearest decoder cosine": [(f) => c.near.width ? c.nearCosine[f * c.near.width] : 0, (x) => fixed(x, 3)],
   "overlap with its twin": [(f) => c.twinScores[f * c.twins.width], (x) => fixed(x, 3)],
   "children": [(f) => (children[f] || []).length, (x) => String(x)],
@@ -191,7 +193,7 @@ function drawDetail(f) {
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), writes(f), kin(f)); return; }
   const pair = make("div", "pair"), left = make("div"), right = make("div");
-  left.append(make("h3", "", "Tokens that hold its activation"), wordTable(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  left.append(make("h3", "", "Words that it fires on"), wordTable(f), quality(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
   pair.append(left, right);
   const strongest = [], even = [], found = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) { (c.sampleQuantile[s] === 255 ? strongest : even).push(s); if (matches.asked && hasMatch(s)) found.push(s); }
@@ -205,24 +207,47 @@ function writes(f) { // what its decoder row alone does to the logits
   for (const [title, tokens, by] of [["Next tokens it promotes", "promoted", "promotedBy"], ["Next tokens it suppresses", "suppressed", "suppressedBy"]]) {
     if (!c[tokens].width) continue;
     const box = make("div"), values = part(by, f);
-    box.append(make("h3", "", title), bars(part(tokens, f), values, (x) => fixed(x, decimals(Math.abs(values[0])))));
+    box.append(make("h3", "", title), bars(part(tokens, f), values, (x) => fixed(x, decimals(Math.max(...values.map(Math.abs))))));
     made.append(box);
   }
+  if (c.effectHistogram.width) made.append(effects(f));
   return made;
 }
-function bars(tokens, values, text) { // tokens, each with a bar relative to the first, and its value
-  const table = make("div", "words-table");
+function effects(f) { // its effects on the logits of all tokens, those that are far from the others too
+  const made = make("div"), levels = part("effectHistogram", f), [low, high] = part("effectEdges", f), n = levels.length, digits = decimals(Math.max(-low, high));
+  const bars = make("div", "bars"), axis = make("div", "axis");
+  levels.forEach((level, i) => {
+    const bar = make("i");
+    bar.style.height = (level ? Math.max(3, 100 * level / 255) : 0) + "%";
+    bar.title = `${fixed(low + (high - low) * i / n, digits)} to ${fixed(low + (high - low) * (i + 1) / n, digits)}`;
+    bars.append(bar);
+  });
+  bars.setAttribute("role", "img"); bars.setAttribute("aria-label", `Histogram of its effects on the logits, from ${fixed(low, digits)} to ${fixed(high, digits)}`);
+  axis.append(make("span", "", fixed(low, digits)), make("span", "", "logit (tokens in logarithm)"), make("span", "", fixed(high, digits)));
+  made.append(make("h3", "", "Its effects on the logits of all tokens"), bars, axis);
+  if (c.likeRandom[f]) made.append(make("p", "note", "No more peaked than those of a random direction of the same length: these tokens say little."));
+  return made;
+}
+function quality(f) { // of the label, on rows that it was not chosen on
+  const line = make("p", "note"), precision = c.labelPrecision[f], recall = c.labelRecall[f];
+  line.textContent = `Chosen on ${c.labelFirings[f].toLocaleString("en")} firings. ` + (Number.isFinite(recall)
+    ? `On other rows: ${Number.isFinite(precision) ? `it fires on ${percent(precision)} of the rows of these words (precision), ` : ""}${percent(recall)} of its firings are on them (recall).`
+    : "It fires too rarely for the label to be measured on other rows.");
+  return line;
+}
+function bars(tokens, values, text) { // tokens, each with a bar relative to the largest, and its value
+  const table = make("div", "words-table"), most = values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-30);
   tokens.forEach((t, i) => {
     if (t < 0) return;
     const bar = make("i");
-    bar.style.width = Math.max(0, 100 * values[i] / values[0]) + "%";
+    bar.style.width = 100 * Math.abs(values[i]) / most + "%";
     table.append(make("bdi", "token", visible(strings[t])), bar, make("span", "value", text(values[i])));
   });
   return table;
 }
 function wordTable(f) {
   const table = bars(part("tokens", f), part("tokenShares", f), (x) => (100 * x).toFixed(1) + " %");
-  table.title = "share of the latent's activation";
+  table.title = "share of its activation on rows of this word and none above it";
   return table;
 }
 function histogram(f) {
@@ -308,7 +333,8 @@ function knownOf(f) { // everything that the pane shows, for another program
     model: run.model, layer: +run.layer, run: run.run, weights_sha256: run.weights, latent: f, group: c.group[f], note: noteOf(f),
     density: ends.map((_, g) => real(density(f, g))), firings: c.firings[f], largest_activation: real(c.largest[f]), mean_activation: real(c.mean[f]),
     energy_share: real(c.energy[f]), token_entropy_bits: real(c.entropy[f]), activation_histogram: part("histogram", f),
-    top_tokens: pairs("tokens", "tokenShares"), promoted: pairs("promoted", "promotedBy"), suppressed: pairs("suppressed", "suppressedBy"),
+    label: pairs("tokens", "tokenShares"), label_precision: real(c.labelPrecision[f]), label_recall: real(c.labelRecall[f]), label_firings: c.labelFirings[f],
+    effect_like_random: Boolean(c.likeRandom[f]), promoted: pairs("promoted", "promotedBy"), suppressed: pairs("suppressed", "suppressedBy"),
     parents: others("parents", "parentScores"), children: children[f] || [], twins: others("twins", "twinScores"), nearest: others("near", "nearCosine"),
     contexts: samples,
   };
