@@ -193,7 +193,7 @@ function drawDetail(f) {
   detail.append(facts);
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), writes(f), kin(f)); return; }
   const pair = make("div", "pair"), left = make("div"), right = make("div");
-  left.append(make("h3", "", "Words that it fires on"), wordTable(f), quality(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
+  left.append(make("h3", "", "Words that say where it fires"), wordTable(f), quality(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
   pair.append(left, right);
   const strongest = [], even = [], found = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) { (c.sampleQuantile[s] === 255 ? strongest : even).push(s); if (matches.asked && hasMatch(s)) found.push(s); }
@@ -203,7 +203,7 @@ function drawDetail(f) {
 }
 function writes(f) { // what its decoder row alone does to the logits
   const made = make("div", "pair");
-  made.title = "logits of the latent's decoder row through the final norm and the unembedding";
+  made.title = "what the latent's decoder row alone adds to the logits above their mean; ranked by that over what random directions do";
   for (const [title, tokens, by] of [["Next tokens it promotes", "promoted", "promotedBy"], ["Next tokens it suppresses", "suppressed", "suppressedBy"]]) {
     if (!c[tokens].width) continue;
     const box = make("div"), values = part(by, f);
