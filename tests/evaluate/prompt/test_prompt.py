@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 import evaluate.read
 from common.errors import InputError
 from common.settings import Settings
+from evaluate.metrics.language import language_model
 from evaluate.prompt.asked import Asked, of_layers, parse
 from evaluate.prompt.console import show
 from evaluate.prompt.next_token import directions
@@ -42,8 +44,21 @@ def harvested(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     return root
 
 
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[None]:
+    """The language model of this module's stores, which is one, is loaded once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.metrics.language.language_model", cache_of(language_model))
+        yield
+
+
+def cache_of(load: Callable[..., Any]) -> Callable[..., Any]:
+    held: dict[str, Any] = {}
+    return lambda wanted, source: held.setdefault(wanted.name, held.get(wanted.name) or load(wanted, source))
+
+
 @pytest.fixture
-def settings(harvested: Path, tmp_path: Path) -> Settings:
+def settings(loaded: None, harvested: Path, tmp_path: Path) -> Settings:
     """Of both layers, with random transcoders in a folder of the test's own."""
     from common.cli import load, parser
 
