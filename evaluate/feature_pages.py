@@ -144,14 +144,16 @@ class Evaluated:
             )
 
     def _said(self, latent: int, words: list[str], examples: list[Quantile]) -> list[Quantile]:
-        """A person's label, the automatic one, then the contexts; or that there are none."""
-        own = [_note(self.notes[latent].text)] if latent in self.notes else []
-        automatic = [_note(f"fires on {' | '.join(words)}")] if words else []
-        return (
-            [*own, *automatic, *examples]
-            if examples
-            else [*own, _note(f"fires on none of {self.rows:,} rows")]
-        )
+        """The contexts, the first ones headed by a person's label and the automatic one; or that there are none.
+
+        Readers take the first entry's examples for the strongest ones: the labels are no entry of their own.
+        """
+        said = [self.notes[latent].text] if latent in self.notes else []
+        if not examples:
+            return [_note("; ".join([*said, f"fires on none of {self.rows:,} rows"]))]
+        said += [f"fires on {' | '.join(words)}"] if words else []
+        name = "; ".join([*said, examples[0]["quantile_name"]])
+        return [Quantile(quantile_name=name, examples=examples[0]["examples"]), *examples[1:]]
 
 
 class _Examples:

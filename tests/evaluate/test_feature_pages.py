@@ -88,7 +88,7 @@ def test_a_page_is_what_the_latent_does(root: Path) -> None:
         assert page["activation_frequency"] == pytest.approx(float((own > 0).double().mean()))
         assert sum(page["histogram"]) == min(len(firings), 256)
         strongest = page["examples_quantiles"][0]
-        assert strongest["quantile_name"] == "strongest contexts"
+        assert strongest["quantile_name"].endswith("; strongest contexts")
         example = strongest["examples"][0]
         row = int(own.argmax())
         at = example["train_token_ind"]
@@ -109,6 +109,20 @@ def test_a_page_is_what_the_latent_does(root: Path) -> None:
         ]
         assert peaks == sorted(peaks, reverse=True)
         assert len(peaks) == 8
+
+
+def test_a_persons_label_heads_the_page(root: Path) -> None:
+    said = settings_of(root).run_dir() / "labels.json"
+    said.write_text(json.dumps([{"layer": 0, "latent": f, "label": "red"} for f in (7, 11)]))
+    try:
+        pages = pages_of(export(settings_of(root)))
+    finally:
+        said.unlink()
+    heads = [page["examples_quantiles"][0]["quantile_name"] for page in pages]
+    assert heads[7] == "red; fires on none of 1,500 rows"
+    assert heads[11].startswith("red; fires on ")
+    assert heads[11].endswith("; strongest contexts")
+    assert [f for f, head in enumerate(heads) if "red;" in head] == [7, 11]
 
 
 def test_percentiles_and_a_dead_latent(root: Path) -> None:
