@@ -27,6 +27,7 @@ from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
 from evaluate.labels.read import label_texts
 from evaluate.metrics.contexts import Samples
 from evaluate.metrics.rows import ContextTable
+from evaluate.notes import Note, notes_of
 from evaluate.report.page_data import Stretches, Strings
 from shards import Store
 from shards.store import read_tokenizer
@@ -92,6 +93,8 @@ class Evaluated:
     contexts: ContextTable
     """Of the evaluated split."""
     text: TokenText
+    notes: Mapping[int, Note]
+    """What a person says of the latents."""
 
     def pages(self, prefix: int | None = None) -> Iterator[Page]:
         """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,
@@ -130,8 +133,7 @@ class Evaluated:
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=start + n,
-                examples_quantiles=examples.of(n, words[n])
-                or [_note(f"fires on none of {self.rows:,} rows")],
+                examples_quantiles=self._said(start + n, words[n], examples.of(n)),
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
@@ -140,6 +142,18 @@ class Evaluated:
                 histogram=histogram[n].tolist(),
                 activation_frequency=float(density[n]),
             )
+
+    def _said(self, latent: int, words: list[str], examples: list[Quantile]) -> list[Quantile]:
+        """The contexts, the first ones headed by a person's label and the automatic one; or that there are none.
+
+        Readers take the first entry's examples for the strongest ones: the labels are no entry of their own.
+        """
+        said = [self.notes[latent].text] if latent in self.notes else []
+        if not examples:
+            return [_note("; ".join([*said, f"fires on none of {self.rows:,} rows"]))]
+        said += [f"fires on {' | '.join(words)}"] if words else []
+        name = "; ".join([*said, examples[0]["quantile_name"]])
+        return [Quantile(quantile_name=name, examples=examples[0]["examples"]), *examples[1:]]
 
 
 class _Examples:
@@ -168,10 +182,9 @@ class _Examples:
         self.pool = self.stretches.strings(contexts, strings)
         self.texts = strings.texts
 
-    def of(self, n: int, words: list[str]) -> list[Quantile]:
-        """Of the block's nth latent: its strongest contexts, headed by its label's words, then of each quarter of its
-        firings a few."""
-        names = (f"fires on {' | '.join(words)}: strongest contexts", *QUARTERS)
+    def of(self, n: int) -> list[Quantile]:
+        """Of the block's nth latent: its strongest contexts, then a few of each quarter of its firings."""
+        names = ("strongest contexts", *QUARTERS)
         groups: dict[str, list[Example]] = {name: [] for name in names}
         seen: set[int] = set()
         for sample in range(self.bounds[n], self.bounds[n + 1]):
@@ -317,4 +330,5 @@ class SetPages:
             return "evaluated on another harvest than is in the store"
         split = getattr(store, made.split)
         text = TokenText(read_tokenizer(store.tokenizer_path))
-        return Evaluated(layer, folder, made.rows, split.contexts, text)
+        notes = notes_of(run_dir, layer, read_metadata(run_dir)["prefix_ends"][-1])
+        return Evaluated(layer, folder, made.rows, split.contexts, text, notes)

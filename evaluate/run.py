@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +43,12 @@ from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.nesting import one_group
+from evaluate.notes import Note, notes_of
 from evaluate.records import Checkpoint, LatentMetrics, Metrics, OneGroupMetrics, Provenance, Results
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
-from evaluate.report.report import write_report
+from evaluate.report.report import renew_notes, write_report
+from evaluate.report.training import training_of
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
 from shards.store import StoreSplit, read_tokenizer
@@ -64,6 +67,8 @@ class Job:
     run_dir: Path
     n_rows: int
     provenance: Provenance
+    notes: Mapping[int, Note]
+    """What a person says of its latents."""
 
     @property
     def folder(self) -> Path:
@@ -95,6 +100,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
             if earlier is not None and earlier.folder != job.folder:
                 bring_back(earlier.folder, job.folder)
     if earlier is not None:
+        renew_notes(job.folder / "report.html", job.notes)
         return earlier.metrics, False
     coder, select = load_coder(job), _training_selection(job.run_dir)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
@@ -150,7 +156,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         metrics_version=METRICS_VERSION,
         **optional,
     )
-    return Job(settings, store, run_dir, n_rows, provenance)
+    notes = notes_of(run_dir, settings.layer, metadata["prefix_ends"][-1])
+    return Job(settings, store, run_dir, n_rows, provenance, notes)
 
 
 def load_coder(job: Job) -> Transcoder:
@@ -230,9 +237,8 @@ def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[Lo
     for old in (folder / "metrics.json", *folder.glob("*.png")):
         old.unlink(missing_ok=True)
     drawn = draw(results, latent_catalogue, log, folder)
-    write_report(
-        folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
-    )
+    data = page_data(latent_catalogue, job.split.contexts, text)
+    write_report(folder / "report.html", results, data, drawn, training_of(job.run_dir), job.notes)
     provenance = json.dumps(results.provenance.written())
     save_tensors(folder / LATENTS, tensors(latent_catalogue), {"provenance": provenance})
     samples = latent_catalogue.samples.tensors(len(latent_catalogue.group), job.split.contexts.shape[1])

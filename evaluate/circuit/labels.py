@@ -14,6 +14,7 @@ from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
 from evaluate.files import is_of
 from evaluate.labels.effects import logit_effects
 from evaluate.labels.read import label_words
+from evaluate.notes import Note
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
@@ -28,7 +29,7 @@ class Label(NamedTuple):
     text: str
     """In one line."""
     word: str
-    """The token of an embedding or a logit, or what an error is at."""
+    """The token of an embedding or a logit, what an error is at, or a person's label of a latent."""
     fires: list[str]
     """Words that say best where a latent fires; none where its layer has no evaluation of these weights."""
     promotes: list[str]
@@ -69,6 +70,17 @@ def labels(
         }[kind]
         found[node] = Label(text, word, [], [])
     return found
+
+
+def with_notes(found: Sequence[Label], nodes: Nodes, notes: Mapping[int, Mapping[int, Note]]) -> list[Label]:
+    """The labels with what a person says of the latents, by layer and number, before what is known automatically."""
+    said = list(found)
+    for node in np.flatnonzero(nodes.kind == LATENT).tolist():
+        note = notes.get(int(nodes.layer[node]), {}).get(int(nodes.number[node]))
+        if note is not None:
+            text = "; ".join(part for part in (note.text, found[node].text) if part)
+            said[node] = found[node]._replace(text=text, word=note.text)
+    return said
 
 
 def _listed(words: Sequence[str]) -> str:
