@@ -52,15 +52,17 @@ def _layer(prompt: Prompt, layer: PromptLayer, shown: list[int], console: Consol
     table = table_of(f"layer {layer.layer}, run {layer.run}", columns)
     for row, i in enumerate(shown):
         active = layer.active[row]
-        for_next = max(active, key=lambda each: each.effect or 0.0, default=None)
-        raises = for_next is not None and for_next.effect is not None and for_next.effect > 0
+        best = max(active, key=lambda each: each.effect or 0.0, default=None)
+        for_next = "-"
+        if best is not None and best.effect is not None and best.effect > 0:
+            for_next = f"{best.latent}:+{number(best.effect, 2)}"
         table.add_row(
             str(i),
             _word(prompt.tokens[i].text),
             number_or_dash(layer.error_share[-1][row], ".2f"),
             str(len(active)),
             _strongest([f"{each.latent}:{number(each.value)}" for each in active[:SHOWN]]),
-            f"{for_next.latent}:+{number(for_next.effect, 2)}" if raises else "-",
+            for_next,
         )
     console.print(table)
     for line in _names(layer, len(shown)):

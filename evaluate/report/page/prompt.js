@@ -10,6 +10,7 @@ const probability = (p) => p < 5e-4 ? "<0.1 %" : (100 * p).toFixed(1) + " %";
 const fixed = (x, digits) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
 const signed = (x) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "+") + number(Math.abs(x), 2);
 const direction = (x) => x < 0 ? "down" : "up";
+const visible = (text) => named(spaces(text)) || "·";
 const ROWS = 200; // of the table at a time
 
 const { prompt, reports } = JSON.parse($("data").textContent);
@@ -31,18 +32,18 @@ for (let i = 0, first = -1; i < prompt.tokens.length; i++) {
 function wordCell(i) {
   const part = partOf[i], cell = make("th", "word"), token = prompt.tokens[i];
   const text = part ? prompt.tokens[part[1]].text : token.text;
-  cell.append(make("span", "at", i), make("bdi", "", spaces(named(text)) || "·"));
+  cell.append(make("span", "at", i), make("bdi", "", visible(text)));
   if (part) cell.append(make("span", "part", ` ${i - part[0] + 1}/${part[1] - part[0] + 1}`));
   cell.title = part ? `part ${i - part[0] + 1} of ${part[1] - part[0] + 1} of ${text}` : token.text;
   return cell;
 }
-function tokenElement(text) { return make("bdi", "token", spaces(named(text)) || "·"); }
+function tokenElement(text) { return make("bdi", "token", visible(text)); }
 
 // ---- latents ----
 
 const label = (layer, latent) => { // a person's, then the automatic one
   const { note, label: words } = layer.latents[latent];
-  return [...(note ? [named(note) + (words ? ":" : "")] : []), ...(words ?? []).slice(0, 3).map((word) => spaces(named(word)))].join(" ");
+  return [...(note ? [named(note) + (words ? ":" : "")] : []), ...(words ?? []).slice(0, 3).map((word) => visible(word))].join(" ");
 };
 const ofPrefix = (values) => values[Math.min(Number($("prefix").value), values.length - 1)];
 
@@ -73,7 +74,7 @@ function drawStrip() {
   fill($("strip"), prompt.tokens.flatMap((token, i) => {
     if (partOf[i] && i < partOf[i][1]) return []; // shown with the token that completes the character
     const own = partOf[i] ? found.slice(partOf[i][0], i + 1) : [found[i]];
-    const element = make("span", token.row ? "t" : "t none", named(token.text.replace(/[\n\t]/g, (c) => c === "\n" ? "⏎\uE000" : "⇥")).replace(/\uE000/g, "\n"));
+    const element = make("span", token.row ? "t" : "t none", token.text.split("\n").map((line) => named(line.replace(/\t/g, "⇥").replace(/\r/g, "␍"))).join("⏎\n"));
     const value = own.reduce((most, each) => Math.max(most, each ? each.value : 0), 0);
     if (value) {
       element.style.background = `rgba(var(--heat), ${0.15 + 0.75 * value / largest})`;

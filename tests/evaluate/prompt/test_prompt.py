@@ -74,7 +74,7 @@ def reader_of(settings: Settings, layer: int) -> Reader:
     return Reader(Store.of(own), Transcoder.load(own.run_dir()), "cpu")
 
 
-def asked(layers: tuple[int, ...] = LAYERS, **typed: str) -> list[Asked]:
+def asked(layers: tuple[int, ...] = LAYERS, /, **typed: str) -> list[Asked]:
     return of_layers([each for how, text in typed.items() for each in parse(how, text)], layers)  # pyright: ignore
 
 

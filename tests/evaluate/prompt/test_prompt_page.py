@@ -107,6 +107,8 @@ def test_filters_and_layers(browser: Any, pages: tuple[Path, Path]) -> None:
     assert chips(opened) == ["1", "7", "9"]
     first = page.locator("#rows tr").first.locator("td.latents button").first
     assert "1,234" in first.inner_text()  # not 1230
+    assert "⏎" in first.inner_text()  # of its label
+    assert "⏎\n⇥␍" in page.inner_text("#strip")
     assert "+0.5" in first.inner_text()
     assert (
         "−0.13" in page.locator("#rows tr").first.inner_text()
