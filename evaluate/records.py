@@ -6,7 +6,7 @@ left out of the file where it is not given; every other one is written, null whe
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 
 class Record(BaseModel):
@@ -406,7 +406,7 @@ class Metrics(Results):
 
 
 class Differences(Record):
-    """A prefix's numbers less those of the run's full dictionary; null where either has none."""
+    """A prefix's numbers less those of another one; null where either has none."""
 
     fvu: float | None
     """of `fvu`"""
@@ -422,6 +422,10 @@ class Differences(Record):
     """of `dead_fraction`"""
     redundancy: float | None
     """of `redundancy`"""
+    recovered_zero: float | None
+    """of `cross_entropy.recovered_zero`; null too where the two were measured on different tokens"""
+    kl: float | None
+    """of `cross_entropy.kl`, nats per token; the same"""
 
 
 class Compared(Record):
@@ -434,12 +438,50 @@ class Compared(Record):
 
 
 class ComparedPrefix(PrefixMetrics, Compared):
-    """One prefix of one transcoder: everything that `prefixes` of metrics.json has, and this."""
+    """One prefix of one transcoder: everything that `prefixes` of metrics.json has, and this.
+
+    `cross_entropy` is from the transcoder's own evaluation: see `transcoders`.
+    """
 
     redundancy: float | None
     """share of the pairs of its latents whose decoder rows have an absolute cosine beyond 0.9; null for one latent"""
     difference: Differences
     """to the full dictionary of the run that the command names"""
+    equal_latents: Differences | None
+    """to the run's prefix with as many latents; null where it has none, and for the run's own prefixes"""
+
+
+class EqualL0(Compared):
+    """The FVU of the run that the command names and of another transcoder, both at the L0 of one of their prefixes.
+
+    That prefix has its own FVU; the other one's is on straight lines in log L0 between the points (L0, FVU) of its
+    prefixes: FVU_a + (FVU_b - FVU_a) (log l0 - log L0_a) / (log L0_b - log L0_a). The first and the last
+    line go on for 5 % of L0 beyond their end.
+    """
+
+    other: str
+    """the transcoder that the run is compared with; `transcoder` and `prefix`: whose L0 it is, the run's or its own"""
+    l0: float
+    """active latents per row, mean"""
+    run_fvu: float
+    """of the run"""
+    fvu: float
+    """of the other transcoder"""
+    difference: float
+    """`fvu` less `run_fvu`: below 0 the other transcoder is better"""
+
+
+class ComparedTranscoder(Record):
+    """What is known of a transcoder besides what was measured here."""
+
+    transcoder: str
+    """its name in `lines`"""
+    report: str | None
+    """path from this file to the report of these weights' evaluation; null where there is none"""
+    cross_entropy: AblationLosses | None
+    """from an evaluation of these weights on this split: the losses beside which its lines' `cross_entropy` stand"""
+    known_settings: bool
+    """whether its file says how it was trained"""
 
 
 class ComparisonProvenance(Record):
@@ -474,6 +516,12 @@ class Comparison(Record):
     """rows that were measured, the same for all"""
     lines: list[ComparedPrefix]
     """each prefix of each transcoder; the run that the command names comes first"""
+    equal_l0: list[EqualL0]
+    """the run and each other transcoder at equal L0, by L0; nothing of one whose L0 nowhere meets the run's"""
+    transcoders: list[ComparedTranscoder]
+    """each transcoder, in the order of `lines`"""
+    differing_settings: dict[str, dict[str, JsonValue]]
+    """setting -> transcoder -> value, of the settings that are not the same for all whose files say them"""
     linear_map_fvu: float | None
     """FVU of the best linear map from input to output"""
     provenance: ComparisonProvenance

@@ -129,6 +129,7 @@ def main() -> None:
         help="which to show, 5,17 or 5 17; otherwise a selection",
     )
     settings, arguments = load(options)
+    from common.terminal.table import Table, console
     from transcoder import weights  # with torch, which --help need not wait for
 
     settings = weights.chosen_run(settings, arguments.run)
@@ -144,12 +145,15 @@ def main() -> None:
     file.write_text(render(chosen), encoding="utf-8")
     shown = (line for line in chosen if requested or line["samples"])
     for line in islice(shown, None if requested else SHOWN):
-        print(f"\nlatent {line['latent']} (group {line['group']})")
+        title = f"latent {line['latent']} (group {line['group']})"
+        if not line["samples"]:
+            print(f"{title}\n  never active when looked at")
+            continue
+        table = Table("activation", "[[token]] in its text", title=title)
         for sample in line["samples"]:
             text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}"
-            print(f"  {sample['value']:8.3f}  {printable(text)}")
-        if not line["samples"]:
-            print("  never active when looked at")
+            table.add_row(f"{sample['value']:.3f}", printable(text))
+        console().print(table)
     print(f"\n{len(chosen):,} of {total:,} latents in {file}")
 
 
