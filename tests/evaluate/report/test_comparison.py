@@ -152,17 +152,19 @@ def test_columns_are_the_numbers_that_are_drawn() -> None:
         "size_edges": [-2, -1, 1],
     }
     assert plotted.error_by_size(errors) == {
-
-            "distance from the mean": [1.0],
-            "rows (%)": [100],
-            "squared error (%)": [50],
-            "FVU, prefix 0": [0.1]
-        ,
+        "distance from the mean": [1.0],
+        "rows (%)": [100],
+        "squared error (%)": [50],
+        "FVU, prefix 0": [0.1],
     }
     log = [{"rows": 1, "loss": 2.0}, {"rows": 2}, {"rows": 3, "loss": 1.0, "heldout_fvu/prefix_0": 0.5}]
     assert plotted.loss_curve(log) == {
-        "training rows": [1, 3], "training loss": [2.0, 1.0], "held-out FVU, prefix 0": [None, 0.5],
+        "training rows": [1, 3],
+        "training loss": [2.0, 1.0],
+        "held-out FVU, prefix 0": [None, 0.5],
     }
     assert plotted.l0_histogram([{"l0_histogram": [1]}, {"l0_histogram": [1, 2]}]) == {
-        "active latents": [0, 1], "rows, prefix 0": [1, 0], "rows, prefix 1": [1, 2],
+        "active latents": [0, 1],
+        "rows, prefix 0": [1, 0],
+        "rows, prefix 1": [1, 2],
     }
