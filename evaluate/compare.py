@@ -18,15 +18,8 @@ from common.layers.driver import add_spread, over_layers
 from common.numbers import number_or_dash
 from common.settings import Settings
 from common.terminal.table import console
-from evaluate.records import (
-    AblationLosses,
-    ComparedPrefix,
-    ComparedTranscoder,
-    Comparison,
-    ComparisonProvenance,
-    LanguageMetrics,
-    Provenance,
-)
+from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comparison, ComparisonProvenance
+from evaluate.records import AblationLosses, LanguageMetrics, Provenance
 from evaluate.report.console import plain, rows_of, table_of
 from train.sweep import RESULTS, keep_earlier
 
@@ -247,8 +240,8 @@ def _holds_all(comparison: Comparison, file: Path) -> bool:
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
+    from evaluate.comparison.page import write_page
     from evaluate.files import write_record
-    from evaluate.report.comparison import write_page
 
     folder.mkdir(exist_ok=True)
     file = folder / "compare.json"

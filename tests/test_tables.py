@@ -19,9 +19,10 @@ from evaluate.__main__ import show as show_evaluation
 from evaluate.circuit import __main__ as circuit
 from evaluate.circuit.graph import LATENT, LOGIT, TOKEN, Circuit, Nodes, Route
 from evaluate.circuit.labels import Label
+from evaluate.comparison.records import Comparison
 from evaluate.model import __main__ as model
 from evaluate.model.records import ModelMetrics
-from evaluate.records import Comparison, Metrics
+from evaluate.records import Metrics
 from shards import __main__ as shards
 from tests.evaluate.runs import make_run, settings_of
 from tests.golden.write import GOLDEN

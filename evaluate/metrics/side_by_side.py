@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 
 from common.progress import progress
+from evaluate.comparison.records import ComparedPrefix, Differences, EqualL0
 from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.rows import blocks
-from evaluate.records import AblationLosses, ComparedPrefix, Differences, EqualL0, PrefixMetrics
+from evaluate.records import AblationLosses, PrefixMetrics
 from shards.store import StoreSplit
 from transcoder import Transcoder
 

@@ -15,9 +15,10 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import ROOT, Evaluate
 from evaluate.compare import chosen, compare, differing, distinct_names, known_settings, show
+from evaluate.comparison.records import Comparison
 from evaluate.files import write_record
 from evaluate.metrics.measure import measure
-from evaluate.records import AblationLosses, Comparison, LanguageMetrics, Metrics
+from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store

@@ -10,9 +10,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from evaluate.records import Comparison
+from evaluate.comparison.page import write_page
+from evaluate.comparison.records import Comparison
 from evaluate.report import plotted
-from evaluate.report.comparison import write_page
 from tests.evaluate.report.test_page import HOSTILE, Opened, browser  # noqa: F401
 from tests.golden.write import GOLDEN
 

@@ -8,8 +8,8 @@ from pydantic import JsonValue
 
 from common.files import write_whole
 from common.numbers import number_or_dash
+from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comparison
 from evaluate.metrics.side_by_side import COLUMNS, LANGUAGE, Column
-from evaluate.records import ComparedPrefix, ComparedTranscoder, Comparison
 from evaluate.report import plots, plotted
 from evaluate.report.figures import Plot, draw_each
 from evaluate.report.report import elements
