@@ -313,7 +313,7 @@ def _with_difference(line: ComparedPrefix) -> str:
 def show(comparison: Comparison, folder: Path, console: Console) -> None:
     """A line for each transcoder and prefix, differences to the run's full dictionary in brackets; then equal L0."""
     language = any(line.cross_entropy for line in comparison.lines)
-    columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %", *(("CE recovered %",) * language))
+    columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %", *(("CE %",) * language))
     table = table_of(f"the same {rows_of(comparison.rows, comparison.provenance.split)}", columns)
     for line in comparison.lines:
         recovered = line.cross_entropy and line.cross_entropy.recovered_zero
@@ -326,6 +326,7 @@ def show(comparison: Comparison, folder: Path, console: Console) -> None:
             f"{100 * line.dead_fraction:.1f}",
             *((number_or_dash(None if recovered is None else 100 * recovered, ".1f"),) * language),
         )
+    table.caption = "CE %: cross-entropy recovered" * language
     console.print(table)
     run, *others = (each.transcoder for each in comparison.transcoders)
     if comparison.equal_l0:
