@@ -39,6 +39,7 @@ BLOCK = 512
 QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
 
 OTHER_VERSION = "evaluated by another version"
+NO_STORE = "no store of their texts"
 
 
 class Example(TypedDict):
@@ -286,6 +287,9 @@ class SetPages:
         for why, layers in self.lacking.items():
             numbers = " ".join(map(str, layers))
             made_by = f'make evaluate LAYER="{numbers}" RUN={self.settings.run}'
+            if why.startswith(NO_STORE):
+                named = f" HARVEST={name}" if (name := self.settings.harvest_name) else ""
+                made_by = f'make harvest LAYER="{numbers}"{named}'
             print(
                 f"no feature pages of layers {numbers}: {why}; {made_by}, and export again", file=sys.stderr
             )
@@ -325,7 +329,7 @@ class SetPages:
         try:
             store = Store.of(self.settings.of_layer(layer))
         except InputError:
-            return f"no store of their texts can be read in {self.settings.paths.activations}"
+            return f"{NO_STORE} can be read in {self.settings.paths.activations}"
         if store.manifest.fingerprint != made.store_fingerprint:
             return "evaluated on another harvest than is in the store"
         split = getattr(store, made.split)

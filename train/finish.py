@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.numbers import number_or_dash
 from common.settings import Settings
+from common.terminal.table import Table
 from shards import Store
 from train import activation_samples, record
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
@@ -87,17 +88,15 @@ def heldout_rows(
         yield inputs.to(device), outputs.to(device)
 
 
-def summary(metadata: dict[str, Any]) -> Any:
-    """The held-out numbers of every prefix, as a rich table."""
-    from rich.table import Table
-
+def summary(metadata: dict[str, Any]) -> Table:
+    """The held-out numbers of every prefix, as a table."""
     heldout, ends = metadata["heldout"], metadata["prefix_ends"]
     title = "the store has no held-out rows: nothing was measured"
     if heldout["rows"]:
         dead = 100 * heldout["dead"] / ends[-1]
         title = f"{heldout['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
-    table = Table(*columns, title=title, caption=_caption(heldout))
+    table = Table(*columns, title=title, caption=_caption(heldout) or "")
     for g, end in enumerate(ends):
         table.add_row(
             str(g),

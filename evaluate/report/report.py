@@ -99,9 +99,11 @@ def cross_entropy_note(measured: AblationLosses | NotMeasured) -> str:
 def elements(drawn: list[Drawn]) -> Markup:
     """The plots as figures with their captions."""
     figure = Markup(
-        '<figure class="{}"><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div></figure>\n'
+        '<figure class="{}"><figcaption>{}</figcaption><div role="img" aria-label="{}">{}</div>{}</figure>\n'
     )
     return Markup("").join(
-        figure.format("wide" if each.wide else "", each.plot.caption, each.plot.caption, Markup(each.svg))
+        figure.format(
+            "wide" if each.wide else "", each.plot.caption, each.plot.caption, Markup(each.svg), each.table
+        )
         for each in drawn
     )

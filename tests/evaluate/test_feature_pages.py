@@ -217,7 +217,8 @@ def test_without_pages_the_set_is_exported_and_says_why(
     }.get(case, case)
     assert said.startswith("no feature pages of layers 0: ")
     assert words in said
-    assert said.endswith('make evaluate LAYER="0" RUN=tiny, and export again')
+    remedy = 'make harvest LAYER="0"' if case == "no store" else 'make evaluate LAYER="0" RUN=tiny'
+    assert said.endswith(f"; {remedy}, and export again")
 
 
 def test_an_evaluation_of_other_weights_or_a_damaged_one_is_refused(root: Path, tmp_path: Path) -> None:

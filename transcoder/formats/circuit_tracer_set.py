@@ -155,6 +155,7 @@ def of_layer(folder: Path, layer: int | None) -> Path:
         )
     if layer not in there:
         raise InputError(
-            f"{folder}: no {layer_file(layer)} in this set; it has {len(there)} layers, {there[0]} to {there[-1]}"
+            f"{folder}: no {layer_file(layer)} in this set; it has layer{'s' * (len(there) > 1)} "
+            f"{' '.join(map(str, there))}"
         )
     return folder / layer_file(layer)
