@@ -9,6 +9,7 @@ from torch import Tensor
 from common.files import sha256
 from common.tokens import TokenText
 from evaluate.files import is_of, latents_of
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.prompt.records import VERSION, ActiveLatent, NamedLatent, Prompt, PromptLayer, PromptToken
 from evaluate.reader import Reader, Sentence
 from shards.store import read_tokenizer
@@ -74,8 +75,9 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     """Group of each latent, and where these weights were evaluated its density and label."""
     ends = reader.transcoder.prefix_ends
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    evaluation = run_dir / "evaluation"
-    if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
+    digest = sha256(run_dir / FILE_NAME)
+    evaluation = main_evaluation(run_dir, digest)
+    if not is_of(evaluation, digest):
         return {latent: NamedLatent(group=group[latent]) for latent in firing}
     density, top = latents_of(evaluation, "density", "top_tokens")
     text = TokenText(read_tokenizer(reader.store.tokenizer_path))
