@@ -150,8 +150,9 @@ def _measure(
 ) -> ReplacedMetrics | NotMeasured:
     if tokens == 0:
         return NotMeasured(skipped="it was not asked for")
-    from evaluate.model.losses import replaced_metrics  # these import transformers, which takes seconds
-    from evaluate.model.replaced import measure, passes
+    from evaluate.kept.losses import OwnLosses  # these import transformers, which takes seconds
+    from evaluate.model.losses import replaced_metrics
+    from evaluate.model.replaced import CLEAN, MEAN, ZERO, measure, passes
 
     contexts = _contexts(found, splits[found.layers[0]], tokens)
     n_part = -(-len(contexts) // PART)
@@ -159,13 +160,18 @@ def _measure(
     model = language_model(settings.model, found.stores[found.layers[0]].manifest.source)
     coders = {layer: coder.to(model.device) for layer, coder in found.coders.items()}
     on_device = LayerSet(found.name, found.stores, coders)
-    total = passes(model, on_device, len(contexts), n_part, contexts.shape[1])
+    first, stores = settings.of_layer(found.layers[0]), [*found.stores.values()]
+    own = OwnLosses.of(first, stores, contexts, [*means.values()], model.device)
+    kept = own.read()
+    total = passes(model, on_device, len(contexts), n_part, contexts.shape[1], kept is not None)
     moved = {layer: mean.to(model.device) for layer, mean in means.items()}
     try:
         with progress(f"{len(coders)} MLPs replaced", total, "tokens") as bar:
-            measured = measure(model, on_device, moved, contexts, n_part, bar.update)
+            measured = measure(model, on_device, moved, contexts, n_part, bar.update, kept)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written; the same command begins again") from None
+    if kept is None or measured.whole[ZERO] is not kept[ZERO]:
+        own.keep({name: measured.whole[name] for name in (CLEAN, ZERO, MEAN)})
     return replaced_metrics(measured, layers, (len(contexts), n_part))
 
 
