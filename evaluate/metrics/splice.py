@@ -49,7 +49,7 @@ class Loss:
     """KL(clean || spliced)"""
     agreed: int = 0
     """Positions whose likeliest token is the clean model's."""
-    contexts: list[np.ndarray] = field(default_factory=list)
+    contexts: list[np.ndarray] = field(default_factory=list, compare=False)
     """Cross-entropy of each context's predicted positions, [T - 1] float32."""
 
     def add_context(self, nats: np.ndarray) -> None:
