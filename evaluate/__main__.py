@@ -114,7 +114,8 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
 
     table = table_of(
         rows_of(metrics.rows, metrics.provenance.split),
-        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %", "CE increase"),
+        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %")
+        + ("CE increase",) * (metrics.cross_entropy.skipped is None),
     )
     for g, prefix in enumerate(metrics.prefixes):
         table.add_row(
@@ -125,7 +126,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
             f"{prefix.threshold:.3g}",
             f"{100 * prefix.dead_fraction:.1f}",
             f"{100 * prefix.over_10_percent_fraction:.1f} % {prefix.over_10_percent_verdict}",
-            _increase(prefix.cross_entropy),
+            *[_increase(prefix.cross_entropy)] * (metrics.cross_entropy.skipped is None),
         )
     console.print(table)
     for verdict in verdicts(metrics):
@@ -169,6 +170,7 @@ def beside(shown: Sequence[Side], console: Console) -> None:
     first = shown[0].prefix(-1)
     columns = ("measured on", "rows", "FVU", "L0", "dead %", "CE increase")
     table = table_of("the same weights on other rows", columns)
+    table.columns[0].justify = "left"
     for each in shown:
         prefix = each.prefix(-1)
         change = None if each is shown[0] or None in (prefix.fvu, first.fvu) else prefix.fvu - first.fvu
