@@ -24,6 +24,7 @@ from common.progress import progress
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.labels.read import label_texts
 from evaluate.metrics.contexts import Samples
 from evaluate.metrics.rows import ContextTable
@@ -311,7 +312,8 @@ class SetPages:
 
     def _evaluated(self, layer: int, run_dir: Path) -> Evaluated | str:
         """The layer's evaluation and store, or why there are no pages."""
-        folder = run_dir / "evaluation"
+        digest = sha256(run_dir / FILE_NAME)
+        folder = main_evaluation(run_dir, digest)
         values = complete(folder)
         if values is None:
             return "not evaluated"
@@ -319,7 +321,7 @@ class SetPages:
             made = _Made.model_validate(values["provenance"])
         except ValidationError:
             return OTHER_VERSION
-        if made.weights_sha256 != sha256(run_dir / FILE_NAME):
+        if made.weights_sha256 != digest:
             raise InputError(
                 f"{folder}: is of other weights than {run_dir / FILE_NAME}; evaluate the run again (make evaluate "
                 f"LAYER={layer} RUN={run_dir.name}), or export without its pages (--without-pages)"

@@ -69,6 +69,11 @@ class LanguageMetrics(Record):
 
     cross_entropy: float
     """of the next token, nats per token"""
+    increase: float | None = None
+    """cross-entropy minus that of the original model on the same tokens, nats per token; left out before version 3"""
+    increase_error: float | None = None
+    """standard error of `increase` over contexts: standard deviation of each context's mean increase, over the root of
+    their number; null for a single context, left out before version 3"""
     kl: float
     """KL divergence of the next-token distribution from that of the original model, nats per token"""
     recovered_zero: float | None

@@ -12,6 +12,7 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
 from evaluate.files import is_of
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.labels.effects import logit_effects
 from evaluate.labels.read import label_words
 from evaluate.notes import Note
@@ -91,7 +92,7 @@ def evaluations(settings: Settings, weights: Mapping[int, str]) -> dict[int, Pat
     """Folder of each layer's evaluation of the weights with these digests; of the others a line on standard error."""
     found, without = {}, []
     for layer, digest in weights.items():
-        folder = settings.of_layer(layer).run_dir() / "evaluation"
+        folder = main_evaluation(settings.of_layer(layer).run_dir(), digest)
         if is_of(folder, digest):
             found[layer] = folder
         else:

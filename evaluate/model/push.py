@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from common import hub
-from common.files import locked
+from common.files import locked, sha256
 from common.settings import Settings
 from evaluate.feature_pages import SetPages
 from evaluate.files import finished
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.push import write
 from evaluate.report.card import LayerLine, set_card
 from transcoder import weights
@@ -62,7 +63,7 @@ def write_forms(settings: Settings, folder: Path, address: str, pages: bool = Fa
         tensors, metadata = exported(run_dir, None, name).saved()
         WRITERS["saelens"](folder / "saelens" / f"layer_{layer}", tensors, metadata)
         source = metadata["source"]
-        metrics = finished(run_dir / "evaluation")
+        metrics = finished(main_evaluation(run_dir, sha256(run_dir / weights.FILE_NAME)))
         assert metrics is not None, "write has checked it"
         lines.append(LayerLine(layer, metrics.prefixes[0], metrics.prefixes[-1]))
     missing = [layer for layer in range(source["n_layers"]) if layer not in settings.layers]

@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.files import sha256
 from common.tokens import TokenText
 from evaluate.files import is_of, latents_of
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.labels.read import label_words
 from evaluate.notes import Note, notes_of
 from evaluate.prompt.next_token import NORM, directions, following
@@ -238,8 +239,9 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     ends = reader.transcoder.prefix_ends
     notes = notes_of(run_dir, reader.source.layer, ends[-1])
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    evaluation = run_dir / "evaluation"
-    if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
+    digest = sha256(run_dir / FILE_NAME)
+    evaluation = main_evaluation(run_dir, digest)
+    if not is_of(evaluation, digest):
         return {latent: NamedLatent(group=group[latent], **_noted(notes, latent)) for latent in firing}
     (density,) = latents_of(evaluation, "density")
     labels = label_words(evaluation, TokenText(read_tokenizer(reader.store.tokenizer_path)))
