@@ -256,5 +256,5 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     }
 
 
-def _noted(notes: Mapping[int, Note], latent: int) -> str | None:
-    return notes[latent].text if latent in notes else None
+def _noted(notes: Mapping[int, Note], latent: int) -> str:
+    return notes[latent].text if latent in notes else ""
