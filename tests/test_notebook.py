@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
@@ -19,7 +20,7 @@ from bench.expected import disk, recipes, table
 from common.cli import load, parser
 from common.settings import ROOT, SECTIONS, Settings
 from docs.notebook import NOTEBOOK, PAGE, QUESTIONS, notebook_of
-from evaluate.metrics.language import logit_effects
+from evaluate.labels.effects import logit_effects
 from harvest.run import harvest
 from tests.evaluate.fakes import random_coder
 
@@ -134,11 +135,14 @@ def test_the_questions_are_answered(
     assert not any(found.mask[each.row] for each in others)
     ask, reader, latents = names["ask"], names["reader"], names["table"].index[:4]
     text = names["store"].heldout.text
-    effects = logit_effects(reader.model, names["transcoder"].W_dec[latents.tolist()], 6)
+    occurs = np.zeros(320, bool)
+    for split in (names["store"].train, names["store"].heldout):
+        occurs[split.contexts[:]] = True
+    effects = logit_effects(reader.model, names["transcoder"].W_dec[latents.tolist()], occurs, 6)
     expected = {
-        (latent, side): [text.label(int(token)) for token in line]
+        (latent, side): [alike, *(text.label(int(token)) for token in line)]
         for side, ids in (("promoted", effects.promoted), ("suppressed", effects.suppressed))
-        for latent, line in zip(latents, ids, strict=True)
+        for latent, alike, line in zip(latents, effects.like_random, ids, strict=True)
     }
     assert {key: writes.loc[key].tolist() for key in expected} == expected
     assert isinstance(writes, pd.DataFrame)

@@ -48,6 +48,7 @@ class Questions:
         own.refuse_removed()
         self.transcoder = bind(transcoder, store, mismatch=mismatch).to(pick_device(device))
         self.rows = len(own) if rows is None else rows
+        self._contexts = store.train.contexts, store.heldout.contexts
         self._source, self._split, self._name = store.manifest.source, own, f"{split} rows of {store.path}"
         self._firings = firings(self.transcoder, own, self.rows)
         self._context, self._position = own.provenance(0, self.rows)
@@ -104,25 +105,35 @@ class Questions:
     def writes(self, latents: Iterable[int], reader: "Reader", n: int = 10) -> pd.DataFrame:
         """Tokens whose logits each latent's decoder row raises and lowers most, by itself (`logit_effects`).
 
-        A line for each (latent, "promoted" or "suppressed"), its `n` tokens strongest first. `reader` has the store's
-        language model. Raises `InputError` for a latent that is not there, or a reader of another model.
+        Of the tokens that occur in the store. A line for each (latent, "promoted" or "suppressed"): whether the latent
+        is `like_random`, its effect no more peaked than a random direction's; then the `n` tokens, strongest first.
+        `reader` has the store's language model. Raises `InputError` for a latent that is not there, or a reader of
+        another model.
         """
-        from evaluate.labels.effects import logit_effects
+        from evaluate.labels.effects import logit_effects, tokens_in
 
         numbers, own = self._refuse_unknown(latents), self._source
         if reader.source.weights_sha256 != own.weights_sha256:
             raise InputError(
                 f"reader: expected the model {own.model} of the store, found {reader.source.model}"
             )
-        found = logit_effects(reader.model, self.transcoder.W_dec[numbers].to(reader.model.device), n=n)
-        sides = {"promoted": found.promoted, "suppressed": found.suppressed}
+        model = reader.model
+        train, heldout = (tokens_in(contexts, model.bridge.cfg.d_vocab) for contexts in self._contexts)
+        found = logit_effects(model, self.transcoder.W_dec[numbers].to(model.device), train | heldout, n)
         lines = {
-            (latent, side): [self._split.text.label(token) for token in tokens[which].tolist()]
-            for which, latent in enumerate(numbers)
-            for side, tokens in sides.items()
+            (latent, side): [alike, *map(self._split.text.label, tokens)]
+            for latent, alike, *both in zip(
+                numbers,
+                found.like_random.tolist(),
+                found.promoted.tolist(),
+                found.suppressed.tolist(),
+                strict=True,
+            )
+            for side, tokens in zip(("promoted", "suppressed"), both, strict=True)
         }
         index = pd.MultiIndex.from_tuples(list(lines), names=["latent", "tokens"])
-        return pd.DataFrame(list(lines.values()), index, range(1, n + 1))
+        columns = ["like_random", *range(1, found.promoted.shape[1] + 1)]
+        return pd.DataFrame(list(lines.values()), index, columns)
 
     def _around(self, row: int, acts: np.ndarray, reach: int) -> Context:
         """The stretch of text around a row; `acts` [T] of its context."""

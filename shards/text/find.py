@@ -62,7 +62,7 @@ class Found:
 
     def __repr__(self) -> str:
         return (
-            f"Found({self.pattern!r}: {int(self.mask.sum()):,} of {len(self.mask):,} rows, "
+            f"Found({shown(self.pattern)}: {int(self.mask.sum()):,} of {len(self.mask):,} rows, "
             f"{self.matches:,} matches)"
         )
 

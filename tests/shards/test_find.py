@@ -151,6 +151,7 @@ def test_what_is_shown_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;<mark>script</mark>&gt;" in page
     assert "\x1b" not in page
+    assert len(repr(store.find("a" * 1000))) < 150
     assert "<table></table>" in store.find("absent")._repr_html_()
 
 
