@@ -12,8 +12,10 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
 from evaluate.files import is_of
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.labels.effects import logit_effects
 from evaluate.labels.read import label_words
+from evaluate.notes import Note
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
@@ -28,7 +30,7 @@ class Label(NamedTuple):
     text: str
     """In one line."""
     word: str
-    """The token of an embedding or a logit, or what an error is at."""
+    """The token of an embedding or a logit, what an error is at, or a person's label of a latent."""
     fires: list[str]
     """Words that say best where a latent fires; none where its layer has no evaluation of these weights."""
     promotes: list[str]
@@ -71,6 +73,17 @@ def labels(
     return found
 
 
+def with_notes(found: Sequence[Label], nodes: Nodes, notes: Mapping[int, Mapping[int, Note]]) -> list[Label]:
+    """The labels with what a person says of the latents, by layer and number, before what is known automatically."""
+    said = list(found)
+    for node in np.flatnonzero(nodes.kind == LATENT).tolist():
+        note = notes.get(int(nodes.layer[node]), {}).get(int(nodes.number[node]))
+        if note is not None:
+            text = "; ".join(part for part in (note.text, found[node].text) if part)
+            said[node] = found[node]._replace(text=text, word=note.text)
+    return said
+
+
 def _listed(words: Sequence[str]) -> str:
     return " ".join(repr(word) for word in words[:SHOWN])
 
@@ -79,7 +92,7 @@ def evaluations(settings: Settings, weights: Mapping[int, str]) -> dict[int, Pat
     """Folder of each layer's evaluation of the weights with these digests; of the others a line on standard error."""
     found, without = {}, []
     for layer, digest in weights.items():
-        folder = settings.of_layer(layer).run_dir() / "evaluation"
+        folder = main_evaluation(settings.of_layer(layer).run_dir(), digest)
         if is_of(folder, digest):
             found[layer] = folder
         else:

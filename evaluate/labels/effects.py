@@ -11,7 +11,8 @@ Shapes: F latents, D model width, V tokens that are ranked, n tokens shown per l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +67,19 @@ class LogitEffects:
         tokens, values = np.zeros((n_latents, 0), np.int32), np.zeros((n_latents, 0), np.float32)
         peak = np.full(n_latents, np.nan, np.float32)
         return cls(tokens, values, tokens, values, tokens, values, peak, 0, None)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, by the fields' names: a number is an array of one, no `chance` an empty one."""
+        chance = [] if self.chance is None else [self.chance.limit, self.chance.false_positives]
+        single = {"left_out": np.array([self.left_out]), "chance": np.array(chance, np.float64)}
+        return {each.name: single.get(each.name, getattr(self, each.name)) for each in fields(self)}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> LogitEffects:
+        """The inverse of `arrays`."""
+        chance = arrays["chance"]
+        single = {"left_out": int(arrays["left_out"][0]), "chance": Chance(*chance.tolist()) if chance.size else None}
+        return cls(**{each.name: single[each.name] if each.name in single else arrays[each.name] for each in fields(cls)})
 
     @property
     def like_random(self) -> np.ndarray:
@@ -144,8 +158,8 @@ class _Space:
         random = torch.randn(3 * N_RANDOM, W_dec.shape[1], generator=generator)
         random *= W_dec.float().norm(dim=1).mean().cpu() / random.norm(dim=1, keepdim=True)
         self.random = random.to(self.biases.device, model.dtype).split(N_RANDOM)
-        squares = sum(self.effects(block).square().sum(0) for block in self.random[0].split(BLOCK))
-        self.scale = (squares / N_RANDOM).sqrt().clamp(min=1e-12)
+        squares = torch.stack([self.effects(block).square().sum(0) for block in self.random[0].split(BLOCK)])
+        self.scale = (squares.sum(0) / N_RANDOM).sqrt().clamp(min=1e-12)
         """[V] standard deviation of each token's effect over random directions, whose mean is 0."""
 
     def _logits(self, directions: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ ELLIPSIS = "…"
 
 def label_words(folder: Path, text: TokenText) -> list[list[str]]:
     """The label of every latent of an evaluation, best words first; none where it never fired."""
-    return label_texts(*latents_of(folder, "label_tokens", "label_kinds"), text)
+    tokens, kinds = latents_of(folder, "label_tokens", "label_kinds")
+    return label_texts(tokens, kinds, text)
 
 
 def label_texts(tokens: np.ndarray, kinds: np.ndarray, text: TokenText) -> list[list[str]]:

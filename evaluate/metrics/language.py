@@ -5,7 +5,8 @@ Shapes: F latents, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,8 @@ class Language:
     prefixes: list[LanguageMetrics]
     """Of every prefix, coarsest first; none where nothing was measured."""
     effects: LogitEffects
+    by_context: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Cross-entropy of each context [n], nats per token: "clean", "zero", "mean", and each prefix by its number."""
 
 
 def measure_language(
@@ -58,38 +61,51 @@ def measure_language(
     except InputError as error:
         return Language(NotMeasured(skipped=str(error)), [], nothing)
     coder = coder.to(model.device)
-    losses, prefixes = _cross_entropy(model, store, settings.evaluate.split, split, coder, n_tokens)
+    losses, prefixes, by_context = _cross_entropy(model, settings, store, split, coder, n_tokens)
     affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
     if not affordable:
-        return Language(losses, prefixes, nothing)
+        return Language(losses, prefixes, nothing, by_context)
     size = model.bridge.cfg.d_vocab
     ranked = tokens_in(store.train.contexts, size) | tokens_in(store.heldout.contexts, size)
-    return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked))
+    return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked), by_context)
 
 
 def _cross_entropy(
     model: LanguageModel,
+    settings: Settings,
     store: Store,
-    name: str,
     split: TextSplit,
     coder: Transcoder,
     n_tokens: int,
-) -> tuple[AblationLosses, list[LanguageMetrics]]:
-    from evaluate.metrics.splice import splice, summary  # imports transformers, which takes seconds
+) -> tuple[AblationLosses, list[LanguageMetrics], dict[str, np.ndarray]]:
+    from evaluate.kept.losses import OwnLosses, agree  # these import transformers, which takes seconds
+    from evaluate.metrics.splice import by_context, splice, summary
 
-    source, moments = store.manifest.source, store.manifest.splits[name].outputs
+    source, moments = store.manifest.source, store.manifest.splits[settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=model.device)
     n_prefixes = len(coder.prefix_ends)
-    replacements = {
+    ablations = {
         "zero": lambda inputs: torch.zeros(len(inputs), len(mean), device=inputs.device),
         "mean": lambda inputs: mean.expand(len(inputs), -1),
-        **{str(g): coder.prefix(g) for g in range(n_prefixes)},
     }
     n_contexts = min(len(split.contexts), max(1, n_tokens // source.context_length))
     contexts = split.contexts[np.arange(n_contexts)]
+    own = OwnLosses.of(settings, [store], contexts, [mean], model.device)
+    kept = own.read()
+    replacements = {str(g): coder.prefix(g) for g in range(n_prefixes)}
     with progress("cross-entropy", contexts.size, "tokens") as bar:
-        losses = splice(model, source, contexts, replacements, bar.update)
+        losses = splice(
+            model, source, contexts, replacements if kept else ablations | replacements, bar.update
+        )
+    if kept and not agree(kept["clean"], losses["clean"]):
+        kept = None
+        with progress("ablations", contexts.size, "tokens") as bar:
+            losses |= splice(model, source, contexts, ablations, bar.update)
+    if kept is None:
+        own.keep({name: losses[name] for name in ("clean", *ablations)})
+    else:
+        losses |= {name: kept[name] for name in ablations}
     clean, zero, ablated = (summary(losses, key).cross_entropy for key in ("clean", "zero", "mean"))
     whole = AblationLosses(
         skipped=None,
@@ -99,7 +115,8 @@ def _cross_entropy(
         zero=zero,
         mean=ablated,
     )
-    return whole, [summary(losses, str(g)) for g in range(n_prefixes)]
+    each = {name: by_context(loss) for name, loss in losses.items()}
+    return whole, [summary(losses, str(g)) for g in range(n_prefixes)], each
 
 
 def language_model(wanted: Model, source: Source) -> LanguageModel:

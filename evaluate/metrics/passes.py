@@ -18,6 +18,7 @@ from evaluate.metrics.measure import Measurement, Select
 from evaluate.metrics.rows import TextSplit, blocks
 from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
+from shards.text.tokens import tokens_at
 from transcoder import Transcoder
 from transcoder.entries import Entries
 
@@ -76,7 +77,7 @@ def first_pass(
     for start, stop in blocks(n_rows):
         inputs, outputs = split.rows(start, stop)
         context, position = split.provenance(start, stop)
-        token = tokens_at(split, context, position)
+        token = tokens_at(split.contexts, context, position)
         entries, errors = first.measurement.add(inputs.to(device), outputs.to(device))
         first.baselines.add(inputs, outputs)
         first.error_map.add(outputs, errors, token, position)
@@ -108,12 +109,6 @@ def second_pass(
         measured.add(context, position, row, latent, value)
         tick(stop - start)
     return samples
-
-
-def tokens_at(split: TextSplit, context: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """[B] int32 token ids of rows by their provenance."""
-    distinct, which = np.unique(context, return_inverse=True)
-    return split.contexts[distinct][which, position]
 
 
 def _places(context: np.ndarray, position: np.ndarray, positions: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from evaluate.metrics.rows import ContextTable
 
 POOL_TOKENS = 3_000_000
 """Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
-SHOWN_PROMOTED = 6
-"""Tokens: what one line of the browser has room for."""
+SHOWN_LOGITS = 8
+"""Tokens that a latent promotes, and as many that it suppresses."""
 READ = 1024
 """Stretches whose contexts are read from the store together."""
 
@@ -70,10 +70,10 @@ def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> 
         "labelFirings": labels.firings.astype(np.uint32),
         "labelPrecision": catalogue.quality.precision,
         "labelRecall": catalogue.quality.recall,
-        "promoted": strings.labels(effects.promoted[:, :SHOWN_PROMOTED]),
-        "promotedBy": effects.promoted_by[:, :SHOWN_PROMOTED],
-        "suppressed": strings.labels(effects.suppressed[:, :SHOWN_PROMOTED]),
-        "suppressedBy": effects.suppressed_by[:, :SHOWN_PROMOTED],
+        "promoted": strings.labels(effects.promoted[:, :SHOWN_LOGITS]),
+        "promotedBy": effects.promoted_by[:, :SHOWN_LOGITS],
+        "suppressed": strings.labels(effects.suppressed[:, :SHOWN_LOGITS]),
+        "suppressedBy": effects.suppressed_by[:, :SHOWN_LOGITS],
         "effectHistogram": log_levels(effects.histogram),
         "effectEdges": effects.edges,
         "likeRandom": effects.like_random.astype(np.uint8),
