@@ -77,9 +77,12 @@ class LogitEffects:
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> LogitEffects:
         """The inverse of `arrays`."""
-        chance = arrays["chance"]
-        single = {"left_out": int(arrays["left_out"][0]), "chance": Chance(*chance.tolist()) if chance.size else None}
-        return cls(**{each.name: single[each.name] if each.name in single else arrays[each.name] for each in fields(cls)})
+        columns = {
+            each.name: arrays[each.name] for each in fields(cls) if each.name not in ("left_out", "chance")
+        }
+        left_out, chance = arrays["left_out"], arrays["chance"]
+        known = Chance(*chance.tolist()) if chance.size else None
+        return cls(**columns, left_out=int(left_out[0]), chance=known)
 
     @property
     def like_random(self) -> np.ndarray:
