@@ -203,7 +203,7 @@ class EffectMetrics(Record):
     promoted_in_text: float | None
     """share of the promoted tokens that occur in the evaluated split's text"""
     left_out: int
-    """tokens of the vocabulary that are promoted by none, as hardly anything was learnt of them"""
+    """tokens of the vocabulary that do not occur in the store's text: none of them is listed as promoted"""
     like_random: int
     """living latents whose effect is no more peaked than those of random directions"""
     limit: float
