@@ -4,9 +4,10 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.comparison.records import Comparison
 from evaluate.model.records import ModelMetrics
 from evaluate.prompt.records import Prompt
-from evaluate.records import Comparison, Metrics, Record
+from evaluate.records import Metrics, Record
 
 DOCUMENT = Path(__file__).with_name("outputs.md")
 FILES = {

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
-from common.numbers import number_or_dash, percent_or_dash
+from common.numbers import number_or_dash, percent_or_dash, with_error
 from common.settings import Settings
+from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.report.console import plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
 
 if TYPE_CHECKING:  # --help does not wait for the records
-    from evaluate.records import Metrics
+    from evaluate.records import LanguageMetrics, Metrics
+    from evaluate.report.sides import Side
 
 NOTHING_NEW = "nothing has changed since the last evaluation: nothing was measured again"
 COLOURS = {"good": "green", "moderate": "yellow", "poor": "red", "unknown": "dim", "info": "cyan"}
@@ -59,21 +62,27 @@ def main() -> None:
         if of_several and not fresh:
             print(NOTHING_NEW)
         else:
-            show(settings, metrics, fresh, Console())
+            show(settings, metrics, fresh, console())
 
     over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
 
 
 def _lines(settings: Settings) -> list[dict[str, str]]:
     """What the table of several layers says of one that is evaluated."""
+    from common.files import sha256
     from evaluate.files import finished
+    from evaluate.kept.evaluations import evaluation_on
+    from shards import Store
     from train.record import latest, step_of
     from train.snapshot import folder_of
+    from transcoder.weights import FILE_NAME
 
     run_dir = settings.run_dir()
     if settings.evaluate.checkpoint and (newest := latest(run_dir)):
         run_dir = folder_of(run_dir, step_of(newest))
-    metrics = finished(run_dir / "evaluation")
+    fingerprint = Store.of(settings).manifest.fingerprint
+    digest = sha256(run_dir / FILE_NAME)
+    metrics = finished(evaluation_on(run_dir, digest, fingerprint, settings.evaluate.split))
     if metrics is None:
         return []
     last = metrics.prefixes[-1]
@@ -85,19 +94,29 @@ def _lines(settings: Settings) -> list[dict[str, str]]:
             "dead %": f"{100 * last.dead_fraction:.1f}",
             "over 10 %": f"{100 * last.over_10_percent_fraction:.1f}",
             "CE recovered": percent_or_dash(language and language.recovered_zero),
+            "CE increase": _increase(language),
         }
     ]
 
 
+def _increase(language: LanguageMetrics | None) -> str:
+    """Of the cross-entropy, with its standard error."""
+    known = language is not None and language.increase is not None
+    return with_error(language.increase, language.increase_error) if known else "-"
+
+
 def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
     """The short table, the verdicts and the paths."""
+    from evaluate.kept.evaluations import MAIN, find, read_all
+    from evaluate.report.sides import sides
     from evaluate.subject import checkpoint_note
     from train.log import where
     from train.record import went_on
 
     table = table_of(
         rows_of(metrics.rows, metrics.provenance.split),
-        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %"),
+        ("prefix", "latents", "FVU", "L0", "threshold", "dead %", "over 10 %")
+        + ("CE increase",) * (metrics.cross_entropy.skipped is None),
     )
     for g, prefix in enumerate(metrics.prefixes):
         table.add_row(
@@ -108,6 +127,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
             f"{prefix.threshold:.3g}",
             f"{100 * prefix.dead_fraction:.1f}",
             f"{100 * prefix.over_10_percent_fraction:.1f} % {prefix.over_10_percent_verdict}",
+            *[_increase(prefix.cross_entropy)] * (metrics.cross_entropy.skipped is None),
         )
     console.print(table)
     for verdict in verdicts(metrics):
@@ -136,9 +156,34 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
         )
     plain(console, f"store  {settings.store_path(settings.layer)}")
     plain(console, f"run    {run_dir}")
-    plain(console, f"report {run_dir / 'evaluation' / 'report.html'}")
+    there = read_all(run_dir)
+    evaluation = find(there, metrics.provenance)
+    plain(console, f"report {(evaluation.folder if evaluation else run_dir / MAIN) / 'report.html'}")
+    beside(sides(there, metrics.provenance.weights_sha256), console)
     for line in where(run_dir):
         plain(console, line)
+
+
+def beside(shown: Sequence[Side], console: Console) -> None:
+    """The run's evaluations side by side, where there are several: the full dictionary, differences in brackets."""
+    if len(shown) < 2:
+        return
+    first = shown[0].prefix(-1)
+    columns = ("measured on", "rows", "FVU", "L0", "dead %", "CE increase")
+    table = table_of("the same weights on other rows", columns)
+    table.columns[0].justify = "left"
+    for each in shown:
+        prefix = each.prefix(-1)
+        change = None if each is shown[0] or None in (prefix.fvu, first.fvu) else prefix.fvu - first.fvu
+        table.add_row(
+            each.name,
+            f"{each.rows:,}",
+            number_or_dash(prefix.fvu) + ("" if change is None else f" ({change:+.3f})"),
+            f"{prefix.l0:.1f}",
+            f"{100 * prefix.dead_fraction:.1f}",
+            _increase(prefix.cross_entropy),
+        )
+    console.print(table)
 
 
 if __name__ == "__main__":

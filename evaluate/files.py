@@ -1,12 +1,7 @@
 """metrics.json and the folder it stands in: read with one-line errors, written whole or not at all."""
 
 import json
-import shutil
-import sys
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -14,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError, first_line
 from common.files import write_whole
-from evaluate.records import BaselineMetrics, Metrics, Provenance, Record, Results
+from evaluate.records import Metrics, Record
 from train.log import LogLine, log_lines
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Raised by hand with every change of what is measured or how the page shows it: an evaluation of another version is
 done again. (A digest of the source did that before; a comment in the style sheet measured everything again.)"""
 
@@ -26,25 +21,33 @@ LATENTS, CONTEXTS = "latents.safetensors", "contexts.safetensors"
 """What is known of each latent, and the rows that are shown of it: beside metrics.json."""
 
 
-class _Asked(BaseModel):
+class Asked(BaseModel):
     """What an evaluation of any version answers, as far as it says so."""
 
     split: str | None = None
-    rows: int | None = None
+    rows: int = 0
     cross_entropy_tokens: int = 0
     store_fingerprint: str = ""
+    weights_sha256: str = ""
+    metrics_version: int = 0
 
 
 class _Language(BaseModel):
     skipped: str | None = ""
 
 
-class _Done(BaseModel):
+class Done(BaseModel):
     """What is read of an evaluation of any version."""
 
-    provenance: _Asked | None = None
+    provenance: Asked | None = None
     cross_entropy: _Language | None = None
     files: list[str] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were requested for the cross-entropy, where it was measured; otherwise 0."""
+        measured = self.cross_entropy is not None and self.cross_entropy.skipped is None
+        return self.provenance.cross_entropy_tokens if measured and self.provenance else 0
 
 
 def read_json(path: Path, remedy: str) -> dict[str, object]:
@@ -77,7 +80,7 @@ def complete(folder: Path) -> dict[str, object] | None:
     if values is None:
         return None
     try:
-        evaluation = _Done.model_validate(values)
+        evaluation = Done.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_first(error)}; {remedy}") from error
     there = all((folder / name).exists() for name in evaluation.files)
@@ -105,9 +108,10 @@ def _first(error: ValidationError) -> str:
 
 
 def is_of(folder: Path, weights_sha256: str) -> bool:
-    """Whether there is a complete evaluation, of any version, of the weights with this digest."""
+    """Whether there is a complete evaluation, of this version, of the weights with this digest."""
     provenance = (complete(folder) or {}).get("provenance")
     known = isinstance(provenance, dict) and provenance.get("weights_sha256") == weights_sha256
+    known = known and provenance.get("metrics_version") == METRICS_VERSION
     return known and (folder / LATENTS).is_file()
 
 
@@ -120,77 +124,3 @@ def latents_of(folder: Path, *names: str) -> list[np.ndarray]:
         raise InputError(
             f"{folder / LATENTS}: damaged ({first_line(error)}); remove {folder} and evaluate again (make evaluate)"
         ) from error
-
-
-def kept_place(folder: Path, values: Mapping[str, object]) -> Path:
-    """Where a complete evaluation goes when `folder` is needed for one of other rows: named after what was asked."""
-    evaluation = _Done.model_validate(values)
-    provenance = evaluation.provenance or _Asked()
-    measured = evaluation.cross_entropy is not None and evaluation.cross_entropy.skipped is None
-    tokens = provenance.cross_entropy_tokens if measured else 0
-    return folder.with_name("evaluations") / (
-        f"{provenance.split}-{provenance.rows}_rows-{tokens}_tokens-{provenance.store_fingerprint[:8]}"
-    )
-
-
-class Evaluation(NamedTuple):
-    """A complete evaluation, and where it is."""
-
-    folder: Path
-    metrics: Metrics
-
-
-def find(folder: Path, provenance: Provenance) -> Evaluation | None:
-    """The complete evaluation of just this provenance: in `folder`, or one that is kept; none where there is none.
-
-    One that lacks a field of this version is none: it is measured again.
-    """
-    for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
-        values = complete(each)
-        if values is None or values["provenance"] != provenance.written():
-            continue
-        with suppress(ValidationError):
-            return Evaluation(each, Metrics.model_validate(values))
-    return None
-
-
-def baselines_before(runs: Path, provenance: Provenance) -> BaselineMetrics | None:
-    """The mean and the linear map as any run below `runs` was measured beside them, on the same rows of this store."""
-    wanted = (provenance.store_fingerprint, provenance.split, provenance.rows)
-    for folder in sorted([*runs.glob("*/evaluation"), *runs.glob("*/evaluations/*")]):
-        with suppress(InputError):  # of another version, or damaged: it was looked at, not asked for
-            metrics = finished(folder)
-            of = metrics and metrics.provenance
-            if (
-                metrics
-                and of
-                and (of.store_fingerprint, of.split, of.rows) == wanted
-                and metrics.baselines.linear
-            ):
-                return metrics.baselines
-    return None
-
-
-def make_room(folder: Path, results: Results | None = None) -> None:
-    """Keep the evaluation in `folder` if it is none that `results` (none: any) are the answer to the same question as.
-
-    The caller holds the run's lock. What was kept of the same question before gives way.
-    """
-    evaluation = complete(folder)
-    if evaluation is None or (
-        results is not None and kept_place(folder, evaluation) == kept_place(folder, results.written())
-    ):
-        return
-    kept = kept_place(folder, evaluation)
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.parent.mkdir(exist_ok=True)
-    folder.replace(kept)
-    print(f"the evaluation that was in {folder} is kept in {kept}", file=sys.stderr)
-
-
-def bring_back(kept: Path, folder: Path) -> None:
-    """Put a kept evaluation where the present one stands, which is kept in its turn."""
-    make_room(folder)
-    if folder.exists():
-        shutil.rmtree(folder)  # what a killed evaluation has left
-    kept.replace(folder)

@@ -31,6 +31,7 @@ def push(run_dir: Path, address: str, name: str | None = None) -> None:
 def write(run_dir: Path, folder: Path, address: str, name: str | None = None) -> str:
     """Write what `push` publishes into `folder`; returns the commit's message."""
     from evaluate.files import finished
+    from evaluate.kept.evaluations import main_evaluation
     from evaluate.report.card import card
     from transcoder import Transcoder, weights
     from transcoder.public import last_part, published
@@ -38,8 +39,9 @@ def write(run_dir: Path, folder: Path, address: str, name: str | None = None) ->
     transcoder = Transcoder.load(run_dir)
     if "training" not in transcoder.metadata:
         raise InputError(f"{run_dir}: was imported, not trained here; push the original")
-    metrics = finished(run_dir / "evaluation")
-    if metrics is None or metrics.provenance.weights_sha256 != sha256(run_dir / weights.FILE_NAME):
+    digest = sha256(run_dir / weights.FILE_NAME)
+    metrics = finished(main_evaluation(run_dir, digest))
+    if metrics is None or metrics.provenance.weights_sha256 != digest:
         raise InputError(
             f"{run_dir}: the card needs the evaluation of these weights; evaluate it (make evaluate)"
         )
@@ -73,6 +75,11 @@ def main() -> None:
     settings = asked.settings(asked.layers(weights.n_layers))
     of_several = len(settings.layers) > 1
     settings = weights.chosen_run(settings, asked.arguments.run, every_layer=of_several)
+    if asked.arguments.pages and not of_several:
+        raise InputError(
+            "command line: --pages: circuit-tracer's feature pages are of a set of layers, found one layer; give "
+            "several (LAYER=all), or leave --pages out"
+        )
     if of_several:
         from evaluate.model.push import push_set
 

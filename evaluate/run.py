@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,28 +14,54 @@ from common.progress import progress
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.files import (
-    CONTEXTS,
-    LATENTS,
-    METRICS_VERSION,
+from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, Asked, Done, read_lines, write_record
+from evaluate.kept.evaluations import (
+    Evaluation,
+    There,
     baselines_before,
-    bring_back,
     find,
     make_room,
-    read_lines,
-    write_record,
+    place,
+    read_all,
+    remove_answered,
+    settle,
+    with_language,
 )
+from evaluate.kept.language import FILE as LANGUAGE
+from evaluate.kept.language import read_language, save_language
+from evaluate.labels.choose import choose
+from evaluate.labels.effects import effect_metrics, tokens_in
+from evaluate.labels.measured import Measured
+from evaluate.labels.words import Words
 from evaluate.metrics.baselines import Baselines, fit_ridge
-from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
+from evaluate.metrics.catalogue import (
+    Catalogue,
+    catalogue,
+    group_summaries,
+    label_metrics,
+    splitting,
+    tensors,
+)
 from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.nesting import one_group
-from evaluate.records import Checkpoint, LatentMetrics, Metrics, OneGroupMetrics, Provenance, Results
+from evaluate.notes import Note, notes_of
+from evaluate.records import (
+    Checkpoint,
+    LatentMetrics,
+    Metrics,
+    NotMeasured,
+    OneGroupMetrics,
+    Provenance,
+    Results,
+)
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
-from evaluate.report.report import write_report
+from evaluate.report.report import renew_notes, write_report
+from evaluate.report.sides import changed_pages, show_beside
+from evaluate.report.training import training_of
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
 from shards.store import StoreSplit, read_tokenizer
@@ -53,11 +80,20 @@ class Job:
     run_dir: Path
     n_rows: int
     provenance: Provenance
+    notes: Mapping[int, Note]
+    """What a person says of its latents."""
 
     @property
-    def folder(self) -> Path:
-        """Where the evaluation is written."""
-        return self.run_dir / "evaluation"
+    def own(self) -> bool:
+        """Whether it is of the held-out rows of the store that the run was trained on: the main evaluation.
+
+        Where that store holds none out, of its train rows; a transcoder that does not say what it was trained on
+        belongs to the harvest without a name.
+        """
+        known, store = self.provenance.trained_on_this_store, self.store
+        trained_here = known or (known is None and not self.settings.harvest_name)
+        main = "heldout" if len(store.heldout) else "train"
+        return trained_here and self.provenance.split == main and not self.provenance.mismatch
 
     @property
     def split(self) -> StoreSplit:
@@ -69,34 +105,94 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
     Nothing is done again when weights, store, settings, the sibling without nesting and the code that measures are
-    those of the last time. An evaluation of another split, store, number of rows, or with the cross-entropy that this
-    one is without, is kept in <run>/evaluations, and is back in its place when it is asked for again.
-    `ce_tokens`: tokens of the cross-entropy measurement, 0 for none.
+    those of the last time. Where each evaluation of a run is: evaluate/kept/evaluations.py.
+    `ce_tokens`: tokens of the cross-entropy measurement, 0 for none; one that was measured before is kept then.
     """
     job = prepare(settings, ce_tokens)
     flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
-    compared = {"one_group_sha256": flat and flat.weights_sha256}
-    job = replace(job, provenance=job.provenance.model_copy(update=compared))
-    earlier = find(job.folder, job.provenance)
-    if earlier is not None and earlier.folder != job.folder:
-        with _lock(job):
-            earlier = find(job.folder, job.provenance)  # another evaluation may have moved it
-            if earlier is not None and earlier.folder != job.folder:
-                bring_back(earlier.folder, job.folder)
-    if earlier is not None:
-        return earlier.metrics, False
+    there = read_all(job.run_dir)
+    job = replace(job, provenance=_asked(job.provenance, flat, there))
+    earlier = find(there, job.provenance)
+    lacking = earlier is not None and _baselines_are_back(earlier, job)
+    if earlier and not lacking and (earlier.tokens or not job.provenance.cross_entropy_tokens):
+        return _settled(job, earlier, there), False
     coder, select = load_coder(job), _training_selection(job.run_dir)
+    language = _language(job, coder, there)
+    if earlier and not lacking and isinstance(language.cross_entropy, NotMeasured):
+        return _settled(job, earlier, there), False  # the language model cannot be had, as the last time
+    _tell_version(job.provenance, there)
     log = read_lines(settings.run_dir() / "metrics.jsonl")
-    language = measure_language(settings, job.store, job.split, coder, ce_tokens)
     results, latent_catalogue = _measure(job, coder, select, language, flat)
+    with _lock(job, "another evaluation is writing it"):
+        folder = place(job.run_dir, results, job.own)
+        remove_asides(folder)
+        make_room(folder, results)
+        metrics = _write(folder, job, results, latent_catalogue, language, log)
+        remove_answered(job.run_dir, Evaluation(folder, metrics))
+        show_beside(read_all(job.run_dir), job.provenance.weights_sha256)
+    return metrics, True
+
+
+def _lock(job: Job, refusal: str | None = None) -> AbstractContextManager[None]:
+    """Of who writes an evaluation of the run; without a refusal it is waited for."""
+    return locked(job.run_dir / ".evaluation", refusal and f"{job.run_dir}: {refusal}")
+
+
+def _asked(of: Provenance, flat: OneGroupMetrics | None, there: There) -> Provenance:
+    """With the sibling without nesting; where no cross-entropy is asked for, with the one that was measured before."""
+    known = with_language(there, of)
+    tokens = of.cross_entropy_tokens or (known.tokens if known else 0)
+    return of.model_copy(
+        update={"one_group_sha256": flat and flat.weights_sha256, "cross_entropy_tokens": tokens}
+    )
+
+
+def _language(job: Job, coder: Transcoder, there: There) -> Language:
+    """What the language model says of these weights on this text: as it said before, or asked now."""
+    if known := with_language(there, job.provenance):
+        return read_language(known)
+    return measure_language(job.settings, job.store, job.split, coder, job.provenance.cross_entropy_tokens)
+
+
+def _baselines_are_back(earlier: Evaluation, job: Job) -> bool:
+    """Whether an evaluation lacks the baselines, and they can be had: the train rows are there again, or another run's
+    evaluation has them."""
+    if earlier.metrics.baselines.linear is not None:
+        return False
+    return (
+        not job.store.train.removed
+        or baselines_before(job.settings.run_dir().parent, job.provenance) is not None
+    )
+
+
+def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
+    """What was measured before, in its place, and shown beside the run's other evaluations."""
+    folder = place(job.run_dir, earlier.metrics, job.own)
+    if earlier.folder == folder and not changed_pages(there, job.provenance.weights_sha256):
+        renew_notes(folder / "report.html", job.notes)
+        return earlier.metrics
     with _lock(job):
-        remove_asides(job.folder)
-        make_room(job.folder, results)
-        return _write(job, results, latent_catalogue, log), True
+        there = read_all(job.run_dir)
+        if again := find(there, job.provenance):
+            settle(again, place(job.run_dir, again.metrics, job.own))
+            there = read_all(job.run_dir)
+        show_beside(there, job.provenance.weights_sha256)
+        renew_notes(folder / "report.html", job.notes)
+    return earlier.metrics
 
 
-def _lock(job: Job) -> AbstractContextManager[None]:
-    return locked(job.run_dir / ".evaluation", f"{job.folder}: another evaluation is writing it")
+def _tell_version(of: Provenance, there: There) -> None:
+    """Say that an evaluation of another version is measured again."""
+    for folder, values in there:
+        before = Done.model_validate(values).provenance or Asked()
+        same = {"weights_sha256", "store_fingerprint", "split", "rows"}
+        alike = before.model_dump(include=same) == of.model_dump(include=same)
+        if alike and before.metrics_version != METRICS_VERSION:
+            print(
+                f"{folder}: of version {before.metrics_version} of the evaluation, this is {METRICS_VERSION}: "
+                "measured again",
+                file=sys.stderr,
+            )
 
 
 def prepare(settings: Settings, ce_tokens: int) -> Job:
@@ -139,7 +235,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         metrics_version=METRICS_VERSION,
         **optional,
     )
-    return Job(settings, store, run_dir, n_rows, provenance)
+    notes = notes_of(run_dir, settings.layer, metadata["prefix_ends"][-1])
+    return Job(settings, store, run_dir, n_rows, provenance, notes)
 
 
 def load_coder(job: Job) -> Transcoder:
@@ -183,11 +280,13 @@ def _measure(
     baselines = baselines_for(job)
     with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
+    measurement, words = first.measurement, Words(text, split.contexts)
+    firings = measurement.prefixes[-1].firing.firings.numpy()
+    measured = Measured(choose(first.sampled, firings, split, job.n_rows, words), split.contexts, words)
     with progress("contexts", job.n_rows, "rows") as bar:
-        samples = second_pass(coder, split, job.n_rows, first, bar.update)
+        samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends)
-    measurement = first.measurement
+    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends, measured)
     results = Results(
         rows=measurement.deviation.rows,
         prefixes=measurement.result(language.prefixes),
@@ -195,6 +294,10 @@ def _measure(
             **dict(measurement.prefixes[-1].firing.result()),
             groups=group_summaries(latent_catalogue, coder.prefix_ends),
             splitting=splitting(latent_catalogue),
+            labels=label_metrics(latent_catalogue),
+            effects=effect_metrics(
+                language.effects, latent_catalogue.firings, tokens_in(split.contexts, text.size)
+            ),
             coactivation_rows=first.coactivation.rows,
         ),
         baselines=first.baselines.result(measurement.deviation.total, flat),
@@ -206,21 +309,30 @@ def _measure(
     return results, latent_catalogue
 
 
-def _write(job: Job, results: Results, latent_catalogue: Catalogue, log: list[LogLine]) -> Metrics:
+def _write(
+    folder: Path,
+    job: Job,
+    results: Results,
+    latent_catalogue: Catalogue,
+    language: Language,
+    log: list[LogLine],
+) -> Metrics:
     """Plots, page, per-latent tensors; metrics.json last, so that it stands for a complete evaluation."""
-    folder, text = job.folder, TokenText(read_tokenizer(job.store.tokenizer_path))
-    folder.mkdir(exist_ok=True)
-    for old in (folder / "metrics.json", *folder.glob("*.png")):
+    text = TokenText(read_tokenizer(job.store.tokenizer_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "metrics.json", folder / LANGUAGE, *folder.glob("*.png")):
         old.unlink(missing_ok=True)
     drawn = draw(results, latent_catalogue, log, folder)
-    write_report(
-        folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
-    )
+    data = page_data(latent_catalogue, job.split.contexts, text)
+    write_report(folder / "report.html", results, data, drawn, training_of(job.run_dir), job.notes)
     provenance = json.dumps(results.provenance.written())
     save_tensors(folder / LATENTS, tensors(latent_catalogue), {"provenance": provenance})
     samples = latent_catalogue.samples.tensors(len(latent_catalogue.group), job.split.contexts.shape[1])
     save_tensors(folder / CONTEXTS, samples, {"provenance": provenance})
     files = ["report.html", LATENTS, CONTEXTS, *(each.plot.file for each in drawn)]
+    if language.by_context:
+        save_language(folder, language, results.provenance.written())
+        files.append(LANGUAGE)
     metrics = Metrics(**dict(results), files=files)
     write_record(folder / "metrics.json", metrics)
     return metrics

@@ -10,11 +10,11 @@ from common.errors import InputError
 from common.files import size_of
 from common.numbers import number_or_dash
 from evaluate.files import finished
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.stores import print_table
 from shards.plan import human
 
 COLUMNS: tuple[str, ...] = (
-    "model",
     "layer",
     "run",
     "rows",
@@ -77,18 +77,19 @@ def _trained(run_dir: Path) -> dict[str, str]:
         line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
     line["evaluated"] = "no" if settings else "no (imported)"
     try:
-        metrics = finished(run_dir / "evaluation")
+        evaluation = main_evaluation(run_dir)
+        metrics = finished(evaluation)
     except InputError as error:
-        why = str(error).removeprefix(f"{run_dir / 'evaluation' / 'metrics.json'}: ")
+        why = str(error).split("/metrics.json: ", 1)[-1]
         return line | {"evaluated": f"cannot be read: {why}"}
     if metrics is None:
         return line
-    if (run_dir / weights.FILE_NAME).stat().st_mtime > (
-        run_dir / "evaluation" / "metrics.json"
-    ).stat().st_mtime:
+    if (run_dir / weights.FILE_NAME).stat().st_mtime > (evaluation / "metrics.json").stat().st_mtime:
         return line | {"evaluated": "before it was trained on"}
-    last, split = metrics.prefixes[-1], metrics.provenance.split
+    last, split, own = metrics.prefixes[-1], metrics.provenance.split, metrics.provenance.trained_on_this_store
     line |= _numbers(last.fvu, last.l0, last.dead_fraction)
+    if own is False:
+        return line | {"evaluated": "on another harvest"}
     return line | {"evaluated": "yes" if split == "heldout" else f"on {split} rows"}
 
 

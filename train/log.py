@@ -234,8 +234,9 @@ def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]
 
 
 def evaluation_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Every number of every prefix, by a flat name."""
-    split = metrics["provenance"]["split"]
+    """Every number of every prefix, by a flat name; of another harvest under its text's, so that both stay."""
+    of = metrics["provenance"]
+    split = of["split"] if of.get("trained_on_this_store") is not False else f"{of['dataset']}/{of['split']}"
     scalars: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
     for g, prefix in enumerate(metrics["prefixes"]):
         language = prefix.get("cross_entropy") or {}

@@ -7,7 +7,7 @@ beginning of the text, special tokens) keep their own MLP output, as the transco
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -49,14 +49,21 @@ class Loss:
     """KL(clean || spliced)"""
     agreed: int = 0
     """Positions whose likeliest token is the clean model's."""
+    contexts: list[np.ndarray] = field(default_factory=list, compare=False)
+    """Cross-entropy of each context's predicted positions, [T - 1] float32."""
+
+    def add_context(self, nats: np.ndarray) -> None:
+        """The cross-entropy [T - 1] of the next context."""
+        self.contexts.append(nats)
+        self.positions += len(nats)
+        self.cross_entropy += float(torch.from_numpy(nats).double().sum())
 
     def add(self, clean: Clean, logits: Tensor, tokens: Tensor) -> None:
         """`logits` [b, T, V], `tokens` [b, T]: position t predicts token t + 1. One context at a time."""
         said = zip(clean.p, clean.negative_entropy, clean.top, logits, tokens, strict=True)
         for p, negative_entropy, top, q, own in said:
             log_q = log_softmax(q[:-1].float(), -1)
-            self.positions += len(log_q)
-            self.cross_entropy -= float(log_q.gather(1, own[1:, None]).double().sum())
+            self.add_context(-log_q.gather(1, own[1:, None])[:, 0].cpu().numpy())
             self.divergence += float((negative_entropy - torch.linalg.vecdot(p, log_q)).double().sum())
             self.agreed += int((q[:-1].argmax(-1) == top).sum())
 
@@ -147,7 +154,22 @@ def summary(losses: Mapping[str, Loss], name: str) -> LanguageMetrics:
 
     return LanguageMetrics(
         cross_entropy=ce[name],
+        increase=ce[name] - ce["clean"],
+        increase_error=standard_error(by_context(own) - by_context(losses["clean"])),
         kl=own.divergence / max(own.positions, 1),
         recovered_zero=recovered("zero"),
         recovered_mean=recovered("mean"),
     )
+
+
+def by_context(loss: Loss) -> np.ndarray:
+    """[contexts] mean cross-entropy of each, float64."""
+    return np.array([nats.mean(dtype=np.float64) for nats in loss.contexts])
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of `values`: their standard deviation (n - 1) over the root of n; none for fewer than two.
+
+    What is counted is contexts: the positions of one depend on each other.
+    """
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.kept.losses import agree
 from evaluate.metrics.splice import Clean, Loss, Replacement, batches, continued
 from evaluate.model.layer_set import LayerSet
 from harvest.lm import LanguageModel
@@ -49,26 +50,36 @@ def measure(
     contexts: np.ndarray,
     n_part: int,
     tick: Callable[[int], object],
+    kept: Mapping[str, Loss] | None = None,
 ) -> Measured:
     """All figures of `contexts` [n, T] token ids; cumulative and with error terms on the first `n_part` of them.
 
     `means`: the mean output [D] of each layer. `tick` is called with the tokens of each pass, of one that starts
-    further up with the share of them that it costs; they add up to `passes`.
+    further up with the share of them that it costs; they add up to `passes`. `kept`: the model's own losses on these
+    contexts, measured before; they are measured again if the first batch's are others.
     """
     names = [CLEAN, ZERO, MEAN, *map(str, range(layer_set.n_prefixes))]
     found = Measured({name: Loss() for name in names})
     for number, block in _parts(model, contexts, n_part):
         step = _Step(model, layer_set, block, found, tick)
-        step.ablations(means)
+        if number == 0 and kept and not agree(kept[CLEAN], found.whole[CLEAN]):
+            kept = None
+        if not kept:
+            step.ablations(means)
         for g in range(layer_set.n_prefixes):
             step.prefix(g, whole=number < n_part)
+    if kept:
+        found.whole |= {name: kept[name] for name in (ZERO, MEAN)}
     return found
 
 
-def passes(model: LanguageModel, layer_set: LayerSet, n: int, n_part: int, length: int) -> int:
+def passes(
+    model: LanguageModel, layer_set: LayerSet, n: int, n_part: int, length: int, kept: bool = False
+) -> int:
     """Tokens that `measure` runs through the model, counting a pass that starts further up by its share."""
     above = sum(_share(model, layer + 1) for layer in layer_set.layers[:-1])
-    return round(length * (n * (3 + layer_set.n_prefixes) + n_part * layer_set.n_prefixes * (1 + above)))
+    whole, part = 1 + 2 * (not kept) + layer_set.n_prefixes, layer_set.n_prefixes * (1 + above)
+    return round(length * (n * whole + n_part * part))
 
 
 def _parts(model: LanguageModel, contexts: np.ndarray, n_part: int) -> Iterator[tuple[int, np.ndarray]]:

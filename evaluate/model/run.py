@@ -12,6 +12,7 @@ from common.files import locked, remove_asides, sha256
 from common.progress import progress
 from common.settings import Settings
 from evaluate.files import finished, read_json, write_record
+from evaluate.kept.evaluations import Evaluation, evaluation_on
 from evaluate.metrics.language import language_model
 from evaluate.model.layer_set import LayerSet, open_set
 from evaluate.model.page import draw_plots, write_page
@@ -44,10 +45,7 @@ def describe(settings: Settings, tokens: int, whole: bool = False) -> tuple[Mode
     digests = {layer: sha256(settings.of_layer(layer).run_dir() / FILE_NAME) for layer in found.layers}
     folder = settings.set_dir()
     metrics = evaluations(settings, found, digests)
-    layers = [
-        layer_metrics(layer, each, settings.of_layer(layer).run_dir() / "evaluation", folder)
-        for layer, each in metrics.items()
-    ]
+    layers = [layer_metrics(layer, each.metrics, each.folder, folder) for layer, each in metrics.items()]
     provenance = _provenance(settings, found, digests, tokens)
     earlier = read(folder)
     same = earlier is not None and earlier.provenance == provenance
@@ -70,19 +68,22 @@ def describe(settings: Settings, tokens: int, whole: bool = False) -> tuple[Mode
         return _write(folder, result), True
 
 
-def evaluations(settings: Settings, found: LayerSet, digests: Mapping[int, str]) -> dict[int, Metrics]:
+def evaluations(settings: Settings, found: LayerSet, digests: Mapping[int, str]) -> dict[int, Evaluation]:
     """Each layer's evaluation, of just these weights and stores.
 
     Raises `InputError` that names every layer without one, and the command that makes them.
     """
-    metrics: dict[int, Metrics] = {}
+    metrics: dict[int, Evaluation] = {}
     lacking: dict[str, list[int]] = {}
     for layer in found.layers:
-        each = finished(settings.of_layer(layer).run_dir() / "evaluation")
+        fingerprint = found.stores[layer].manifest.fingerprint
+        run_dir = settings.of_layer(layer).run_dir()
+        place = evaluation_on(run_dir, digests[layer], fingerprint, settings.evaluate.split)
+        each = finished(place)
         if why := _unfit(each, found, layer, digests[layer], settings.evaluate.split):
             lacking.setdefault(why, []).append(layer)
         elif each is not None:
-            metrics[layer] = each
+            metrics[layer] = Evaluation(place, each)
     if lacking:
         said = "; ".join(f"layer {' '.join(map(str, layers))} {why}" for why, layers in lacking.items())
         which = " ".join(map(str, sorted(layer for layers in lacking.values() for layer in layers)))
@@ -149,8 +150,9 @@ def _measure(
 ) -> ReplacedMetrics | NotMeasured:
     if tokens == 0:
         return NotMeasured(skipped="it was not asked for")
-    from evaluate.model.losses import replaced_metrics  # these import transformers, which takes seconds
-    from evaluate.model.replaced import measure, passes
+    from evaluate.kept.losses import OwnLosses  # these import transformers, which takes seconds
+    from evaluate.model.losses import replaced_metrics
+    from evaluate.model.replaced import CLEAN, MEAN, ZERO, measure, passes
 
     contexts = _contexts(found, splits[found.layers[0]], tokens)
     n_part = -(-len(contexts) // PART)
@@ -158,13 +160,18 @@ def _measure(
     model = language_model(settings.model, found.stores[found.layers[0]].manifest.source)
     coders = {layer: coder.to(model.device) for layer, coder in found.coders.items()}
     on_device = LayerSet(found.name, found.stores, coders)
-    total = passes(model, on_device, len(contexts), n_part, contexts.shape[1])
+    first, stores = settings.of_layer(found.layers[0]), [*found.stores.values()]
+    own = OwnLosses.of(first, stores, contexts, [*means.values()], model.device)
+    kept = own.read()
+    total = passes(model, on_device, len(contexts), n_part, contexts.shape[1], kept is not None)
     moved = {layer: mean.to(model.device) for layer, mean in means.items()}
     try:
         with progress(f"{len(coders)} MLPs replaced", total, "tokens") as bar:
-            measured = measure(model, on_device, moved, contexts, n_part, bar.update)
+            measured = measure(model, on_device, moved, contexts, n_part, bar.update, kept)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written; the same command begins again") from None
+    if kept is None or measured.whole[ZERO] is not kept[ZERO]:
+        own.keep({name: measured.whole[name] for name in (CLEAN, ZERO, MEAN)})
     return replaced_metrics(measured, layers, (len(contexts), n_part))
 
 

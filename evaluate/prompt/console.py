@@ -96,6 +96,8 @@ def _names(layer: PromptLayer, rows: int) -> list[str]:
         if known.density is None:
             return ["no labels: this layer's run has no evaluation (make evaluate)"]
         words = " ".join(_word(each) for each in known.label[:4])
+        if known.note:
+            words = f"{printable(known.note)}; {words}"
         lines.append(f"  {latent:>6}  group {known.group}, {percent(known.density)} % of rows: {words}")
     return lines
 

@@ -3,7 +3,7 @@
 Shapes: T tokens of a context, n of them with a row, D model width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from common.errors import InputError
 from common.files import sha256
 from common.tokens import TokenText
 from evaluate.files import is_of, latents_of
+from evaluate.kept.evaluations import main_evaluation
+from evaluate.labels.read import label_words
+from evaluate.notes import Note, notes_of
 from evaluate.prompt.next_token import NORM, directions, following
 from evaluate.prompt.records import ActiveLatent, NamedLatent, PromptLayer, PromptToken
 from evaluate.reader import Reader
@@ -232,19 +235,26 @@ def _error_shares(reader: Reader, inputs: Tensor, outputs: Tensor) -> list[list[
 
 
 def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedLatent]:
-    """Group of each latent, and where these weights were evaluated its density and label."""
+    """Group of each latent and a person's note, and where these weights were evaluated its density and label."""
     ends = reader.transcoder.prefix_ends
+    notes = notes_of(run_dir, reader.source.layer, ends[-1])
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    evaluation = run_dir / "evaluation"
-    if not is_of(evaluation, sha256(run_dir / FILE_NAME)):
-        return {latent: NamedLatent(group=group[latent]) for latent in firing}
-    density, top = latents_of(evaluation, "density", "top_tokens")
-    text = TokenText(read_tokenizer(reader.store.tokenizer_path))
+    digest = sha256(run_dir / FILE_NAME)
+    evaluation = main_evaluation(run_dir, digest)
+    if not is_of(evaluation, digest):
+        return {latent: NamedLatent(group=group[latent], **_noted(notes, latent)) for latent in firing}
+    (density,) = latents_of(evaluation, "density")
+    labels = label_words(evaluation, TokenText(read_tokenizer(reader.store.tokenizer_path)))
     return {
         latent: NamedLatent(
             group=group[latent],
             density=float(density[-1, latent]),
-            label=tuple(text.label(token) for token in top[latent].tolist() if token >= 0),
+            label=tuple(labels[latent]),
+            **_noted(notes, latent),
         )
         for latent in firing
     }
+
+
+def _noted(notes: Mapping[int, Note], latent: int) -> dict[str, str]:
+    return {"note": notes[latent].text} if latent in notes else {}

@@ -35,8 +35,10 @@ class NamedLatent(Record):
     """nesting level"""
     density: float | None = None
     """share of the evaluated rows on which it fires; left out where the layer was not evaluated"""
+    note: str = ""
+    """a person's label, of the run's notes.csv; left out where there is none"""
     label: tuple[str, ...] = ()
-    """tokens with most of its activation, heaviest first; empty where the layer was not evaluated"""
+    """words that say best where it fires; empty where the layer was not evaluated"""
 
 
 class ActiveLatent(Record):

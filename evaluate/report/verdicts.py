@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from common.numbers import with_error
 from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
 
 if TYPE_CHECKING:  # --help does not wait for the records
@@ -45,6 +46,8 @@ def verdicts(results: Results, g: int = -1) -> list[Verdict]:
             if recovered is None
             else "against zeroing the MLP's output"
         )
+        if (increase := prefix.cross_entropy.increase) is not None:
+            limit += f"; {with_error(increase, prefix.cross_entropy.increase_error)} nats per token"
         verdicts.append(Verdict("Cross-entropy recovered", value, "info", limit))
     return verdicts
 

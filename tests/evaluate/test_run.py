@@ -20,7 +20,8 @@ from common.errors import InputError
 from common.settings import ROOT, Settings
 from evaluate import runs as listing
 from evaluate.__main__ import show
-from evaluate.files import bring_back, find, finished, make_room, read_json, read_lines, write_record
+from evaluate.files import finished, read_json, read_lines, write_record
+from evaluate.kept.evaluations import find, make_room, read_all, settle
 from evaluate.records import Metrics
 from evaluate.run import evaluate as evaluate_with
 from shards import Store
@@ -82,37 +83,17 @@ def test_again_does_nothing_and_a_change_measures_again(root: Path) -> None:
     assert not fresh
     assert metrics == metrics_of(root)
     assert stamps == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    metrics, fresh = evaluate(settings_of(root, "--evaluate.rows", "700"))
-    assert fresh
-    assert metrics["rows"] == 700
     own = Transcoder.load(settings_of(root).run_dir())
     tiny_transcoder(seed=5).save(settings_of(root).run_dir())
-    assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
+    assert evaluate(settings_of(root))[1]
     (folder / "fvu.png").unlink()
-    assert evaluate(settings_of(root, "--evaluate.rows", "700"))[1]
+    assert evaluate(settings_of(root))[1]
     own.save(settings_of(root).run_dir())
     assert evaluate(settings_of(root))[1]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_the_train_split_on_request_and_the_other_is_kept(root: Path) -> None:
-    evaluate(settings_of(root))
-    run_dir = settings_of(root).run_dir()
-    heldout = contents(run_dir / "evaluation")
-    metrics, fresh = evaluate(settings_of(root, "--evaluate.split", "train"))
-    assert fresh
-    assert (metrics["rows"], metrics["provenance"]["split"]) == (2000, "train")
-    train = contents(run_dir / "evaluation")
-    (kept,) = (run_dir / "evaluations").glob("heldout-1500_rows-*")
-    assert contents(kept) == heldout
-    metrics, fresh = evaluate(settings_of(root))
-    assert not fresh
-    assert (metrics["rows"], contents(run_dir / "evaluation")) == (1500, heldout)
-    (kept,) = (run_dir / "evaluations").glob("train-*")
-    assert contents(kept) == train
+def contents(folder: Path, *without: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
 
 
 OTHERS: list[dict[str, object]] = [{"split": "train"}, {"rows": 3}, {"store_fingerprint": "d" * 64}]
@@ -122,7 +103,7 @@ OTHERS += [{"cross_entropy_tokens": 512}, {"skipped": "no model"}]
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_path: Path) -> None:
-    """Another split, number of rows, harvest, or without the cross-entropy; the same with newer weights gives way."""
+    """Another split, number of rows, harvest, or without the cross-entropy; one of the same rows gives way."""
 
     def of(**changes: object) -> Metrics:
         provenance = (
@@ -143,8 +124,9 @@ def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_pa
     assert not folder.exists()
     (kept,) = (tmp_path / "evaluations").iterdir()
     assert finished(kept) == of(weights_sha256="old")
-    assert find(folder, of(weights_sha256="old").provenance) == (kept, of(weights_sha256="old"))
-    bring_back(kept, folder)
+    found = find(read_all(tmp_path), of(weights_sha256="old").provenance)
+    assert found == (kept, of(weights_sha256="old"))
+    settle(found, folder)
     assert finished(folder) == of(weights_sha256="old")
 
 
@@ -154,7 +136,7 @@ def test_an_evaluation_that_is_there_is_read_once(root: Path, monkeypatch: pytes
         "evaluate.files.read_json", lambda path, remedy: reads.append(path) or read_json(path, remedy)
     )
     assert evaluate(settings_of(root)) == (metrics_of(root), False)
-    assert reads == [settings_of(root).run_dir() / "evaluation" / "metrics.json"]
+    assert len(reads) == len({*reads}) + 1  # once for where it belongs
 
 
 def test_that_only_the_models_name_is_another_one_is_said_once(
@@ -193,15 +175,17 @@ def test_metrics_of_another_version_are_one_line_or_measured_again(
 ) -> None:
     folder = tmp_path / "evaluation"
     folder.mkdir()
-    values = metrics_of(root) | {"files": []}
-    provenance = Metrics.model_validate(values).provenance
+    whole = metrics_of(root) | {"files": []}
+    provenance = Metrics.model_validate(whole).provenance
+    values = json.loads(json.dumps(whole))
     change(values)
     (folder / "metrics.json").write_text(json.dumps(values))
     message = r"metrics\.json: field [\w.]+: .* another version; evaluate again \(make evaluate\)$"
     with pytest.raises(InputError, match=message):
         finished(folder)
-    assert find(folder, provenance) is None
-    make_room(folder)
+    assert find(read_all(tmp_path), provenance) is None
+    of_train = provenance.model_copy(update={"split": "train"})
+    make_room(folder, Metrics.model_validate(whole).model_copy(update={"provenance": of_train}))
     (kept,) = (tmp_path / "evaluations").glob("*-0_tokens-*")
     assert json.loads((kept / "metrics.json").read_text()) == values
 

@@ -198,6 +198,8 @@ def test_evaluation_adds_its_numbers_to_the_run_that_trained(
             "evaluation/heldout/fvu/prefix_1": 0.25,
         }
     )
+    of = {"split": "heldout", "dataset": "news", "trained_on_this_store": False}
+    assert evaluation_numbers(metrics | {"provenance": of})["evaluation/news/heldout/rows"] == 7
 
 
 def test_a_resumed_offline_run_is_one_run_of_several_pieces_and_the_line_names_them(

@@ -41,7 +41,10 @@ function tokenElement(text) { return make("bdi", "token", visible(text)); }
 
 // ---- latents ----
 
-const label = (layer, latent) => (layer.latents[latent].label ?? []).slice(0, 3).map((word) => visible(word)).join(" ");
+const label = (layer, latent) => { // a person's, then the automatic one
+  const { note, label: words } = layer.latents[latent];
+  return [...(note ? [named(note) + (words ? ":" : "")] : []), ...(words ?? []).slice(0, 3).map((word) => visible(word))].join(" ");
+};
 const ofPrefix = (values) => values[Math.min(Number($("prefix").value), values.length - 1)];
 
 function shownLatents(layer, n) {

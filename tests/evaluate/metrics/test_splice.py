@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.settings import Model, Settings
-from evaluate.metrics.language import logit_effects, measure_language
-from evaluate.metrics.splice import Loss, splice, summary
+from evaluate.labels.effects import logit_effects
+from evaluate.metrics.language import measure_language
+from evaluate.metrics.splice import Loss, splice, standard_error, summary
 from evaluate.records import AblationLosses
 from harvest import lm
 from harvest.run import harvest
@@ -140,6 +141,8 @@ def test_recovered_shares_by_hand() -> None:
     losses = {name: Loss(10, 10 * ce, 2.0) for name, ce in nats.items()}
     assert summary(losses, "0").written() == {
         "cross_entropy": 3.5,
+        "increase": 0.5,
+        "increase_error": None,
         "kl": 0.2,
         "recovered_zero": 0.75,
         "recovered_mean": 0.5,
@@ -148,6 +151,22 @@ def test_recovered_shares_by_hand() -> None:
     assert summary(losses, "zero").recovered_zero == 0.0
     losses["zero"] = Loss(10, 30.0)  # an MLP that does nothing cannot be recovered
     assert summary(losses, "0").recovered_zero is None
+
+
+def test_the_standard_error_is_of_the_contexts_by_hand() -> None:
+    """Three contexts that lose 0.1, 0.2 and 0.6 nats: mean 0.3, standard deviation sqrt(0.07), over the root of 3."""
+    losses = {"clean": Loss(), "zero": Loss(), "mean": Loss(), "0": Loss()}
+    for loss in (0.1, 0.2, 0.6):
+        own = np.array([1.0, 2.0, 3.0], np.float32)
+        for name in losses:
+            losses[name].add_context(own)
+        losses["0"].contexts[-1] = own + np.array([0, 1, 2], np.float32) * np.float32(loss)
+    losses["0"].cross_entropy += 3 * (0.1 + 0.2 + 0.6)
+    measured = summary(losses, "0")
+    assert measured.increase == pytest.approx(0.3)
+    assert measured.increase_error == pytest.approx((0.07 / 3) ** 0.5, rel=1e-6)
+    assert summary(losses, "zero").increase_error == 0.0
+    assert standard_error(np.array([0.5])) is None
 
 
 def test_positions_without_a_row_are_left_alone(directory: Path) -> None:

@@ -73,6 +73,22 @@ def measured(directory: Path, layer_set: LayerSet, ids: np.ndarray, n_part: int)
     return found
 
 
+def test_the_models_own_losses_are_taken_over_if_they_are_still_its_own(relu: Path) -> None:
+    """As it is, zeroed and at the mean: two passes fewer for every batch. Other losses are measured again."""
+    model, layer_set, ids = language_model(relu), random_set((0, 1)), contexts()
+    means, ticks = {layer: MEANS[layer] for layer in layer_set.layers}, []
+    first = measure(model, layer_set, means, ids, 2, lambda _: None)
+    second = measure(model, layer_set, means, ids, 2, ticks.append, first.whole)
+    assert sum(ticks) == pytest.approx(passes(model, layer_set, len(ids), 2, ids.shape[1], kept=True), abs=9)
+    assert [nats(second.whole[name]) for name in second.whole] == [
+        nats(first.whole[name]) for name in second.whole
+    ]
+    assert second.whole[ZERO] is first.whole[ZERO]
+    other = {name: Loss(contexts=[each + 1 for each in loss.contexts]) for name, loss in first.whole.items()}
+    again = measure(model, layer_set, means, ids, 2, lambda _: None, other)
+    assert nats(again.whole[ZERO]) == nats(first.whole[ZERO])
+
+
 def nats(loss: Loss) -> tuple[float, float]:
     return loss.cross_entropy / loss.positions, loss.divergence / loss.positions
 

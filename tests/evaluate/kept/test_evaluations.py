@@ -1,0 +1,278 @@
+"""A run's evaluations live beside each other: none takes another's place, and the main one stays the held-out one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.settings import Settings
+from evaluate.files import finished
+from evaluate.kept.evaluations import evaluation_on, main_evaluation, read_all
+from evaluate.metrics.language import Language, LogitEffects, measure_language
+from evaluate.records import AblationLosses, LanguageMetrics, Metrics
+from evaluate.report.sides import START, lines, median_density, moved, sides
+from evaluate.run import evaluate
+from shards import Store
+from tests.evaluate.runs import D_IN, D_OUT, make_run, settings_of
+from tests.fixtures import make_store
+from transcoder import Transcoder
+from transcoder.weights import FILE_NAME, read_metadata
+
+TRAIN = ("--evaluate.split", "train")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny run; no plots are drawn, which would be nine tenths of the time."""
+    monkeypatch.setattr("evaluate.run.draw", lambda *_: [])
+    make_run(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each time that the language model was asked; without it one is not to be had."""
+    tokens: list[int] = []
+
+    def said(settings: Settings, store: Store, split: object, coder: object, n_tokens: int) -> Language:
+        tokens.append(n_tokens)
+        losses = AblationLosses(skipped=None, contexts=2, positions=4, clean=1.0, zero=9.0, mean=9.0)
+        prefixes = [
+            LanguageMetrics(
+                cross_entropy=1 + ce,
+                increase=ce,
+                increase_error=0.5,
+                kl=ce,
+                recovered_zero=1 - ce / 8,
+                recovered_mean=None,
+            )
+            for ce in (4.0, 2.0, 1.0)
+        ]
+        ids, by = np.arange(48, dtype=np.int32).reshape(24, 2), np.ones((24, 2), np.float32)
+        effects = LogitEffects(ids, by, ids + 1, -by)
+        return Language(losses, prefixes, effects, {"clean": np.array([1.0, 1.0]), "0": np.array([4.5, 5.5])})
+
+    def measured(settings: Settings, store: Store, split: object, coder: object, n_tokens: int) -> Language:
+        if n_tokens:
+            return said(settings, store, split, coder, n_tokens)
+        return measure_language(settings, store, split, coder, 0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("evaluate.run.measure_language", measured)
+    return tokens
+
+
+def contents(folder: Path, *without: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in without}
+
+
+def other_text(root: Path, rows: int = 900) -> None:
+    """Another harvest of the layer, of rows twice as large: more latents fire."""
+    rng = np.random.default_rng(5)
+
+    def some(n: int) -> tuple[np.ndarray, np.ndarray]:
+        return 2 * rng.standard_normal((n, D_IN), np.float32), rng.standard_normal((n, D_OUT), np.float32)
+
+    make_store(settings_of(root, "--harvest", "other").store_path(0), some(1000), some(rows))
+
+
+def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
+    run_dir = settings_of(root).run_dir()
+    heldout, _ = evaluate(settings_of(root), 0)
+    before = contents(run_dir / "evaluation", "report.html")
+    train, fresh = evaluate(settings_of(root, *TRAIN), 0)
+    assert (fresh, train.rows, train.provenance.split) == (True, 2000, "train")
+    other_text(root)
+    other, _ = evaluate(settings_of(root, "--harvest", "other"), 0)
+    fewer, _ = evaluate(settings_of(root, "--evaluate.rows", "700"), 0)
+    assert contents(run_dir / "evaluation", "report.html") == before
+    assert finished(run_dir / "evaluation") == heldout
+    beside = {path.name[:16] for path in (run_dir / "evaluations").iterdir()}
+    assert beside == {"train-2000_rows-", "heldout-900_rows", "heldout-700_rows"}
+    for metrics, more in ((heldout, ()), (train, TRAIN), (other, ("--harvest", "other"))):
+        assert evaluate(settings_of(root, *more), 0) == (metrics, False)
+    assert evaluate(settings_of(root, "--evaluate.rows", "700"), 0) == (fewer, False)
+    digest = heldout.provenance.weights_sha256
+    shown = sides(read_all(run_dir), digest)
+    assert [side.name for side in shown] == ["held-out", f"{other.provenance.dataset}, held-out", "train"]
+    fvu = next(line for line in lines(shown) if line.name == "FVU")
+    first, last = heldout.prefixes[0].fvu, train.prefixes[0].fvu
+    assert first is not None
+    assert last is not None
+    assert (fvu.g, fvu.cells[0]) == (0, (f"{first:.3f}", None))
+    assert fvu.cells[2] == (f"{last:.3f}", f"{last - first:+.3f}")
+    for side in shown:
+        page = (side.evaluation.folder / "report.html").read_text()
+        assert page.count(START.decode()) == 1
+        assert f"{last:.3f} <small>({last - first:+.3f})</small>" in page
+    for of in (train, other):
+        place = evaluation_on(run_dir, digest, of.provenance.store_fingerprint, of.provenance.split)
+        assert finished(place) == of
+    shutil.rmtree(place)
+    evaluate(settings_of(root), 0)
+    assert "tests/tiny" in (page := (run_dir / "evaluation/report.html").read_text())
+    assert f"{other.provenance.dataset}, held-out" not in page
+
+
+def test_fewer_rows_first_give_the_place_to_all_of_them(root: Path) -> None:
+    run_dir = settings_of(root).run_dir()
+    few, _ = evaluate(settings_of(root, "--evaluate.rows", "700"), 0)
+    assert finished(run_dir / "evaluation") == few
+    whole, _ = evaluate(settings_of(root), 0)
+    assert finished(run_dir / "evaluation") == whole
+    (kept,) = (run_dir / "evaluations").iterdir()
+    assert finished(kept) == few
+
+
+def test_cross_entropy_is_kept_and_the_language_model_not_asked_again(root: Path, asked: list[int]) -> None:
+    """By an evaluation without it, of other rows, or measured again for another reason; other tokens are asked for."""
+    settings, run_dir = settings_of(root), settings_of(root).run_dir()
+    plain, _ = evaluate(settings, 0)
+    assert plain.prefixes[0].cross_entropy is None
+    full, fresh = evaluate(settings, 64)
+    assert (fresh, asked) == (True, [64])
+    assert not (run_dir / "evaluations").exists(), "the one without says nothing that this one does not"
+    assert evaluate(settings, 0) == (full, False)
+    fewer, _ = evaluate(settings_of(root, "--evaluate.rows", "700"), 0)
+    assert fewer.prefixes[1].cross_entropy == full.prefixes[1].cross_entropy
+    (run_dir / "evaluation/contexts.safetensors").unlink()
+    again, fresh = evaluate(settings, 0)
+    assert (fresh, again, asked) == (True, full, [64])
+    assert contents(run_dir / "evaluation")["language.safetensors"]
+    evaluate(settings_of(root, *TRAIN), 64)
+    assert asked == [64, 64]
+    evaluate(settings, 32)
+    assert asked == [64, 64, 32]
+    assert finished(run_dir / "evaluation") == full, "more tokens stay the main one"
+    assert evaluate(settings, 64) == (full, False)
+
+
+def test_a_language_model_that_could_not_be_had_is_asked_again(
+    root: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluate.metrics.language import measure_language
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluate.run.measure_language", measure_language)
+        metrics, _ = evaluate(settings_of(root), 64)
+        assert metrics.cross_entropy.skipped
+        assert evaluate(settings_of(root), 64) == (metrics, False)
+    metrics, fresh = evaluate(settings_of(root), 64)
+    assert (fresh, metrics.cross_entropy.skipped, asked) == (True, None, [64])
+
+
+def test_baselines_come_back_with_the_train_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = evaluate(settings_of(root), 0)
+    shutil.rmtree(settings_of(root).run_dir() / "evaluation")
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluate.run.fit_ridge", lambda split: pytest.fail("its rows were removed"))
+        patch.setattr("evaluate.run.Store.of", removed(Store.of))
+        without, _ = evaluate(settings_of(root), 0)
+        assert without.baselines.linear is None
+        assert evaluate(settings_of(root), 0) == (without, False)
+    assert evaluate(settings_of(root), 0) == (whole, True)
+
+
+def removed(of: object) -> object:
+    def opened(settings: Settings) -> Store:
+        store = of(settings)  # type: ignore[operator]
+        store.train.removed = True
+        return store
+
+    return opened
+
+
+def test_the_main_one_is_of_the_runs_own_store(root: Path) -> None:
+    """Trained elsewhere: never. Not known: of the harvest without a name. Readers take what there is."""
+    run_dir, file = settings_of(root).run_dir(), settings_of(root).run_dir() / FILE_NAME
+    other_text(root)
+    metadata = read_metadata(run_dir)
+    assert metadata["harvest_fingerprint"]
+    metrics, _ = evaluate(settings_of(root, "--harvest", "other"), 0)
+    assert not (run_dir / "evaluation").exists()
+    assert main_evaluation(run_dir, metrics.provenance.weights_sha256).parent.name == "evaluations"
+    assert main_evaluation(run_dir, "other weights") == run_dir / "evaluation"
+
+    own = Transcoder.load(run_dir)
+    replace(
+        own, metadata={key: each for key, each in own.metadata.items() if key != "harvest_fingerprint"}
+    ).save(run_dir)
+    assert file.is_file()
+    evaluate(settings_of(root, "--harvest", "other"), 0)
+    assert not (run_dir / "evaluation").exists()
+    metrics, _ = evaluate(settings_of(root), 0)
+    assert metrics.provenance.trained_on_this_store is None
+    assert finished(run_dir / "evaluation") == metrics
+
+
+def test_an_evaluation_of_version_2_is_measured_again_with_a_line(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of train rows that stood in the main place too."""
+    run_dir = settings_of(root).run_dir()
+    evaluate(settings_of(root, *TRAIN), 0)
+    (train,) = (run_dir / "evaluations").iterdir()
+    values = json.loads((train / "metrics.json").read_text())
+    values["provenance"]["metrics_version"] = 2
+    (train / "metrics.json").write_text(json.dumps(values))
+    train.replace(run_dir / "evaluation")
+    capsys.readouterr()
+    metrics, fresh = evaluate(settings_of(root), 0)
+    assert fresh
+    assert f"{run_dir}/evaluation is kept in" in capsys.readouterr().err
+    assert finished(run_dir / "evaluation") == metrics
+    _, fresh = evaluate(settings_of(root, *TRAIN), 0)
+    assert fresh
+    assert "of version 2 of the evaluation, this is 3: measured again" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_kill_leaves_none_that_looks_whole_and_is_not(
+    at: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the move of the one that was there, before the page is there, and before metrics.json."""
+    run_dir, calls = settings_of(root).run_dir(), [0]
+    few, _ = evaluate(settings_of(root, "--evaluate.rows", "700"), 0)
+    rename, unlink = Path.replace, Path.unlink
+
+    def renamed(self: Path, target: Path) -> Path:
+        if calls[0] == at:
+            raise Killed
+        calls[0] += 1
+        return rename(self, target)
+
+    def unlinked(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix != ".tmp":  # a killed process removes nothing
+            unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", renamed)
+        patch.setattr(Path, "unlink", unlinked)
+        with pytest.raises(Killed):
+            evaluate(settings_of(root), 0)
+    for folder, values in read_all(run_dir):
+        metrics = Metrics.model_validate(values)
+        assert metrics == few
+        assert all((folder / name).is_file() for name in metrics.files)
+    whole, fresh = evaluate(settings_of(root), 0)
+    assert fresh
+    assert finished(run_dir / "evaluation") == whole
+    assert evaluate(settings_of(root, "--evaluate.rows", "700"), 0) == (few, False)
+    assert not [*run_dir.rglob("*.tmp")]
+
+
+def test_how_many_latents_moved_by_hand() -> None:
+    """Of four with enough firings one doubled, one halved and one did not move; one has too few to tell."""
+    before = np.array([0.1, 0.1, 0.1, 0.001, 0.0])
+    after = np.array([0.2, 0.05, 0.15, 0.1, 0.0])
+    assert moved(before, after, 1000, 1000) == 0.75
+    assert moved(before, after, 1000, 400) == pytest.approx(2 / 3), "0.001 and 0.1: 11 of 400 expected"
+    assert moved(before, after, 10, 10) is None
+    assert median_density(np.array([0.0, 0.25, 0.75])) == 50.0
+    assert median_density(np.zeros(3)) is None
