@@ -8,6 +8,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from common.files import write_whole
+from evaluate.kept.evaluations import main_evaluation
 from evaluate.prompt.records import Prompt
 from evaluate.report.page_data import script_json
 from evaluate.report.templates import html
@@ -21,7 +22,7 @@ def write_page(path: Path, prompt: Prompt, run_dirs: Mapping[int, Path]) -> None
     reports = {
         layer: quote(os.path.relpath(report, path.parent), safe="/")
         for layer, run_dir in run_dirs.items()
-        if (report := run_dir / "evaluation/report.html").is_file()
+        if (report := main_evaluation(run_dir) / "report.html").is_file()
     }
     page = html(
         "prompt.html",
