@@ -84,6 +84,25 @@ def complete(folder: Path) -> dict[str, object] | None:
     return values if there and evaluation.provenance is not None else None
 
 
+def damaged(folder: Path, values: Mapping[str, object]) -> list[str]:
+    """Files of a complete evaluation that are cut short, as a copy is that was interrupted or a disk that was full."""
+    return [name for name in _Done.model_validate(values).files if not _whole(folder / name)]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a file ends as its kind does: safetensors compares its length with its header."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "numpy"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+    ending = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}.get(file.suffix, b"")
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - len(ending) - 2))
+        return ending in opened.read()
+
+
 def finished(folder: Path) -> Metrics | None:
     """The metrics of a complete evaluation; `InputError` where another version wrote them, with other fields."""
     values = complete(folder)
@@ -143,11 +162,14 @@ class Evaluation(NamedTuple):
 def find(folder: Path, provenance: Provenance) -> Evaluation | None:
     """The complete evaluation of just this provenance: in `folder`, or one that is kept; none where there is none.
 
-    One that lacks a field of this version is none: it is measured again.
+    One that lacks a field of this version is none, and one with a damaged file, which is told: it is measured again.
     """
     for each in (folder, *sorted(folder.with_name("evaluations").glob("*/"))):
         values = complete(each)
         if values is None or values["provenance"] != provenance.written():
+            continue
+        if cut := damaged(each, values):
+            print(f"{each / cut[0]}: damaged, not whole: the run is measured again", file=sys.stderr)
             continue
         with suppress(ValidationError):
             return Evaluation(each, Metrics.model_validate(values))
