@@ -87,6 +87,25 @@ def complete(folder: Path) -> dict[str, object] | None:
     return values if there and evaluation.provenance is not None else None
 
 
+def damaged(folder: Path, values: Mapping[str, object]) -> list[str]:
+    """Files of a complete evaluation that are cut short, as a copy is that was interrupted or a disk that was full."""
+    return [name for name in _Done.model_validate(values).files if not _whole(folder / name)]
+
+
+def _whole(file: Path) -> bool:
+    """Whether a file ends as its kind does: safetensors compares its length with its header."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "numpy"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+    ending = {".png": b"IEND\xaeB`\x82", ".html": b"</html>"}.get(file.suffix, b"")
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - len(ending) - 2))
+        return ending in opened.read()
+
+
 def finished(folder: Path) -> Metrics | None:
     """The metrics of a complete evaluation; `InputError` where another version wrote them, with other fields."""
     values = complete(folder)

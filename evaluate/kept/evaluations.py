@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from common.errors import InputError
-from evaluate.files import METRICS_VERSION, Asked, Done, complete, finished
+from evaluate.files import METRICS_VERSION, Asked, Done, complete, damaged, finished
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Results
 
 MAIN, OTHERS = "evaluation", "evaluations"
@@ -77,12 +77,16 @@ def main_evaluation(run_dir: Path, weights_sha256: str | None = None) -> Path:
 def find(there: There, provenance: Provenance) -> Evaluation | None:
     """The evaluation of just this provenance, wherever it is; none where there is none.
 
-    One that lacks a field of this version is none: it is measured again.
+    One that lacks a field of this version is none, and one with a damaged file, which is told: it is measured again.
     """
     for folder, values in there:
-        if values["provenance"] == provenance.written():
-            with suppress(ValidationError):
-                return Evaluation(folder, Metrics.model_validate(values))
+        if values["provenance"] != provenance.written():
+            continue
+        if cut := damaged(folder, values):
+            print(f"{folder / cut[0]}: damaged, not whole: the run is measured again", file=sys.stderr)
+            continue
+        with suppress(ValidationError):
+            return Evaluation(folder, Metrics.model_validate(values))
     return None
 
 

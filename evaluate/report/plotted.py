@@ -19,6 +19,7 @@ from evaluate.report.plots import (
     group_shares,
     size_centres,
 )
+from evaluate.report.templates import number
 
 Columns = Mapping[str, Sequence[str | float | None]]
 """Heading -> values, all of one length."""
@@ -175,9 +176,5 @@ def table(name: str, columns: Columns) -> Markup:
 
 
 def _shown(value: str | float | None) -> str:
-    """A number with four digits, those of whole numbers all; the CSV has every digit."""
-    if value is None:
-        return "–"
-    return (
-        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-    )
+    """A number with four digits, from 1,000 on with all before the point; the CSV has every digit."""
+    return value if isinstance(value, str) else number(value, 4)

@@ -391,3 +391,19 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
 
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["contexts.safetensors", "latents.safetensors", "report.html", "fvu.png"])
+def test_a_file_that_was_cut_short_is_measured_again(
+    root: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was found to be complete, and the stage that read it later failed."""
+    shutil.copytree(settings_of(root).run_dir() / "evaluation", folder := tmp_path / "evaluation")
+    metrics = finished(folder)
+    assert metrics is not None
+    assert find(folder, metrics.provenance) is not None
+    assert capsys.readouterr().err == ""
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:-20])
+    assert find(folder, metrics.provenance) is None
+    assert capsys.readouterr().err == f"{file}: damaged, not whole: the run is measured again\n"
