@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
@@ -165,6 +166,8 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
 
 def beside(shown: Sequence[Side], console: Console) -> None:
     """The run's evaluations side by side, where there are several: the full dictionary, differences in brackets."""
+    from common.tokens import printable
+
     if len(shown) < 2:
         return
     first = shown[0].prefix(-1)
@@ -175,7 +178,7 @@ def beside(shown: Sequence[Side], console: Console) -> None:
         prefix = each.prefix(-1)
         change = None if each is shown[0] or None in (prefix.fvu, first.fvu) else prefix.fvu - first.fvu
         table.add_row(
-            each.name,
+            Text(printable(each.name)),
             f"{each.rows:,}",
             number_or_dash(prefix.fvu) + ("" if change is None else f" ({change:+.3f})"),
             f"{prefix.l0:.1f}",
