@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -56,7 +56,7 @@ help:
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
 	@echo 'make model RUN=name              write the page of a set, with all MLPs replaced at once; LAYER=all: every layer must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
-	@echo 'make read TEXT="..."             show which latents fire on your own text; samples: a page of those collected in training'
+	@echo 'make read TEXT="..."             show which latents fire on your own text, ABLATE=12/345: without one; samples: a page of those collected in training'
 	@echo 'make circuit TEXT="..."          trace a prompt through the latents of all layers to the next token'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
@@ -142,9 +142,10 @@ compare: install
 model: install
 	@$(PY) -m evaluate.model $(OPTIONS)
 
-# TEXT="a sentence", or FILE=text.txt; FILE=- is standard input
+# TEXT="a sentence", or FILE=text.txt; FILE=- is standard input. SET="12/345=3.0", SCALE="12/345=2", ABLATE="12/345@5"
+CHANGES = $(call option,SET,--set) $(call option,SCALE,--scale) $(call option,ABLATE,--ablate)
 read: install
-	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(OPTIONS)
+	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(CHANGES) $(OPTIONS)
 
 # TEXT="a prompt", PREFIX=g; through every layer of RUN
 circuit: install

@@ -41,7 +41,7 @@ WORK = ROOT / ".cache" / "recipe"
 LANGUAGE_TOKENS = 2048
 """On which the cross-entropy is measured: a minute a store instead of four."""
 
-SMOLLM2 = (3, 12, 20, 27)
+SMOLLM2 = (2, 3, 11, 12, 20, 27, 29)
 GEMMA = (3, 9, 15)
 GEMMA_FILE = Path(".cache") / "gemma-3-270m.gguf"
 """From the project's root, where the bench runs: a store's manifest holds the name by which its model was given."""

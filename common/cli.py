@@ -31,7 +31,7 @@ OWN_SECTIONS = {
 
 
 MAKE_VARIABLES = (
-    *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FILE", "FORMAT"),
+    *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FILE", "SET", "SCALE", "ABLATE", "FORMAT"),
     *("PREFIX", "TO", "FROM", "REPO", "WITH", "MINUTES", "SPREAD"),
 )
 """Variables of the Makefile that are passed on as the option of the same name."""

@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,18 @@ def make_folder(folder: Path) -> None:
                     f"{each}: a link to {each.readlink()}, which is not there; mount its disk, or remove the link"
                 ) from None
         raise
+
+
+def text_slug(text: str, of: str = "") -> str:
+    """A folder's name for what is made of a text: its first words, and a digest of all of it and of what else it is of.
+
+    >>> text_slug("Où est le 1er chat ?"), text_slug("日本")
+    ('ou-est-le-1er-chat-3819673c', 'text-cf2abf0c')
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    words = "-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-") or "text"
+    whole = f"{of} {text}" if of else text
+    return f"{words}-{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 @contextmanager

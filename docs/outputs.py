@@ -4,14 +4,17 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.comparison.records import Comparison
 from evaluate.model.records import ModelMetrics
-from evaluate.records import Comparison, Metrics, Record
+from evaluate.prompt.records import Prompt
+from evaluate.records import Metrics, Record
 
 DOCUMENT = Path(__file__).with_name("outputs.md")
 FILES = {
     "evaluation/metrics.json": Metrics,
     "comparison/compare.json": Comparison,
     "sets/<run>/model.json": ModelMetrics,
+    "prompts/<text>/prompt.json": Prompt,
 }
 
 
@@ -24,11 +27,11 @@ def places(record: type[Record], path: str = "") -> Iterator[tuple[str, type[Rec
 
 
 def _records(annotation: object, many: bool = False) -> Iterator[tuple[bool, type[Record]]]:
-    """The records that an annotation names, and whether in a list."""
+    """The records that an annotation names, and whether in a list, or a table by number."""
     if isinstance(annotation, type) and issubclass(annotation, Record):
         yield many, annotation
     for part in typing.get_args(annotation):
-        yield from _records(part, many or typing.get_origin(annotation) is list)
+        yield from _records(part, many or typing.get_origin(annotation) in (list, dict))
 
 
 def keys(record: type[Record]) -> dict[str, str]:

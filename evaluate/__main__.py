@@ -12,6 +12,7 @@ from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
 from common.numbers import number_or_dash, percent_or_dash, with_error
 from common.settings import Settings
+from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.report.console import plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
@@ -62,7 +63,7 @@ def main() -> None:
         if of_several and not fresh:
             print(NOTHING_NEW)
         else:
-            show(settings, metrics, fresh, Console())
+            show(settings, metrics, fresh, console())
 
     over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
 

@@ -1,10 +1,14 @@
 """python -m evaluate.compare: several transcoders on the same held-out rows, one table with differences."""
 
+from __future__ import annotations
+
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -13,9 +17,14 @@ from common.errors import InputError
 from common.layers.driver import add_spread, over_layers
 from common.numbers import number_or_dash
 from common.settings import Settings
-from evaluate.records import ComparedPrefix, Comparison, ComparisonProvenance, Provenance
+from common.terminal.table import console
+from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comparison, ComparisonProvenance
+from evaluate.records import AblationLosses, LanguageMetrics, Provenance
 from evaluate.report.console import plain, rows_of, table_of
 from train.sweep import RESULTS, keep_earlier
+
+if TYPE_CHECKING:  # with torch, which --help need not wait for
+    from evaluate.metrics.side_by_side import Measured
 
 
 def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path]:
@@ -27,7 +36,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     """
     from common.device import pick_device  # these import torch, which --help need not wait for
     from common.files import sha256
-    from evaluate.metrics.side_by_side import line_of, side_by_side
+    from evaluate.metrics.side_by_side import equal_l0, line_of, side_by_side
     from evaluate.run import baselines_for, prepare
     from evaluate.subject import read
     from transcoder.formats import weights_file
@@ -36,24 +45,113 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
         raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
     job = prepare(settings, ce_tokens=0)
     paths = [job.run_dir, *chosen(settings.run_dir(), others)]
-    names = distinct_names(paths)
+    places = dict(zip(distinct_names(paths), paths, strict=True))
     device = pick_device(settings.model.device)
     mismatch = settings.evaluate.allow_mismatch
-    coders = {
-        name: read(path, job.store, mismatch).to(device) for name, path in zip(names, paths, strict=True)
-    }
+    coders = {name: read(path, job.store, mismatch).to(device) for name, path in places.items()}
+    digests = {name: sha256(weights_file(path)) for name, path in places.items()}
+    evaluated = {name: _evaluation(path, digests[name], job.provenance) for name, path in places.items()}
     measured, linear = side_by_side(coders, job.split, job.n_rows, baselines_for(job))
-    reference = [each for each in measured if each.transcoder == names[0]][-1]
-    digests = {name: sha256(weights_file(path)) for name, path in zip(names, paths, strict=True)}
+    measured = [_with_language(each, evaluated[each.transcoder]) for each in measured]
+    run, *rest = ([each for each in measured if each.transcoder == name] for name in coders)
+    known = {name: known_settings(coder.metadata, coder.prefix_ends) for name, coder in coders.items()}
+    folder = job.run_dir / "comparison"
     comparison = Comparison(
         rows=job.n_rows,
-        lines=[line_of(each, reference) for each in measured],
+        lines=[line_of(each, run) for each in measured],
+        equal_l0=[each for other in rest for each in equal_l0(run, other)],
+        transcoders=[
+            ComparedTranscoder(
+                transcoder=name,
+                report=each and Path(os.path.relpath(each.folder / "report.html", folder)).as_posix(),
+                cross_entropy=each and each.losses,
+                known_settings=known[name] is not None,
+            )
+            for name, each in evaluated.items()
+        ],
+        differing_settings=differing(known),
         linear_map_fvu=linear,
         provenance=_provenance(job.provenance, digests),
     )
-    folder = job.run_dir / "comparison"
     _write(folder, comparison)
     return comparison, folder
+
+
+class Evaluated(NamedTuple):
+    """An evaluation of one of the transcoders, where it is a run of ours."""
+
+    folder: Path
+    losses: AblationLosses | None
+    """None where it has no cross-entropy on the rows' split and store."""
+    language: list[LanguageMetrics | None]
+    """Of each prefix, beside `losses`."""
+
+
+def _evaluation(path: Path, digest: str, of: Provenance) -> Evaluated | None:
+    """An evaluation of just these weights, with the cross-entropy on this split of this store if there is one.
+
+    One that cannot be read was looked at, not asked for: it is told on standard error, and is none.
+    """
+    from evaluate.files import finished
+
+    run_dir, found = path if path.is_dir() else path.parent, None
+    for folder in (run_dir / "evaluation", *sorted(run_dir.glob("evaluations/*"))):
+        try:
+            metrics = finished(folder)
+        except InputError as error:
+            print(f"left out, report and cross-entropy: {error}", file=sys.stderr)
+            continue
+        if metrics is None or metrics.provenance.weights_sha256 != digest:
+            continue
+        own, losses = metrics.provenance, metrics.cross_entropy
+        here = (own.split, own.store_fingerprint) == (of.split, of.store_fingerprint)
+        if here and isinstance(losses, AblationLosses):
+            return Evaluated(folder, losses, [prefix.cross_entropy for prefix in metrics.prefixes])
+        found = found or Evaluated(folder, None, [])
+    return found
+
+
+def _with_language(each: Measured, evaluated: Evaluated | None) -> Measured:
+    """A prefix with the cross-entropy that its evaluation has."""
+    if evaluated is None or evaluated.losses is None:
+        return each
+    language = {"cross_entropy": evaluated.language[each.prefix]}
+    return each._replace(metrics=each.metrics.model_copy(update=language), losses=evaluated.losses)
+
+
+def known_settings(metadata: Mapping[str, Any], ends: Sequence[int]) -> dict[str, Any] | None:
+    """Setting -> value, of all that a transcoder's file says of how it was trained; None where it says nothing.
+
+    What "auto" and "8x" stood for; the data and the harvest that it was trained on.
+    """
+    asked = metadata.get("settings")
+    if not asked:
+        return None
+    values = {
+        f"{section}.{key}": value
+        for section in ("transcoder", "train", "data", "harvest")
+        for key, value in asked.get(section, {}).items()
+    }
+    values |= {
+        f"train.{key}": value for key, value in metadata.get("used", {}).items() if f"train.{key}" in values
+    }
+    sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+    values |= {"transcoder.d_sae": ends[-1], "transcoder.group_sizes": sizes}
+    values["harvest"] = str(metadata.get("harvest_fingerprint"))[:8]
+    return values | {"git_commit": str(metadata.get("git_commit"))[:8]}
+
+
+def differing(known: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Setting -> transcoder -> value, of the settings that are not the same for all whose files say them."""
+    told = {name: values for name, values in known.items() if values is not None}
+    keys = dict.fromkeys(key for values in told.values() for key in values)
+    table = {key: {name: values[key] for name, values in told.items() if key in values} for key in keys}
+    first = {key: next(iter(row.values())) for key, row in table.items()}
+    return {
+        key: row
+        for key, row in table.items()
+        if len(row) < len(told) or any(value != first[key] for value in row.values())
+    }
 
 
 def _provenance(of: Provenance, digests: dict[str, str]) -> ComparisonProvenance:
@@ -142,25 +240,14 @@ def _holds_all(comparison: Comparison, file: Path) -> bool:
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
-    from markupsafe import Markup
-
-    from common.files import write_whole
+    from evaluate.comparison.page import write_page
     from evaluate.files import write_record
-    from evaluate.metrics.side_by_side import COLUMNS
-    from evaluate.report import figures, plots
-    from evaluate.report.templates import html
 
     folder.mkdir(exist_ok=True)
     file = folder / "compare.json"
     if file.exists() and not _holds_all(comparison, file):
         keep_earlier(folder, file.name)
-    series: dict[str, list[tuple[float, float | None]]] = {}
-    for line in comparison.lines:
-        series.setdefault(line.transcoder, []).append((line.l0, line.fvu))
-    figure = plots.fvu_against_l0(series, comparison.linear_map_fvu)
-    plot = figures.save(figure, folder / "compare.png")
-    page = html("compare.html", values=comparison, columns=COLUMNS, plot=Markup(plot))
-    write_whole(folder / "compare.html", page.encode())
+    write_page(folder, comparison)
     write_record(file, comparison)
 
 
@@ -196,7 +283,7 @@ def main() -> None:
         return chosen_run(settings, named, every_layer=True)
 
     def one(settings: Settings, _: bool) -> None:
-        show(*compare(settings, others), Console())
+        show(*compare(settings, others), console())
 
     over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
 
@@ -224,10 +311,12 @@ def _with_difference(line: ComparedPrefix) -> str:
 
 
 def show(comparison: Comparison, folder: Path, console: Console) -> None:
-    """One line per transcoder and prefix, differences to the run's full dictionary in brackets."""
-    columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %")
+    """A line for each transcoder and prefix, differences to the run's full dictionary in brackets; then equal L0."""
+    language = any(line.cross_entropy for line in comparison.lines)
+    columns = ("transcoder", "prefix", "latents", "FVU", "L0", "dead %", *(("CE %",) * language))
     table = table_of(f"the same {rows_of(comparison.rows, comparison.provenance.split)}", columns)
     for line in comparison.lines:
+        recovered = line.cross_entropy and line.cross_entropy.recovered_zero
         table.add_row(
             line.transcoder,
             str(line.prefix),
@@ -235,8 +324,21 @@ def show(comparison: Comparison, folder: Path, console: Console) -> None:
             _with_difference(line),
             f"{line.l0:.1f}",
             f"{100 * line.dead_fraction:.1f}",
+            *((number_or_dash(None if recovered is None else 100 * recovered, ".1f"),) * language),
         )
+    table.caption = "CE %: cross-entropy recovered" * language
     console.print(table)
+    run, *others = (each.transcoder for each in comparison.transcoders)
+    if comparison.equal_l0:
+        table = table_of(
+            f"at equal L0, FVU of {run} and of the other", ("other", "L0", "FVU", "other's", "difference")
+        )
+        for each in comparison.equal_l0:
+            numbers = (f"{each.l0:.1f}", f"{each.run_fvu:.3f}", f"{each.fvu:.3f}", f"{each.difference:+.3f}")
+            table.add_row(each.other, *numbers)
+        console.print(table)
+    if without := [other for other in others if other not in {each.other for each in comparison.equal_l0}]:
+        plain(console, f"no equal L0: {', '.join(without)}")
     plain(console, f"best linear map: FVU {number_or_dash(comparison.linear_map_fvu)}")
     plain(console, f"report {folder / 'compare.html'}")
 

@@ -3,6 +3,7 @@
 from argparse import ArgumentTypeError
 
 from common.cli import parser, read, run_stage
+from common.errors import InputError
 from common.layers.driver import over_layers
 from common.settings import Settings
 
@@ -44,6 +45,17 @@ def main() -> None:
     )
     asked = read(options)
     arguments = asked.arguments
+    own = {
+        "--partial": arguments.partial,
+        "--reads mlp_in": arguments.reads != "normalized",
+        "--without-pages": arguments.without_pages,
+    }
+    if arguments.format != "circuit_tracer" and (
+        given := [option for option, asked_for in own.items() if asked_for]
+    ):
+        raise InputError(
+            f"command line: {given[0]}: is of the format circuit_tracer, found {arguments.format}; leave it out"
+        )
     from evaluate.feature_pages import SetPages
     from transcoder import weights
     from transcoder.export import export, export_set

@@ -25,8 +25,10 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.files import CONTEXTS, LATENTS, METRICS_VERSION, complete
 from evaluate.kept.evaluations import main_evaluation
+from evaluate.labels.read import label_texts
 from evaluate.metrics.contexts import Samples
 from evaluate.metrics.rows import ContextTable
+from evaluate.notes import Note, notes_of
 from evaluate.report.page_data import Stretches, Strings
 from shards import Store
 from shards.store import read_tokenizer
@@ -38,6 +40,7 @@ BLOCK = 512
 QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
 
 OTHER_VERSION = "evaluated by another version"
+NO_STORE = "no store of their texts"
 
 
 class Example(TypedDict):
@@ -92,6 +95,8 @@ class Evaluated:
     contexts: ContextTable
     """Of the evaluated split."""
     text: TokenText
+    notes: Mapping[int, Note]
+    """What a person says of the latents."""
 
     def pages(self, prefix: int | None = None) -> Iterator[Page]:
         """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,
@@ -124,12 +129,13 @@ class Evaluated:
             column, ("largest_activation", "activation_histogram", "activation_percentiles")
         )
         promoted, suppressed = labels("promoted_tokens"), labels("suppressed_tokens")
+        words = label_texts(column("label_tokens"), column("label_kinds"), self.text)
         examples = _Examples(contexts, start, stop, self.contexts, self.text)
         for n in range(stop - start):
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=start + n,
-                examples_quantiles=examples.of(n) or [_note(f"fires on none of {self.rows:,} rows")],
+                examples_quantiles=self._said(start + n, words[n], examples.of(n)),
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
@@ -138,6 +144,18 @@ class Evaluated:
                 histogram=histogram[n].tolist(),
                 activation_frequency=float(density[n]),
             )
+
+    def _said(self, latent: int, words: list[str], examples: list[Quantile]) -> list[Quantile]:
+        """The contexts, the first ones headed by a person's label and the automatic one; or that there are none.
+
+        Readers take the first entry's examples for the strongest ones: the labels are no entry of their own.
+        """
+        said = [self.notes[latent].text] if latent in self.notes else []
+        if not examples:
+            return [_note("; ".join([*said, f"fires on none of {self.rows:,} rows"]))]
+        said += [f"fires on {' | '.join(words)}"] if words else []
+        name = "; ".join([*said, examples[0]["quantile_name"]])
+        return [Quantile(quantile_name=name, examples=examples[0]["examples"]), *examples[1:]]
 
 
 class _Examples:
@@ -270,6 +288,9 @@ class SetPages:
         for why, layers in self.lacking.items():
             numbers = " ".join(map(str, layers))
             made_by = f'make evaluate LAYER="{numbers}" RUN={self.settings.run}'
+            if why.startswith(NO_STORE):
+                named = f" HARVEST={name}" if (name := self.settings.harvest_name) else ""
+                made_by = f'make harvest LAYER="{numbers}"{named}'
             print(
                 f"no feature pages of layers {numbers}: {why}; {made_by}, and export again", file=sys.stderr
             )
@@ -310,9 +331,10 @@ class SetPages:
         try:
             store = Store.of(self.settings.of_layer(layer))
         except InputError:
-            return f"no store of their texts can be read in {self.settings.paths.activations}"
+            return f"{NO_STORE} can be read in {self.settings.paths.activations}"
         if store.manifest.fingerprint != made.store_fingerprint:
             return "evaluated on another harvest than is in the store"
         split = getattr(store, made.split)
         text = TokenText(read_tokenizer(store.tokenizer_path))
-        return Evaluated(layer, folder, made.rows, split.contexts, text)
+        notes = notes_of(run_dir, layer, read_metadata(run_dir)["prefix_ends"][-1])
+        return Evaluated(layer, folder, made.rows, split.contexts, text, notes)

@@ -108,9 +108,10 @@ def _first(error: ValidationError) -> str:
 
 
 def is_of(folder: Path, weights_sha256: str) -> bool:
-    """Whether there is a complete evaluation, of any version, of the weights with this digest."""
+    """Whether there is a complete evaluation, of this version, of the weights with this digest."""
     provenance = (complete(folder) or {}).get("provenance")
     known = isinstance(provenance, dict) and provenance.get("weights_sha256") == weights_sha256
+    known = known and provenance.get("metrics_version") == METRICS_VERSION
     return known and (folder / LATENTS).is_file()
 
 

@@ -75,6 +75,11 @@ def main() -> None:
     settings = asked.settings(asked.layers(weights.n_layers))
     of_several = len(settings.layers) > 1
     settings = weights.chosen_run(settings, asked.arguments.run, every_layer=of_several)
+    if asked.arguments.pages and not of_several:
+        raise InputError(
+            "command line: --pages: circuit-tracer's feature pages are of a set of layers, found one layer; give "
+            "several (LAYER=all), or leave --pages out"
+        )
     if of_several:
         from evaluate.model.push import push_set
 

@@ -1,11 +1,12 @@
-"""python -m evaluate.read --layer 17 --run name --text "...": which latents fire on your own text.
+"""python -m evaluate.read --layer 17 --run name --text "...": which latents fire on your own text, and what they do.
 
-`Reader` and what it returns are those of evaluate/reader.py. Of one layer, or several side by side.
+`Reader` and what it returns are those of evaluate/reader.py. Of one layer, or several side by side; with --set, --scale
+and --ablate also the model with the activations of some latents changed.
 """
 
-import hashlib
-import re
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,16 @@ from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
+from common.files import text_slug, write_whole
 from common.settings import Settings
-from common.tokens import PART
+from evaluate.prompt.asked import HOWS, Asked, of_layers, parse
 
 if TYPE_CHECKING:
+    from evaluate.prompt.measure import Open, Place
     from evaluate.prompt.records import Prompt
     from evaluate.reader import Intervention, Reader, Sentence
 
 __all__ = ["Intervention", "Reader", "Sentence"]
-
-SHOWN = 5
-"""Latents listed for a token."""
-TOKENS = 200
-"""Tokens of the terminal's table; the page has all."""
 
 
 def __getattr__(name: str) -> Any:
@@ -59,79 +57,131 @@ def text_of(text: str | None, file: str | None) -> str:
         raise InputError(f"{file}: not UTF-8 at byte {error.start}") from error
 
 
-def read_text(settings: Settings, text: str) -> tuple["Prompt", Path]:
-    """The text through the runs of `settings.layers`, and the folder of its prompt.json and prompt.html."""
-    from evaluate.files import write_record
-    from evaluate.prompt.measure import measure_prompt
-    from evaluate.prompt.page import write_page
-    from evaluate.reader import Reader
-    from evaluate.subject import checkpoint_note, run_of
-    from shards import Store
-    from transcoder import Transcoder
+def read_text(
+    settings: Settings, text: str, asked: Sequence[Asked] = (), new_tokens: int | None = None
+) -> tuple["Prompt", Path]:
+    """The text through the runs of `settings.layers`, and the folder of its prompt.json and prompt.html.
 
-    readers, run_dirs = {}, {}
-    model, mismatch = settings.model, settings.evaluate.allow_mismatch
-    for layer in settings.layers or (settings.layer,):
-        own = settings.of_layer(layer)
-        store = Store.of(own)
-        run_dirs[layer] = run_of(own, store)
-        transcoder = Transcoder.load(run_dirs[layer])
-        if at := transcoder.metadata.get("checkpoint"):
-            print(checkpoint_note(own.run_dir(), at["step"], at["of"]))
-        if readers:
-            readers[layer] = next(iter(readers.values())).beside(store, transcoder, mismatch)
-        else:
-            readers[layer] = Reader(store, transcoder, model.device, model.name, mismatch)
-    prompt = measure_prompt(text, readers, run_dirs)
-    of_one = len(run_dirs) == 1
-    folder = (settings.run_dir() if of_one else settings.set_dir()) / "prompts" / _slug(text)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_page(folder / "prompt.html", prompt)
-    write_record(folder / "prompt.json", prompt)
+    `asked`: changes of latents, each with its layer; `new_tokens`: length of the text that the model then writes.
+    """
+    from evaluate.prompt.change import measure_change, prepared
+    from evaluate.prompt.measure import Text, measure_layers
+    from evaluate.prompt.page import write_page
+    from evaluate.prompt.records import VERSION, Prompt
+
+    places = _places(settings)
+    opened = _opener(settings)
+    reader = opened(places[0])
+    contexts = Text.of(text, reader)
+    changes = prepared(asked, contexts, places, opened) if asked else None
+    tokens, layers, skipped = measure_layers(contexts, places, opened)
+    changed = (
+        {} if changes is None else {"intervention": measure_change(changes, contexts, reader, new_tokens)}
+    )
+    prompt = Prompt(
+        version=VERSION,
+        model=reader.source.model,
+        text=text,
+        effects_skipped=skipped,
+        tokens=tokens,
+        layers=layers,
+        **changed,
+    )
+    base = settings.run_dir() if len(places) == 1 else settings.set_dir()
+    of = " ".join(f"{each.how} {each.place}={each.value!r}" for each in asked)
+    folder = base / "prompts" / text_slug(text, of)
+    write_page(folder / "prompt.html", prompt, {place.source.layer: place.run_dir for place in places})
+    # Without the line breaks of write_record, which double it: 5 kB for each token and layer.
+    compact = json.dumps(prompt.written(), allow_nan=False, separators=(",", ":"))
+    write_whole(folder / "prompt.json", (compact + "\n").encode())
     return prompt, folder
 
 
-def _slug(text: str) -> str:
-    """A directory's name for a text: its first words, and a digest of all of it."""
-    words = "-".join(re.findall(r"[a-z0-9]+", text.lower())[:6])[:40].strip("-")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{words}-{digest}" if words else digest
+def _places(settings: Settings) -> list["Place"]:
+    """Store and run of each layer, all there and of one model, before anything is computed."""
+    from evaluate.prompt.measure import Place
+    from evaluate.reader import same_model
+    from evaluate.subject import run_of
+    from shards import Store
+
+    places = []
+    for layer in settings.layers or (settings.layer,):
+        own = settings.of_layer(layer)
+        store = Store.of(own)
+        places.append(Place(store, run_of(own, store)))
+        same_model(places[0].source, store)
+    return places
 
 
-def show(prompt: "Prompt", folder: Path, console: Console) -> None:
-    """The strongest latents of each token, a table for each layer."""
-    from evaluate.report.console import plain, table_of
+def _opener(settings: Settings) -> "Open":
+    """Opens the readers, which share the language model; holds the transcoder of one at a time."""
+    from evaluate.reader import Reader
+    from evaluate.subject import checkpoint_note
+    from transcoder import Transcoder
 
-    rows = [token for token in prompt.tokens if token.row]
-    for layer in prompt.layers:
-        title = f"layer {layer.layer}, run {layer.run}; strongest latents, up to {SHOWN}: number:activation"
-        table = table_of(title, ("token", "error", "active", "strongest"))
-        for number, token in enumerate(rows[:TOKENS]):
-            active, share = layer.active[number], layer.error_share[-1][number]
-            shown = "  ".join(f"{each.latent}:{each.value:.3g}" for each in active[:SHOWN])
-            error = "-" if share is None else f"{share:.2f}"
-            table.add_row(repr(token.text) if token.text else PART, error, str(len(active)), shown)
-        console.print(table)
-    if len(rows) > TOKENS:
-        plain(console, f"the first {TOKENS} of {len(rows):,} tokens; the page has all")
-    plain(console, f"page {folder / 'prompt.html'}")
+    model, mismatch = settings.model, settings.evaluate.allow_mismatch
+    open_now: list[Reader] = []
+    noted: set[int] = set()
+
+    def opened(place: "Place") -> Reader:
+        if open_now and open_now[0].store is place.store:
+            return open_now[0]
+        if open_now:
+            del open_now[0].transcoder  # before the next one is read
+        transcoder, layer = Transcoder.load(place.run_dir), place.source.layer
+        if (at := transcoder.metadata.get("checkpoint")) and layer not in noted:
+            noted.add(layer)
+            print(checkpoint_note(settings.of_layer(layer).run_dir(), at["step"], at["of"]))
+        if open_now:
+            open_now[0] = open_now[0].beside(place.store, transcoder, mismatch)
+        else:
+            open_now.append(Reader(place.store, transcoder, model.device, model.name, mismatch))
+        return open_now[0]
+
+    return opened
 
 
 def main() -> None:
     options = parser(
-        "evaluate.read", "Show which latents fire on each token of a text, as a table and a page."
+        "evaluate.read",
+        "Show which latents fire on each token of a text and what they do to the next one, as a table and a page.",
     )
     options.add_argument("--text", help="the text, a sentence or more")
     options.add_argument("--file", help="a file of UTF-8 text, in place of --text; -: standard input")
-    asked = read(options)
-    arguments = asked.arguments
+    options.add_argument(
+        "--set", help="latents and their new activations, layer/latent[@token]=value: 12/345=3.0"
+    )
+    options.add_argument("--scale", help="latents and what their activations are multiplied by: 12/345@5=2")
+    options.add_argument("--ablate", help='latents whose activations become 0: "12/345 20/17@5"')
+    options.add_argument(
+        "--new-tokens",
+        metavar="N",
+        help="tokens that the model then writes, before and after the change [12]",
+    )
+    request = read(options)
+    arguments = request.arguments
     text = text_of(arguments.text, arguments.file)
+    typed = [(how, given) for how in HOWS if (given := getattr(arguments, how)) is not None]
+    asked = [each for how, given in typed for each in parse(how, given)]
+    new_tokens = _new_tokens(arguments.new_tokens, bool(asked))
+    from evaluate.prompt.console import show
     from transcoder.weights import chosen_run, n_layers  # with torch, which --help need not wait for
 
-    settings = asked.settings(asked.layers(n_layers))
+    settings = request.settings(request.layers(n_layers))
+    asked = of_layers(asked, settings.layers or (settings.layer,))
     settings = chosen_run(settings, arguments.run, every_layer=len(settings.layers) > 1)
-    prompt, folder = read_text(settings, text)
+    prompt, folder = read_text(settings, text, asked, new_tokens)
     show(prompt, folder, Console(markup=False, emoji=False))
+
+
+def _new_tokens(text: str | None, changing: bool) -> int | None:
+    if text is None:
+        return None
+    if not changing:
+        raise InputError("--new-tokens: nothing is changed; give SET, SCALE or ABLATE too")
+    if not text.isascii() or not text.isdigit():
+        raise InputError(f"--new-tokens: expected a whole number from 0, found {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

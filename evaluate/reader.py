@@ -5,30 +5,25 @@ Shapes: n tokens that give rows, D_in, D_out, F latents.
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from common.device import pick_device
 from common.errors import InputError
 from common.settings import Model
 from common.tokens import TokenText
+from evaluate.prompt.intervene import Change, intervene, site
 from shards import Store
 from shards.layout import kept_mask
 from shards.manifest import Source
 from shards.store import as_harvested, read_tokenizer
 from transcoder import Transcoder
 from transcoder.gain import bind
-
-_Change = tuple[Mapping[int, Callable[[Tensor], Tensor]], Collection[int] | None]
-"""Latent -> its activations after the change, from those before; and the rows where it is changed (none: all)."""
 
 
 class Sentence(NamedTuple):
@@ -94,7 +89,7 @@ class Reader:
         )
         self.model = language_model(requested, self.source)
         self.tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), self.source.special_tokens)
-        self._text = TokenText(self.tokenizer)
+        self.token_text = TokenText(self.tokenizer)
 
     def __call__(self, text: str) -> Sentence:
         """Run `text` through the model; it is cut where the store's contexts end.
@@ -102,10 +97,6 @@ class Reader:
         Raises `InputError` for a text without a token, or with bytes of the command line that are not UTF-8.
         """
         return self._read(*context_of(text, self.tokenizer, self.source))
-
-    def sentences(self, text: str) -> Iterator[Sentence]:
-        """All of `text`, cut into contexts as a harvest cuts a document, one at a time; raises what a call does."""
-        return (self._read(context, left_out=0) for context in self.contexts(text))
 
     def contexts(self, text: str) -> list[Tensor]:
         """Token ids of `text` in contexts [1, T] of at most the store's length, each with its first token."""
@@ -115,8 +106,11 @@ class Reader:
         return [torch.cat([start, part], 1) for part in parts]
 
     def beside(self, store: Store, transcoder: Transcoder, mismatch: bool = False) -> Reader:
-        """A reader of another layer of the same language model, which is not loaded again."""
-        _same_model(self.source, store)
+        """A reader of another layer of the same language model, which is not loaded again.
+
+        Raises `InputError` for a store of another model, or of contexts of another kind.
+        """
+        same_model(self.source, store)
         other = copy(self)
         other.store, other.source = store, store.manifest.source
         other.transcoder = bind(transcoder, store, mismatch=mismatch).to(self.device)
@@ -126,11 +120,9 @@ class Reader:
         hooks = [self.source.input_hook, self.source.output_hook]
         with self.model.capturing(hooks) as caught:
             self.model.run_blocks(context, self.source.layer)
-            inputs, outputs = (caught[hook][0].float() for hook in hooks)
-        kept = self.rows_of(context)
-        pieces = self.pieces(context)
-        tokens = [piece for piece, here in zip(pieces, kept.tolist(), strict=True) if here]
-        inputs, outputs = (rows[kept.to(rows.device)].to(self.device) for rows in (inputs, outputs))
+        kept = self.rows_of(context).to(caught[hooks[0]].device)
+        inputs, outputs = (caught[hook][0, kept].float().to(self.device) for hook in hooks)
+        tokens = [piece for piece, here in zip(self.pieces(context), kept.tolist(), strict=True) if here]
         return Sentence(tokens, inputs, outputs, self.transcoder.encode(inputs), left_out)
 
     def run(
@@ -153,21 +145,31 @@ class Reader:
         Raises what a call of the reader does, and `InputError` for a latent or position that is not there, or a latent
         that is changed twice.
         """
-        changed = self._changes(set or {}, scale or {}, ablate)
         context, _ = context_of(text, self.tokenizer, self.source)
         n_rows = int(self.rows_of(context).sum())
         if strange := [each for each in positions or () if not 0 <= each < n_rows]:
             raise InputError(
                 f"positions: expected numbers of rows from 0 to {n_rows - 1}, found {strange[0]}"
             )
-        limit = (self.model.positions or sys.maxsize) - context.shape[1]
-        if not 0 <= new_tokens <= limit:
-            raise InputError(f"new_tokens: expected 0 to {limit}, the model's positions, found {new_tokens}")
-        before, plain, _ = self._continued(context, None, new_tokens)
-        after, steered, changes = self._continued(context, (changed, positions), new_tokens)
-        log_p, log_q = (log_softmax(logits.float(), -1) for logits in (before, after))
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return Intervention(self.pieces(context), before, after, kl, changes, (plain, steered))
+        asked = [(latent, False, value) for latent, value in (set or {}).items()]
+        asked += [(latent, True, 0.0) for latent in ablate]
+        asked += [(latent, True, factor) for latent, factor in (scale or {}).items()]
+        rows = [None] if positions is None else sorted({*positions})
+        changes = [Change(*each, row) for each in asked for row in rows]
+        own = site(self.source, self.transcoder, changes)
+        found = intervene(self.model, context, [own] if changes else [], new_tokens)
+        nothing = torch.zeros(n_rows, len(own.latents), device=self.device)
+        before, after = (
+            self.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in found.continuation
+        )
+        return Intervention(
+            self.pieces(context),
+            found.before,
+            found.after,
+            found.kl,
+            found.made.get(self.source.layer, nothing),
+            (before, after),
+        )
 
     def rows_of(self, context: Tensor) -> Tensor:
         """[T] bool: whether a token of a context [1, T] gives a row."""
@@ -175,68 +177,11 @@ class Reader:
 
     def pieces(self, context: Tensor) -> list[str]:
         """The text of each token of a context [1, T]; see `Sentence.tokens`."""
-        return self._text.pieces(context[0].tolist())
-
-    def _changes(
-        self, given: Mapping[int, float], scale: Mapping[int, float], ablate: Collection[int]
-    ) -> dict[int, Callable[[Tensor], Tensor]]:
-        """Latent -> its activations [n] after the change, from those before."""
-        for latent, times in Counter([*given, *scale, *ablate]).items():
-            if not 0 <= latent < self.transcoder.d_sae:
-                raise InputError(f"latent: expected 0 to {self.transcoder.d_sae - 1}, found {latent}")
-            if times > 1:
-                raise InputError(f"latent {latent}: changed twice; give it in one of set, scale and ablate")
-        changes: dict[int, Callable[[Tensor], Tensor]] = {}
-        for latent, value in given.items():
-            changes[latent] = lambda acts, value=value: torch.full_like(acts, value)
-        for latent, factor in (dict.fromkeys(ablate, 0.0) | dict(scale)).items():
-            changes[latent] = lambda acts, factor=factor: factor * acts
-        return changes
-
-    @torch.inference_mode()
-    def _continued(
-        self, context: Tensor, change: _Change | None, new_tokens: int
-    ) -> tuple[Tensor, str, Tensor]:
-        """Logits [T, V] of a context [1, T], the text of the continuation, and what was changed [n, latents]."""
-        tokens, length = context, context.shape[1]
-        logits, changes = self._forward(tokens, change)
-        found = logits
-        for step in range(new_tokens):
-            tokens = torch.cat([tokens, found[-1:].argmax(-1, keepdim=True).to(tokens)], 1)
-            if step + 1 < new_tokens:
-                found, _ = self._forward(tokens, change)
-        text = self.tokenizer.decode(tokens[0, length:].tolist(), skip_special_tokens=False)
-        return logits, text, changes
-
-    def _forward(self, tokens: Tensor, change: _Change | None) -> tuple[Tensor, Tensor]:
-        """Logits [T, V] and the change of each changed latent's activation [n, latents]."""
-        kept = self.rows_of(tokens)
-        changed, positions = change or ({}, None)
-        latents = torch.tensor(list(changed), dtype=torch.long, device=self.device)
-        changes = torch.zeros(int(kept.sum()), len(changed), device=self.device)
-        caught: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor, **_: Any) -> None:
-            caught["inputs"] = tensor
-
-        def write(output: Tensor, **_: Any) -> Tensor:
-            here = kept.to(output.device)
-            acts = self.transcoder.encode(caught["inputs"][0, here].float().to(self.device))[:, latents]
-            after = torch.stack([function(acts[:, i]) for i, function in enumerate(changed.values())], 1)
-            chosen = slice(None) if positions is None else torch.tensor(sorted(positions), dtype=torch.long)
-            changes[chosen] = (after - acts)[chosen]
-            moved = output.clone()
-            moved[0, here] += (changes @ self.transcoder.W_dec[latents]).to(output)
-            return moved
-
-        hooks = [(self.source.input_hook, keep), (self.source.output_hook, write)] if changed else []
-        self.model.check_hooks([self.source.input_hook, self.source.output_hook])
-        with self.model.bridge.hooks(fwd_hooks=hooks):
-            logits = self.model.bridge(tokens.to(self.model.device), return_type="logits")
-        return logits[0].to(self.device), changes
+        return self.token_text.pieces(context[0].tolist())
 
 
-def _same_model(source: Source, store: Store) -> None:
+def same_model(source: Source, store: Store) -> None:
+    """Raise `InputError` where a store is of another model than this source, or of contexts of another kind."""
     other = store.manifest.source
     for key in ("weights_sha256", "context_length", "bos_token_id", "special_tokens", "dropped_token_ids"):
         if getattr(other, key) != getattr(source, key):

@@ -1,4 +1,4 @@
-"""metrics.json and compare.json as records: each filled once by its owner, written and read in evaluate/files.py.
+"""metrics.json as records: each filled once by its owner, written and read in evaluate/files.py.
 
 A field's docstring says what it is, in which unit, and is its line in docs/outputs.md. A field that has a default is
 left out of the file where it is not given; every other one is written, null where there is no number. Imports no torch.
@@ -180,9 +180,45 @@ class SplitPair(Record):
     """rows of both over rows of either"""
 
 
+class LabelMetrics(Record):
+    """How well the latents' labels say where they fire; each alone: latents.safetensors."""
+
+    rows: int
+    """rows that the labels were measured on: none of those that they were chosen on"""
+    measured: int
+    """living latents whose label was measured there; the others fire on too few rows for that"""
+    median_precision: float | None
+    """share of the label's rows on which the latent fires, median of the measured ones"""
+    median_recall: float | None
+    """share of the latent's firings that are on the label's rows, median of the measured ones"""
+    median_activation_recall: float | None
+    """the same share of its summed activation"""
+    rare: int
+    """living latents whose label rests on fewer than 256 firings"""
+
+
+class EffectMetrics(Record):
+    """What the latents' decoder rows do to the logits by themselves; each alone: latents.safetensors."""
+
+    promoted_in_text: float | None
+    """share of the promoted tokens that occur in the evaluated split's text"""
+    left_out: int
+    """tokens of the vocabulary that are promoted by none, as hardly anything was learnt of them"""
+    like_random: int
+    """living latents whose effect is no more peaked than those of random directions"""
+    limit: float
+    """peak beyond which an effect is told from a random direction's"""
+    false_positives: float
+    """share of other random directions beyond `limit`"""
+
+
 class LatentMetrics(FiringMetrics):
     """The full dictionary's latents together; each alone: latents.safetensors."""
 
+    labels: LabelMetrics
+    """how well the labels say where latents fire"""
+    effects: EffectMetrics | None
+    """what decoder rows do to the logits; null where the language model was not run"""
     groups: list[GroupMetrics]
     """each nesting level, coarsest first"""
     splitting: list[SplitPair]
@@ -408,78 +444,3 @@ class Metrics(Results):
 
     files: list[str]
     """the other files of the evaluation"""
-
-
-class Differences(Record):
-    """A prefix's numbers less those of the run's full dictionary; null where either has none."""
-
-    fvu: float | None
-    """of `fvu`"""
-    l0: float | None
-    """of `l0`, latents per row"""
-    cosine: float | None
-    """of `cosine`"""
-    mse: float | None
-    """of `mse`, squared units of the activations"""
-    relative_bias: float | None
-    """of `relative_bias`"""
-    dead_fraction: float | None
-    """of `dead_fraction`"""
-    redundancy: float | None
-    """of `redundancy`"""
-
-
-class Compared(Record):
-    """Which transcoder."""
-
-    transcoder: str
-    """shortest end of its path that tells it from the others"""
-    prefix: int
-    """nesting level, from 0"""
-
-
-class ComparedPrefix(PrefixMetrics, Compared):
-    """One prefix of one transcoder: everything that `prefixes` of metrics.json has, and this."""
-
-    redundancy: float | None
-    """share of the pairs of its latents whose decoder rows have an absolute cosine beyond 0.9; null for one latent"""
-    difference: Differences
-    """to the full dictionary of the run that the command names"""
-
-
-class ComparisonProvenance(Record):
-    """What was compared on what."""
-
-    model: str
-    """the language model, as the harvest called it"""
-    layer: int
-    """from 0"""
-    input_hook: str
-    """TransformerLens name of the inputs"""
-    output_hook: str
-    """TransformerLens name of the outputs"""
-    split: str
-    """heldout or train"""
-    store_fingerprint: str
-    """digest of what was harvested and how"""
-    metrics_version: int
-    """of what is measured"""
-    checkpoint: Checkpoint | None = None
-    """the checkpoint of the run that was compared; left out for a finished run"""
-    mismatch: list[str] = []
-    """what differs between the run and the store where that was allowed; otherwise left out"""
-    weights_sha256: dict[str, str]
-    """digest of each transcoder's weights, by its name"""
-
-
-class Comparison(Record):
-    """All of compare.json."""
-
-    rows: int
-    """rows that were measured, the same for all"""
-    lines: list[ComparedPrefix]
-    """each prefix of each transcoder; the run that the command names comes first"""
-    linear_map_fvu: float | None
-    """FVU of the best linear map from input to output"""
-    provenance: ComparisonProvenance
-    """what was compared on what"""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +29,25 @@ from evaluate.kept.evaluations import (
 )
 from evaluate.kept.language import FILE as LANGUAGE
 from evaluate.kept.language import read_language, save_language
+from evaluate.labels.choose import choose
+from evaluate.labels.effects import effect_metrics, tokens_in
+from evaluate.labels.measured import Measured
+from evaluate.labels.words import Words
 from evaluate.metrics.baselines import Baselines, fit_ridge
-from evaluate.metrics.catalogue import Catalogue, catalogue, group_summaries, splitting, tensors
+from evaluate.metrics.catalogue import (
+    Catalogue,
+    catalogue,
+    group_summaries,
+    label_metrics,
+    splitting,
+    tensors,
+)
 from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
 from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.nesting import one_group
+from evaluate.notes import Note, notes_of
 from evaluate.records import (
     Checkpoint,
     LatentMetrics,
@@ -46,8 +59,9 @@ from evaluate.records import (
 )
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
-from evaluate.report.report import write_report
+from evaluate.report.report import renew_notes, write_report
 from evaluate.report.sides import changed_pages, show_beside
+from evaluate.report.training import training_of
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
 from shards.store import StoreSplit, read_tokenizer
@@ -66,6 +80,8 @@ class Job:
     run_dir: Path
     n_rows: int
     provenance: Provenance
+    notes: Mapping[int, Note]
+    """What a person says of its latents."""
 
     @property
     def own(self) -> bool:
@@ -153,6 +169,7 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
     """What was measured before, in its place, and shown beside the run's other evaluations."""
     folder = place(job.run_dir, earlier.metrics, job.own)
     if earlier.folder == folder and not changed_pages(there, job.provenance.weights_sha256):
+        renew_notes(folder / "report.html", job.notes)
         return earlier.metrics
     with _lock(job):
         there = read_all(job.run_dir)
@@ -160,6 +177,7 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
             settle(again, place(job.run_dir, again.metrics, job.own))
             there = read_all(job.run_dir)
         show_beside(there, job.provenance.weights_sha256)
+        renew_notes(folder / "report.html", job.notes)
     return earlier.metrics
 
 
@@ -217,7 +235,8 @@ def prepare(settings: Settings, ce_tokens: int) -> Job:
         metrics_version=METRICS_VERSION,
         **optional,
     )
-    return Job(settings, store, run_dir, n_rows, provenance)
+    notes = notes_of(run_dir, settings.layer, metadata["prefix_ends"][-1])
+    return Job(settings, store, run_dir, n_rows, provenance, notes)
 
 
 def load_coder(job: Job) -> Transcoder:
@@ -261,11 +280,13 @@ def _measure(
     baselines = baselines_for(job)
     with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
+    measurement, words = first.measurement, Words(text, split.contexts)
+    firings = measurement.prefixes[-1].firing.firings.numpy()
+    measured = Measured(choose(first.sampled, firings, split, job.n_rows, words), split.contexts, words)
     with progress("contexts", job.n_rows, "rows") as bar:
-        samples = second_pass(coder, split, job.n_rows, first, bar.update)
+        samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends)
-    measurement = first.measurement
+    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends, measured)
     results = Results(
         rows=measurement.deviation.rows,
         prefixes=measurement.result(language.prefixes),
@@ -273,6 +294,10 @@ def _measure(
             **dict(measurement.prefixes[-1].firing.result()),
             groups=group_summaries(latent_catalogue, coder.prefix_ends),
             splitting=splitting(latent_catalogue),
+            labels=label_metrics(latent_catalogue),
+            effects=effect_metrics(
+                language.effects, latent_catalogue.firings, tokens_in(split.contexts, text.size)
+            ),
             coactivation_rows=first.coactivation.rows,
         ),
         baselines=first.baselines.result(measurement.deviation.total, flat),
@@ -298,9 +323,8 @@ def _write(
     for old in (folder / "metrics.json", folder / LANGUAGE, *folder.glob("*.png")):
         old.unlink(missing_ok=True)
     drawn = draw(results, latent_catalogue, log, folder)
-    write_report(
-        folder / "report.html", results, page_data(latent_catalogue, job.split.contexts, text), drawn
-    )
+    data = page_data(latent_catalogue, job.split.contexts, text)
+    write_report(folder / "report.html", results, data, drawn, training_of(job.run_dir), job.notes)
     provenance = json.dumps(results.provenance.written())
     save_tensors(folder / LATENTS, tensors(latent_catalogue), {"provenance": provenance})
     samples = latent_catalogue.samples.tensors(len(latent_catalogue.group), job.split.contexts.shape[1])

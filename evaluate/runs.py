@@ -15,7 +15,6 @@ from evaluate.stores import print_table
 from shards.plan import human
 
 COLUMNS: tuple[str, ...] = (
-    "model",
     "layer",
     "run",
     "rows",

@@ -1,8 +1,8 @@
 """python -m evaluate.stores [--layer 17]: every store below paths.activations, finished or begun, one line each."""
 
-import os
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from common.cli import MOST_LAYERS, load, parser, run_stage
@@ -15,7 +15,6 @@ from shards.plan import human
 from shards.remote import is_url
 
 COLUMNS: tuple[str, ...] = (
-    "model",
     "layer",
     "harvest",
     "rows",
@@ -68,24 +67,18 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
 
 
 def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:
-    """The lines as a table that cuts nothing: long words are folded, a file or pipe has room; `nothing` if none."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """The lines under `columns`, a table for each model, whose rows their first two columns tell apart; `nothing` if
+    there are none.
+    """
+    from common.terminal.table import Table, console
 
     if not lines:
         print(nothing)
-        return
-    table = Table()
-    for column in columns:
-        words = column in ("model", "run", "harvest", "evaluated", "state", "storage", "input")
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*(Text(line[column]) for column in columns))
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=240)
-    console.print(table)
+    for model, own in groupby(lines, key=lambda line: line["model"]):
+        table = Table(*columns, title=model, keys=2)
+        for line in own:
+            table.add_row(*(line[column] for column in columns))
+        console().print(table)
 
 
 def main() -> None:

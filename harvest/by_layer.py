@@ -5,6 +5,7 @@ and evaluated, and its rows then removed; any other is to be harvested. So the s
 instant. The stages are processes of their own, which end with this one.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +19,12 @@ from common.processes import world
 from common.settings import Settings
 from harvest.plan import plans_of
 from harvest.run import local, refuse_another, requested
+from shards.manifest import read_manifest
 from shards.plan import group, human, measured, room
 from shards.writer import StoreWriter
 
+BEGUN, FINISHED = "settings.json", "transcoder.safetensors"
+"""Of a run: its record from the start, its weights at the end (transcoder/weights.py, which is above)."""
 OWN = ("--force", "--plan", "--refill")
 """Options of harvest that the other stages do not have."""
 
@@ -171,6 +175,9 @@ class _Set:
         for layer in layers:
             if layer not in self.failed:
                 runs = self._run_dir(layer).parent  # another of them may be reading these rows
+                if other := _unfinished(runs, read_manifest(self.writers[layer].root).fingerprint):
+                    self._fail(layer, "rows kept", other)
+                    continue
                 _wait_for(*runs.glob("*/.lock"), *runs.glob("*/.evaluation"))
                 before = size_of(self.writers[layer].root)
                 self.writers[layer].remove_rows()
@@ -209,6 +216,18 @@ class _Set:
         return [f"--harvest.{key}={value}" for key, value in own]
 
 
+def _unfinished(runs: Path, fingerprint: str) -> InputError | None:
+    """What to say of a run that was begun on the harvest with this fingerprint and needs its rows to its end."""
+    for begun in sorted(runs.glob(f"*/{BEGUN}")):
+        whole = (begun.parent / FINISHED).exists()
+        if not whole and json.loads(begun.read_bytes()).get("harvest_fingerprint") == fingerprint:
+            return InputError(
+                f"{begun.parent}: begun on these train rows, and has not ended: they stay; train it to its end (make "
+                f"train RUN={begun.parent.name}), or remove its directory"
+            )
+    return None
+
+
 def _wait_for(*locks: Path) -> None:
     """Until nobody holds these locks; who does is told on standard error."""
     for lock in locks:
@@ -218,19 +237,19 @@ def _wait_for(*locks: Path) -> None:
 
 
 def _ended(command: Sequence[str]) -> int:
-    """Exit code of a stage that has ended of itself, 0 or 2; any other, and Ctrl-C, end this process too."""
+    """Exit code of a stage that has ended of itself, 0 or 2; any other, and Ctrl-C, end this process too.
+
+    The stage says that it was interrupted.
+    """
     child = spread.Child(0, command, 0, 1)
     try:
         code = child.process.wait()
     except KeyboardInterrupt:
         child.process.terminate()
-        child.process.wait()
-        raise
+        code = child.process.wait() or spread.INTERRUPTED  # it may have been at its end
     finally:
         if child.process.stdin:
             child.process.stdin.close()
-    if code == spread.INTERRUPTED:
-        raise KeyboardInterrupt
     if code not in (0, spread.FAILED):
         raise SystemExit(code if code > 0 else 128 - code)
     return code

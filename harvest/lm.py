@@ -41,6 +41,17 @@ class Gain(NamedTuple):
     """Largest relative deviation found on real activations."""
 
 
+class Unembedding(NamedTuple):
+    """What a token's logit, less the mean logit of the vocabulary, reads of the final norm's output."""
+
+    directions: torch.Tensor
+    """[n, D] float32"""
+    biases: torch.Tensor
+    """[n] float32"""
+    error: float
+    """Largest deviation of the model's logits from its unembedding's, but for a soft cap; relative to the largest."""
+
+
 class LanguageModel:
     """A TransformerLens bridge without weight processing: logits equal Hugging Face's eager ones."""
 
@@ -129,14 +140,7 @@ class LanguageModel:
                 f"{self.name} layer {layer}: expected one shape at {NEEDED[0]} and {NEEDED[1]}, found "
                 f"{tuple(normalized.shape)} and {tuple(mlp_in.shape)}; this family cannot be harvested"
             )
-        norm = self.bridge.blocks[layer].ln2.original_component
-        weight, bias = (_vector(getattr(norm, name, None)) for name in ("weight", "bias"))
-        weight = torch.ones_like(normalized[0, 0]) if weight is None else weight
-        shift = 0.0 if bias is None else bias
-        candidates = [
-            Gain(gain, bias, _deviation(normalized * gain + shift, mlp_in)) for gain in (weight, 1 + weight)
-        ]
-        best = min(candidates, key=lambda candidate: candidate.error)
+        best = gain_of(self.bridge.blocks[layer].ln2.original_component, normalized, mlp_in)
         tolerance = 4 * torch.finfo(self.dtype).eps
         if not best.error <= tolerance:  # NaN too
             raise InputError(
@@ -144,6 +148,18 @@ class LanguageModel:
                 f"{best.error:.2g}, expected at most {tolerance:.2g}); this norm is neither RMSNorm nor LayerNorm"
             )
         return best
+
+    def unembedding(self, tokens: torch.Tensor, read: torch.Tensor, logits: torch.Tensor) -> "Unembedding":
+        """Of `tokens` [n]; `read` [D] and `logits` [V] of one position: what the final norm gives, and the model."""
+        head = self.bridge.original_model.get_output_embeddings()
+        weight, bias = head.weight.detach(), getattr(head, "bias", None)
+        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.detach()
+        plain = torch.nn.functional.linear(read.to(weight), weight, bias).float()
+        config = self.bridge.original_model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        error = _deviation(cap * torch.tanh(plain / cap) if cap else plain, logits.float())
+        directions = weight[tokens].float() - weight.mean(0, dtype=torch.float32)
+        return Unembedding(directions, bias[tokens].float() - bias.mean(dtype=torch.float32), error)
 
     def weights_sha256(self) -> str:
         """Digest of every parameter and buffer, by name."""
@@ -153,6 +169,17 @@ class LanguageModel:
             # reshape: a tensor without dimensions (Apertus' activation) cannot be viewed as bytes
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def gain_of(norm: torch.nn.Module, normalized: torch.Tensor, out: torch.Tensor) -> Gain:
+    """What a norm multiplies and adds after normalising, read off what it made: [..., D] both."""
+    weight, bias = (_vector(getattr(norm, name, None)) for name in ("weight", "bias"))
+    weight = torch.ones_like(normalized[0, 0]) if weight is None else weight
+    shift = 0.0 if bias is None else bias
+    candidates = [
+        Gain(gain, bias, _deviation(normalized * gain + shift, out)) for gain in (weight, 1 + weight)
+    ]
+    return min(candidates, key=lambda candidate: candidate.error)
 
 
 def _vector(parameter: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shards.loader import Batch, Loader
-    from shards.store import Store, StoreSplit
+    from shards.store import Found, RowTokens, Store, StoreSplit
 
-__all__ = ["Batch", "Loader", "Store", "StoreSplit"]
+__all__ = ["Batch", "Found", "Loader", "RowTokens", "Store", "StoreSplit"]
 
 
 def __getattr__(name: str) -> Any:

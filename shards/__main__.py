@@ -55,14 +55,12 @@ def main() -> None:
 
 
 def _info(where: str, paths: Paths) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from common.terminal.table import Table, console
     from shards.store import Store
 
     store = Store.open(where, paths.cache, paths.cache_bytes)
     manifest = store.manifest
-    table = Table("key", "value", title=where, title_justify="left")
+    table = Table("key", "value", title=where)
     for key, value in manifest.source.model_dump().items():
         table.add_row(key, f"{len(value)} values" if key.startswith("gain") and value else str(value))
     for name, split in manifest.splits.items():
@@ -73,7 +71,7 @@ def _info(where: str, paths: Paths) -> None:
                 cost = f"scale {moments.scale:.4g}, storing costs FVU {moments.cost}"
                 table.add_row(f"{name} {side}", cost)
     table.add_row("fingerprint", manifest.fingerprint)
-    Console().print(table)
+    console().print(table)
 
 
 def _verify(where: str, paths: Paths, repair: bool) -> bool:

@@ -3,7 +3,10 @@
 Shapes: n rows, d columns, C contexts, T tokens of a context.
 """
 
+import functools
 import html
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from common.errors import InputError, shown
 from common.files import sha256
 from common.identity import differs
 from common.settings import Settings
+from common.tokens import TokenText
 from shards.commit import commit_of, rows_removed
 from shards.layout import CHUNK_ROWS, Array, split_arrays
 from shards.loader import Loader
@@ -21,6 +25,8 @@ from shards.manifest import NAMES, SPLITS, Manifest, read_manifest
 from shards.reader import ChunkReader, Contexts, RemovedArray, open_array, read_lines
 from shards.remote import CACHE, CACHE_BYTES, Files, files_of, is_url
 from shards.storage import STORAGES
+from shards.text.find import Found, find
+from shards.text.tokens import RowTokens, tokens_at
 
 
 class Store:
@@ -51,11 +57,13 @@ class Store:
                 _check_digest(files.local(name), expected)
         manifest = read_manifest(root)
         splits = {}
+        # once, for both splits
+        text = functools.cache(lambda: TokenText(read_tokenizer(files.local("tokenizer.json"))))
         for name in SPLITS:
             record = manifest.splits[name]
             arrays = split_arrays(manifest.source, name, record.rows, record.contexts)
             removed = any(array.file(0) in commit.removed for array in arrays.values())
-            splits[name] = StoreSplit(files, arrays, manifest, removed)
+            splits[name] = StoreSplit(files, arrays, manifest, text, removed)
         return cls(root, manifest, splits)
 
     @classmethod
@@ -86,6 +94,22 @@ class Store:
     def tokenizer_path(self) -> Path:
         """The store's own tokenizer.json, local once it was asked for."""
         return self.path / "tokenizer.json"
+
+    def find(
+        self,
+        pattern: str | re.Pattern[str],
+        split: str = "heldout",
+        group: int | str = 0,
+        rows: int | None = None,
+    ) -> Found:
+        """`StoreSplit.find` in one split, by default the one that an evaluation reads."""
+        return self.split(split).find(pattern, group, rows)
+
+    def split(self, name: str) -> "StoreSplit":
+        """The split of that name; `InputError` for any but train and heldout."""
+        if name not in SPLITS:
+            raise InputError(f"split: expected {' or '.join(SPLITS)}, found {shown(name)}")
+        return getattr(self, name)
 
     def __repr__(self) -> str:
         source = self.manifest.source
@@ -155,11 +179,16 @@ class StoreSplit:
     """The rows of one split in stored order: each window of 32,768 is shuffled, windows are in text order."""
 
     def __init__(
-        self, files: Files, arrays: dict[str, Array], manifest: Manifest, removed: bool = False
+        self,
+        files: Files,
+        arrays: dict[str, Array],
+        manifest: Manifest,
+        text: Callable[[], TokenText],
+        removed: bool = False,
     ) -> None:
         self.removed = removed
         """Whether its rows were removed after training; how many they were, their moments and their text are there."""
-        self._where = files.where
+        self._where, self._text = files.where, text
         self.storage, self._stored_as = STORAGES[manifest.source.storage], manifest.source.storage
         self.d_in, self.d_out = manifest.source.d_in, manifest.source.d_out
         self.readers: dict[str, ChunkReader] = {
@@ -187,6 +216,29 @@ class StoreSplit:
     def provenance(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(context number uint32 [n], position in it uint16 [n]) of rows [start, stop)."""
         return self._read("row_context", start, stop), self._read("row_position", start, stop)
+
+    @property
+    def text(self) -> TokenText:
+        """Token ids as text. The tokenizer is read when this is first asked for: a second or two if it is large."""
+        return self._text()
+
+    def tokens(self, start: int, stop: int) -> RowTokens:
+        """The tokens of rows [start, stop), in stored order; `InputError` outside the split."""
+        ids = tokens_at(self.contexts, *self.provenance(start, stop))
+        return RowTokens(ids, [self.text.label(token) for token in ids.tolist()])
+
+    def find(self, pattern: str | re.Pattern[str], group: int | str = 0, rows: int | None = None) -> Found:
+        """The rows whose tokens overlap a match of the regular expression `pattern`, of the first `rows` rows (all).
+
+        What is searched is the text of one context after the other, special tokens by their names, so that a match lies
+        in one context, and in one document unless the pattern goes over the token between two. A character that is
+        split over tokens is of all of them. Tokens without a row (BOS, say) may be part of a match, but give none.
+        `group`: the part of a match that counts. Raises `InputError` for a pattern or group that is none.
+        """
+        if rows is not None and not 0 < rows <= len(self):
+            raise InputError(f"rows: expected 1 to {len(self)}, those of the split, found {rows}")
+        self.refuse_removed()
+        return find(self, self.text, pattern, group, len(self) if rows is None else rows)
 
     def loader(
         self,

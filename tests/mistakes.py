@@ -363,6 +363,9 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "no samples were collected": lambda: remove(SAMPLES),
     "no .npz": lambda: write("params.npz", "a web page"),
     "an .npz of pickles": lambda: np.savez("params.npz", W_enc=np.array([{}], object)),
+    "notes of another layer": lambda: write(RUN / "notes.csv", "layer,latent,label\n17,3,cities\n"),
+    "notes of a latent that is not there": lambda: write(RUN / "labels.csv", "layer;latent;label\n1;64;a\n"),
+    "notes without labels": lambda: write(RUN / "notes.csv", "layer,latent,score\n1,3,0.5\n"),
     "the run is not evaluated": lambda: remove(RUN / "evaluation"),
     # layer sets
     "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),

@@ -12,6 +12,8 @@ import pytest
 import shards
 import transcoder
 from common.settings import ROOT, Settings
+from evaluate import questions
+from evaluate.questions import Questions
 from evaluate.read import Intervention, Reader, Sentence
 from harvest.run import harvest
 from shards import Store
@@ -19,7 +21,7 @@ from tests.evaluate.fakes import random_coder
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 CLASSES = [
-    *(getattr(package, name) for package in (shards, transcoder) for name in package.__all__),
+    *(getattr(package, name) for package in (shards, transcoder, questions) for name in package.__all__),
     Sentence,
     Intervention,
 ]
@@ -35,7 +37,7 @@ def public(owner: type) -> set[str]:
     """Public names of a class: what it defines, its fields, and what its constructor sets."""
     names = {name for name in vars(owner) if not name.startswith("_")}
     names |= set(getattr(owner, "__annotations__", {}))
-    if owner.__name__ in ("Store", "StoreSplit"):
+    if owner.__name__ in ("Store", "StoreSplit", "Questions", "Contexts"):
         targets = re.findall(r"^ +(.+?) = ", inspect.getsource(owner.__init__), re.MULTILINE)
         names |= {name for target in targets for name in re.findall(r"self\.([a-z]\w*)", target)}
     return names
@@ -59,6 +61,8 @@ def test_parameters_are_those_of_the_code() -> None:
     assert checked >= 15
     (reader,) = re.findall(r"^\| `Reader\(([^)]*)\)` \|", PAGE, re.MULTILINE)
     assert reader.split(", ") == list(inspect.signature(Reader).parameters)
+    (asked,) = re.findall(r"^\| `Questions\(([^)]*)\)` \|", PAGE, re.MULTILINE)
+    assert asked.split(", ") == list(inspect.signature(Questions).parameters)
     (run,) = re.findall(r"^\| `reader\.run\(([^)]*)\)` \|", PAGE, re.MULTILINE)
     assert ["self", *run.split(", ")] == list(inspect.signature(Reader.run).parameters)
 

@@ -72,6 +72,7 @@ def applied(section: str, root: Path) -> None:
             file.write_text(before.replace(old, new) if old else new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "proof"), [("A storage format", STORAGE), ("A metric", METRIC), ("An exporter", EXPORTER)]
 )

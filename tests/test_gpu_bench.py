@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from bench import gpu
+from common.errors import InputError
 from common.settings import ROOT
 
 
@@ -25,13 +27,16 @@ def test_a_part_runs_to_its_end_and_prints_its_table(part: str) -> None:
     assert results.read_bytes() == before  # a CPU's figures are no GPU's
 
 
-def test_an_unknown_part_or_a_missing_gpu_is_one_line() -> None:
-    for arguments, expected in (
-        (["nonsense"], "expected some of ceilings"),
-        (["--device", "cuda:99"], "model.device"),
-    ):
-        process = subprocess.run(
-            [sys.executable, "-m", "bench.gpu", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8"
-        )
-        assert process.returncode == 2
-        assert expected in process.stderr.splitlines()[-1]
+def test_an_unknown_part_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "nonsense"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "expected some of ceilings" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--device", "cuda:99"])
+    with pytest.raises(InputError, match=r"^model\.device"):
+        gpu.main()

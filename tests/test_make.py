@@ -59,6 +59,14 @@ def test_a_text_arrives_as_it_was_typed(text: str, venv: Path) -> None:
     assert calls == [["-m", "evaluate.read", *said, "--layer", "3", "--run", "a"]]
 
 
+def test_changes_of_latents_arrive(venv: Path) -> None:
+    changes = ("SET=12/345=3.0 12/7=-1", "SCALE=12/1@2=2", "ABLATE=12/3@5")
+    calls, process = make(venv, "read", "LAYER=12", "TEXT=a", *changes)
+    assert (process.returncode, process.stderr) == (0, "")
+    said = ["--set", "12/345=3.0 12/7=-1", "--scale", "12/1@2=2", "--ablate", "12/3@5"]
+    assert calls == [["-m", "evaluate.read", "--text", "a", *said, "--layer", "12"]]
+
+
 def test_args_are_words_of_the_shell_on_any_number_of_lines(venv: Path) -> None:
     typed = "ARGS=--a 'x $5 y'\n--b \"$HOME\"\n"
     calls, _ = make(venv, "train", "LAYER=8\n12", typed, HOME="/my home")
@@ -75,6 +83,9 @@ def test_the_environment_has_no_say(venv: Path) -> None:
         "ARGS",
         "TO",
         "TEXT",
+        "SET",
+        "SCALE",
+        "ABLATE",
         "WITH",
         "FORMAT",
         "PREFIX",

@@ -28,8 +28,7 @@ def _n_layers(settings: Settings) -> int:
 
 
 def _train(settings: Settings, of_several: bool) -> None:
-    from rich.console import Console  # after the settings are checked: torch takes seconds to import
-
+    from common.terminal.table import console  # after the settings are checked: torch takes seconds to import
     from shards import Store
     from shards.remote import is_url
     from train import record
@@ -54,7 +53,7 @@ def _train(settings: Settings, of_several: bool) -> None:
         share_cores()
         train(settings, store or Store.of(settings))
 
-    Console().print(summary(read_metadata(run_dir)))
+    console().print(summary(read_metadata(run_dir)))
     print(
         f"store {store_path}\nrun   {run_dir}",
         *(where(run_dir) if settings.wandb.mode != "disabled" else ()),

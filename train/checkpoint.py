@@ -19,8 +19,9 @@ from train.record import afresh, latest
 from train.state import State
 from transcoder.weights import CHECKPOINT, save_tensors
 
-VERSION = 4
-"""1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step."""
+VERSION = 5
+"""1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step.
+4: all rows weighed the same."""
 
 
 def save(run_dir: Path, state: State) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.numbers import number_or_dash
 from common.settings import Settings
+from common.terminal.table import Table
 from shards import Store
 from train import activation_samples, record
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
@@ -49,7 +50,8 @@ def calibrated(
     """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata."""
     raw = raw_transcoder(state, recipe)
     thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
-    heldout = measure(raw, heldout_rows(store, MEASURED_ROWS, raw.W_enc.device), lambda _: thresholds)
+    rows = heldout_rows(store, MEASURED_ROWS, raw.W_enc.device)
+    heldout = measure(raw, rows, lambda _: thresholds, recipe.typical)
     metadata = {
         "settings": record.trained_with(settings, store.manifest.source),
         "harvest_fingerprint": store.manifest.fingerprint,
@@ -86,17 +88,15 @@ def heldout_rows(
         yield inputs.to(device), outputs.to(device)
 
 
-def summary(metadata: dict[str, Any]) -> Any:
-    """The held-out numbers of every prefix, as a rich table."""
-    from rich.table import Table
-
+def summary(metadata: dict[str, Any]) -> Table:
+    """The held-out numbers of every prefix, as a table."""
     heldout, ends = metadata["heldout"], metadata["prefix_ends"]
     title = "the store has no held-out rows: nothing was measured"
     if heldout["rows"]:
         dead = 100 * heldout["dead"] / ends[-1]
         title = f"{heldout['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
-    table = Table(*columns, title=title, caption=_frequent(heldout))
+    table = Table(*columns, title=title, caption=_caption(heldout) or "")
     for g, end in enumerate(ends):
         table.add_row(
             str(g),
@@ -127,9 +127,13 @@ def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
     return f"{100 * heldout['dead_fraction'][g]:.1f}", f"{100 * heldout['over_10_percent_fraction'][g]:.1f}"
 
 
-def _frequent(heldout: dict[str, Any]) -> str | None:
-    """The verdicts on each prefix's share of frequent latents."""
+def _caption(heldout: dict[str, Any]) -> str | None:
+    """The verdicts on each prefix's share of frequent latents, and what heavy rows hide; older headers have neither."""
     if not heldout["rows"] or "over_10_percent_fraction" not in heldout:
         return None
     levels = ", ".join(frequent_level(share) for share in heldout["over_10_percent_fraction"])
-    return f">10 %: latents that fire on more than 10 % of the rows ({levels})"
+    lines = [f">10 %: latents that fire on more than 10 % of the rows ({levels})"]
+    if heavy := heldout.get("heavy_rows"):
+        without = " ".join(number_or_dash(fvu, ".4f") for fvu in heldout["fvu_typical"])
+        lines.append(f"FVU without {heavy:,} heavy row{'s' * (heavy > 1)}: {without}")
+    return "\n".join(lines)

@@ -68,7 +68,8 @@ def train_step(
     """
     x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     dead = state.dead(recipe.train.dead_after_rows)
-    values, gradients = step(state.parameters, x, y, dead, recipe.active_latents(state.step))
+    weights = recipe.typical.weights(outputs)
+    values, gradients = step(state.parameters, x, y, dead, recipe.active_latents(state.step), weights)
     state.adam.skip = state.note_failure(values.loss, values.squared_errors)
     lift = revival(dead, recipe.objective.d_sae, y.shape[1])
     lr = recipe.learning_rate(state.step)
@@ -230,7 +231,7 @@ class Run:
         objective = self.recipe.objective
         cuts = training_cut(objective.k, len(objective.prefix_ends))
         pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
-        heldout = measure(raw_transcoder(self.state, self.recipe), pairs, cuts)
+        heldout = measure(raw_transcoder(self.state, self.recipe), pairs, cuts, self.recipe.typical)
         return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(heldout.fvu)}
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transcoder.entries import decode, entries_above
 from transcoder.frequent import FREQUENT
 from transcoder.fvu import Deviation, ratio
+from transcoder.heavy import Typical
 from transcoder.selection import kth_largest, select_batch
 from transcoder.transcoder import Transcoder
 
@@ -37,36 +38,49 @@ class Measured(NamedTuple):
     """Share of the prefix's latents that fired on none of the rows."""
     over_10_percent_fraction: list[float]
     """Share of the prefix's latents that fired on more than `FREQUENT` of the rows."""
+    heavy_rows: int
+    """Rows that lie far from all others (`transcoder.heavy`)."""
+    fvu_typical: list[float | None]
+    """FVU without them."""
 
 
-def measure(transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor]) -> Measured:
+def measure(
+    transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor], typical: Typical
+) -> Measured:
     """FVU and L0 of each prefix over (inputs, outputs) pairs.
 
-    `thresholds` gives [G] cuts for a batch of pre-activations [n, F].
+    `thresholds` gives [G] cuts for a batch of pre-activations [n, F]. `typical`: tells heavy rows.
     """
     groups = len(transcoder.prefix_ends)
-    errors, active = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-    deviation = Deviation(transcoder.d_out)
+    active = torch.zeros(groups, dtype=torch.float64)
+    errors, of_typical = torch.zeros(2, groups, dtype=torch.float64)
+    deviation, typical_deviation = Deviation(transcoder.d_out), Deviation(transcoder.d_out)
     firings = torch.zeros(groups, transcoder.d_sae, dtype=torch.int64)
     for inputs, outputs in pairs:
         pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
+        kept = typical.distances(outputs) <= typical.limit
         for g, cut in enumerate(thresholds(pre).tolist()):
             entries = entries_above(pre[:, : transcoder.prefix_ends[g]], cut)
             y_g = decode(entries, transcoder.W_dec, base)
-            errors[g] += (y_g - outputs).double().square().sum().cpu()
+            of_rows = (y_g - outputs).double().square().sum(1)
+            errors[g] += of_rows.sum().cpu()
+            of_typical[g] += of_rows[kept].sum().cpu()
             active[g] += len(entries.values)
             firings[g] += torch.bincount(entries.latents, minlength=transcoder.d_sae).cpu()
         deviation.add(outputs)
-    n, variation = deviation.rows, deviation.total
-    fvu = [ratio(error, variation) for error in errors.tolist()]
+        if bool(kept.any()):
+            typical_deviation.add(outputs[kept])
+    n = deviation.rows
     own = [firings[g, :end] for g, end in enumerate(transcoder.prefix_ends)]
     return Measured(
-        fvu,
+        [ratio(error, deviation.total) for error in errors.tolist()],
         (active / max(n, 1)).tolist(),
         dead=int((own[-1] == 0).sum()),
         rows=n,
         dead_fraction=[float((each == 0).double().mean()) for each in own],
         over_10_percent_fraction=[float((each > FREQUENT * n).double().mean()) for each in own],
+        heavy_rows=n - typical_deviation.rows,
+        fvu_typical=[ratio(error, typical_deviation.total) for error in of_typical.tolist()],
     )
 
 

@@ -33,14 +33,19 @@ class Scaling:
     scale_in: Float[Tensor, " D_in"]
     """Divisor of each dimension: `input_scale` of its variance."""
     scale_out: float
-    """Root mean square of the centred outputs."""
+    """Root mean square of the centred outputs, of heavy rows as far as they count."""
 
     @classmethod
-    def of(cls, inputs: Moments, outputs: Moments, device: torch.device | str = "cpu") -> "Scaling":
-        """The scaling of a store with these moments of its train rows. The scales do not depend on the means."""
+    def of(
+        cls, inputs: Moments, output_variance: float, d_out: int, device: torch.device | str = "cpu"
+    ) -> "Scaling":
+        """The scaling of a store: moments of its train inputs, variance of its outputs, summed over `d_out` dimensions.
+
+        The scales do not depend on the means.
+        """
         mean = torch.tensor(inputs.mean, dtype=torch.float32, device=device)
         scale_in = torch.from_numpy(input_scale(inputs.variance)).to(mean)
-        return cls(mean, scale_in, float(np.sqrt(outputs.variance.mean())) or 1.0)
+        return cls(mean, scale_in, (output_variance / d_out) ** 0.5 or 1.0)
 
     def inputs(self, raw: Float[Tensor, "B D_in"]) -> Float[Tensor, "B D_in"]:
         """Raw inputs -> x."""

@@ -17,6 +17,7 @@ from train.step.losses import Objective, prefix_weights
 from train.step.schedule import active_latents, learning_rate, peak_rate
 from transcoder.formats import fetched
 from transcoder.gain import bind
+from transcoder.heavy import Typical, typical_rows
 from transcoder.transcoder import Parameters, Transcoder
 
 ENCODER_SCALE = 0.1
@@ -33,8 +34,10 @@ class Recipe:
     """Peak learning rate."""
     min_lr: float
     scaling: Scaling
+    typical: Typical
+    """Raw outputs of most train rows; heavy rows weigh less in the loss."""
     variance: float
-    """Variance of the outputs, summed over dimensions, in normalised space."""
+    """Variance of the outputs, summed over dimensions, in normalised space; of heavy rows as far as they count."""
 
     @classmethod
     def of(cls, settings: Settings, store: Store, device: torch.device | str = "cpu") -> "Recipe":
@@ -58,14 +61,15 @@ class Recipe:
             aux_coefficient=settings.train.aux_coefficient,
             precision=precision_on(torch.device(device), settings.train.precision),
         )
-        scaling = Scaling.of(moments.inputs, moments.outputs, device)
-        variance = float(moments.outputs.variance.sum()) / scaling.scale_out**2
+        typical = typical_rows(store.train, moments.outputs).to(device)
+        scaling = Scaling.of(moments.inputs, typical.variance, source.d_out, device)
+        variance = typical.variance / scaling.scale_out**2
         steps = settings.train.rows // settings.train.batch_size
         try:
             lr, min_lr = settings.train.rates(peak_rate(source.d_in, objective.d_sae, steps))
         except ValueError as error:  # the rule's rate depends on d_in
             raise InputError(f"train: {error}") from error
-        return cls(objective, settings.train, lr, min_lr, scaling, variance)
+        return cls(objective, settings.train, lr, min_lr, scaling, typical, variance)
 
     def used(self) -> dict[str, Any]:
         """The values that the run really uses where settings say "auto" or nothing, as plain JSON values."""
@@ -78,6 +82,7 @@ class Recipe:
             "input_scale_min": float(self.scaling.scale_in.min()),
             "input_scale_max": float(self.scaling.scale_in.max()),
             "output_scale": self.scaling.scale_out,
+            "heavy_distance": self.typical.limit**0.5 if self.typical.limit < torch.inf else None,
         }
 
     @property
@@ -128,9 +133,7 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
     """Parameters before the first step, in normalised space: random, or those of the run `train.init_from`."""
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:
-        outputs = store.manifest.splits["train"].outputs
-        assert outputs is not None  # Recipe.of refuses an empty split
-        mean = torch.tensor(outputs.mean, dtype=torch.float64) / recipe.scaling.scale_out
+        mean = recipe.typical.mean.double().cpu() / recipe.scaling.scale_out
         fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
         return fresh.map(lambda tensor: tensor.to(device))
     try:

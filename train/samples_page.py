@@ -119,6 +119,22 @@ def numbers(words: Sequence[str]) -> list[int]:
     return [*dict.fromkeys(map(int, parts))]
 
 
+def print_latents(latents: Iterable[Line]) -> None:
+    """A table for each latent, or that it was never active."""
+    from common.terminal.table import Table, console
+
+    for line in latents:
+        title = f"latent {line['latent']} (group {line['group']})"
+        if not line["samples"]:
+            print(f"{title}\n  never active when looked at")
+            continue
+        table = Table("activation", "[[token]] in its text", title=title)
+        for sample in line["samples"]:
+            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}"
+            table.add_row(f"{sample['value']:.3f}", printable(text))
+        console().print(table)
+
+
 def main() -> None:
     options = parser("train.samples_page", "Print and render the activation samples of a run.")
     options.add_argument(
@@ -143,13 +159,7 @@ def main() -> None:
     file = run_dir / "activation_samples" / "samples.html"
     file.write_text(render(chosen), encoding="utf-8")
     shown = (line for line in chosen if requested or line["samples"])
-    for line in islice(shown, None if requested else SHOWN):
-        print(f"\nlatent {line['latent']} (group {line['group']})")
-        for sample in line["samples"]:
-            text = f"{sample['before']}[[{sample['token'] or PART}]]{sample['after']}"
-            print(f"  {sample['value']:8.3f}  {printable(text)}")
-        if not line["samples"]:
-            print("  never active when looked at")
+    print_latents(islice(shown, None if requested else SHOWN))
     print(f"\n{len(chosen):,} of {total:,} latents in {file}")
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
@@ -25,6 +23,7 @@ from common.files import sha256, write_whole
 from common.layers.driver import add_spread, over_layers
 from common.settings import Settings, changes, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
+from common.terminal.table import Table, console
 from train.log import where
 
 RESULTS = "results.json"
@@ -176,7 +175,7 @@ def _sweep(settings: Settings, of_several: bool) -> None:
     table = report(runs, folder)
     if of_several and not waiting:
         return
-    Console().print(table)
+    console().print(table)
     print(f"runs {folder.parent}")
     if (folder / "sweep.png").exists():
         print(f"plot {folder / 'sweep.png'}")

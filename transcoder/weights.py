@@ -151,34 +151,62 @@ def chosen_run(settings: Settings, named: str | None, every_layer: bool = False)
     """Settings of the run that a stage reads where none is `named`; a line on standard error says which it is.
 
     The run that profile and training settings name, if it is there; else the newest finished one of the layer, or,
-    with `every_layer`, of all layers asked for (none: of all there are). With evaluate.checkpoint: the newest one that
-    has a checkpoint. Where there is none of them, the newest that was begun: what reads it says how far it is.
+    with `every_layer`, the newest of those that all layers asked for have (none asked for: all there are; no run in
+    all: those in the most). With evaluate.checkpoint: the newest one that has a checkpoint. Where there is none of
+    them, the newest that was begun: what reads it says how far it is.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     if named:
         return settings
     if every_layer:
-        layers = [model / f"layer_{layer}" for layer in settings.layers] or [*model.glob("layer_*")]
+        layers = [model / f"layer_{layer}" for layer in settings.layers] or _layers_in(model)
     else:
         layers = [settings.run_dir().parent]
     begun, finished = _ages(layers, BEGUN), _ages(layers, FILE_NAME)
     checkpoint = settings.evaluate.checkpoint
-    age = (_ages(layers, CHECKPOINT) if checkpoint else finished) or begun
-    if not age:
+    found = (_ages(layers, CHECKPOINT) if checkpoint else finished) or begun
+    if not found:
         return settings
+    most = max(map(len, found.values()))
+    age = {name: max(times) for name, times in found.items() if len(times) == most}
     newest = max(age, key=lambda name: (age[name], name))
-    if settings.run != "default" and settings.run in age:
+    if settings.run != "default" and settings.run in found:
         later = "" if settings.run == newest else f"; the newest is {newest} (RUN={newest})"
         print(f"run {settings.run}, by its settings{later}", file=sys.stderr)
         return settings
-    of = f"layer {layers[0].name.removeprefix('layer_')}" if len(layers) == 1 else f"{len(layers)} layers"
-    other = f" of {len(age)}; RUN=name takes another" if len(age) > 1 else ""
-    what = "newest checkpoint" if checkpoint and age is not begun else "newest"
-    print(f"run {newest}, the {what} of {of}{other}", file=sys.stderr)
-    unfinished = sorted(name for name in begun.keys() - finished.keys() if begun[name] > age[newest])
+    what = "newest checkpoint" if checkpoint and found is not begun else "newest"
+    other = "; RUN=name takes another" if len(found) > 1 else ""
+    print(f"run {newest}, {_place(layers, most, len(age), what)}{other}", file=sys.stderr)
+    unfinished = sorted(name for name in begun.keys() - finished.keys() if max(begun[name]) > age[newest])
     if unfinished and not checkpoint:
         print(f"begun later, not finished: {', '.join(unfinished)}", file=sys.stderr)
     return settings.model_copy(update={"run": newest})
+
+
+def _place(layers: Sequence[Path], most: int, n: int, newest: str) -> str:
+    """Which run one is: the `newest` of `n` that `most` of the layers have.
+
+    >>> _place([Path("layer_3")], 1, 2, "newest"), _place([Path("layer_3")], 1, 1, "newest")
+    ('the newest of 2 runs of layer 3', 'the newest of layer 3')
+    >>> _place([Path("layer_3"), Path("layer_4")], 2, 1, "newest")
+    'the one that all 2 layers have'
+    >>> _place([Path("layer_3"), Path("layer_4")], 1, 2, "newest")
+    'the newest of 2 that most layers have (1 of 2)'
+    """
+    if len(layers) == 1:
+        of = f"layer {layers[0].name.removeprefix('layer_')}"
+        return f"the {newest} of {n} runs of {of}" if n > 1 else f"the {newest} of {of}"
+    which = f"the {newest} of {n}" if n > 1 else "the one"
+    all_of_them = (
+        f"all {most} layers have" if most == len(layers) else f"most layers have ({most} of {len(layers)})"
+    )
+    return f"{which} that {all_of_them}"
+
+
+def _layers_in(model: Path) -> list[Path]:
+    """Directories of the layers that have a run; a copy put aside, layer_3_old, is none."""
+    folders = [folder for folder in model.glob("layer_*") if folder.name.removeprefix("layer_").isdecimal()]
+    return [folder for folder in folders if any(folder.glob(f"*/{FILE_NAME}"))]
 
 
 def layers_of(settings: Settings) -> tuple[int, ...]:
@@ -204,11 +232,10 @@ def n_layers(settings: Settings) -> int:
     return n_layers(settings)
 
 
-def _ages(layers: Sequence[Path], mark: str) -> dict[str, float]:
-    """Name -> the newest time of a file `mark`, of the runs below the directories of layers that have one."""
-    ages: dict[str, float] = {}
+def _ages(layers: Sequence[Path], mark: str) -> dict[str, list[float]]:
+    """Name -> times of a file `mark`, of the runs below the directories of layers that have one."""
+    ages: dict[str, list[float]] = {}
     for layer in layers:
         for path in layer.glob(f"*/{mark}"):
-            name = path.relative_to(layer).parts[0]
-            ages[name] = max(ages.get(name, 0), path.stat().st_mtime)
+            ages.setdefault(path.relative_to(layer).parts[0], []).append(path.stat().st_mtime)
     return ages

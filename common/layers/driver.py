@@ -128,10 +128,9 @@ def _in_processes(settings: Settings, start: Launch, apart: bool) -> list[int]:
 def _print_table(run: str, lines: Sequence[tuple[int, Line]]) -> None:
     if not lines:
         return
-    from rich.console import Console
-    from rich.table import Table
+    from common.terminal.table import Table, console
 
-    table = Table("layer", *lines[0][1], title=f"run {run}", title_justify="left")
+    table = Table("layer", *lines[0][1], title=f"run {run}")
     for layer, line in lines:
         table.add_row(str(layer), *line.values())
-    Console().print(table)
+    console().print(table)

@@ -74,9 +74,10 @@ def each(commands: Mapping[int, Sequence[str]], places: int) -> list[int]:
     """Run every layer's command, `places` at a time; the layers that have failed with a line for their user.
 
     Whatever else ends one of them, and Ctrl-C, stops all, each with its state kept: raises `SystemExit` with its code,
-    or `KeyboardInterrupt`.
+    or `KeyboardInterrupt` where no single process has told the user already.
     """
     waiting, running, failed, code = list(commands.items()), list[Child](), list[int](), 0
+    told = False
     selector = selectors.DefaultSelector()
     while waiting or running:
         try:
@@ -96,6 +97,7 @@ def each(commands: Mapping[int, Sequence[str]], places: int) -> list[int]:
                 running.remove(child)
                 _tell_the_rest(child, selector)
                 ended = child.process.returncode
+                told = told or (ended == INTERRUPTED and places == 1)
                 if ended == FAILED:
                     failed.append(child.layer)
                 elif ended and not code:
@@ -112,7 +114,7 @@ def each(commands: Mapping[int, Sequence[str]], places: int) -> list[int]:
             code = code or INTERRUPTED
             waiting.clear()
             _stop(running)
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and not told:
         raise KeyboardInterrupt
     if code:
         raise SystemExit(code)

@@ -50,26 +50,25 @@ def main() -> None:
 
 
 def _print(circuit: "Circuit", labels: "list[Label]", routes: "dict[int, list[Route]]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from common.terminal.table import Table, console
     from evaluate.circuit.write import place
     from evaluate.report.templates import percent
 
-    console = Console(markup=False, emoji=False, highlight=False)
     probability = {logit: float(circuit.nodes.value[logit]) for logit in routes}
     found = [(logit, route) for logit, some in routes.items() for route in some]
     found.sort(key=lambda each: -abs(each[1].weight) * probability[each[0]])
     table = Table("weight %", "next token", "path (layer/latent@token)", "labels")
     for logit, route in found[:SHOWN]:
         steps = route.nodes[:-1]
-        table.add_row(
-            percent(route.weight),
-            f"{printable(repr(labels[logit].word))}\n{percent(probability[logit])} %",
-            "\n".join(place(circuit, node) for node in steps),
-            "\n".join(printable(labels[node].text) for node in steps),
-        )
-    console.print(table)
+        first = [percent(route.weight), printable(repr(labels[logit].word))]
+        second = ["", f"{percent(probability[logit])} %"]
+        for number, node in enumerate(steps):  # a row for each: a label that takes two lines moves no other
+            begin = first if number == 0 else second if number == 1 else ["", ""]
+            table.add_row(*begin, place(circuit, node), printable(labels[node].text))
+        if len(steps) < 2:
+            table.add_row(*second, "", "")
+        table.add_section()
+    console(markup=False, emoji=False, highlight=False).print(table)
     ends = circuit.ends
     print(
         f"influence on the logits: {percent(ends.tokens)} % from the tokens through latents and attention, "

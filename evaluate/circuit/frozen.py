@@ -159,18 +159,10 @@ class Frozen:
 
         Raises `InputError` where the model's logits are not those of its unembedding, but for a soft cap.
         """
-        head = self.model.bridge.original_model.get_output_embeddings()
-        weight = head.weight.detach().float()
-        bias = getattr(head, "bias", None)
-        bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().float()
-        plain = linear(self.reads.final[-1], weight, bias)
-        config = self.model.bridge.original_model.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
-        capped = cap * torch.tanh(plain / cap) if cap else plain
-        error = float((capped - self.logits).abs().max() / self.logits.abs().max())
-        if not error <= TOLERANCE:
+        own = self.model.unembedding(tokens, self.reads.final[-1], self.logits)
+        if not own.error <= TOLERANCE:
             raise InputError(
                 f"{self.model.name}: its logits are not its unembedding times its final norm's output (deviation "
-                f"{error:.2g}, expected at most {TOLERANCE:g}); {self._cannot}"
+                f"{own.error:.2g}, expected at most {TOLERANCE:g}); {self._cannot}"
             )
-        return weight[tokens] - weight.mean(0), bias[tokens] - bias.mean()
+        return own.directions, own.biases

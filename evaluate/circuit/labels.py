@@ -1,4 +1,4 @@
-"""What is said of a circuit's nodes: tokens a latent fires on, from its layer's evaluation, and tokens it promotes."""
+"""What is said of a circuit's nodes: words a latent fires on, from its layer's evaluation, and tokens it promotes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,11 @@ import torch
 from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
-from evaluate.files import is_of, latents_of
+from evaluate.files import is_of
 from evaluate.kept.evaluations import main_evaluation
-from evaluate.metrics.language import logit_effects
+from evaluate.labels.effects import logit_effects
+from evaluate.labels.read import label_words
+from evaluate.notes import Note
 from evaluate.report.templates import percent
 from harvest.lm import LanguageModel
 from transcoder import Transcoder
@@ -28,9 +30,9 @@ class Label(NamedTuple):
     text: str
     """In one line."""
     word: str
-    """The token of an embedding or a logit, or what an error is at."""
+    """The token of an embedding or a logit, what an error is at, or a person's label of a latent."""
     fires: list[str]
-    """Tokens that hold most of a latent's activation; none where its layer has no evaluation of these weights."""
+    """Words that say best where a latent fires; none where its layer has no evaluation of these weights."""
     promotes: list[str]
     """Tokens whose logits a latent raises most by itself."""
 
@@ -50,11 +52,11 @@ def labels(
         numbers = nodes.number[own]
         rows = coders[layer].W_dec[torch.from_numpy(numbers).to(model.device)]
         promoted = logit_effects(model, rows).promoted
-        fires = np.zeros((len(own), 0), int)
+        fires: list[list[str]] = [[]] * len(own)
         if layer in evaluations:
-            fires = latents_of(evaluations[layer], "top_tokens")[0][numbers]
-        for node, on, raised in zip(own.tolist(), fires.tolist(), promoted.tolist(), strict=True):
-            words = [tokens.label(token) for token in on if token >= 0]
+            known = label_words(evaluations[layer], tokens)
+            fires = [known[number] for number in numbers.tolist()]
+        for node, words, raised in zip(own.tolist(), fires, promoted.tolist(), strict=True):
             promotes = [tokens.label(token) for token in raised]
             parts = [("fires on", words), ("promotes", promotes)]
             text = "; ".join(f"{what} {_listed(some)}" for what, some in parts if some)
@@ -69,6 +71,17 @@ def labels(
         }[kind]
         found[node] = Label(text, word, [], [])
     return found
+
+
+def with_notes(found: Sequence[Label], nodes: Nodes, notes: Mapping[int, Mapping[int, Note]]) -> list[Label]:
+    """The labels with what a person says of the latents, by layer and number, before what is known automatically."""
+    said = list(found)
+    for node in np.flatnonzero(nodes.kind == LATENT).tolist():
+        note = notes.get(int(nodes.layer[node]), {}).get(int(nodes.number[node]))
+        if note is not None:
+            text = "; ".join(part for part in (note.text, found[node].text) if part)
+            said[node] = found[node]._replace(text=text, word=note.text)
+    return said
 
 
 def _listed(words: Sequence[str]) -> str:

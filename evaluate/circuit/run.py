@@ -14,10 +14,11 @@ from common.settings import Model, Settings
 from common.tokens import TokenText
 from evaluate.circuit.attribute import Effects, Text, attribute
 from evaluate.circuit.graph import LATENT, LOGIT, Circuit, Route, paths, pruned
-from evaluate.circuit.labels import Label, evaluations, labels
+from evaluate.circuit.labels import Label, evaluations, labels, with_notes
 from evaluate.circuit.write import EDGE_SHARE, NODE_SHARE, About, write
 from evaluate.metrics.language import language_model
 from evaluate.model.layer_set import LayerSet, open_set
+from evaluate.notes import Note, notes_of
 from evaluate.reader import context_of
 from harvest.lm import LanguageModel
 from shards.layout import kept_mask
@@ -48,6 +49,7 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
     """
     layer_set = open_set(settings, whole=True)
     coders = readers(layer_set, prefix)
+    notes = _notes(settings, layer_set)
     store = layer_set.stores[0]
     source = store.manifest.source
     tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), source.special_tokens)
@@ -76,6 +78,7 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
     folder = settings.set_dir() / "circuits" / about.slug
     found = evaluations(settings, about.weights)
     named = labels(circuit.nodes, model, coders, tokens, about.pieces, found)
+    named = with_notes(named, circuit.nodes, notes)
     logits = np.flatnonzero(circuit.nodes.kind == LOGIT)
     order = logits[np.argsort(-circuit.nodes.value[logits])].tolist()
     routes = {logit: paths(circuit, logit, N_ROUTES) for logit in order}
@@ -105,6 +108,14 @@ def exact(wanted: Model, source: Source) -> LanguageModel:
     torch.nn.Module.to(model.bridge, torch.float32)  # its own `to` prints a line
     model.bridge.cfg.dtype = model.dtype = torch.float32
     return model
+
+
+def _notes(settings: Settings, layer_set: LayerSet) -> dict[int, dict[int, Note]]:
+    """What a person says of the latents, by layer and number."""
+    return {
+        layer: notes_of(settings.of_layer(layer).run_dir(), layer, coder.d_sae)
+        for layer, coder in layer_set.coders.items()
+    }
 
 
 def _digests(settings: Settings, layers: Sequence[int]) -> dict[int, str]:

@@ -1,10 +1,7 @@
 """A circuit's two files: graph.json in circuit-tracer's schema, and circuit.html, which opens from disk."""
 
-import hashlib
 import json
 import os
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from common.files import locked, whole_folder
+from common.files import locked, text_slug, whole_folder
 from evaluate.circuit.attribute import MASS, MOST_LOGITS
 from evaluate.circuit.graph import ERROR, KINDS, LATENT, LOGIT, TOKEN, Circuit, Route
 from evaluate.circuit.labels import Label
@@ -43,9 +40,7 @@ class About:
     @property
     def slug(self) -> str:
         """Name of the folder: the text's first words, and a digest of what the circuit is of."""
-        plain = unicodedata.normalize("NFKD", self.prompt).encode("ascii", "ignore").decode().lower()
-        words = "-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-") or "text"
-        return f"{words}-{hashlib.sha256(f'{self.prefix} {self.prompt}'.encode()).hexdigest()[:8]}"
+        return text_slug(self.prompt, of=str(self.prefix))
 
 
 def write(

@@ -5,7 +5,6 @@ The losses of each context, and what every latent does to the logits; the number
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError, first_line
 from evaluate.kept.evaluations import Evaluation
-from evaluate.metrics.language import Language, LogitEffects
+from evaluate.labels.effects import LogitEffects
+from evaluate.metrics.language import Language
 from transcoder.weights import save_tensors
 
 FILE = "language.safetensors"
@@ -24,9 +24,7 @@ LOSS, EFFECT = "cross_entropy.", "effects."
 def save_language(folder: Path, language: Language, provenance: Mapping[str, object]) -> None:
     """Write the file of an evaluation whose cross-entropy was measured."""
     arrays = {f"{LOSS}{name}": values for name, values in language.by_context.items()}
-    arrays |= {
-        f"{EFFECT}{each.name}": getattr(language.effects, each.name) for each in fields(language.effects)
-    }
+    arrays |= {f"{EFFECT}{name}": values for name, values in language.effects.arrays().items()}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in arrays.items()}
     save_tensors(folder / FILE, tensors, {"provenance": json.dumps(provenance)})
 
@@ -37,7 +35,8 @@ def read_language(evaluation: Evaluation) -> Language:
     try:
         with safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        effects = LogitEffects(**{each.name: arrays[f"{EFFECT}{each.name}"] for each in fields(LogitEffects)})
+        own = {name.removeprefix(EFFECT): values for name, values in arrays.items() if name.startswith(EFFECT)}
+        effects = LogitEffects.of(own)
     except (OSError, SafetensorError, LookupError) as error:
         raise InputError(
             f"{path}: damaged ({first_line(error)}); remove {evaluation.folder} and evaluate again (make evaluate)"

@@ -9,15 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from evaluate.labels.choose import Labels
+from evaluate.labels.effects import LogitEffects
+from evaluate.labels.measured import Measured, Quality
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weights, top_tokens
-from evaluate.metrics.language import LogitEffects
 from evaluate.metrics.passes import First
 from evaluate.metrics.redundancy import Neighbours
-from evaluate.records import GroupMetrics, SplitPair
+from evaluate.records import GroupMetrics, LabelMetrics, SplitPair
 
 HISTOGRAM_BINS = 24
 N_TOKENS = 5
+COMMON = 256
+"""Firings below which a label is said to be of few."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,18 @@ class Catalogue:
     parents: Partners
     samples: Samples
     effects: LogitEffects
+    labels: Labels
+    quality: Quality
+    """Of the labels."""
 
 
 def catalogue(
-    first: First, samples: Samples, neighbours: Neighbours, effects: LogitEffects, ends: Sequence[int]
+    first: First,
+    samples: Samples,
+    neighbours: Neighbours,
+    effects: LogitEffects,
+    ends: Sequence[int],
+    measured: Measured,
 ) -> Catalogue:
     """Puts together what the passes and the language model found."""
     n_latents = ends[-1]
@@ -85,6 +97,8 @@ def catalogue(
         parents=parents,
         samples=samples,
         effects=effects,
+        labels=measured.labels,
+        quality=measured.result(),
     )
 
 
@@ -158,6 +172,20 @@ def splitting(catalogue: Catalogue, n: int = 50) -> list[SplitPair]:
     return [SplitPair(latents=list(pair), jaccard=score) for pair, score in pairs.items()]
 
 
+def label_metrics(catalogue: Catalogue) -> LabelMetrics:
+    """How well the labels say where latents fire."""
+    quality, firings = catalogue.quality, catalogue.labels.firings
+    known = ~np.isnan(quality.recall)
+    return LabelMetrics(
+        rows=quality.rows,
+        measured=int(known.sum()),
+        median_precision=_median(quality.precision[~np.isnan(quality.precision)]),
+        median_recall=_median(quality.recall[known]),
+        median_activation_recall=_median(quality.activation_recall[known]),
+        rare=int(((firings < COMMON) & (catalogue.firings > 0)).sum()),
+    )
+
+
 def tensors(catalogue: Catalogue) -> dict[str, torch.Tensor]:
     """Per-latent columns for notebooks: latents.safetensors."""
     return {
@@ -172,10 +200,22 @@ def tensors(catalogue: Catalogue) -> dict[str, torch.Tensor]:
         "top_tokens": torch.from_numpy(catalogue.tokens),
         "activation_histogram": torch.from_numpy(catalogue.histogram.astype(np.int32)),
         "activation_percentiles": torch.from_numpy(catalogue.percentiles),
+        "label_kinds": torch.from_numpy(catalogue.labels.kinds),
+        "label_tokens": torch.from_numpy(catalogue.labels.tokens),
+        "label_shares": torch.from_numpy(catalogue.labels.shares),
+        "label_lifts": torch.from_numpy(catalogue.labels.lifts),
+        "label_firings": torch.from_numpy(catalogue.labels.firings),
+        "label_precision": torch.from_numpy(catalogue.quality.precision),
+        "label_recall": torch.from_numpy(catalogue.quality.recall),
+        "label_activation_recall": torch.from_numpy(catalogue.quality.activation_recall),
         "promoted_tokens": torch.from_numpy(catalogue.effects.promoted),
         "promoted_logits": torch.from_numpy(catalogue.effects.promoted_by),
         "suppressed_tokens": torch.from_numpy(catalogue.effects.suppressed),
         "suppressed_logits": torch.from_numpy(catalogue.effects.suppressed_by),
+        "effect_histogram": torch.from_numpy(catalogue.effects.histogram),
+        "effect_edges": torch.from_numpy(catalogue.effects.edges),
+        "effect_peak": torch.from_numpy(catalogue.effects.peak),
+        "effect_like_random": torch.from_numpy(catalogue.effects.like_random),
         "nearest_latents": catalogue.neighbours.latents,
         "nearest_cosines": catalogue.neighbours.cosines,
         "twins": torch.from_numpy(catalogue.twins.latents),

@@ -17,6 +17,8 @@ N_TOP = 32
 """Strongest rows kept per latent. The page shows one of each context."""
 N_EVEN = 256
 """Rows of the even sample of a latent; all of its firings if there are fewer."""
+N_LABEL = 384
+"""Rows of the larger even sample that labels are chosen on, three quarters of it: 256 and some more."""
 SHOWN_TOP, SHOWN_EVEN = 10, 8
 REACH = 16
 """Tokens shown on either side of a sample."""
@@ -81,6 +83,14 @@ class Best:
         full = np.flatnonzero(np.diff(bounds) == self.capacity)
         self._floor[full] = self.ranks[bounds[full + 1] - 1]  # the last entry of a latent has its lowest rank
         self._waiting, self._n_waiting = [], 0
+
+    def first(self, capacity: int) -> "Best":
+        """Those `capacity` entries of highest rank of each latent, once this is finished."""
+        fewer = Best(self.n_latents, capacity)
+        kept = _nth_of_its_latent(self.latents) < capacity
+        for name in ("ranks", "latents", "places", "values", "tokens"):
+            setattr(fewer, name, getattr(self, name)[kept])
+        return fewer
 
     def bounds(self) -> np.ndarray:
         """[F + 1] int64: entries of latent f are [bounds[f], bounds[f + 1])."""

@@ -1,6 +1,6 @@
 """What needs the language model: cross-entropy with every prefix spliced in, and what latents promote and suppress.
 
-Shapes: F latents, D model width, V vocabulary, n tokens shown per latent.
+Shapes: F latents, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.errors import InputError
 from common.progress import progress
 from common.settings import Model, Settings
+from evaluate.labels.effects import LogitEffects, logit_effects, tokens_in
 from evaluate.metrics.rows import TextSplit
 from evaluate.records import AblationLosses, LanguageMetrics, NotMeasured
 from shards import Store
@@ -25,31 +25,8 @@ from transcoder import Transcoder
 if TYPE_CHECKING:
     from harvest.lm import LanguageModel
 
-N_PROMOTED = 10
-PROMOTE_BLOCK = 256
-"""Latents at once: 50 MB of logits at a vocabulary of 49,152."""
 PROMOTE_LIMIT = 2e12
 """F * D * V up to which promoted tokens are computed on a CPU, about a minute; 1.3e11 in the demo."""
-
-
-@dataclass(frozen=True)
-class LogitEffects:
-    """What each latent's decoder row alone does to the logits, see `logit_effects`. n is 0 where that was not computed:
-    the language model was not run, or it would take minutes."""
-
-    promoted: np.ndarray
-    """[F, n] int32 token ids whose logits it raises most, highest first."""
-    promoted_by: np.ndarray
-    """[F, n] float32, by how much."""
-    suppressed: np.ndarray
-    """[F, n] int32 token ids whose logits it lowers most, lowest first."""
-    suppressed_by: np.ndarray
-    """[F, n] float32, negative where it lowers them at all."""
-
-    @classmethod
-    def none(cls, n_latents: int) -> LogitEffects:
-        tokens, values = np.zeros((n_latents, 0), np.int32), np.zeros((n_latents, 0), np.float32)
-        return cls(tokens, values, tokens, values)
 
 
 @dataclass(frozen=True)
@@ -86,8 +63,11 @@ def measure_language(
     coder = coder.to(model.device)
     losses, prefixes, by_context = _cross_entropy(model, settings, store, split, coder, n_tokens)
     affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
-    effects = logit_effects(model, coder.W_dec) if affordable else nothing
-    return Language(losses, prefixes, effects, by_context)
+    if not affordable:
+        return Language(losses, prefixes, nothing, by_context)
+    size = model.bridge.cfg.d_vocab
+    ranked = tokens_in(store.train.contexts, size) | tokens_in(store.heldout.contexts, size)
+    return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked), by_context)
 
 
 def _cross_entropy(
@@ -137,34 +117,6 @@ def _cross_entropy(
     )
     each = {name: by_context(loss) for name, loss in losses.items()}
     return whole, [summary(losses, str(g)) for g in range(n_prefixes)], each
-
-
-@torch.inference_mode()
-def logit_effects(model: LanguageModel, W_dec: Tensor, n: int = N_PROMOTED) -> LogitEffects:
-    """The `n` tokens whose logits unembed(final_norm(W_dec[f])) raises and lowers most, with the values.
-
-    The direct path only: whatever later layers make of the direction is not seen. The values are those of a residual
-    stream that holds nothing but the direction: in a text the norm's scale makes them smaller, all by the same factor,
-    its gain is in them. The biases' own logits, which a zero direction has too, are taken off.
-    """
-
-    def logits(directions: Tensor) -> Tensor:
-        return model.bridge.unembed(model.bridge.ln_final(directions[None]))[0]
-
-    W_dec = W_dec.to(model.dtype)
-    biases = logits(torch.zeros_like(W_dec[:1]))
-    most, least = [], []
-    for block in W_dec.split(PROMOTE_BLOCK):
-        effects = (logits(block) - biases).float()
-        most.append(effects.topk(n, dim=-1))
-        least.append(effects.topk(n, dim=-1, largest=False))
-
-    def column(parts: list[torch.return_types.topk], which: int) -> np.ndarray:
-        return torch.cat([part[which] for part in parts]).cpu().numpy()
-
-    tokens = (column(parts, 1).astype(np.int32) for parts in (most, least))
-    values = (column(parts, 0) for parts in (most, least))
-    return LogitEffects(next(tokens), next(values), next(tokens), next(values))
 
 
 def language_model(wanted: Model, source: Source) -> LanguageModel:

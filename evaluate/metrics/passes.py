@@ -9,14 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from evaluate.labels.measured import Measured
 from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.coactivation import Coactivation
-from evaluate.metrics.contexts import N_EVEN, N_TOP, Best, Samples, Shader, choose, lottery, strength
+from evaluate.metrics.contexts import N_EVEN, N_LABEL, N_TOP, Best, Samples, Shader, choose, lottery, strength
 from evaluate.metrics.error_map import ErrorMap
 from evaluate.metrics.measure import Measurement, Select
 from evaluate.metrics.rows import TextSplit, blocks
 from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
+from shards.text.tokens import tokens_at
 from transcoder import Transcoder
 from transcoder.entries import Entries
 
@@ -33,6 +35,9 @@ class First:
     coactivation: Coactivation
     top: Best
     even: Best
+    """The first of `sampled`, once the pass is over."""
+    sampled: Best
+    """What labels are chosen on."""
 
     def errors(self, label: Callable[[int], str]) -> ErrorMetrics:
         """Where the error is; `label`: a token's text."""
@@ -67,11 +72,12 @@ def first_pass(
         coactivation=Coactivation(n_latents, n_rows),
         top=Best(n_latents, N_TOP),
         even=Best(n_latents, N_EVEN),
+        sampled=Best(n_latents, N_LABEL),
     )
     for start, stop in blocks(n_rows):
         inputs, outputs = split.rows(start, stop)
         context, position = split.provenance(start, stop)
-        token = tokens_at(split, context, position)
+        token = tokens_at(split.contexts, context, position)
         entries, errors = first.measurement.add(inputs.to(device), outputs.to(device))
         first.baselines.add(inputs, outputs)
         first.error_map.add(outputs, errors, token, position)
@@ -79,31 +85,30 @@ def first_pass(
         row, latent, value = _arrays(entries[-1])
         place = _places(context, position, positions)[row]
         first.top.add(latent, strength(value), place, value, token[row])
-        first.even.add(latent, lottery(row + start), place, value, token[row])
+        first.sampled.add(latent, lottery(row + start), place, value, token[row])
         tick(stop - start)
     first.top.finish()
-    first.even.finish()
+    first.sampled.finish()
+    first.even = first.sampled.first(N_EVEN)
     return first
 
 
 @torch.inference_mode()
-def second_pass(coder: Transcoder, split: TextSplit, n_rows: int, first: First, tick: Tick) -> Samples:
-    """The samples of every living latent with its activations on the tokens around them."""
+def second_pass(
+    coder: Transcoder, split: TextSplit, n_rows: int, first: First, measured: Measured, tick: Tick
+) -> Samples:
+    """The samples of every living latent with its activations on the tokens around them; labels are `measured`."""
     n_contexts, positions = split.contexts.shape
     samples = choose(first.top, first.even, positions)
     shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
     for start, stop in blocks(n_rows):
         inputs, _ = split.rows(start, stop)
         row, latent, value = _arrays(coder.entries(coder.pre_activations(inputs.to(device))))
-        shader.add(latent, _places(*split.provenance(start, stop), positions)[row], value)
+        context, position = split.provenance(start, stop)
+        shader.add(latent, _places(context, position, positions)[row], value)
+        measured.add(context, position, row, latent, value)
         tick(stop - start)
     return samples
-
-
-def tokens_at(split: TextSplit, context: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """[B] int32 token ids of rows by their provenance."""
-    distinct, which = np.unique(context, return_inverse=True)
-    return split.contexts[distinct][which, position]
 
 
 def _places(context: np.ndarray, position: np.ndarray, positions: int) -> np.ndarray:

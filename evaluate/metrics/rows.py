@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from shards.text.tokens import ContextTable
+
 BLOCK_ROWS = 1024
 """Rows per step of a pass: the store's chunk, so that no chunk is decoded twice."""
 
@@ -21,17 +23,6 @@ class Split(Protocol):
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows [start, stop) as (inputs [n, D_in], outputs [n, D_out])."""
         ...
-
-
-class ContextTable(Protocol):
-    """[C, T] int32 token ids, as `shards.reader.Contexts` reads them or an array holds them."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, numbers: np.ndarray, /) -> np.ndarray: ...
 
 
 class TextSplit(Split, Protocol):

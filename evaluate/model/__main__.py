@@ -38,6 +38,7 @@ def main() -> None:
     )  # of all: describe asks the stores, not the model
     if arguments.tokens < 0:
         raise InputError(f"command line: --tokens: expected a number from 0, found {arguments.tokens}")
+    from common.terminal.table import console
     from evaluate.model.run import describe  # after the settings are checked: torch takes seconds to import
     from transcoder.weights import chosen_run
 
@@ -45,7 +46,7 @@ def main() -> None:
     if not arguments.layer:  # not the profile's own layer
         settings = settings.model_copy(update={"layers": ()})
     settings = chosen_run(settings, arguments.run, every_layer=True)
-    show(settings, *describe(settings, arguments.tokens, whole), Console())
+    show(settings, *describe(settings, arguments.tokens, whole), console())
 
 
 def show(settings: Settings, result: ModelMetrics, fresh: bool, console: Console) -> None:
@@ -106,18 +107,19 @@ def _layers(result: ModelMetrics, console: Console) -> None:
 def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console) -> None:
     which = f"all {len(result.layers)} MLPs" if len(result.layers) > 1 else "the one MLP"
     table = table_of(
-        f"{which} replaced at once, {replaced.positions:,} tokens, cross-entropy and KL in nats per token",
-        ("", "latents", "L0", "cross-entropy", "KL", "top-1 %", "recovered %", "against mean %"),
+        f"{which} replaced at once, {replaced.positions:,} tokens, cross-entropy (CE) and KL in nats per token",
+        ("", "latents", "L0", "CE", "increase", "KL", "top-1 %", "recovered %", "against mean %"),
     )
     changed = {"zeroed": replaced.zero, "at their mean": replaced.mean}
-    table.add_row("original model", "", "", f"{replaced.clean:.3f}", "", "", "", "")
+    table.add_row("original model", "", "", f"{replaced.clean:.3f}", "", "", "", "", "")
     for g, each in enumerate(replaced.prefixes):
         shares = [None if s is None else 100 * s for s in (each.recovered_zero, each.recovered_mean)]
         table.add_row(
             f"prefix {g}",
             f"{each.latents:,}",
             f"{each.l0:,.0f}",
-            f"{each.cross_entropy:.3f} ({each.increase:+.3f})",
+            f"{each.cross_entropy:.3f}",
+            f"{each.increase:+.3f}",
             f"{each.kl:.3f}",
             f"{100 * each.top1_agreement:.1f}",
             *(number_or_dash(share, ".1f") for share in shares),
@@ -128,6 +130,7 @@ def _replaced(result: ModelMetrics, replaced: ReplacedMetrics, console: Console)
             "",
             "",
             f"{each.cross_entropy:.3f}",
+            f"{each.cross_entropy - replaced.clean:+.3f}",
             f"{each.kl:.3f}",
             f"{100 * each.top1_agreement:.1f}",
             "",

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from common.files import write_whole
 from evaluate.model.records import LayerMetrics, LayerPrefix, ModelMetrics, ReplacedMetrics
-from evaluate.report import plots
+from evaluate.report import plots, plotted
 from evaluate.report.figures import Drawn, Plot, draw_each
 from evaluate.report.report import elements
 from evaluate.report.templates import html
@@ -26,12 +26,14 @@ def _plots(result: ModelMetrics) -> Iterator[Plot]:
             "model_cumulative",
             "overview",
             "Layers replaced cumulatively, from the first",
-            lambda: _cumulative(replaced, result.provenance.layers),
+            lambda: plots.cumulative(result.provenance.layers, *_cumulative(replaced)),
+            lambda: plotted.cumulative(result.provenance.layers, *_cumulative(replaced)),
         )
     for name, caption, label, value in BY_LAYER:
         values = [[value(layer.prefixes[g]) for layer in layers] for g in range(len(layers[0].prefixes))]
         if any(each is not None for own in values for each in own):
-            yield Plot(f"model_{name}", "layers", caption, _by_layer(layers, values, label))
+            own = ([layer.layer for layer in layers], values, label)
+            yield Plot(f"model_{name}", "layers", caption, *_by_layer(*own))
 
 
 def _percent(value: float | None) -> float | None:
@@ -66,18 +68,20 @@ BY_LAYER: tuple[tuple[str, str, str, Value], ...] = (
 
 
 def _by_layer(
-    layers: Sequence[LayerMetrics], values: list[list[float | None]], label: str
-) -> Callable[[], Figure]:
-    return lambda: plots.by_layer([layer.layer for layer in layers], values, label)
+    layers: Sequence[int], values: list[list[float | None]], label: str
+) -> tuple[Callable[[], Figure], Callable[[], plotted.Columns]]:
+    return lambda: plots.by_layer(layers, values, label), lambda: plotted.by_layer(layers, values, label)
 
 
-def _cumulative(replaced: ReplacedMetrics, layers: Sequence[int]) -> Figure:
+def _cumulative(replaced: ReplacedMetrics) -> tuple[list[list[float]], list[list[float]]]:
+    """Increase, and top-1 agreement, of each prefix by last layer replaced."""
     own = [
         [line for line in replaced.first.cumulative if line.prefix == g]
         for g in range(len(replaced.prefixes))
     ]
-    increases = [[line.increase for line in lines] for lines in own]
-    return plots.cumulative(layers, increases, [[line.top1_agreement for line in lines] for lines in own])
+    return [[line.increase for line in lines] for lines in own], [
+        [line.top1_agreement for line in lines] for lines in own
+    ]
 
 
 def write_page(path: Path, result: ModelMetrics, drawn: list[Drawn]) -> None:

@@ -7,12 +7,13 @@
 circuit-tracer downloads what matches layer_*.safetensors, in folders too; ours lies elsewhere.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from common import hub
-from common.files import sha256
+from common.files import locked, sha256
 from common.settings import Settings
 from evaluate.feature_pages import SetPages
 from evaluate.files import finished
@@ -34,9 +35,19 @@ def push_set(settings: Settings, address: str, pages: bool = False) -> None:
     hub.parse(address)
     set_dir = settings.set_dir()
     set_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=set_dir, prefix=".push-") as folder:
+    with (
+        locked(set_dir / ".push", f"{set_dir}: another make push of this set is at work"),
+        _folder(set_dir) as folder,
+    ):
         message = write_forms(settings, Path(folder), address, pages)
         hub.upload(Path(folder), address, message)
+
+
+def _folder(set_dir: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the set's own disk, as it may hold gigabytes; what a killed push has left there is removed."""
+    for left in set_dir.glob(".push-*"):
+        shutil.rmtree(left)
+    return tempfile.TemporaryDirectory(dir=set_dir, prefix=".push-")
 
 
 def write_forms(settings: Settings, folder: Path, address: str, pages: bool = False) -> str:

@@ -1,8 +1,13 @@
-"""prompt.json: every field and its unit. Imports no torch."""
+"""prompt.json: every field and its unit. Imports no torch.
+
+A direct effect on the next token: evaluate/prompt/next_token.py defines it.
+"""
+
+from typing import Literal
 
 from evaluate.records import Record
 
-VERSION = 1
+VERSION = 2
 """Raised with every change of the records below."""
 
 
@@ -15,6 +20,12 @@ class PromptToken(Record):
     """number of the context that holds it"""
     row: bool
     """whether it gives a row: the first token of a context and special tokens do not"""
+    next: str
+    """the token after it: in the text, and where none follows the one that the model finds likeliest"""
+    next_given: bool
+    """whether that one is the text's"""
+    next_probability: float
+    """probability that the model gives it"""
 
 
 class NamedLatent(Record):
@@ -24,32 +35,92 @@ class NamedLatent(Record):
     """nesting level"""
     density: float | None = None
     """share of the evaluated rows on which it fires; left out where the layer was not evaluated"""
+    note: str = ""
+    """a person's label, of the run's notes.csv; left out where there is none"""
     label: tuple[str, ...] = ()
-    """tokens with most of its activation, heaviest first; empty where the layer was not evaluated"""
+    """words that say best where it fires; empty where the layer was not evaluated"""
 
 
 class ActiveLatent(Record):
     """One latent on one token."""
 
     latent: int
+    """its number"""
     value: float
     """activation"""
+    effect: float | None = None
+    """direct effect on the next token's logit; left out where that cannot be had (`effects_skipped`)"""
 
 
 class PromptLayer(Record):
     """One layer's transcoder on the text. n: tokens that give a row."""
 
     layer: int
+    """from 0"""
     run: str
     """name of the run"""
     prefix_ends: list[int]
     """latents of each prefix"""
     error_share: list[list[float | None]]
-    """of each prefix, of each row: squared error over squared distance of the output to the mean output"""
+    """of each prefix, of each of the n rows: squared error over squared distance of the output to the mean output"""
     active: list[list[ActiveLatent]]
-    """of each row, strongest first"""
+    """of each row the latents of the full dictionary that fire, strongest first"""
+    output_effect: list[float]
+    """of each row: direct effect of the MLP's whole output on the next token's logit; empty where it cannot be had"""
     latents: dict[int, NamedLatent]
     """those that fire anywhere on the text, by number"""
+
+
+class ChangedLatent(Record):
+    """One change that was asked for, and what it came to."""
+
+    layer: int
+    """from 0"""
+    latent: int
+    """its number"""
+    how: Literal["set", "scale", "ablate"]
+    """the activation becomes `value`, is multiplied by it, or becomes 0"""
+    value: float | None
+    """null for ablate"""
+    token: int | None
+    """number of the token in `tokens` where it is changed; null: at all that give a row"""
+    rows: int
+    """rows where the activation differs from what it was"""
+    largest: float
+    """largest change of the activation, with its sign; 0 where it changed nowhere"""
+
+
+class Candidate(Record):
+    """A token that may follow, before and after the change."""
+
+    token: str
+    """its text"""
+    logit: tuple[float, float]
+    """before and after"""
+    probability: tuple[float, float]
+    """before and after"""
+
+
+class Shift(Record):
+    """What the change does to the prediction at one token."""
+
+    kl: float
+    """KL divergence of the next-token distribution after the change from that before, nats"""
+    next: Candidate
+    """the token's `next`"""
+    likeliest: list[Candidate]
+    """the tokens that are among the five likeliest before or after, likeliest before the change first"""
+
+
+class PromptChange(Record):
+    """The model with the activations of some latents changed, beside the model as it is."""
+
+    changes: list[ChangedLatent]
+    """as they were asked for"""
+    tokens: list[Shift]
+    """of each of `tokens`"""
+    continuation: tuple[str, str]
+    """what the model writes after the last context, before and after the change, the likeliest token each time"""
 
 
 class Prompt(Record):
@@ -58,7 +129,14 @@ class Prompt(Record):
     version: int
     """of this file's layout"""
     model: str
+    """the language model, as the harvest called it"""
     text: str
     """as it was given"""
+    effects_skipped: str | None
+    """why there are no direct effects; null where there are"""
     tokens: list[PromptToken]
+    """in the order of the text; every context begins with its first token"""
     layers: list[PromptLayer]
+    """in the order of the layers"""
+    intervention: PromptChange | None = None
+    """left out where no change was asked for"""

@@ -1,18 +1,13 @@
 """What evaluate and compare print alike."""
 
 from rich.console import Console
-from rich.table import Table
 
-LEFT = ("transcoder", "token", "strongest")
-"""Columns of words."""
+from common.terminal.table import Table
 
 
 def table_of(title: str, columns: tuple[str, ...]) -> Table:
     """An empty table with its title and columns."""
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in LEFT else "right")
-    return table
+    return Table(*columns, title=title)
 
 
 def rows_of(rows: int, split: str) -> str:

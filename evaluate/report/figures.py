@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from common.files import write_whole
 from evaluate.files import LogLine
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.records import Results
-from evaluate.report import plots
+from evaluate.report import plots, plotted
 from evaluate.report.verdicts import FVU_GOOD, FVU_MODERATE
 
 Part = Literal["overview", "nesting", "error", "layers"]
@@ -33,6 +34,8 @@ class Plot:
     """Part of the page it stands in."""
     caption: str
     draw: Callable[[], Figure]
+    numbers: Callable[[], plotted.Columns]
+    """What it shows, as a table."""
 
     @property
     def file(self) -> str:
@@ -46,6 +49,8 @@ class Drawn:
 
     plot: Plot
     svg: str
+    table: Markup
+    """Its numbers."""
     wide: bool
     """Has panels side by side, and wants twice the room."""
 
@@ -73,58 +78,82 @@ def all_plots(results: Results, catalogue: Catalogue, log: list[LogLine]) -> Ite
         "overview",
         "Error of every prefix",
         lambda: plots.fvu_by_prefix(prefixes, FVU_GOOD, FVU_MODERATE, linear),
+        lambda: plotted.fvu_by_prefix(prefixes, linear),
     )
     yield Plot(
         "fvu_l0",
         "overview",
         "Error against sparsity",
         lambda: plots.fvu_against_l0(sparsity_series(results), linear),
+        lambda: plotted.fvu_against_l0(sparsity_series(results), linear),
     )
     if log:  # none: an imported transcoder
-        yield Plot("loss", "overview", "Training", lambda: plots.loss_curve(log))
+        yield Plot(
+            "loss", "overview", "Training", lambda: plots.loss_curve(log), lambda: plotted.loss_curve(log)
+        )
     if results.prefixes[0].cross_entropy:
         yield Plot(
             "cross_entropy",
             "overview",
             "Language model's cross-entropy with the MLP replaced",
             lambda: plots.cross_entropy(prefixes),
+            lambda: plotted.cross_entropy(prefixes),
         )
-    yield Plot("l0", "overview", "Active latents per row", lambda: plots.l0_histogram(prefixes))
+    yield Plot(
+        "l0",
+        "overview",
+        "Active latents per row",
+        lambda: plots.l0_histogram(prefixes),
+        lambda: plotted.l0_histogram(prefixes),
+    )
     yield Plot(
         "density",
         "overview",
         "How often latents fire",
         lambda: plots.density_histogram(latents, densities),
+        lambda: plotted.density_histogram(latents, densities),
     )
     yield Plot(
         "cosine",
         "overview",
         "Nearest decoder rows",
         lambda: plots.cosine_histogram(results.redundancy.written()),
+        lambda: plotted.cosine_histogram(results.redundancy.written()),
     )
     yield Plot(
         "groups",
         "nesting",
         "Shares of the groups",
         lambda: plots.group_contributions([group.written() for group in results.latents.groups], prefixes),
+        lambda: plotted.group_contributions([group.written() for group in results.latents.groups], prefixes),
     )
     yield Plot(
         "specificity",
         "nesting",
         "Are early groups more general? (dot: median, bar: quartiles, line: 5 to 95 %)",
         lambda: plots.specificity(measures),
+        lambda: plotted.specificity(measures),
     )
     yield Plot(
-        "error_size", "error", "Error by distance from the mean output", lambda: plots.error_by_size(errors)
+        "error_size",
+        "error",
+        "Error by distance from the mean output",
+        lambda: plots.error_by_size(errors),
+        lambda: plotted.error_by_size(errors),
     )
     yield Plot(
-        "error_position", "error", "Error by position in the context", lambda: plots.error_by_position(errors)
+        "error_position",
+        "error",
+        "Error by position in the context",
+        lambda: plots.error_by_position(errors),
+        lambda: plotted.error_by_position(errors),
     )
     yield Plot(
         "error_dimension",
         "error",
         "Output dimensions with most error",
         lambda: plots.error_by_dimension(errors),
+        lambda: plotted.error_by_dimension(errors),
     )
 
 
@@ -181,5 +210,6 @@ def draw_each(plots: Iterable[Plot], folder: Path) -> list[Drawn]:
     drawn = []
     for plot in plots:
         figure = plot.draw()
-        drawn.append(Drawn(plot, save(figure, folder / plot.file), len(figure.axes) > 1))
+        svg, table = save(figure, folder / plot.file), plotted.table(plot.name, plot.numbers())
+        drawn.append(Drawn(plot, svg, table, len(figure.axes) > 1))
     return drawn

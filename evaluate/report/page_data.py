@@ -11,14 +11,15 @@ from typing import TypedDict
 import numpy as np
 
 from common.tokens import TokenText
+from evaluate.labels.read import label_texts
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.rows import ContextTable
 
 POOL_TOKENS = 3_000_000
 """Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
-SHOWN_PROMOTED = 6
-"""Tokens: what one line of the browser has room for."""
+SHOWN_LOGITS = 8
+"""Tokens that a latent promotes, and as many that it suppresses."""
 READ = 1024
 """Stretches whose contexts are read from the store together."""
 
@@ -48,14 +49,13 @@ class PageData(TypedDict):
 def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> PageData:
     """What the page's script reads. `contexts` [n, T] is the split's."""
     strings = Strings(text)
-    samples = catalogue.samples
+    samples, labels, effects = catalogue.samples, catalogue.labels, catalogue.effects
     shown = np.arange(len(samples.latents))
     stretches = Stretches.around(samples, shown, contexts.shape[1])
     while stretches.length > POOL_TOKENS and len(shown) > len(np.unique(samples.latents)):
         shown = shown[_first_half(samples.latents[shown])]
         stretches = Stretches.around(samples, shown, contexts.shape[1])
     pool = stretches.strings(contexts, strings)
-    labels = strings.labels(catalogue.tokens)
     columns = {
         "group": catalogue.group.astype(np.uint8),
         "density": catalogue.density,
@@ -65,9 +65,18 @@ def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> 
         "energy": catalogue.energy.astype(np.float32),
         "entropy": catalogue.entropy.astype(np.float32),
         "topShare": catalogue.top_share.astype(np.float32),
-        "tokens": labels,
-        "promoted": strings.labels(catalogue.effects.promoted[:, :SHOWN_PROMOTED]),
-        "tokenShares": catalogue.token_shares,
+        "tokens": strings.words(label_texts(labels.tokens, labels.kinds, text), labels.kinds.shape[1]),
+        "tokenShares": labels.shares,
+        "labelFirings": labels.firings.astype(np.uint32),
+        "labelPrecision": catalogue.quality.precision,
+        "labelRecall": catalogue.quality.recall,
+        "promoted": strings.labels(effects.promoted[:, :SHOWN_LOGITS]),
+        "promotedBy": effects.promoted_by[:, :SHOWN_LOGITS],
+        "suppressed": strings.labels(effects.suppressed[:, :SHOWN_LOGITS]),
+        "suppressedBy": effects.suppressed_by[:, :SHOWN_LOGITS],
+        "effectHistogram": log_levels(effects.histogram),
+        "effectEdges": effects.edges,
+        "likeRandom": effects.like_random.astype(np.uint8),
         "histogram": np.minimum(catalogue.histogram, 65_535).astype(np.uint16),
         "near": catalogue.neighbours.latents.numpy().astype(np.int32),
         "nearCosine": catalogue.neighbours.cosines.numpy(),
@@ -95,6 +104,16 @@ def pack(values: np.ndarray) -> Packed:
         "width": width,
         "data": base64.b64encode(little.tobytes()).decode(),
     }
+
+
+def log_levels(counts: np.ndarray) -> np.ndarray:
+    """uint8 of the same shape: log(1 + count), 255 being the largest of its row.
+
+    >>> log_levels(np.array([[0, 9, 99]])).tolist()
+    [[0, 128, 255]]
+    """
+    logs = np.log1p(counts)
+    return np.rint(255 * logs / np.maximum(logs.max(1, initial=0, keepdims=True), 1e-9)).astype(np.uint8)
 
 
 def script_json(values: object) -> str:
@@ -126,6 +145,13 @@ class Strings:
         distinct, which = np.unique(tokens, return_inverse=True)
         numbers = [-1 if token < 0 else self.number(self.text.label(int(token))) for token in distinct]
         return np.array(numbers, np.int32)[which].reshape(tokens.shape)
+
+    def words(self, texts: list[list[str]], width: int) -> np.ndarray:
+        """[., width] int32: the number of each text of each row, -1 behind its last."""
+        numbers = np.full((len(texts), width), -1, np.int32)
+        for row, own in zip(numbers, texts, strict=True):
+            row[: len(own)] = [self.number(each) for each in own]
+        return numbers
 
 
 @dataclass(frozen=True)

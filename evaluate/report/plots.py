@@ -148,15 +148,21 @@ def l0_histogram(prefixes: Sequence[Line]) -> Figure:
     return fig
 
 
-def density_histogram(latents: Line, groups: Sequence[np.ndarray]) -> Figure:
-    """Living latents by the share of rows on which they fire; `groups`: each group's densities, stacked."""
-    fig, (axes,) = figure()
+def density_bins(latents: Line, groups: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Edges of the bins that are drawn, and log10 of each group's densities."""
     edges = np.asarray(latents["log10_density_edges"])
     logs = [np.log10(np.clip(density, 10 ** edges[0], 1)) for density in groups]
     low = max(edges[0], np.floor(min((log.min() for log in logs if len(log)), default=-1)))
+    return edges[edges >= low - 1e-9], logs
+
+
+def density_histogram(latents: Line, groups: Sequence[np.ndarray]) -> Figure:
+    """Living latents by the share of rows on which they fire; `groups`: each group's densities, stacked."""
+    fig, (axes,) = figure()
+    edges, logs = density_bins(latents, groups)
     colours = [COLOURS[g % len(COLOURS)] for g in range(len(groups))]
     labels = [f"group {g}" for g in range(len(groups))]
-    axes.hist(logs, bins=edges[edges >= low - 1e-9].tolist(), stacked=True, color=colours, label=labels)
+    axes.hist(logs, bins=edges.tolist(), stacked=True, color=colours, label=labels)
     for limit, text in ((-2.0, "1 %"), (-1.0, "10 %")):
         axes.axvline(limit, color=INK, linestyle=":", linewidth=1)
         _note(axes, f" {text}", (limit, 0.97), xycoords=("data", "axes fraction"), va="top")
@@ -208,20 +214,24 @@ def cross_entropy(prefixes: Sequence[Line]) -> Figure:
     return fig
 
 
+SPECIFICITY = {
+    "density": ("rows on which it fires (%)", 100),
+    "entropy": ("entropy of its tokens (bits)", 1),
+    "top_share": ("share of its top token (%)", 100),
+}
+"""Measures of a latent: label, and what the values are shown times."""
+QUANTILES = (5, 25, 50, 75, 95)
+
+
 def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
     """Are early groups more general? Living latents of each group by three measures: median, quartiles, 5-95 %."""
-    names = {
-        "density": "rows on which it fires (%)",
-        "entropy": "entropy of its tokens (bits)",
-        "top_share": "share of its top token (%)",
-    }
     fig, panels = figure(3, width=WIDE)
-    for axes, (key, label) in zip(panels, names.items(), strict=True):
+    for axes, (key, (label, scale)) in zip(panels, SPECIFICITY.items(), strict=True):
         for g, group in enumerate(groups):
-            values = group[key] * (1 if key == "entropy" else 100)
+            values = group[key] * scale
             if not len(values):
                 continue
-            low, first, middle, third, high = np.percentile(values, [5, 25, 50, 75, 95])
+            low, first, middle, third, high = np.percentile(values, QUANTILES)
             colour = COLOURS[g % len(COLOURS)]
             axes.plot([g, g], [low, high], color=colour, linewidth=1.5)
             axes.plot([g, g], [first, third], color=colour, linewidth=9, solid_capstyle="butt")
@@ -234,20 +244,27 @@ def specificity(groups: Sequence[dict[str, np.ndarray]]) -> Figure:
     return fig
 
 
-def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Figure:
-    """What each group is of the whole: latents, active latents, energy, and explained variance added."""
-    fig, (axes,) = figure()
+def group_shares(groups: Sequence[Line], prefixes: Sequence[Line]) -> dict[str, list[float]]:
+    """What each group is of the whole, by measure; of no variance explained, none."""
     explained = np.diff([0.0, *(1 - _number(prefix["fvu"]) for prefix in prefixes)])
-    shares = {
+    parts = {
         "latents": [group["end"] - group["start"] for group in groups],
         "active per row": [group["l0"] for group in groups],
         "energy": [group["energy_share"] for group in groups],
-        "variance explained\nby adding it": np.maximum(explained, 0),
+        "variance explained\nby adding it": np.maximum(explained, 0).tolist(),
     }
+    totals = {name: float(np.nansum(values)) or 1.0 for name, values in parts.items()}
+    return {name: [float(value) / totals[name] for value in values] for name, values in parts.items()}
+
+
+def group_contributions(groups: Sequence[Line], prefixes: Sequence[Line]) -> Figure:
+    """What each group is of the whole: latents, active latents, energy, and explained variance added."""
+    fig, (axes,) = figure()
+    shares = group_shares(groups, prefixes)
     for row, values in enumerate(shares.values()):
-        total, left = float(np.nansum(values)) or 1.0, 0.0
+        left = 0.0
         for g, value in enumerate(values):
-            width = 100 * float(value) / total
+            width = 100 * value
             axes.barh(row, width, left=left, color=COLOURS[g % len(COLOURS)], edgecolor="white", height=0.66)
             if width > 6:
                 _note(axes, f"{width:.0f} %", (left + width / 2, row), ON_BAR, ha="center", va="center")
@@ -269,10 +286,15 @@ def error_by_position(errors: Line) -> Figure:
     return fig
 
 
+def size_centres(errors: Line) -> list[float]:
+    """The middle of each class of distances from the mean, in root mean squares."""
+    edges = errors["size_edges"]
+    return [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in errors["by_size"]]
+
+
 def error_by_size(errors: Line) -> Figure:
     """FVU of every prefix by the output's distance from the mean, and which distances hold the error."""
-    lines, edges = errors["by_size"], np.asarray(errors["size_edges"])
-    centres = [float(2 ** ((edges[line["class"]] + edges[line["class"] + 1]) / 2)) for line in lines]
+    lines, centres = errors["by_size"], size_centres(errors)
     fig, (left, right) = figure(2, width=WIDE)
     _fvu_lines(left, centres, lines)
     left.set(xlabel="distance from the mean (1 = root mean square)", ylabel="FVU")

@@ -59,11 +59,11 @@ MARKDOWN = _environment(escaped=False)
 """Of the model card, whose values are cut down to words first (evaluate/report/card.py)."""
 
 
-def html(name: str, script_file: str | None = None, **values: object) -> str:
+def html(name: str, *script_files: str, **values: object) -> str:
     """The page of a template, with the style sheet that all of them share, and its script if it has one."""
     style = Markup((PAGE / "report.css").read_text(encoding="utf-8"))
-    if script_file is not None:
-        script = "".join((PAGE / each).read_text(encoding="utf-8") for each in ("elements.js", script_file))
+    if script_files:
+        script = "".join((PAGE / each).read_text(encoding="utf-8") for each in ("elements.js", *script_files))
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         values |= {"script": Markup(script), "script_hash": digest}
     return HTML.get_template(name).render(style=style, **values)

@@ -1,5 +1,6 @@
 """Several transcoders, other tools' too, on the same rows."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,17 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.errors import InputError
+from common.files import sha256
 from common.settings import ROOT, Evaluate
-from evaluate.compare import chosen, compare, distinct_names
+from evaluate.compare import chosen, compare, differing, distinct_names, known_settings, show
+from evaluate.comparison.records import Comparison
+from evaluate.files import write_record
 from evaluate.metrics.measure import measure
+from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.run import evaluate
 from evaluate.subject import read
 from shards import Store
 from tests.evaluate.fakes import random_coder
-from tests.evaluate.runs import D_IN, D_OUT, ENDS, arguments, make_run, settings_of, tiny_transcoder
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, arguments, make_run, settings_of, tiny_transcoder
 from train.sweep import RESULTS
+from transcoder import weights
 from transcoder.export import export
 
 
@@ -35,12 +42,12 @@ def test_our_own_run_in_another_format_gives_identical_numbers(root: Path, other
     values, written = compare(settings_of(root), [str(folder)])
     own, theirs = (values.lines[g].written() for g in (2, -1))  # the whole dictionary of each
     for line in (own, theirs):
-        del line["transcoder"], line["prefix"], line["difference"]
+        del line["transcoder"], line["prefix"], line["difference"], line["equal_latents"]
     assert own == theirs
     assert json.loads((written / "compare.json").read_text())["lines"][-1]["difference"]["fvu"] == 0.0
     page = (written / "compare.html").read_text()
     assert folder.name in page
-    assert "<script" not in page
+    assert page.count("<script") == 1
 
 
 def test_the_comparison_agrees_with_the_evaluation(root: Path) -> None:
@@ -183,3 +190,124 @@ def test_a_run_of_another_layer_is_compared_on_purpose_only(root: Path) -> None:
     (export_of_another / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="it is of layer 3, there 0"):
         compare(settings_of(root), [str(export_of_another)])
+
+
+def with_cross_entropy(run_dir: Path, metrics: Metrics, recovered: float) -> None:
+    """An evaluation of the run's weights, with a cross-entropy that no language model has measured."""
+    language = LanguageMetrics(cross_entropy=3.0, kl=0.5, recovered_zero=recovered, recovered_mean=0.1)
+    losses = AblationLosses(skipped=None, contexts=2, positions=62, clean=2.0, zero=4.0, mean=3.5)
+    of = {
+        "prefixes": [each.model_copy(update={"cross_entropy": language}) for each in metrics.prefixes],
+        "cross_entropy": losses,
+        "provenance": metrics.provenance.model_copy(
+            update={"weights_sha256": sha256(run_dir / weights.FILE_NAME)}
+        ),
+    }
+    write_record(run_dir / "evaluation" / "metrics.json", metrics.model_copy(update=of))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs "tiny" and "other", both evaluated with a cross-entropy; plots, which take longest, are left out."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    make_run(folder)
+    run_dir = settings_of(folder).run_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluate.run.draw", lambda *_: [])
+        metrics, _ = evaluate(settings_of(folder), ce_tokens=0)
+    other = run_dir.with_name("other")
+    shutil.copytree(run_dir, other)
+    changes = {"train": {"lr": 0.002}, "transcoder": {"k": 5}}
+    weights.write(other / weights.FILE_NAME, *_changed(run_dir, changes))
+    with_cross_entropy(run_dir, metrics, 0.5)
+    with_cross_entropy(other, metrics, 0.75)
+    return folder
+
+
+def _changed(run_dir: Path, more: dict[str, dict[str, object]]) -> tuple[dict, dict]:
+    tensors, metadata = weights.read(run_dir)
+    for section, values in more.items():
+        metadata["settings"][section] |= values
+    return tensors, metadata
+
+
+def test_cross_entropy_and_report_are_those_of_the_evaluations(evaluated: Path) -> None:
+    theirs = export(settings_of(evaluated).run_dir(), "gemma_scope")
+    values, folder = compare(settings_of(evaluated), ["other", str(theirs)])
+    by_name = {name: [line for line in values.lines if line.transcoder == name] for name in _names(values)}
+    tiny, other, file = by_name.values()
+    assert [line.cross_entropy and line.cross_entropy.recovered_zero for line in (*tiny, *other)] == [
+        0.5
+    ] * 3 + [0.75] * 3
+    assert file[0].cross_entropy is None
+    assert [line.difference.recovered_zero for line in other] == [0.25] * 3
+    assert file[0].difference.recovered_zero is None
+    assert [each.cross_entropy and each.cross_entropy.positions for each in values.transcoders] == [
+        62,
+        62,
+        None,
+    ]
+    reports = [each.report for each in values.transcoders]
+    assert reports == ["../evaluation/report.html", "../../other/evaluation/report.html", None]
+    assert all((folder / report).is_file() for report in reports if report)
+    assert values.differing_settings == {
+        "transcoder.k": {"tiny": K, "other": 5},
+        "train.lr": {"tiny": None, "other": 0.002},
+    }
+    assert [each.known_settings for each in values.transcoders] == [True, True, False]
+    page = (folder / "compare.html").read_text()
+    assert page.count('href="../../other/evaluation/report.html"') == 3
+    assert f"Not known of {values.transcoders[2].transcoder}" in page
+    terminal = Console(width=80, file=io.StringIO())
+    show(values, folder, terminal)
+    assert "75.0" in terminal.file.getvalue()
+
+
+def _names(values: Comparison) -> list[str]:
+    return [each.transcoder for each in values.transcoders]
+
+
+def test_an_evaluation_of_other_weights_split_or_store_gives_no_cross_entropy(evaluated: Path) -> None:
+    settings = settings_of(evaluated, "--evaluate.split", "train")
+    values, _ = compare(settings, ["other"])
+    assert all(line.cross_entropy is None for line in values.lines)
+    assert [each.report for each in values.transcoders] == [
+        "../evaluation/report.html",
+        "../../other/evaluation/report.html",
+    ]
+    copy = settings.run_dir().with_name("copy")
+    shutil.copytree(settings.run_dir(), copy)
+    tiny_transcoder(7).save(copy)
+    values, _ = compare(settings_of(evaluated), ["copy"])
+    assert [each.report for each in values.transcoders] == ["../evaluation/report.html", None]
+    assert values.lines[-1].cross_entropy is None
+
+
+def test_an_evaluation_that_cannot_be_read_is_told(
+    evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = settings_of(evaluated).run_dir().with_name("damaged")
+    shutil.copytree(settings_of(evaluated).run_dir(), run_dir)
+    (run_dir / "evaluation" / "metrics.json").write_text("{")
+    values, _ = compare(settings_of(evaluated), ["damaged"])
+    assert values.transcoders[1].report is None
+    assert (
+        f"left out, report and cross-entropy: {run_dir}/evaluation/metrics.json: cannot be read"
+        in capsys.readouterr().err
+    )
+
+
+def test_what_auto_and_multiples_stood_for_is_compared() -> None:
+    asked = {"transcoder": {"d_sae": "8x", "group_sizes": ["1x"], "k": 4}, "train": {"lr": "auto", "seed": 0}}
+    own = {"settings": asked, "used": {"lr": 0.001, "precision": "float32"}, "harvest_fingerprint": "f" * 64}
+    plain = {"settings": {**asked, "train": {"lr": 0.001, "seed": 1}}, "harvest_fingerprint": "e" * 64}
+    assert known_settings({}, (4,)) is None
+    assert differing(
+        {"a": known_settings(own, (2, 8)), "b": known_settings(plain, (8,)), "c": known_settings({}, (8,))}
+    ) == {
+        "transcoder.group_sizes": {"a": [2, 6], "b": [8]},
+        "train.seed": {"a": 0, "b": 1},
+        "harvest": {"a": "ffffffff", "b": "eeeeeeee"},
+    }
+    assert differing({"a": known_settings(own, (2, 8)), "c": None}) == {}
+    assert differing({"a": {"train.lr": 1}, "b": {"train.lr": 1, "train.new": 2}}) == {"train.new": {"b": 2}}

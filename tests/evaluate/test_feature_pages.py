@@ -20,6 +20,7 @@ from common.settings import Settings
 from common.tokens import TokenText
 from evaluate.feature_pages import Evaluated, SetPages, write_layer
 from evaluate.files import CONTEXTS, LATENTS, is_of, latents_of
+from evaluate.labels.read import label_words
 from evaluate.metrics.catalogue import tensors
 from evaluate.metrics.contexts import REACH
 from evaluate.run import evaluate
@@ -88,7 +89,9 @@ def test_a_page_is_what_the_latent_does(root: Path) -> None:
         assert page["activation_frequency"] == pytest.approx(float((own > 0).double().mean()))
         assert sum(page["histogram"]) == min(len(firings), 256)
         strongest = page["examples_quantiles"][0]
-        assert strongest["quantile_name"] == "strongest contexts"
+        label = " | ".join(label_words(settings_of(root).run_dir() / "evaluation", text)[f])
+        assert strongest["quantile_name"] == f"fires on {label}; strongest contexts"
+        assert label.startswith("word")
         example = strongest["examples"][0]
         row = int(own.argmax())
         at = example["train_token_ind"]
@@ -109,6 +112,20 @@ def test_a_page_is_what_the_latent_does(root: Path) -> None:
         ]
         assert peaks == sorted(peaks, reverse=True)
         assert len(peaks) == 8
+
+
+def test_a_persons_label_heads_the_page(root: Path) -> None:
+    said = settings_of(root).run_dir() / "labels.json"
+    said.write_text(json.dumps([{"layer": 0, "latent": f, "label": "red"} for f in (7, 11)]))
+    try:
+        pages = pages_of(export(settings_of(root)))
+    finally:
+        said.unlink()
+    heads = [page["examples_quantiles"][0]["quantile_name"] for page in pages]
+    assert heads[7] == "red; fires on none of 1,500 rows"
+    assert heads[11].startswith("red; fires on ")
+    assert heads[11].endswith("; strongest contexts")
+    assert [f for f, head in enumerate(heads) if "red;" in head] == [7, 11]
 
 
 def test_percentiles_and_a_dead_latent(root: Path) -> None:
@@ -200,7 +217,8 @@ def test_without_pages_the_set_is_exported_and_says_why(
     }.get(case, case)
     assert said.startswith("no feature pages of layers 0: ")
     assert words in said
-    assert said.endswith('make evaluate LAYER="0" RUN=tiny, and export again')
+    remedy = 'make harvest LAYER="0"' if case == "no store" else 'make evaluate LAYER="0" RUN=tiny'
+    assert said.endswith(f"; {remedy}, and export again")
 
 
 def test_an_evaluation_of_other_weights_or_a_damaged_one_is_refused(root: Path, tmp_path: Path) -> None:
@@ -238,7 +256,7 @@ def test_logits_are_labels_and_the_memory_is_that_of_a_block(root: Path, tmp_pat
     save_tensors(tmp_path / CONTEXTS, catalogue.samples.tensors(n_latents, length))
     contexts = np.random.default_rng(1).integers(2, 70, (300, length)).astype(np.int32)
     text = TokenText(read_tokenizer(Store.open(settings_of(root).store_path(0)).tokenizer_path))
-    layer = Evaluated(3, tmp_path, 1000, contexts, text)
+    layer = Evaluated(3, tmp_path, 1000, contexts, text, {})
     tracemalloc.start()
     offsets = write_layer(tmp_path / "layer_3.bin", layer.pages())
     peak = tracemalloc.get_traced_memory()[1]

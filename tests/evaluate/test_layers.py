@@ -94,12 +94,12 @@ def test_all_layers_are_evaluated_and_compared(root: Path, call: Call) -> None:
 
 
 def test_the_newest_run_is_that_of_all_layers(call: Call) -> None:
-    """Layer 0 has no such run: it fails, instead of taking an older one."""
+    """Layer 0 has no run "newer": of all layers it is the newest of none."""
     code, _, err = call(evaluate_main, "--layer", "0-1", "--cross-entropy-tokens", "0", named=False)
-    assert code == 2
-    assert err[0] == "run newer, the newest of 2 layers of 2; RUN=name takes another"
-    assert err[1].startswith("error: layer 0: ")
-    assert err[1].endswith("train this run first (make train), or evaluate one of those there are: RUN=tiny")
+    said = "run tiny, the one that all 2 layers have; RUN=name takes another"
+    assert (code, err) == (0, [said])
+    code, _, err = call(evaluate_main, "--layer", "1", "--cross-entropy-tokens", "0", named=False)
+    assert (code, err[0]) == (0, "run newer, the newest of 2 runs of layer 1; RUN=name takes another")
 
 
 def test_stores_are_verified_layer_by_layer(root: Path, call: Call) -> None:
@@ -129,6 +129,9 @@ def test_each_layer_is_exported_and_pushed(root: Path, call: Call, monkeypatch: 
     )
     assert call(push.main, "--layer", "0-1", "--repo", "me/set/")[0] == 0
     assert call(push.main, "--repo", "me/one")[0] == 0
+    code, _, err = call(push.main, "--repo", "me/one", "--pages")
+    assert (code, len(pushed)) == (2, 2)
+    assert "--pages: circuit-tracer's feature pages are of a set of layers, found one layer" in err[0]
     assert [address for _, address in pushed] == ["hf://me/set", "hf://me/one"]
     assert pushed[0][0] == (0, 1)
 

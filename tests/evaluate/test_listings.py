@@ -95,12 +95,13 @@ def test_stores(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (activations / "layer_2_my_own.zarr" / ".harvest" / "records" / "train-000000.json").write_text("{}")
     printed = shown(stores.main, root, monkeypatch, capsys)
     (whole, begun) = (line.split("│") for line in printed.splitlines() if "│" in line)
-    assert [cell.strip() for cell in whole[1:9]] == [
-        *("tiny", "0", "-", "2,000", "1,500", "6 -> 5", "float32", "normalized"),
+    assert printed.splitlines()[0] == "tiny"
+    assert [cell.strip() for cell in whole[1:8]] == [
+        *("0", "-", "2,000", "1,500", "6 -> 5", "float32", "normalized"),
     ]
-    assert whole[10].strip() == "complete"
-    assert [cell.strip() for cell in begun[1:4]] == ["tiny", "2", "my_own"]
-    assert begun[10].strip() == "unfinished, 1 windows of 32,768 rows"
+    assert whole[9].strip() == "complete"
+    assert [cell.strip() for cell in begun[1:3]] == ["2", "my_own"]
+    assert begun[9].strip() == "unfinished, 1 windows of 32,768 rows"
     (activations / "layer_0.zarr" / "zarr.json").write_text("{")
     assert "cannot be read: Expecting property name" in shown(
         stores.main, root, monkeypatch, capsys, "--layer", "0"
@@ -120,7 +121,7 @@ def test_evaluate_without_a_name_takes_the_newest_run(
         run = chosen_run(settings, None, every_layer).run
         return run, capsys.readouterr().err
 
-    newest = "run newer, the newest of layer 0 of 3; RUN=name takes another\n"
+    newest = "run newer, the newest of 3 runs of layer 0; RUN=name takes another\n"
     assert chosen(unnamed) == ("newer", newest)
     by_profile = unnamed.model_copy(update={"run": "tiny"})  # as a profile's name is
     assert chosen(by_profile) == ("tiny", "run tiny, by its settings; the newest is newer (RUN=newer)\n")
@@ -129,9 +130,22 @@ def test_evaluate_without_a_name_takes_the_newest_run(
     assert chosen(unnamed.model_copy(update={"layers": (5,)})) == ("default", "")
     other = tiny.parent.with_name("layer_3") / "deep"
     tiny_transcoder().save(other)
-    assert chosen(unnamed.model_copy(update={"layers": ()}), every_layer=True) == (
+    every = unnamed.model_copy(update={"layers": ()})
+    assert chosen(every, every_layer=True) == (
         "deep",
-        "run deep, the newest of 2 layers of 4; RUN=name takes another\n",
+        "run deep, the newest of 4 that most layers have (1 of 2); RUN=name takes another\n",
+    )
+    tiny_transcoder().save(other.with_name("default"))
+    os.utime(other.with_name("default") / "transcoder.safetensors", (1, 1))
+    tiny_transcoder().save(tiny.parent.with_name("layer_3_old") / "newest")  # a copy put aside is no layer
+    both = "run default, the one that all 2 layers have; RUN=name takes another\n"
+    assert chosen(every, every_layer=True) == ("default", both)
+    assert chosen(every.model_copy(update={"layers": (0, 3)}), every_layer=True) == ("default", both)
+    assert chosen(every.model_copy(update={"layers": (3,)}), every_layer=True)[0] == "deep"
+    of_three = every.model_copy(update={"layers": (0, 3, 5)})
+    assert chosen(of_three, every_layer=True) == (
+        "default",
+        "run default, the one that most layers have (2 of 3); RUN=name takes another\n",
     )
 
     seen = []
@@ -143,7 +157,7 @@ def test_evaluate_without_a_name_takes_the_newest_run(
     monkeypatch.setattr("sys.argv", ["x", *words])
     evaluate_main()
     assert seen == ["newer", "tiny"]
-    assert capsys.readouterr().err.count("run newer, the newest of layer 0") == 1
+    assert capsys.readouterr().err.count("run newer, the newest of 3 runs of layer 0") == 1
 
 
 @pytest.mark.parametrize("stage", ["read", "compare", "push", "export", "samples"])
@@ -191,7 +205,7 @@ def test_the_newest_checkpoint_is_taken_where_one_is_asked_for(
     unnamed = settings_of(root).model_copy(update={"run": "default"})
     wanted = settings_of(root, "--evaluate.checkpoint", "true").model_copy(update={"run": "default"})
     assert chosen_run(wanted, None).run == "stopped"
-    line = "run stopped, the newest checkpoint of layer 0 of 2; RUN=name takes another\n"
+    line = "run stopped, the newest checkpoint of 2 runs of layer 0; RUN=name takes another\n"
     assert capsys.readouterr().err == line
     assert chosen_run(wanted.model_copy(update={"run": "older"}), None).run == "older"
     assert capsys.readouterr().err == "run older, by its settings; the newest is stopped (RUN=stopped)\n"
@@ -221,5 +235,5 @@ def test_where_no_run_is_finished_the_newest_says_how_far_it_is(
     monkeypatch.setattr("sys.argv", ["x", *words[:2], *words[4:], *own])
     with pytest.raises(InputError, match=r"layer_0/stopped: interrupted, or still training"):
         main()
-    said = "run stopped, the newest of layer 0 of 2; RUN=name takes another\n"
+    said = "run stopped, the newest of 2 runs of layer 0; RUN=name takes another\n"
     assert capsys.readouterr().err.startswith(said)

@@ -126,7 +126,7 @@ def test_the_command(
     evaluate.read.main()
     out = capsys.readouterr().out
     assert "river" in out
-    assert "strongest latents" in out
+    assert "latents as number:activation" in out
     monkeypatch.setattr("sys.argv", ["evaluate.read", *options, "--text", "a", "--run", "absent"])
     with pytest.raises(InputError, match="not found; train this run first"):
         evaluate.read.main()

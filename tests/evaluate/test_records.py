@@ -8,10 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from docs.outputs import DOCUMENT, FILES, keys, places, with_tables
+from evaluate.comparison.records import Comparison
 from evaluate.files import METRICS_VERSION
 from evaluate.model.records import ModelMetrics
 from evaluate.model.run import VERSION
-from evaluate.records import AblationLosses, Comparison, Metrics, NotMeasured, OneGroupMetrics, Record
+from evaluate.records import AblationLosses, Metrics, NotMeasured, OneGroupMetrics, Record
 from tests.golden.write import GOLDEN
 
 WRITTEN = {"metrics.json": Metrics, "compare.json": Comparison, "model.json": ModelMetrics}

@@ -22,6 +22,7 @@ from shards.layout import COMMIT, WORK
 from shards.remote import LocalFiles
 from shards.verify import verify
 from shards.writer import StoreWriter
+from transcoder import weights
 
 LAYERS = 3
 
@@ -179,6 +180,33 @@ def test_a_layer_that_fails_keeps_its_rows_and_does_not_stop_the_others(
     if stage != "harvest":
         assert not Store.open(stages.act / "layer_1.zarr").train.removed
     stages.fails.clear()
+    drive()
+    assert ends(stages.act) == [True] * LAYERS
+
+
+def test_rows_that_another_begun_run_needs_stay(
+    stages: Stages,
+    drive: Drive,
+    capsys: pytest.CaptureFixture[str],
+    llama: Path,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    assert (by_layer.BEGUN, by_layer.FINISHED) == (weights.BEGUN, weights.FILE_NAME)
+    runs = read(parser("harvest", ""), argv(llama, corpus, tmp_path)).alone(1, "x").run_dir().parent
+    fingerprint = Store.open(stages.stores / "layer_1.zarr").manifest.fingerprint
+    for name, of in (("begun", fingerprint), ("of-another-harvest", "f" * 64)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / weights.BEGUN).write_text(json.dumps({"harvest_fingerprint": of}))
+    with pytest.raises(InputError, match=r"^1 of 3 layers failed \(1: rows kept\)"):
+        drive()
+    assert f"error: layer 1: {runs / 'begun'}: begun on these train rows" in capsys.readouterr().err
+    assert [Store.open(stages.act / f"layer_{n}.zarr").train.removed for n in range(LAYERS)] == [
+        True,
+        False,
+        True,
+    ]
+    (runs / "begun" / weights.FILE_NAME).touch()
     drive()
     assert ends(stages.act) == [True] * LAYERS
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.fixtures import make_store
 from tests.memory import of_loader
 from tests.shards.test_store import random_rows
 
 
+@pytest.mark.slow
 def test_the_loaders_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     grown = []
     for rows in (80_000, 240_000):  # two groups of chunks fill both buffers

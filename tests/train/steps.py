@@ -15,6 +15,7 @@ class Problem(NamedTuple):
     y: Tensor
     dead: Tensor
     objective: Objective
+    weights: Tensor | None
 
 
 def problem(
@@ -29,6 +30,7 @@ def problem(
     selection: str = "batch_topk",
     aux_k: int = 4,
     bias: float = 0.0,
+    weighted: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
@@ -49,4 +51,6 @@ def problem(
     groups = len(prefix_ends)
     weights = tuple((g + 1) / sum(range(groups + 1)) for g in range(groups))
     objective = Objective(prefix_ends, weights, k, selection, aux_k, aux_coefficient=0.7)
-    return Problem(parameters, normal(rows, d_in), normal(rows, d_out), dead, objective)
+    x, y = normal(rows, d_in), normal(rows, d_out)
+    of_rows = torch.rand(rows, generator=generator, dtype=torch.float64).to(dtype) if weighted else None
+    return Problem(parameters, x, y, dead, objective, of_rows)

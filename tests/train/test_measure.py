@@ -6,7 +6,11 @@ import torch
 from tests.train.steps import problem
 from train.measure import calibrate, measure, training_cut
 from transcoder.frequent import frequent_level
+from transcoder.heavy import Typical
 from transcoder.transcoder import Transcoder
+
+EVERY = Typical(torch.zeros(3), limit=torch.inf, variance=1.0)
+"""No row is heavy."""
 
 
 def tiny_transcoder(skip: bool = False) -> tuple[Transcoder, torch.Tensor, torch.Tensor]:
@@ -18,7 +22,7 @@ def tiny_transcoder(skip: bool = False) -> tuple[Transcoder, torch.Tensor, torch
 def test_fvu_l0_and_dead_of_every_prefix(skip: bool) -> None:
     t, x, y = tiny_transcoder(skip)
     cuts = torch.tensor([0.5, 1.0, 6.0])
-    measured = measure(t, zip(x.split(64), y.split(64), strict=True), lambda _: cuts)
+    measured = measure(t, zip(x.split(64), y.split(64), strict=True), lambda _: cuts, EVERY)
     variation = (y - y.mean(0)).square().sum()
     for g in range(3):
         narrow = t.prefix(g)
@@ -40,19 +44,33 @@ def test_fvu_l0_and_dead_of_every_prefix(skip: bool) -> None:
     assert measured.rows == 400
 
 
+def test_fvu_without_heavy_rows_is_that_of_the_others() -> None:
+    t, x, y = tiny_transcoder()
+    y[7] *= 1000
+    cuts = torch.tensor([0.5, 1.0, 6.0])
+    typical = Typical(torch.zeros(3), limit=1000.0, variance=1.0)
+    measured = measure(t, zip(x.split(64), y.split(64), strict=True), lambda _: cuts, typical)
+    others = torch.arange(400) != 7
+    assert measured.heavy_rows == 1
+    assert measured.fvu_typical == pytest.approx(
+        measure(t, [(x[others], y[others])], lambda _: cuts, EVERY).fvu
+    )
+    assert measured.fvu != pytest.approx(measured.fvu_typical, rel=0.1)
+
+
 def test_fvu_of_perfect_mean_and_constant_outputs() -> None:
     t, x, _ = tiny_transcoder()
     y = t(x)
     cuts = torch.tensor([0.0, 0.0, 0.0])
-    assert measure(t, [(x, y)], lambda _: cuts).fvu[2] == pytest.approx(0.0, abs=1e-10)
+    assert measure(t, [(x, y)], lambda _: cuts, EVERY).fvu[2] == pytest.approx(0.0, abs=1e-10)
     never = torch.full((3,), 1e9)
     constant = Transcoder(t.parameters, never, t.prefix_ends)
     constant.b_dec.copy_(y.mean(0))
-    assert measure(constant, [(x, y)], lambda _: never).fvu == pytest.approx([1.0, 1.0, 1.0], rel=1e-5)
-    assert measure(constant, [(x, torch.ones_like(y))], lambda _: never).fvu == [None, None, None]
+    assert measure(constant, [(x, y)], lambda _: never, EVERY).fvu == pytest.approx([1.0, 1.0, 1.0], rel=1e-5)
+    assert measure(constant, [(x, torch.ones_like(y))], lambda _: never, EVERY).fvu == [None, None, None]
     for value in (0.1, 0.7, 1 / 3, 123.456):  # whose sum of squares less n mean^2 is not zero but noise
         pairs = [*zip(x.split(100), torch.full_like(y, value).split(100), strict=True)]
-        assert measure(constant, pairs, lambda _: never).fvu == [None, None, None]
+        assert measure(constant, pairs, lambda _: never, EVERY).fvu == [None, None, None]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def test_normalised_rows_have_a_mean_square_of_one_whatever_the_mean() -> None:
     deviations = rng.standard_normal((5000, 6)) * [0.1, 1, 2, 5, 20, 100]
     outputs = rng.standard_normal((5000, 3)) * [1, 2, 3]
     scalings = [
-        Scaling.of(moments(deviations + shift), moments(outputs - 7 * shift)) for shift in (0.0, 1000.0)
+        Scaling.of(moments(deviations + shift), float(moments(outputs - 7 * shift).variance.sum()), 3)
+        for shift in (0.0, 1000.0)
     ]
     for by, shift in zip(scalings, (0.0, 1000.0), strict=True):
         x = by.inputs(torch.tensor(deviations + shift, dtype=torch.float64))
@@ -44,7 +45,7 @@ def test_a_constant_dimension_is_not_blown_up() -> None:
 
 def test_rows_that_do_not_vary_are_left_as_they_are() -> None:
     constant = moments(np.full((10, 2), 3.0))
-    by = Scaling.of(constant, constant)
+    by = Scaling.of(constant, 0.0, 2)
     assert by.scale_in.tolist() == [1.0, 1.0]
     assert by.scale_out == 1.0
     assert by.inputs(torch.full((1, 2), 3.0)).tolist() == [[0.0, 0.0]]

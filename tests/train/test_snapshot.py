@@ -18,6 +18,7 @@ from train.loop import Run, train
 from train.measure import measure
 from train.snapshot import snapshot
 from transcoder import Transcoder
+from transcoder.heavy import Typical
 
 Make = Callable[..., Settings]
 CPU = torch.device("cpu")
@@ -60,7 +61,8 @@ def test_the_checkpoint_is_the_transcoder_that_training_had(
     assert transcoder.metadata["training"]["steps"] == 80
     assert transcoder.metadata["harvest_fingerprint"] == store.manifest.fingerprint
     rows = [store.train.rows(start, start + 1024) for start in range(0, 4096, 1024)]
-    measured = measure(transcoder, rows, lambda _: transcoder.thresholds)
+    every = Typical(torch.zeros(transcoder.d_out), limit=torch.inf, variance=1.0)
+    measured = measure(transcoder, rows, lambda _: transcoder.thresholds, every)
     assert measured.l0[-1] == pytest.approx(4, rel=0.02)
     logged = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     probed = [logged[f"heldout_fvu/prefix_{g}"] for g in range(3)]

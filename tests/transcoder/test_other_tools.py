@@ -433,10 +433,17 @@ def test_a_set_that_we_cannot_honour_is_named(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", r"config\.yaml: cannot be read: while parsing a flow node"),
+        ("a: [", r"config\.yaml: cannot be read: line 1: while parsing a flow node"),
+        (
+            "model_kind: x\n b: c: d",
+            r"config\.yaml: cannot be read: line 2: mapping values are not allowed here",
+        ),
         ("- a", "expected keys and values, as circuit-tracer writes them, found a list of 1"),
         ("a: &a [x, x]\nb: [*a, *a]", r"config\.yaml: has an alias \(\*name\)"),
-        ("a: !!python/object/apply:os.system [ls]", "cannot be read: could not determine a constructor"),
+        (
+            "a: !!python/object/apply:os.system [ls]",
+            "cannot be read: line 1: could not determine a constructor",
+        ),
         ("[" * 5000, r"expected a flat list of keys and values, found 5,000 brackets"),
         ("- " * 5000, "cannot be read: maximum recursion depth"),
     ],

@@ -186,9 +186,7 @@ def test_a_layer_of_a_set_is_taken_by_its_number(make_settings: Make, tmp_path: 
     assert bring(str(folder), settings).metadata["source"]["layer"] == 0
     second = make_settings(run="b").model_copy(update={"layers": (1,)})
     assert bring(str(folder / "config.yaml"), second).metadata["source"]["layer"] == 1
-    with pytest.raises(
-        InputError, match=r"set: no layer_7\.safetensors in this set; it has 2 layers, 0 to 1"
-    ):
+    with pytest.raises(InputError, match=r"set: no layer_7\.safetensors in this set; it has layers 0 1"):
         bring(str(folder), second.model_copy(update={"layers": (7,)}))
     with pytest.raises(
         InputError, match=r"a set of layers; give the file of one, as .*set/layer_0\.safetensors"

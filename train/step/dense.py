@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, aux_loss, firings, nested_loss
+from train.step.losses import Objective, StepValues, aux_loss, firings, nested_loss, weighted
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
 
@@ -20,11 +20,18 @@ class DenseStep:
         self.objective, self.peers = objective, peers
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor,
+        k: int,
+        weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
+        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses, none: all 1. The values
+        cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         with torch.enable_grad():
@@ -39,7 +46,7 @@ class DenseStep:
             parts, start = [], 0
             for end in objective.prefix_ends:
                 y_hat = y_hat + acts[:, start:end] @ leaves.W_dec[start:end]
-                parts.append((y_hat - y).square().sum(dtype=torch.float64))
+                parts.append(weighted((y_hat - y).square(), weights).sum(dtype=torch.float64))
                 start = end
             squared_errors = torch.stack(parts)
             l2 = nested_loss(squared_errors, objective.prefix_weights, y.numel() * peers.world)
@@ -53,6 +60,7 @@ class DenseStep:
                     leaves.W_dec[dead],
                     aux_k=objective.aux_k,
                     coefficient=objective.aux_coefficient,
+                    weights=weights,
                     peers=peers,
                 )
             named = leaves.named()

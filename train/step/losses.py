@@ -54,7 +54,7 @@ class StepValues(NamedTuple):
     """The measurements of a training step; the gradients are apart."""
 
     squared_errors: Float[Tensor, " G"]
-    """Sum over rows and dimensions of (y_g - y)^2, float64."""
+    """Sum over rows and dimensions of (y_g - y)^2 times the row's weight, float64."""
     l2_loss: Tensor
     aux_loss: Tensor
     """With its coefficient."""
@@ -116,6 +116,11 @@ def nested_loss(
     return squared_errors @ weights / n_values
 
 
+def weighted(values: Float[Tensor, "B D"], weights: Float[Tensor, " B"] | None) -> Float[Tensor, "B D"]:
+    """Each row times its weight, or as it is."""
+    return values if weights is None else values * weights[:, None]
+
+
 def aux_loss(
     x: Float[Tensor, "B D_in"],
     residual: Float[Tensor, "B D_out"],
@@ -125,6 +130,7 @@ def aux_loss(
     *,
     aux_k: int,
     coefficient: float,
+    weights: Tensor | None = None,
     peers: Processes = ALONE,
 ) -> Float[Tensor, ""]:
     """How badly the dead latents reconstruct the error of the living ones (Gao et al. 2024, section A.2).
@@ -132,7 +138,8 @@ def aux_loss(
     coefficient * min(1, N / aux_k) * sum ||e_hat - e||^2 / sum ||e||^2 with e = `residual` = y - y_G
     (detached by the caller), e_hat = z W_dec, z the top min(aux_k, N) per row of the dead latents'
     relu(pre-activation). Both sums run over all rows and dimensions, so the coefficient does not
-    depend on the scale of the residual. No b_dec, no skip. Zero when the residual is zero.
+    depend on the scale of the residual. Each row counts by its weight. No b_dec, no skip. Zero when the residual
+    is zero.
     The denominator sums the rows of all `peers`, the numerator those of this process.
     """
     n_dead = len(W_enc)
@@ -140,7 +147,7 @@ def aux_loss(
     if aux_k < n_dead:
         top = z.topk(aux_k, dim=1)
         z = torch.zeros_like(z).scatter(1, top.indices, top.values)
-    size = peers.total(residual.square().sum())
-    error = (z @ W_dec - residual).square().sum()
+    size = peers.total(weighted(residual.square(), weights).sum())
+    error = weighted((z @ W_dec - residual).square(), weights).sum()
     scale = coefficient * min(1.0, n_dead / aux_k)
     return scale * torch.where(size > 0, error / torch.where(size > 0, size, 1.0), 0.0 * error)

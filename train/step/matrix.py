@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, nested_loss
+from train.step.losses import Objective, StepValues, nested_loss, weighted
 from train.step.sparse import aux_gradients
 from transcoder.entries import Entries
 from transcoder.selection import CUTS
@@ -28,17 +28,24 @@ class MatrixStep:
         self.objective, self.peers = objective, peers
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor,
+        k: int,
+        weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
+        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses, none: all 1. The values
+        cover all peers' rows, the gradients this process's part of them.
         """
         with tensor_cores(self.objective.precision):
-            return self._step(parameters, x, y, dead, k)
+            return self._step(parameters, x, y, dead, k, weights)
 
     def _step(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
+        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int, weights: Tensor | None
     ) -> tuple[StepValues, Gradients]:
         objective, peers = self.objective, self.peers
         x_low, W_dec_low = self._low(x), self._low(parameters.W_dec)
@@ -56,7 +63,8 @@ class MatrixStep:
         for group in groups:
             r = r + _product(acts_low[:, group], W_dec_low[group])
             residuals.append(r)
-        parts = [torch.linalg.vector_norm(r).double().square() for r in residuals]
+        root = None if weights is None else weights.sqrt()
+        parts = [torch.linalg.vector_norm(weighted(r, root)).double().square() for r in residuals]
         squared_errors = peers.total(torch.stack(parts))
         n_values = y.numel() * peers.world
         l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
@@ -64,11 +72,13 @@ class MatrixStep:
         # S[g] = 2 / (B D_out) * sum over h >= g of w_h r[h]: the loss's gradient by group g's part of y_hat
         S, above = [], torch.zeros_like(y)
         for weight, r in zip(reversed(objective.prefix_weights), reversed(residuals), strict=True):
-            above = torch.add(above, r, alpha=2 * weight / n_values)
+            above = torch.add(above, weighted(r, weights), alpha=2 * weight / n_values)
             S.insert(0, above)
         aux, extras = l2.new_zeros(()), None
         if len(dead) and objective.aux_k and objective.aux_coefficient:
-            aux, extras = aux_gradients(parameters, dead_pre, x, -residuals[-1], dead, objective, peers)
+            aux, extras = aux_gradients(
+                parameters, dead_pre, x, -residuals[-1], dead, objective, peers, weights
+            )
         S_low = [self._low(s) for s in S]
 
         def blocks() -> Iterator[Block]:

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 from common.device import constant
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, firings, nested_loss
+from train.step.losses import Objective, StepValues, firings, nested_loss, weighted
 from transcoder.entries import Entries
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
@@ -63,11 +63,18 @@ class SparseStep:
         self._buffers = buffers or Buffers()
 
     def __call__(
-        self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor,
+        k: int,
+        weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row. The values cover all peers' rows, the gradients this process's part of them.
+        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses, none: all 1. The values
+        cover all peers' rows, the gradients this process's part of them.
         """
         objective, peers = self.objective, self.peers
         pre = self._encode(parameters, x)
@@ -78,13 +85,15 @@ class SparseStep:
         S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
         n_values = y.numel() * peers.world
         scale = [2 * weight / n_values for weight in objective.prefix_weights]
-        squared_errors = peers.total(_decode(parameters, x, y, bags, scale, S, residual))
+        squared_errors = peers.total(_decode(parameters, x, y, bags, scale, S, residual, weights))
         l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
             dead_pre = _dead(parameters, x, pre, dead)
-            aux, dead_gradients = aux_gradients(parameters, dead_pre, x, residual, dead, objective, peers)
+            aux, dead_gradients = aux_gradients(
+                parameters, dead_pre, x, residual, dead, objective, peers, weights
+            )
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
         if parameters.W_skip is not None:
@@ -209,10 +218,12 @@ def _decode(
     scale: list[float],
     S: Tensor,
     residual: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Reconstruct every prefix, ROWS rows at a time. Fills S, and `residual` = y - y_G unless it is None.
 
-    `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64.
+    `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64. A
+    row's part of both is multiplied by its weight.
 
     One row, y = 10, no bias. Latent 0 (group 0) adds 3, latent 1 (group 1) adds 4:
 
@@ -241,9 +252,13 @@ def _decode(
         r[:, 0] -= target[rows]
         for g in range(1, groups):
             r[:, g] += r[:, g - 1]
-        squared_errors += torch.linalg.vector_norm(r, dim=2).double().square().sum(0)
         if residual is not None:
             torch.neg(r[:, -1], out=residual[rows])
+        errors = torch.linalg.vector_norm(r, dim=2).double().square()
+        if weights is not None:
+            errors *= weights[rows, None]
+            r *= weights[rows, None, None]
+        squared_errors += errors.sum(0)
         # S_g = scale_g (y_g - y) + S_(g + 1): a running sum from the last group down
         s = S[rows.start * groups : rows.stop * groups].view_as(r)
         torch.mul(r[:, -1], scale[-1], out=s[:, -1])
@@ -271,20 +286,24 @@ def aux_gradients(
     dead: Tensor,
     objective: Objective,
     peers: Processes,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, DeadGradients]:
     """`aux_loss` (Gao et al. 2024) on the dead latents' pre-activations [B, N], and its gradients by their rows.
 
     With z their activations, W their decoder rows and d = z W - residual: loss = c |d|^2, dW_dec = 2c z^T d,
     dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: `pre` is known already.
+    With weights of the rows, d and the residual are multiplied by their roots, and dz by the root again.
     """
     z, W_dec = _strongest(pre, objective.aux_k), parameters.W_dec[dead]
-    d = torch.addmm(residual, z, W_dec, beta=-1)
-    size = peers.total(residual.square().sum())
+    root = None if weights is None else weights.sqrt()
+    d = weighted(torch.addmm(residual, z, W_dec, beta=-1), root)
+    size = peers.total(weighted(residual, root).square().sum())
     share = objective.aux_coefficient * min(1.0, len(dead) / objective.aux_k)
     c = torch.where(size > 0, share / size, 0.0)
+    loss = c * torch.linalg.vector_norm(d).square()
+    d = weighted(d, root)
     d_pre = (d @ W_dec.T).mul_(2 * c).masked_fill_(z == 0, 0.0)
     d_dec = (z.T @ d).mul_(2 * c)
-    loss = c * torch.linalg.vector_norm(d).square()
     return peers.total(loss.double()), (d_pre.T @ x, d_pre.sum(0), d_dec, (d_dec * W_dec).sum(1))
 
 

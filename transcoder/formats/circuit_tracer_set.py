@@ -76,6 +76,12 @@ def _k(path: Path, config_path: Path, config: Mapping[str, Any], stored: Mapping
     return int(k)
 
 
+def _where(error: Exception) -> str:
+    """The line of a YAML error that knows it, from 1."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: " if mark is not None else ""
+
+
 def configuration(path: Path) -> dict[str, Any]:
     """A set's config.yaml, checked: a set of transcoders, its hooks those of an MLP."""
     text = text_of(path, "circuit-tracer keeps it beside the layers")
@@ -85,7 +91,7 @@ def configuration(path: Path) -> dict[str, Any]:
         aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
         config = None if aliased else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: cannot be read: {_where(error)}{str(error).splitlines()[0]}") from error
     if aliased:
         raise InputError(f"{path}: has an alias (*name), which a few lines of make gigabytes; write it out")
     if not isinstance(config, dict):
@@ -149,6 +155,7 @@ def of_layer(folder: Path, layer: int | None) -> Path:
         )
     if layer not in there:
         raise InputError(
-            f"{folder}: no {layer_file(layer)} in this set; it has {len(there)} layers, {there[0]} to {there[-1]}"
+            f"{folder}: no {layer_file(layer)} in this set; it has layer{'s' * (len(there) > 1)} "
+            f"{' '.join(map(str, there))}"
         )
     return folder / layer_file(layer)

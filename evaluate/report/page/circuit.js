@@ -148,6 +148,7 @@ function detail() {
   if (node.kind === LATENT) fact(number(node.value), "activation");
   fact(percent(node.share), node.kind === LOGIT ? "probability" : "of the influence");
   panel.append(facts);
+  if (node.kind === LATENT && node.word) panel.append(make("p", "own-label", node.word));
   if (node.fires.length) panel.append(make("h3", "", "Fires on"), tokenList(node.fires));
   if (node.promotes.length) panel.append(make("h3", "", "Promotes"), tokenList(node.promotes));
   const report = node.kind === LATENT && data.reports[node.layer];

@@ -104,6 +104,23 @@ def test_the_same_again_and_other_texts_and_prefixes_beside_it(layers: Settings)
     assert foreign.folder.name.startswith("text-")
 
 
+def test_a_persons_label_stands_before_the_automatic_one(layers: Settings) -> None:
+    traced = trace(of(layers), TEXT, None, 100)
+    node = int(np.flatnonzero(traced.circuit.nodes.kind == LATENT)[0])
+    layer, number = (int(each[node]) for each in (traced.circuit.nodes.layer, traced.circuit.nodes.number))
+    said = of(layers, layer).run_dir() / "notes.csv"
+    said.write_text(f"layer,latent,label\n{layer},{number},red rivers\n")
+    try:
+        again = trace(of(layers), TEXT, None, 100)
+    finally:
+        said.unlink()
+    assert again.labels[node].text == f"red rivers; {traced.labels[node].text}"
+    graph = json.loads((again.folder / "graph.json").read_text())
+    clerps = {each["node_id"]: each["clerp"] for each in graph["nodes"]}
+    assert {clerp.partition(";")[0] for clerp in clerps.values() if "rivers" in clerp} == {"red rivers"}
+    assert '"red rivers; ' in (again.folder / "circuit.html").read_text()
+
+
 def test_no_nodes_to_follow(layers: Settings) -> None:
     """What reaches the logits directly."""
     traced = trace(of(layers), TEXT, None, 0)

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common.settings import Model, Settings
-from evaluate.metrics.language import logit_effects, measure_language
+from evaluate.labels.effects import logit_effects
+from evaluate.metrics.language import measure_language
 from evaluate.metrics.splice import Loss, splice, standard_error, summary
 from evaluate.records import AblationLosses
 from harvest import lm

@@ -71,6 +71,8 @@ def test_one_command_one_commit_and_nothing_where_a_layer_is_not_evaluated(
     trained: Settings, llama: Path, hub: Hub, at_hub: Run
 ) -> None:
     root = trained.paths.checkpoints.parent
+    killed = trained.set_dir() / ".push-killed"  # as kill -9 leaves it
+    killed.mkdir(parents=True)
     words = ["-m", "evaluate.push", "--layer", "all", *arguments(root, llama)]
     process = at_hub(*words, "--repo", "me/whole")
     assert process.returncode == 0, process.stderr

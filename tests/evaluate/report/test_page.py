@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from common.tokens import TokenText
+from evaluate.labels.choose import Labels
+from evaluate.labels.effects import Chance, LogitEffects
+from evaluate.labels.measured import Quality
 from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.coactivation import Partners
 from evaluate.metrics.contexts import REACH, Samples
-from evaluate.metrics.language import LogitEffects
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import Metrics
 from evaluate.report.page_data import page_data, script_json
@@ -23,6 +25,8 @@ from evaluate.run import evaluate
 from shards.store import read_tokenizer
 from tests.evaluate.runs import ENDS, make_run, settings_of
 
+READY = "!document.getElementById('spacer') || 'ready' in document.documentElement.dataset"
+"""The report reads its latents after the first paint; other pages have none."""
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = [
     "<script>window.hacked=1</script>",
@@ -77,6 +81,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(f"file://{file}{place}")
+        self.page.wait_for_function(READY)
 
     def ids(self) -> list[int]:
         """The latents in view, from the top."""
@@ -90,8 +95,8 @@ class Opened:
         return int(self.page.text_content("#detail h2").split()[-1])
 
     def frame(self) -> None:
-        """Waits until the page has drawn what it was asked for (typing is answered after 80 ms)."""
-        self.page.wait_for_timeout(150)
+        """Waits until the page has drawn what it was asked for (typing is answered after 80 ms of its own clock)."""
+        self.page.evaluate("new Promise((done) => setTimeout(() => requestAnimationFrame(done), 120))")
 
     def close(self) -> None:
         self.page.context.close()
@@ -112,7 +117,7 @@ def test_hostile_text_is_shown_and_never_run(opened: Opened) -> None:
         page.click(f"#tab-{tab}")
         assert page.is_visible(f"#{tab}")
     assert page.evaluate("window.hacked") is None
-    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.scripts.length") == 3
     assert page.evaluate("document.querySelectorAll('main img, main svg[onload]').length") == 0
     strings = page.evaluate("JSON.parse(document.getElementById('data').textContent).strings")
     assert {f" {text}" for text in HOSTILE} <= set(strings)
@@ -190,7 +195,7 @@ def test_a_latent_shows_its_strongest_context_first(opened: Opened) -> None:
     )
     assert values[0] == max(values)
     assert opened.page.locator(".lines li").first.locator(".focus").count() == 1
-    assert opened.page.evaluate("location.hash").startswith(f"#latents/{opened.selected()}")
+    assert opened.page.evaluate("location.hash") == f"#latent={opened.selected()}&prefix=2"
 
 
 def test_keys_focus_the_search_and_move_the_selection(opened: Opened) -> None:
@@ -213,17 +218,21 @@ def test_keys_focus_the_search_and_move_the_selection(opened: Opened) -> None:
     assert page.is_visible("#nesting")
 
 
-def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path) -> None:
-    page = Opened(browser, report, place="#latents/2/prefix-1")
+@pytest.mark.parametrize("place", ["#latents/2/prefix-1", "#latent=2&prefix=1"])
+def test_a_link_to_a_latent_and_the_theme(browser: Any, report: Path, place: str) -> None:
+    page = Opened(browser, report, place=place)
     assert page.selected() == 2
     assert page.page.is_checked("#prefix input[value='1']")
+    page.page.evaluate("location.hash = '#latent=7'")
+    page.page.wait_for_function("document.querySelector('#detail h2').textContent === 'Latent 7'")
+    assert page.page.get_attribute("#detail a.button", "href") == "#latent=7"
     before = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.page.click("#theme")
     assert page.page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     page.close()
 
 
-@pytest.mark.parametrize("place", ["", "#overview/prefix-0"])
+@pytest.mark.parametrize("place", ["", "#overview/prefix-0", "#tab=overview"])
 def test_the_page_opens_at_its_top(browser: Any, report: Path, place: str) -> None:
     """A place that is an element's id would be scrolled to once the page has loaded."""
     page = Opened(browser, report, height=300, place=place)
@@ -303,7 +312,22 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
             np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
             rng.integers(0, 60, (n_latents, 10)).astype(np.int32),
             -np.sort(rng.random((n_latents, 10)).astype(np.float32))[:, ::-1].copy(),
+            rng.integers(0, 9000, (n_latents, 32)).astype(np.int32),
+            np.tile(np.array([-2, 3], np.float32), (n_latents, 1)),
+            3 + rng.random(n_latents).astype(np.float32),
+            0,
+            Chance(3.5, 0.01),
         ),
+        labels=Labels(
+            np.ones((n_latents, 5), np.uint8),
+            np.pad(rng.integers(0, 60, (n_latents, 5, 1)), ((0, 0), (0, 0), (0, 7)), constant_values=-1),
+            rng.random((n_latents, 5)).astype(np.float32),
+            rng.random((n_latents, 5)).astype(np.float32),
+            np.full(n_latents, 200),
+            np.ones(n_latents, bool),
+            [],
+        ),
+        quality=Quality(1000, *rng.random((3, n_latents)).astype(np.float32)),
     )
 
 
@@ -319,7 +343,7 @@ def test_18432_latents_are_fast(browser: Any, report: Path, tmp_path: Path) -> N
     metrics = Metrics.model_validate(values)
     data["prefix_ends"] = [1152, 3456, 8064, 18_432]
     page = tmp_path / "large.html"
-    write_report(page, metrics, data, [])
+    write_report(page, metrics, data, [], [], {})
     assert page.stat().st_size < 40e6
     started = time.monotonic()
     opened = Opened(browser, page, place="#latents")

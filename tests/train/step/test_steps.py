@@ -21,7 +21,8 @@ AnyStep = type[DenseStep] | type[SparseStep] | type[MatrixStep]
 
 def run(step: AnyStep, case: Problem) -> tuple[StepValues, dict[str, Tensor]]:
     with torch.no_grad():
-        values, gradients = step(case.objective)(case.parameters, case.x, case.y, case.dead, case.objective.k)
+        rows = case.x, case.y, case.dead, case.objective.k, case.weights
+        values, gradients = step(case.objective)(case.parameters, *rows)
         along = torch.cat([block.along for block in gradients.blocks()])
         return values, gradients.whole() | {"along": along}
 
@@ -45,6 +46,7 @@ def sizes(draw: st.DrawFn) -> dict[str, Any]:
         "skip": draw(st.booleans()),
         "selection": draw(st.sampled_from(["batch_topk", "topk"])),
         "aux_k": draw(st.integers(0, 12)),
+        "weighted": draw(st.booleans()),
         "bias": draw(st.sampled_from([0.0, -1.5, -100.0])),  # few, very few, no positive pre-activations
     }
 

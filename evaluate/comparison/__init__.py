@@ -1,0 +1,1 @@
+"""Several transcoders on the same rows (make compare): what is written of them."""

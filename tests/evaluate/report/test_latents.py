@@ -1,0 +1,193 @@
+"""What is asked of the page's latents in headless Chromium: search, filters, notes, links, files; one prefix."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import InputError
+from evaluate.notes import Note, read_notes
+from evaluate.report.report import NOTES, notes_json, renew_notes
+from evaluate.run import evaluate
+from tests.evaluate.fakes import random_coder
+from tests.evaluate.report.test_page import READY, VOCABULARY, Opened, browser, opened, report
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, make_run, settings_of
+
+__all__ = ["browser", "opened", "report"]
+LABELLED = Note(label="</script><b>", score=None, source="")
+
+
+def test_the_training_stands_at_the_head(opened: Opened) -> None:
+    said = opened.page.inner_text(".training").replace("\n", " ")
+    for fact in ("k 4", "selection batch top-k", "groups 4 + 6 + 14", "seed 0", "weights of 20"):
+        assert fact in said
+
+
+def test_search_reads_whole_contexts_and_the_pane_follows(opened: Opened) -> None:
+    """Every latent with the words in a context and no other; neighbouring texts of the pool do not count."""
+    page = opened.page
+    words, expected = page.evaluate(
+        """() => {
+        const tokens = (s) => Array.from(c.pool.subarray(c.sampleAt[s], c.sampleAt[s] + c.sampleLength[s]));
+        const text = (some) => some.map((t) => strings[t]).join("");
+        const words = text(tokens(9).slice(0, 2)), found = new Set();
+        for (let f = 0; f < F; f++) for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++)
+          if (text(tokens(s)).includes(words)) found.add(f);
+        return [words, [...found].sort((a, b) => a - b)]; }"""
+    )
+    page.fill("#search", words.upper())
+    opened.frame()
+    assert sorted(page.evaluate("order")) == expected
+    assert opened.selected() == opened.ids()[0]
+    first = page.locator(".lines").first
+    assert all(words.strip() in text for text in first.locator("li p").all_text_contents())
+    assert first.locator(".hit").first.is_visible()
+    page.fill("#search", "nothing says this")
+    opened.frame()
+    assert page.locator("#detail h2").count() == 0
+
+
+def test_filters_by_density_and_parent(opened: Opened) -> None:
+    page = opened.page
+    page.click("#more summary")
+    shares = page.evaluate("Array.from({length: F}, (_, f) => density(f))")
+    page.fill("#least", "20")
+    page.fill("#most", "30")
+    opened.frame()
+    expected = [f for f, share in enumerate(shares) if 0.2 <= share <= 0.3]
+    assert sorted(page.evaluate("order")) == expected
+    assert 0 < len(expected) < ENDS[-1]
+    page.click("#clear")
+    page.evaluate("children[2] = [11, 17]")
+    page.fill("#parent", "2")
+    opened.frame()
+    assert sorted(page.evaluate("order")) == [11, 17]
+    assert opened.selected() in (11, 17)
+
+
+def test_notes_and_stars_are_kept_saved_and_read_again(browser: Any, report: Path, tmp_path: Path) -> None:
+    opened = Opened(browser, report, place="#latent=7")
+    page = opened.page
+    page.fill("#note", ' the "seventh",  =1+1 ')
+    page.press("#note", "Enter")
+    page.click("[aria-label='Next latent']")
+    starred = opened.selected()
+    page.keyboard.press("s")
+    page.reload()
+    page.wait_for_function(READY)
+    assert page.get_attribute("#star", "aria-pressed") == "true"
+    page.click("#more summary")
+    page.check("#noted")
+    assert opened.ids() == [7]
+    with page.expect_download() as download:
+        page.click("#save")
+    path = tmp_path / download.value.suggested_filename
+    download.value.save_as(path)
+    seventh = Note(label='the "seventh", =1+1', score=None, source="page")
+    assert path.name == "notes.csv"
+    assert read_notes(path, 0, ENDS[-1]) == {7: seventh, starred: Note(label="", score=1.0, source="page")}
+    opened.close()
+    other = Opened(browser, report, place="#latent=7")
+    assert other.page.input_value("#note") == ""
+    other.page.set_input_files("#load", path)
+    other.page.wait_for_function("document.getElementById('kept').textContent === '2 notes loaded.'")
+    assert other.page.input_value("#note") == 'the "seventh", =1+1'
+    path.write_text("layer;latent;label\n3;7;a\n")
+    other.page.set_input_files("#load", path)
+    other.page.wait_for_function(
+        "document.getElementById('kept').textContent === \"notes.csv: line 2: layer: expected 0, this page's, found 3\""
+    )
+    other.close()
+
+
+def test_a_browser_that_keeps_nothing_says_so(browser: Any, report: Path) -> None:
+    context = browser.new_context()
+    context.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } });"
+    )
+    page = context.new_page()
+    page.goto(f"file://{report}#latent=7")
+    page.wait_for_function(READY)
+    page.click("#star")
+    assert "keeps no notes for this page (SecurityError)" in page.inner_text("#kept")
+    assert page.is_enabled("#save")
+    context.close()
+
+
+def test_a_latent_downloads_as_json(opened: Opened) -> None:
+    page = opened.page
+    page.fill("#search", "7")
+    opened.frame()
+    with page.expect_download() as download:
+        page.click("#detail button:text('JSON')")
+    assert download.value.suggested_filename == "layer_0-latent_7.json"
+    known = json.loads(Path(download.value.path()).read_text())
+    assert (known["layer"], known["latent"], known["group"], len(known["density"])) == (0, 7, 1, len(ENDS))
+    strongest = known["contexts"][0]
+    assert strongest["activations"][strongest["focus"]] == pytest.approx(
+        known["largest_activation"], rel=1e-5
+    )
+    assert len(strongest["tokens"]) == len(strongest["activations"])
+
+
+def test_errors_are_sorted_by_fvu(opened: Opened) -> None:
+    page = opened.page
+    page.click("#tab-error")
+    titles = page.eval_on_selector_all("#tokens thead th", "all => all.map(h => h.textContent)")
+    at = titles.index("FVU, prefix 2")
+    column = f"#tokens tbody tr > :nth-child({at + 1})"
+    for order in (True, False):
+        page.click(f"#tokens thead th:nth-child({at + 1}) button")
+        values = page.eval_on_selector_all(column, "all => all.map(v => parseFloat(v.textContent))")
+        assert values == sorted(values, reverse=order)
+        assert len(set(values)) > 5
+
+
+def test_the_numbers_of_a_column_have_their_decimals_under_each_other(opened: Opened) -> None:
+    opened.page.click("#tab-overview")
+    rows = opened.page.eval_on_selector_all(
+        "#prefixes tbody tr", "rows => rows.map(r => [...r.cells].map(cell => cell.textContent))"
+    )
+    for column in list(zip(*rows, strict=True))[1:]:
+        decimals = {len(cell.partition(".")[2]) for cell in column if cell != "–"}
+        assert len(decimals) <= 1, column
+
+
+def test_a_run_of_one_prefix_has_no_nesting(browser: Any, tmp_path: Path) -> None:
+    make_run(tmp_path, random_coder(D_IN, D_OUT, (24,)), vocabulary=VOCABULARY)
+    evaluate(settings_of(tmp_path), ce_tokens=0)
+    opened = Opened(
+        browser, settings_of(tmp_path).run_dir() / "evaluation" / "report.html", place="#latent=3"
+    )
+    page = opened.page
+    assert page.locator("#tab-nesting, #nesting").count() == 0
+    for tab in ("latents", "overview", "error", "about"):
+        page.click(f"#tab-{tab}")
+        text = page.evaluate(
+            "[...document.querySelectorAll('svg')].forEach(e => e.remove()), document.body.innerText"
+        )
+        assert not re.search(r"prefix|parent|famil|group(?!_)|nest", text, re.IGNORECASE), (tab, text)
+    opened.close()
+
+
+def test_evaluating_again_puts_the_present_notes_into_the_page(report: Path) -> None:
+    """And nothing else: what was measured stays."""
+    folder, before = report.parent, report.read_bytes()
+    root = folder.parents[5]
+    said = folder.parent / "notes.csv"
+    said.write_text("layer,latent,label\n0,7,</script><b>\n")
+    _, fresh = evaluate(settings_of(root), ce_tokens=0)
+    assert not fresh
+    page = report.read_bytes()
+    assert page == before.replace(NOTES[0] + b"{}", NOTES[0] + notes_json({7: LABELLED}).encode())
+    assert page != before
+    said.unlink()
+    evaluate(settings_of(root), ce_tokens=0)
+    assert report.read_bytes() == before
+    assert not renew_notes(report, {})
+    said.write_text("layer,latent,label\n1,7,a\n")
+    with pytest.raises(InputError, match="line 2: layer: expected 0, the run's, found 1"):
+        evaluate(settings_of(root), ce_tokens=0)
+    said.unlink()
