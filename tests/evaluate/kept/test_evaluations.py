@@ -1,5 +1,6 @@
 """A run's evaluations live beside each other: none takes another's place, and the main one stays the held-out one."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.settings import Settings
+from evaluate.__main__ import show
 from evaluate.files import finished
 from evaluate.kept.evaluations import evaluation_on, main_evaluation, read_all
 from evaluate.metrics.language import Language, LogitEffects, measure_language
@@ -107,6 +110,11 @@ def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
         page = (side.evaluation.folder / "report.html").read_text()
         assert page.count(START.decode()) == 1
         assert f"{last:.3f} <small>({last - first:+.3f})</small>" in page
+    console = Console(record=True, width=120, file=io.StringIO())
+    show(settings_of(root, *TRAIN), train, False, console)
+    printed = console.export_text()
+    assert f"{shown[2].evaluation.folder}/report.html" in printed
+    assert "the same weights on other rows" in printed
     for of in (train, other):
         place = evaluation_on(run_dir, digest, of.provenance.store_fingerprint, of.provenance.split)
         assert finished(place) == of
