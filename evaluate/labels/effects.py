@@ -79,7 +79,7 @@ class LogitEffects:
         """The inverse of `arrays`."""
         chance = arrays["chance"]
         single = {"left_out": int(arrays["left_out"][0]), "chance": Chance(*chance.tolist()) if chance.size else None}
-        return cls(**{each.name: single[each.name] if each.name in single else arrays[each.name] for each in fields(cls)})
+        return cls(**{each.name: single.get(each.name, arrays[each.name]) for each in fields(cls)})
 
     @property
     def like_random(self) -> np.ndarray:

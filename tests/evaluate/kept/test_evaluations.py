@@ -14,7 +14,8 @@ from common.settings import Settings
 from evaluate.__main__ import show
 from evaluate.files import finished
 from evaluate.kept.evaluations import evaluation_on, main_evaluation, read_all
-from evaluate.metrics.language import Language, LogitEffects, measure_language
+from evaluate.labels.effects import Chance, LogitEffects
+from evaluate.metrics.language import Language, measure_language
 from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.report.sides import START, lines, median_density, moved, sides
 from evaluate.run import evaluate
@@ -55,7 +56,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             for ce in (4.0, 2.0, 1.0)
         ]
         ids, by = np.arange(48, dtype=np.int32).reshape(24, 2), np.ones((24, 2), np.float32)
-        effects = LogitEffects(ids, by, ids + 1, -by)
+        rest = (np.ones((24, 4), np.int32), np.array([[-1.0, 1.0]] * 24, np.float32), np.ones(24, np.float32))
+        effects = LogitEffects(ids, by, ids + 1, -by, *rest, 5, Chance(0.5, 0.01))
         return Language(losses, prefixes, effects, {"clean": np.array([1.0, 1.0]), "0": np.array([4.5, 5.5])})
 
     def measured(settings: Settings, store: Store, split: object, coder: object, n_tokens: int) -> Language:
