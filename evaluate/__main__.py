@@ -9,15 +9,15 @@ from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
-from common.numbers import number_or_dash, percent_or_dash, with_error
+from common.numbers import number_or_dash, percent_or_dash
 from common.settings import Settings
 from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.report.console import plain, rows_of, table_of
+from evaluate.report.console import increase, plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
 
 if TYPE_CHECKING:  # --help does not wait for the records
-    from evaluate.records import LanguageMetrics, Metrics
+    from evaluate.records import Metrics
     from evaluate.report.sides import Side
 
 NOTHING_NEW = "nothing has changed since the last evaluation: nothing was measured again"
@@ -94,16 +94,9 @@ def _lines(settings: Settings) -> list[dict[str, str]]:
             "dead %": f"{100 * last.dead_fraction:.1f}",
             "over 10 %": f"{100 * last.over_10_percent_fraction:.1f}",
             "CE recovered": percent_or_dash(language and language.recovered_zero),
-            "CE increase": _increase(language),
+            "CE increase": increase(language),
         }
     ]
-
-
-def _increase(language: LanguageMetrics | None) -> str:
-    """Of the cross-entropy, with its standard error."""
-    if language is None or language.increase is None:
-        return "-"
-    return with_error(language.increase, language.increase_error)
 
 
 def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
@@ -128,7 +121,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
             f"{prefix.threshold:.3g}",
             f"{100 * prefix.dead_fraction:.1f}",
             f"{100 * prefix.over_10_percent_fraction:.1f} % {prefix.over_10_percent_verdict}",
-            *[_increase(prefix.cross_entropy)] * (metrics.cross_entropy.skipped is None),
+            *[increase(prefix.cross_entropy)] * (metrics.cross_entropy.skipped is None),
         )
     console.print(table)
     for verdict in verdicts(metrics):
@@ -167,6 +160,8 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
 
 def beside(shown: Sequence[Side], console: Console) -> None:
     """The run's evaluations side by side, where there are several: the full dictionary, differences in brackets."""
+    from common.tokens import printable
+
     if len(shown) < 2:
         return
     first = shown[0].prefix(-1)
@@ -174,15 +169,14 @@ def beside(shown: Sequence[Side], console: Console) -> None:
     table = table_of("the same weights on other rows", columns)
     for each in shown:
         prefix = each.prefix(-1)
-        both = each is not shown[0] and prefix.fvu is not None and first.fvu is not None
-        change = prefix.fvu - first.fvu if both else None
+        change = None if prefix.fvu is None or first.fvu is None else prefix.fvu - first.fvu
         table.add_row(
-            each.name,
+            printable(each.name),
             f"{each.rows:,}",
-            number_or_dash(prefix.fvu) + ("" if change is None else f" ({change:+.3f})"),
+            number_or_dash(prefix.fvu) + ("" if change is None or each is shown[0] else f" ({change:+.3f})"),
             f"{prefix.l0:.1f}",
             f"{100 * prefix.dead_fraction:.1f}",
-            _increase(prefix.cross_entropy),
+            increase(prefix.cross_entropy),
         )
     console.print(table)
 

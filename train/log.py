@@ -234,9 +234,11 @@ def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]
 
 
 def evaluation_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Every number of every prefix, by a flat name; of another harvest under its text's, so that both stay."""
+    """Every number of every prefix, by a flat name; of another text or a checkpoint under its own, so that all stay."""
     of = metrics["provenance"]
     split = of["split"] if of.get("trained_on_this_store") is not False else f"{of['dataset']}/{of['split']}"
+    if at := of.get("checkpoint"):
+        split += f"/at_step_{at['step']}"
     scalars: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
     for g, prefix in enumerate(metrics["prefixes"]):
         language = prefix.get("cross_entropy") or {}

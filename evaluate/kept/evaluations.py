@@ -5,6 +5,7 @@ harvest, fewer rows or tokens) is in <run>/evaluations, in a folder named after 
 only if it says all of it: measured anew on the same rows, or with the cross-entropy that the other one is without.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ class Evaluation(NamedTuple):
     @property
     def tokens(self) -> int:
         """Tokens of its cross-entropy, 0 where that was not measured."""
-        return Done.model_validate(self.metrics.written()).tokens
+        measured = self.metrics.cross_entropy.skipped is None
+        return self.metrics.provenance.cross_entropy_tokens if measured else 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -155,19 +157,16 @@ def _beside(run_dir: Path, values: Mapping[str, object]) -> Path:
     """Where an evaluation is that is not the main one: named after what it is of."""
     evaluation = Done.model_validate(values)
     of = evaluation.provenance or Asked()
-    return (
-        run_dir
-        / OTHERS
-        / (f"{of.split}-{of.rows}_rows-{evaluation.tokens}_tokens-{of.store_fingerprint[:8]}")
-    )
+    store = re.sub(r"[^0-9a-zA-Z]", "_", of.store_fingerprint[:8])  # it comes from a manifest
+    return run_dir / OTHERS / f"{of.split}-{of.rows}_rows-{evaluation.tokens}_tokens-{store}"
 
 
 def make_room(folder: Path, results: Results) -> None:
-    """Keep a complete evaluation that is in `folder`, and of something else than the `results` that are to be there.
+    """Keep a complete evaluation that is in the main `folder`, and of something else than the `results` to be there.
 
-    The caller holds the run's lock.
+    The caller holds the run's lock. Other folders are named after what they are of.
     """
-    there = complete(folder)
+    there = complete(folder) if folder.name == MAIN else None
     if there is None or _answered(there, results.written()):
         return
     kept = _beside(folder.parent, there)
@@ -189,8 +188,7 @@ def settle(evaluation: Evaluation, folder: Path) -> Evaluation:
     """Move an evaluation to its folder, out of one where an older version, or a kill, has left it."""
     if evaluation.folder == folder:
         return evaluation
-    if folder.parent.name != OTHERS:
-        make_room(folder, evaluation.metrics)
+    make_room(folder, evaluation.metrics)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
     evaluation.folder.replace(folder)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.errors import first_line
+from common.errors import InputError, first_line
 from common.files import locked, remove_asides, write_whole
 from common.settings import Settings
 from evaluate.metrics.splice import Loss
@@ -87,8 +87,8 @@ class OwnLosses:
                     remove_asides(folder)
                     write_whole(folder / f"{self.key}.safetensors", _written(losses))
                 return
-            except OSError as error:
-                failed.append(f"{folder}: {error.strerror}")
+            except (OSError, InputError) as error:
+                failed.append(f"{folder}: {first_line(error)}")
         print(
             f"the language model's own losses were not kept ({'; '.join(failed)}); the next evaluation measures them "
             "again",

@@ -1,8 +1,16 @@
 """What evaluate and compare print alike."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
+from common.numbers import with_error
 from common.terminal.table import Table
+
+if TYPE_CHECKING:  # --help does not wait for the records
+    from evaluate.records import LanguageMetrics
 
 
 def table_of(title: str, columns: tuple[str, ...]) -> Table:
@@ -23,3 +31,10 @@ def split_name(split: str) -> str:
 def plain(console: Console, text: str) -> None:
     """A line as it is: paths are neither wrapped nor coloured."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def increase(language: LanguageMetrics | None, dash: str = "-") -> str:
+    """What the cross-entropy rises by, with its standard error; a dash where that was not measured."""
+    if language is None or language.increase is None:
+        return dash
+    return with_error(language.increase, language.increase_error)

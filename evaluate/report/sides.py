@@ -12,11 +12,11 @@ import numpy as np
 from markupsafe import Markup
 
 from common.files import write_whole
-from common.numbers import number_or_dash, with_error
+from common.numbers import number_or_dash
 from evaluate.files import latents_of
 from evaluate.kept.evaluations import Evaluation, There, of_weights
 from evaluate.records import PrefixMetrics
-from evaluate.report.console import split_name
+from evaluate.report.console import increase, split_name
 from evaluate.report.templates import HTML
 
 START, STOP = b"<!-- sides -->", b"<!-- /sides -->"
@@ -129,9 +129,8 @@ def lines(shown: Sequence[Side]) -> list[Line]:
 
 
 def _text(side: Side, g: int, name: str, value: float | None, spec: str) -> str:
-    language = side.prefix(g).cross_entropy
-    if name == "CE increase" and language is not None and value is not None:
-        return with_error(value, language.increase_error)
+    if name == "CE increase":
+        return increase(side.prefix(g).cross_entropy, "–")
     return number_or_dash(value, spec, "–")
 
 

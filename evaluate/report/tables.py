@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluate.records import Results
+from evaluate.report.console import increase
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def prefix_columns(results: Results, baselines: Sequence[Any]) -> list[Column]:
         of("latents over 1 %", lambda p: p.over_1_percent, "latents that fire on more than 1 % of the rows"),
         of("over 10 %", lambda p: p.over_10_percent, "latents that fire on more than 10 % of the rows"),
         of("share %", lambda p: p.over_10_percent_fraction, "their share of the latents", aligned_percent),
+        of(
+            "CE increase",
+            lambda p: p.cross_entropy,
+            "of the cross-entropy, nats per token ± standard error over contexts",
+            lambda measured: [increase(each, "–") for each in measured],
+        ),
         of(
             "CE recovered %",
             lambda p: p.cross_entropy and p.cross_entropy.recovered_zero,

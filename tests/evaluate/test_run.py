@@ -125,6 +125,7 @@ def test_an_evaluation_of_something_else_is_kept(other: dict, root: Path, tmp_pa
     (kept,) = (tmp_path / "evaluations").iterdir()
     assert finished(kept) == of(weights_sha256="old")
     found = find(read_all(tmp_path), of(weights_sha256="old").provenance)
+    assert found is not None
     assert found == (kept, of(weights_sha256="old"))
     settle(found, folder)
     assert finished(folder) == of(weights_sha256="old")

@@ -1,5 +1,6 @@
 """A run's evaluations live beside each other: none takes another's place, and the main one stays the held-out one."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.settings import Settings
+from evaluate.__main__ import show
 from evaluate.files import finished
 from evaluate.kept.evaluations import evaluation_on, main_evaluation, read_all
-from evaluate.metrics.language import Language, LogitEffects, measure_language
+from evaluate.labels.effects import Chance, LogitEffects
+from evaluate.metrics.language import Language, measure_language
 from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.report.sides import START, lines, median_density, moved, sides
 from evaluate.run import evaluate
@@ -52,7 +56,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             for ce in (4.0, 2.0, 1.0)
         ]
         ids, by = np.arange(48, dtype=np.int32).reshape(24, 2), np.ones((24, 2), np.float32)
-        effects = LogitEffects(ids, by, ids + 1, -by)
+        rest = (np.ones((24, 4), np.int32), np.array([[-1.0, 1.0]] * 24, np.float32), np.ones(24, np.float32))
+        effects = LogitEffects(ids, by, ids + 1, -by, *rest, 5, Chance(0.5, 0.01))
         return Language(losses, prefixes, effects, {"clean": np.array([1.0, 1.0]), "0": np.array([4.5, 5.5])})
 
     def measured(settings: Settings, store: Store, split: object, coder: object, n_tokens: int) -> Language:
@@ -107,6 +112,11 @@ def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
         page = (side.evaluation.folder / "report.html").read_text()
         assert page.count(START.decode()) == 1
         assert f"{last:.3f} <small>({last - first:+.3f})</small>" in page
+    console = Console(record=True, width=120, file=io.StringIO())
+    show(settings_of(root, *TRAIN), train, False, console)
+    printed = console.export_text()
+    assert f"{shown[2].evaluation.folder}/report.html" in printed
+    assert "the same weights on other rows" in printed
     for of in (train, other):
         place = evaluation_on(run_dir, digest, of.provenance.store_fingerprint, of.provenance.split)
         assert finished(place) == of
