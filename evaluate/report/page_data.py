@@ -16,8 +16,9 @@ from evaluate.metrics.catalogue import Catalogue
 from evaluate.metrics.contexts import REACH, Samples
 from evaluate.metrics.rows import ContextTable
 
-POOL_TOKENS = 3_000_000
-"""Token strings in the page at most (16 MB in base64): beyond it each latent shows fewer samples."""
+POOL_TOKENS = 2_500_000
+"""Token strings in the page at most (13 MB in base64, where they are more than 65,536 different ones): beyond it each
+latent shows fewer samples."""
 SHOWN_LOGITS = 8
 """Tokens that a latent promotes, and as many that it suppresses."""
 READ = 1024

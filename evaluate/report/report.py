@@ -39,7 +39,7 @@ def write_report(
     notes: Mapping[int, Note],
 ) -> None:
     """`data`: what the page's script reads; `drawn`: the plots, whose SVG is our own; `training`: name and value."""
-    nested = len(results.prefixes) > 1
+    nested, provenance = len(results.prefixes) > 1, results.provenance.written()
     parts = ("overview", "nesting", "error")
     shown = {part: [each for each in drawn if each.plot.part == part] for part in parts}
     if not nested:  # one bar, and one share of one
@@ -49,7 +49,7 @@ def write_report(
         "report.html",
         *SCRIPTS,
         metrics=results,
-        provenance=results.provenance.written(),
+        provenance={key: value for key, value in provenance.items() if nested or key != "one_group_sha256"},
         training=training,
         nested=nested,
         verdicts=[verdicts(results, g) for g in range(len(results.prefixes))],

@@ -93,7 +93,7 @@ function find() {
   order.sort((a, b) => rank[a] - rank[b] || sign * (keys[a] - keys[b]) || a - b);
   columnDecimals = decimals(order.reduce((most, f) => Math.max(most, Math.abs(keys[f]) === Infinity ? 0 : Math.abs(keys[f])), 0));
   const first = order.filter((f) => rank[f] < 2).length, of = ` of ${end.toLocaleString("en")} latents` + (G > 1 ? ` of prefix ${prefix}` : "");
-  $("count").textContent = order.length.toLocaleString("en") + of + (asked && order.length ? `: ${first.toLocaleString("en")} by label, note or number first, ${(order.length - first).toLocaleString("en")} by their contexts` : "");
+  $("count").textContent = order.length.toLocaleString("en") + of + (asked && order.length ? `: ${first ? `first ${first.toLocaleString("en")} by label, note or number, ` : ""}${(order.length - first).toLocaleString("en")} by their contexts` : "");
   $("spacer").style.height = order.length * rowHeight() + "px";
   $("list").scrollTop = 0;
   drawList(true);

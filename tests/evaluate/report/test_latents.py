@@ -12,7 +12,7 @@ from evaluate.notes import Note, read_notes
 from evaluate.report.report import NOTES, notes_json, renew_notes
 from evaluate.run import evaluate
 from tests.evaluate.fakes import random_coder
-from tests.evaluate.report.test_page import READY, VOCABULARY, Opened, browser, opened, report
+from tests.evaluate.report.test_page import VOCABULARY, Opened, browser, opened, report
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, make_run, settings_of
 
 __all__ = ["browser", "opened", "report"]
@@ -76,7 +76,7 @@ def test_notes_and_stars_are_kept_saved_and_read_again(browser: Any, report: Pat
     starred = opened.selected()
     page.keyboard.press("s")
     page.reload()
-    page.wait_for_function(READY)
+    page.wait_for_selector("[data-ready]", state="attached")
     assert page.get_attribute("#star", "aria-pressed") == "true"
     page.click("#more summary")
     page.check("#noted")
@@ -92,13 +92,11 @@ def test_notes_and_stars_are_kept_saved_and_read_again(browser: Any, report: Pat
     other = Opened(browser, report, place="#latent=7")
     assert other.page.input_value("#note") == ""
     other.page.set_input_files("#load", path)
-    other.page.wait_for_function("document.getElementById('kept').textContent === '2 notes loaded.'")
+    other.page.get_by_text("2 notes loaded.", exact=True).wait_for()
     assert other.page.input_value("#note") == 'the "seventh", =1+1'
     path.write_text("layer;latent;label\n3;7;a\n")
     other.page.set_input_files("#load", path)
-    other.page.wait_for_function(
-        "document.getElementById('kept').textContent === \"notes.csv: line 2: layer: expected 0, this page's, found 3\""
-    )
+    other.page.get_by_text("notes.csv: line 2: layer: expected 0, this page's, found 3").wait_for()
     other.close()
 
 
@@ -109,7 +107,7 @@ def test_a_browser_that_keeps_nothing_says_so(browser: Any, report: Path) -> Non
     )
     page = context.new_page()
     page.goto(f"file://{report}#latent=7")
-    page.wait_for_function(READY)
+    page.wait_for_selector("[data-ready]", state="attached")
     page.click("#star")
     assert "keeps no notes for this page (SecurityError)" in page.inner_text("#kept")
     assert page.is_enabled("#save")
