@@ -1,6 +1,7 @@
 """metrics.json and the folder it stands in: read with one-line errors, written whole or not at all."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from common.hooks import hooks_of
 from common.settings import Settings
+from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.side_by_side import side_by_side
 from evaluate.metrics.splice import splice
 from shards import Store
@@ -154,7 +155,7 @@ def test_circuit_tracers_reader_of_gemma_scope_2_computes_the_same(
     x = normalized * torch.tensor(Transcoder.load(run_dir).metadata["source"]["gain"])
     folder = export(run_dir, "gemma_scope_2", prefix)
     theirs = peer("gemma_scope_2", folder / "params.safetensors", {"inputs": x})
-    agree(exported(run_dir, prefix, convention="mlp_in"), x, theirs)
+    agree(exported(run_dir, prefix, reads="mlp_in"), x, theirs)
     plain = exported(run_dir, prefix)
     torch.testing.assert_close(theirs["pre"], plain.pre_activations(normalized), rtol=1e-4, atol=1e-4)
     read_back = Transcoder.load(folder)
@@ -204,5 +205,5 @@ def test_what_sparsify_saves_we_read_and_compare(kind: str, peer: Peer, tmp_path
     rows = (inputs.numpy(), outputs.numpy())
     hooks = {"input": "mlp_in", "input_hook": "blocks.0.mlp.hook_in"}
     store = make_store(tmp_path / "layer_0.zarr", rows, rows, **hooks)
-    measured = side_by_side({"theirs": bind(own, store)}, store.heldout, 300, store.train)[0]
+    measured = side_by_side({"theirs": bind(own, store)}, store.heldout, 300, Baselines(None))[0]
     assert measured[0].metrics.fvu == pytest.approx(float(theirs["fvu"]), rel=1e-5)

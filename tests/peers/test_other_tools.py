@@ -91,7 +91,8 @@ def test_every_snippet_runs_in_order(folder: Path, surroundings: dict[str, str],
             kind = "theirs" if any(f"from {name}" in text for name in OTHERS) else "ours"
             python = str(peer_python) if kind == "theirs" else sys.executable
             inputs = f"import torch\ninputs = torch.randn(7, {D})\n"
-            command = [python, "-c", f"{inputs}{text}\nassert acts.shape == (7, 64)"]
+            at = text.replace("/full/path/to/", f"{folder}/")
+            command = [python, "-c", f"{inputs}{at}\nassert acts.shape == (7, 64)"]
         else:
             # `install` is taken as done: the environment is the one that runs this test.
             kind, here = "make", f"make -f {ROOT}/Makefile -o install "
