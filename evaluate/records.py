@@ -306,6 +306,12 @@ class TokenError(ErrorClass):
 class ErrorMetrics(Record):
     """Where the reconstruction error is."""
 
+    typical: ErrorClass
+    """rows whose output is at most ten times as far from the mean as the median row's; FVU around their own mean"""
+    heavy: ErrorClass | None
+    """the others; null where there are none"""
+    heavy_variance: float | None
+    """their share of the outputs' squared distance from the mean: how much of the FVU of all rows is theirs"""
     by_token: list[TokenError]
     """the 40 tokens with most of it, largest first"""
     by_position: list[ErrorClass]

@@ -7,13 +7,13 @@ measurements say what they are without them.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from shards.manifest import Moments
-from shards.store import StoreSplit
 
 HEAVY = 100.0
 """A row is heavy if its squared distance from the mean output is more than this many times the median's: it is ten
@@ -26,6 +26,16 @@ BLOCKS = 8
 """The sampled rows lie in so many places of a split, evenly spaced."""
 CENTRE = 512
 """Rows whose median in each dimension is the centre to begin with: heavy rows move a mean, but no median."""
+
+
+class Rows(Protocol):
+    """What is read of a store's split."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows [start, stop) as (inputs [n, D_in], outputs [n, D_out])."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +68,7 @@ class Typical:
         return (self.limit / distances).clamp_(max=1.0)
 
 
-def typical_rows(split: StoreSplit, moments: Moments) -> Typical:
+def typical_rows(split: Rows, moments: Moments) -> Typical:
     """`moments`: of the outputs of all rows. Reads at most SAMPLE rows; the split has some."""
     outputs, mean = _sample(split), torch.tensor(moments.mean, dtype=torch.float32)
     centre = outputs[:: -(-len(outputs) // CENTRE)].median(0).values
@@ -81,7 +91,7 @@ def _limit(distances: Tensor) -> float:
     return HEAVY * median if median > 0 else torch.inf
 
 
-def _sample(split: StoreSplit) -> Float[Tensor, "n D_out"]:
+def _sample(split: Rows) -> Float[Tensor, "n D_out"]:
     n = len(split)
     if n <= SAMPLE:
         return split.rows(0, n)[1]

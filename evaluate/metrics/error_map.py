@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evaluate.records import ErrorClass, ErrorMetrics, TokenError
 from transcoder.fvu import ratio
+from transcoder.heavy import Typical
 
 N_TOKENS = 40
 N_DIMENSIONS = 20
@@ -57,11 +58,20 @@ class Table:
 
 
 class ErrorMap:
-    """`mean` [D] and `variance` (summed over D) are the split's own, from the store's manifest."""
+    """`mean` [D] and `variance` (summed over D) are the split's own, from the store's manifest; `typical`: tells heavy
+    rows, of which the FVU of all rows may be made up."""
 
     def __init__(
-        self, mean: np.ndarray, variance: float, n_prefixes: int, vocabulary: int, positions: int
+        self,
+        mean: np.ndarray,
+        variance: float,
+        typical: Typical,
+        n_prefixes: int,
+        vocabulary: int,
+        positions: int,
     ) -> None:
+        self.typical = typical
+        self.by_weight = Table(2, n_prefixes)
         self.mean = torch.from_numpy(mean)
         self.scale = variance**0.5
         self.positions = positions
@@ -79,6 +89,9 @@ class ErrorMap:
         self.by_token.add(tokens.astype(np.int64), deviation, own)
         self.by_position.add(positions.astype(np.int64) * self.bins // self.positions, deviation, own)
         self.by_size.add(size_bin, deviation, own)
+        distances = self.typical.distances(y.cpu())
+        heavy = (distances > self.typical.limit).long().numpy()
+        self.by_weight.add(heavy, distances.double().numpy(), own)
 
     def result(self, squared: list[Tensor], squares: Tensor, label: Callable[[int], str]) -> ErrorMetrics:
         """`squared`: per prefix the squared error of each dimension [D]; `squares` [D] deviations; `label`: a
@@ -89,7 +102,11 @@ class ErrorMap:
         dimensions.errors += torch.stack(squared).numpy()
         edges = [-(-p * self.positions // self.bins) for p in range(self.bins + 1)]
         tokens = self.by_token.largest(N_TOKENS)
+        typical, heavy = self.by_weight.lines(np.arange(2))
         return ErrorMetrics(
+            typical=typical,
+            heavy=heavy if heavy.rows else None,
+            heavy_variance=ratio(float(self.by_weight.deviation[1]), float(self.by_weight.deviation.sum())),
             by_token=[TokenError(**dict(each), token=label(each.class_)) for each in tokens],
             by_position=self.by_position.lines(np.flatnonzero(self.by_position.rows)),
             position_edges=edges,

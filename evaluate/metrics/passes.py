@@ -21,6 +21,7 @@ from shards.manifest import Moments
 from shards.text.tokens import tokens_at
 from transcoder import Transcoder
 from transcoder.entries import Entries
+from transcoder.heavy import typical_rows
 
 Tick = Callable[[int], object]
 
@@ -65,6 +66,7 @@ def first_pass(
         error_map=ErrorMap(
             np.asarray(moments.mean),
             float(moments.variance.sum()),
+            typical_rows(split, moments),
             len(coder.prefix_ends),
             vocabulary,
             positions,

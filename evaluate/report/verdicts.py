@@ -9,7 +9,7 @@ from common.numbers import with_error
 from transcoder.frequent import FREQUENT, FREQUENT_GOOD, FREQUENT_MODERATE
 
 if TYPE_CHECKING:  # --help does not wait for the records
-    from evaluate.records import Results
+    from evaluate.records import ErrorMetrics, Results
 
 FVU_GOOD, FVU_MODERATE = 0.1, 0.3
 DEAD_GOOD = 0.10
@@ -32,6 +32,7 @@ def verdicts(results: Results, g: int = -1) -> list[Verdict]:
     prefix, redundancy = results.prefixes[g], results.redundancy.prefixes[g]
     verdicts = [
         _fvu(prefix.fvu),
+        *_typical(results.errors, g),
         _dead(prefix.dead_fraction, results.rows),
         _redundancy(redundancy.share, results.redundancy.limit),
         _frequent(prefix.over_10_percent_fraction, prefix.over_10_percent_verdict),
@@ -71,6 +72,18 @@ def _redundancy(share: float | None, cosine: float) -> Verdict:
     if share is None:
         return Verdict("Redundancy", "undefined: one latent", "unknown", limit)
     return Verdict("Redundancy", f"{share:.2g}", "good" if share < REDUNDANCY_GOOD else "poor", limit)
+
+
+def _typical(errors: ErrorMetrics, g: int) -> list[Verdict]:
+    """The FVU without heavy rows, where there are some: they may hide it."""
+    if errors.heavy is None or errors.heavy_variance is None:
+        return []
+    rows = errors.heavy.rows
+    what = (
+        f"{rows:,} heavy row{'s' * (rows > 1)}, {100 * errors.heavy_variance:.1f} % of the outputs' variance"
+    )
+    without = _fvu(errors.typical.fvu[g])
+    return [Verdict("FVU without heavy rows", without.value, without.level, what)]
 
 
 def _fvu(fvu: float | None) -> Verdict:
