@@ -91,5 +91,10 @@ def test_the_tables_of_the_document_are_the_records() -> None:
     assert named == {key for whole in FILES.values() for _, record in places(whole) for key in keys(record)}
     for whole in FILES.values():
         for path, record in places(whole):
-            assert not path or f"`{path}`" in tables or path.startswith("lines[].") or "checkpoint" in path
+            assert (
+                not path
+                or f"`{path}`" in tables
+                or path.startswith(("lines[].", "transcoders[]."))
+                or "checkpoint" in path
+            )
             assert all(keys(record).values()), f"{record.__name__}: a field without a docstring"
