@@ -9,6 +9,7 @@ import pytest
 
 import evaluate.model.push as push_of_several
 from common.cli import run_stage
+from common.settings import Settings
 from evaluate import compare, export, push, runs, stores
 from evaluate.__main__ import main as evaluate_main
 from shards.__main__ import main as shards_main
@@ -93,13 +94,21 @@ def test_all_layers_are_evaluated_and_compared(root: Path, call: Call) -> None:
     ]
 
 
-def test_the_newest_run_is_that_of_all_layers(call: Call) -> None:
-    """Layer 0 has no run "newer": of all layers it is the newest of none."""
-    code, _, err = call(evaluate_main, "--layer", "0-1", "--cross-entropy-tokens", "0", named=False)
-    said = "run tiny, the one that all 2 layers have; RUN=name takes another"
-    assert (code, err) == (0, [said])
-    code, _, err = call(evaluate_main, "--layer", "1", "--cross-entropy-tokens", "0", named=False)
-    assert (code, err[0]) == (0, "run newer, the newest of 2 runs of layer 1; RUN=name takes another")
+def test_the_newest_run_is_that_of_all_layers(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer 0 has no run "newer", which would fail there."""
+    seen: list[tuple[int, str]] = []
+
+    def evaluated(settings: Settings, _: int) -> tuple[dict[str, object], bool]:
+        seen.append((settings.layer, settings.run))
+        return {}, False
+
+    monkeypatch.setattr("evaluate.run.evaluate", evaluated)
+    monkeypatch.setattr("evaluate.__main__.show", lambda *_: None)
+    code, _, err = call(evaluate_main, "--layer", "0-1", named=False)
+    assert (code, err) == (0, ["run tiny, the one that all 2 layers have; RUN=name takes another"])
+    code, _, err = call(evaluate_main, "--layer", "1", named=False)
+    assert (code, err) == (0, ["run newer, the newest of 2 runs of layer 1; RUN=name takes another"])
+    assert seen == [(0, "tiny"), (1, "tiny"), (1, "newer")]
 
 
 def test_stores_are_verified_layer_by_layer(root: Path, call: Call) -> None:
