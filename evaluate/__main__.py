@@ -101,8 +101,9 @@ def _lines(settings: Settings) -> list[dict[str, str]]:
 
 def _increase(language: LanguageMetrics | None) -> str:
     """Of the cross-entropy, with its standard error."""
-    known = language is not None and language.increase is not None
-    return with_error(language.increase, language.increase_error) if known else "-"
+    if language is None or language.increase is None:
+        return "-"
+    return with_error(language.increase, language.increase_error)
 
 
 def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) -> None:
@@ -171,10 +172,10 @@ def beside(shown: Sequence[Side], console: Console) -> None:
     first = shown[0].prefix(-1)
     columns = ("measured on", "rows", "FVU", "L0", "dead %", "CE increase")
     table = table_of("the same weights on other rows", columns)
-    table.columns[0].justify = "left"
     for each in shown:
         prefix = each.prefix(-1)
-        change = None if each is shown[0] or None in (prefix.fvu, first.fvu) else prefix.fvu - first.fvu
+        both = each is not shown[0] and prefix.fvu is not None and first.fvu is not None
+        change = prefix.fvu - first.fvu if both else None
         table.add_row(
             each.name,
             f"{each.rows:,}",

@@ -161,8 +161,8 @@ def main() -> None:
     request = read(options)
     arguments = request.arguments
     text = text_of(arguments.text, arguments.file)
-    typed = [(how, given) for how in HOWS if (given := getattr(arguments, how)) is not None]
-    asked = [each for how, given in typed for each in parse(how, given)]
+    typed = {how: given for how in HOWS if (given := getattr(arguments, how)) is not None}
+    asked = [each for how in HOWS if how in typed for each in parse(how, typed[how])]
     new_tokens = _new_tokens(arguments.new_tokens, bool(asked))
     from evaluate.prompt.console import show
     from transcoder.weights import chosen_run, n_layers  # with torch, which --help need not wait for

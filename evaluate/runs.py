@@ -86,7 +86,11 @@ def _trained(run_dir: Path) -> dict[str, str]:
         return line
     if (run_dir / weights.FILE_NAME).stat().st_mtime > (evaluation / "metrics.json").stat().st_mtime:
         return line | {"evaluated": "before it was trained on"}
-    last, split, own = metrics.prefixes[-1], metrics.provenance.split, metrics.provenance.trained_on_this_store
+    last, split, own = (
+        metrics.prefixes[-1],
+        metrics.provenance.split,
+        metrics.provenance.trained_on_this_store,
+    )
     line |= _numbers(last.fvu, last.l0, last.dead_fraction)
     if own is False:
         return line | {"evaluated": "on another harvest"}

@@ -37,7 +37,7 @@ from transcoder.entries import Entries
 from transcoder.transcoder import Parameters, Transcoder
 from transcoder.weights import FILE_NAME
 
-Step = Callable[[Parameters, Tensor, Tensor, Tensor, int], tuple[StepValues, Gradients]]
+Step = Callable[[Parameters, Tensor, Tensor, Tensor, int, Tensor | None], tuple[StepValues, Gradients]]
 
 RESTRAINT = 3.0
 """Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""

@@ -35,7 +35,9 @@ def read_language(evaluation: Evaluation) -> Language:
     try:
         with safe_open(path, "numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        own = {name.removeprefix(EFFECT): values for name, values in arrays.items() if name.startswith(EFFECT)}
+        own = {
+            name.removeprefix(EFFECT): values for name, values in arrays.items() if name.startswith(EFFECT)
+        }
         effects = LogitEffects.of(own)
     except (OSError, SafetensorError, LookupError) as error:
         raise InputError(

@@ -242,7 +242,7 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
     digest = sha256(run_dir / FILE_NAME)
     evaluation = main_evaluation(run_dir, digest)
     if not is_of(evaluation, digest):
-        return {latent: NamedLatent(group=group[latent], **_noted(notes, latent)) for latent in firing}
+        return {latent: NamedLatent(group=group[latent], note=_noted(notes, latent)) for latent in firing}
     (density,) = latents_of(evaluation, "density")
     labels = label_words(evaluation, TokenText(read_tokenizer(reader.store.tokenizer_path)))
     return {
@@ -250,11 +250,11 @@ def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedL
             group=group[latent],
             density=float(density[-1, latent]),
             label=tuple(labels[latent]),
-            **_noted(notes, latent),
+            note=_noted(notes, latent),
         )
         for latent in firing
     }
 
 
-def _noted(notes: Mapping[int, Note], latent: int) -> dict[str, str]:
-    return {"note": notes[latent].text} if latent in notes else {}
+def _noted(notes: Mapping[int, Note], latent: int) -> str:
+    return notes[latent].text if latent in notes else ""

@@ -107,14 +107,14 @@ class Questions:
         A line for each (latent, "promoted" or "suppressed"), its `n` tokens strongest first. `reader` has the store's
         language model. Raises `InputError` for a latent that is not there, or a reader of another model.
         """
-        from evaluate.metrics.language import logit_effects
+        from evaluate.labels.effects import logit_effects
 
         numbers, own = self._refuse_unknown(latents), self._source
         if reader.source.weights_sha256 != own.weights_sha256:
             raise InputError(
                 f"reader: expected the model {own.model} of the store, found {reader.source.model}"
             )
-        found = logit_effects(reader.model, self.transcoder.W_dec[numbers].to(reader.model.device), n)
+        found = logit_effects(reader.model, self.transcoder.W_dec[numbers].to(reader.model.device), n=n)
         sides = {"promoted": found.promoted, "suppressed": found.suppressed}
         lines = {
             (latent, side): [self._split.text.label(token) for token in tokens[which].tolist()]
