@@ -130,12 +130,9 @@ def _first(error: ValidationError) -> str:
 def is_of(folder: Path, weights_sha256: str) -> bool:
     """Whether there is a complete evaluation, of this version, of the weights with this digest."""
     provenance = (complete(folder) or {}).get("provenance")
-    if not isinstance(provenance, dict) or not (folder / LATENTS).is_file():
+    if not isinstance(provenance, dict) or provenance.get("weights_sha256") != weights_sha256:
         return False
-    return (provenance.get("weights_sha256"), provenance.get("metrics_version")) == (
-        weights_sha256,
-        METRICS_VERSION,
-    )
+    return provenance.get("metrics_version") == METRICS_VERSION and (folder / LATENTS).is_file()
 
 
 def latents_of(folder: Path, *names: str) -> list[np.ndarray]:

@@ -77,12 +77,10 @@ class LogitEffects:
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> LogitEffects:
         """The inverse of `arrays`."""
-        columns = {
-            each.name: arrays[each.name] for each in fields(cls) if each.name not in ("left_out", "chance")
-        }
-        left_out, chance = arrays["left_out"], arrays["chance"]
+        chance = arrays["chance"]
+        columns = {name: values for name, values in arrays.items() if name not in ("left_out", "chance")}
         known = Chance(*chance.tolist()) if chance.size else None
-        return cls(**columns, left_out=int(left_out[0]), chance=known)
+        return cls(**columns, left_out=int(arrays["left_out"][0]), chance=known)
 
     @property
     def like_random(self) -> np.ndarray:
@@ -161,8 +159,9 @@ class _Space:
         random = torch.randn(3 * N_RANDOM, W_dec.shape[1], generator=generator)
         random *= W_dec.float().norm(dim=1).mean().cpu() / random.norm(dim=1, keepdim=True)
         self.random = random.to(self.biases.device, model.dtype).split(N_RANDOM)
-        squares = torch.stack([self.effects(block).square().sum(0) for block in self.random[0].split(BLOCK)])
-        self.scale = (squares.sum(0) / N_RANDOM).sqrt().clamp(min=1e-12)
+        blocks = self.random[0].split(BLOCK)
+        squares = torch.stack([self.effects(block).square().sum(0) for block in blocks]).sum(0)
+        self.scale = (squares / N_RANDOM).sqrt().clamp(min=1e-12)
         """[V] standard deviation of each token's effect over random directions, whose mean is 0."""
 
     def _logits(self, directions: Tensor) -> Tensor:
