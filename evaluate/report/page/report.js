@@ -121,6 +121,7 @@ function drawList(anew) {
   for (let i = first; i < last; i++) if (!live.has(i)) {
     const f = order[i], row = make("div", "row"), value = sortName === "number" ? hundredth(density(f)) : (text || ((x) => fixed(x, columnDecimals)))(key(f));
     row.id = "row-" + f; row.dataset.f = f;
+    row.title = [noteOf(f)?.label, ...part("tokens", f).filter((t) => t >= 0).map((t) => visible(strings[t]))].filter(Boolean).join("  ");
     row.setAttribute("role", "option"); row.setAttribute("aria-selected", f === chosen);
     row.setAttribute("aria-posinset", i + 1); row.setAttribute("aria-setsize", order.length);
     row.style.transform = `translateY(${i * tall}px)`;
