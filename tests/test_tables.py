@@ -153,7 +153,7 @@ def test_circuit(terminal: Callable[[], str]) -> None:
     )
     found = circuit_of(nodes)
     labels = [Label("", " The", [], []), *[Label(text, "", [], [])] * 2, Label("", " Berlin", [], [])]
-    circuit._print(found, labels, {3: [Route([0, 1, 2, 3], 0.123)] * 2})
+    circuit._print(found, labels, {3: [Route((0, 1, 2, 3), 0.123)] * 2})
     said = terminal()
     assert {"12/147455@3", "25/99999@3", "' Berlin'", "43.2 %", "12.3"} <= columns(said)
     rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in said.splitlines() if row[0] == "│"]

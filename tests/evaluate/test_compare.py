@@ -258,9 +258,9 @@ def test_cross_entropy_and_report_are_those_of_the_evaluations(evaluated: Path) 
     page = (folder / "compare.html").read_text()
     assert page.count('href="../../other/evaluation/report.html"') == 3
     assert f"Not known of {values.transcoders[2].transcoder}" in page
-    terminal = Console(width=80, file=io.StringIO())
-    show(values, folder, terminal)
-    assert "75.0" in terminal.file.getvalue()
+    said = io.StringIO()
+    show(values, folder, Console(width=80, file=said))
+    assert "75.0" in said.getvalue()
 
 
 def _names(values: Comparison) -> list[str]:

@@ -43,9 +43,9 @@ def test_one_prefix_has_no_line_and_of_equal_l0_the_widest_counts() -> None:
 def measured(
     name: str, g: int, end: int, l0: float, fvu: float, recovered: float | None = None, positions: int = 100
 ) -> Measured:
-    language = recovered and LanguageMetrics(
-        cross_entropy=3, kl=0.5, recovered_zero=recovered, recovered_mean=0
-    )
+    language = None
+    if recovered is not None:
+        language = LanguageMetrics(cross_entropy=3, kl=0.5, recovered_zero=recovered, recovered_mean=0)
     losses = AblationLosses(skipped=None, contexts=1, positions=positions, clean=2, zero=4, mean=4)
     metrics = PrefixMetrics(
         fvu=fvu,
@@ -66,7 +66,7 @@ def measured(
         over_10_percent_fraction=0,
         over_10_percent_verdict="good",
         training_selection=None,
-        cross_entropy=language or None,
+        cross_entropy=language,
     )
     return Measured(name, g, metrics, 0.0, losses if recovered else None)
 
