@@ -23,7 +23,11 @@ from shards import Store
 from tests.mistakes import ENVIRONMENTS, MISTAKES, call, make_right
 
 PAGE = ROOT / "tests" / "mistakes.md"
-STAYS = {"the unfinished store stays": "activations/", "the new run stays": "checkpoints/"}
+STAYS = {
+    "the unfinished store stays": "activations/",
+    "the language model's losses stay": "activations/",
+    "the new run stays": "checkpoints/",
+}
 """What a row may say of what is left behind, and where that is."""
 ROW = re.compile(r"\| (?P<wrong>[^|`]+) \| `(?P<command>[^|`]+)` \| `+ ?(?P<line>[^|]+?) ?`+ \|")
 PROGRESS = re.compile(r"\d+%\||: 0(\.00)?\S* ?\[|make(\[\d+\])?: \*\*\*")
