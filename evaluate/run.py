@@ -117,11 +117,11 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     if earlier and not lacking and (earlier.tokens or not job.provenance.cross_entropy_tokens):
         return _settled(job, earlier, there), False
     coder, select = load_coder(job), _training_selection(job.run_dir)
+    log = read_lines(settings.run_dir() / "metrics.jsonl")  # a broken line is told before the slow part
     language = _language(job, coder, there)
     if earlier and not lacking and isinstance(language.cross_entropy, NotMeasured):
         return _settled(job, earlier, there), False  # the language model cannot be had, as the last time
     _tell_version(job.provenance, there)
-    log = read_lines(settings.run_dir() / "metrics.jsonl")
     results, latent_catalogue = _measure(job, coder, select, language, flat)
     with _lock(job, "another evaluation is writing it"):
         folder = place(job.run_dir, results, job.own)

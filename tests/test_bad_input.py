@@ -26,7 +26,6 @@ PAGE = ROOT / "tests" / "mistakes.md"
 STAYS = {
     "the unfinished store stays": "activations/",
     "the language model's losses stay": "activations/",
-    "the new run stays": "checkpoints/",
 }
 """What a row may say of what is left behind, and where that is."""
 ROW = re.compile(r"\| (?P<wrong>[^|`]+) \| `(?P<command>[^|`]+)` \| `+ ?(?P<line>[^|]+?) ?`+ \|")
@@ -126,6 +125,7 @@ def test_processes_that_stop_together_end_as_one(here: Path) -> None:
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 def test_names_with_spaces(here: Path) -> None:
     """Model, text, stores and runs in places with spaces and a quote: from `make harvest` to the report."""
     Path("my models").mkdir()

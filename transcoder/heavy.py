@@ -7,7 +7,7 @@ measurements say what they are without them.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ CENTRE = 512
 """Rows whose median in each dimension is the centre to begin with: heavy rows move a mean, but no median."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What is read of a store's split."""
 

@@ -402,9 +402,9 @@ def test_a_file_that_was_cut_short_is_measured_again(
     shutil.copytree(settings_of(root).run_dir() / "evaluation", folder := tmp_path / "evaluation")
     metrics = finished(folder)
     assert metrics is not None
-    assert find(folder, metrics.provenance) is not None
+    assert find(read_all(tmp_path), metrics.provenance) is not None
     assert capsys.readouterr().err == ""
     file = folder / name
     file.write_bytes(file.read_bytes()[:-20])
-    assert find(folder, metrics.provenance) is None
+    assert find(read_all(tmp_path), metrics.provenance) is None
     assert capsys.readouterr().err == f"{file}: damaged, not whole: the run is measured again\n"

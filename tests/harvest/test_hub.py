@@ -29,6 +29,7 @@ def arguments(tmp_path: Path, **changed: str) -> list[str]:
     return ["--layer", "1", *ROWS, *(word for key, value in options.items() for word in (f"--{key}", value))]
 
 
+@pytest.mark.slow
 def test_the_same_store_as_from_the_same_files(
     filled: Hub, llama: Path, corpus: Path, at_hub: Run, tmp_path: Path
 ) -> None:

@@ -313,6 +313,7 @@ def command_of(settings: Settings, processes: int = 1) -> list[str]:
     return command
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(llama: Path, settings_for: Make, tmp_path: Path) -> None:
     whole = harvest(settings_for(llama, "--paths.activations", str(tmp_path / "whole")))[0]
     settings = settings_for(llama)
@@ -441,6 +442,7 @@ def test_plan_harvest_and_the_list_of_stores_say_the_same_rows_and_size(
     assert size == human(sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()))
 
 
+@pytest.mark.slow
 def test_a_local_gemma_with_local_text_from_the_command_line(wide_gemma: Path, tmp_path: Path) -> None:
     """`make harvest LAYER=1 ARGS="--model.name <gemma-2 directory> --data.files <jsonl>"`, at real widths."""
     text = write_jsonl(tmp_path / "text.jsonl", sentences(60, words=80))

@@ -46,6 +46,7 @@ def test_two_processes_equal_one(selection: str, store: Store, store_root: Path,
     assert last[0]["aux_loss"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_resume(store: Store, store_root: Path, tmp_path: Path) -> None:
     whole = tiny_settings(store_root, tmp_path, run="whole", train__rows=64 * 40)
     parts = tiny_settings(store_root, tmp_path, run="parts", train__rows=64 * 40)

@@ -290,7 +290,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(make_settings: Make, store: 
         Run(settings, store, torch.device("cpu"))
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 99}))
-    with pytest.raises(InputError, match="expected checkpoint version 4, found 99"):
+    with pytest.raises(InputError, match="expected checkpoint version 5, found 99"):
         Run(settings, store, torch.device("cpu"))
 
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_of_the_old_normalisation_is_refused_and_left_as_it_is(
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"version": 1}))
     before = {path: path.read_bytes() for path in settings.run_dir().rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"expected checkpoint version 4, found 1; remove .* to train again"):
+    with pytest.raises(InputError, match=r"expected checkpoint version 5, found 1; remove .* to train again"):
         train(make_settings(train__rows=64 * 40), store)
     assert {path: path.read_bytes() for path in before} == before
 

@@ -155,5 +155,5 @@ def test_a_training_that_takes_the_checkpoint_away_meanwhile(
     assert snapshot(run_dir, store, CPU).name == "at_step_20"
     shutil.rmtree(run_dir / "at_step_20")
     (run_dir / "state" / "step_21" / "state.json").write_text(json.dumps({"version": 9}))
-    with pytest.raises(InputError, match="expected checkpoint version 4, found 9"):
+    with pytest.raises(InputError, match="expected checkpoint version 5, found 9"):
         snapshot(run_dir, store, CPU)
