@@ -42,7 +42,7 @@ def make_folder(folder: Path) -> None:
 
 
 def text_slug(text: str, of: str = "") -> str:
-    """A folder's name for what is made of a text: its first words, and a digest of all of it and of what else it is of.
+    """A folder's name for results on a text: its first words, and a digest of the whole text and of `of`.
 
     >>> text_slug("Où est le 1er chat ?"), text_slug("日本")
     ('ou-est-le-1er-chat-3819673c', 'text-cf2abf0c')

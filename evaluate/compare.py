@@ -90,7 +90,7 @@ class Evaluated(NamedTuple):
 def _evaluation(path: Path, digest: str, of: Provenance) -> Evaluated | None:
     """An evaluation of just these weights, with the cross-entropy on this split of this store if there is one.
 
-    One that cannot be read was looked at, not asked for: it is told on standard error, and is none.
+    One that cannot be read is reported on standard error and ignored.
     """
     from evaluate.files import finished
 
@@ -259,8 +259,8 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="RUN",
-        help="other transcoders: names of runs, directories and files of ours and other tools', hf://; for several "
-        "layers names of runs alone",
+        help="other transcoders: run names, directories or files (ours or other tools'), hf:// addresses; for several "
+        "layers, run names only",
     )
     add_spread(options)
     asked = read(options)
@@ -278,7 +278,7 @@ def main() -> None:
             return chosen_run(settings, named)
         if paths := [other for other in others if not _is_name(other)]:
             raise InputError(
-                f"compare: {paths[0]}: is of one layer; for several, WITH takes names of runs that each of them has"
+                f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
             )
         return chosen_run(settings, named, every_layer=True)
 

@@ -96,7 +96,7 @@ class Evaluated:
     """Of the evaluated split."""
     text: TokenText
     notes: Mapping[int, Note]
-    """What a person says of the latents."""
+    """A person's notes on the latents."""
 
     def pages(self, prefix: int | None = None) -> Iterator[Page]:
         """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,

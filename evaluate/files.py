@@ -89,7 +89,7 @@ def complete(folder: Path) -> dict[str, object] | None:
 
 
 def damaged(folder: Path, values: Mapping[str, object]) -> list[str]:
-    """Files of a complete evaluation that are cut short, as a copy is that was interrupted or a disk that was full."""
+    """Files of a complete evaluation that are truncated, for example by an interrupted copy or a full disk."""
     return [name for name in Done.model_validate(values).files if not _whole(folder / name)]
 
 

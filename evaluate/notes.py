@@ -1,4 +1,4 @@
-"""What a person says of a run's latents: notes.csv or notes.json in the run directory. Imports no torch.
+"""A person's labels and stars for a run's latents: notes.csv or notes.json in the run directory. Imports no torch.
 
 Columns (or keys of each object of a JSON array): layer, latent, label; score and source may be left out. The report
 page saves such a file; labels that another program made are read the same way.
@@ -25,12 +25,12 @@ LONGEST = 1000
 
 
 class Note(Record):
-    """What was said of a latent."""
+    """A person's or a program's label of a latent."""
 
     label: str
-    """In one line; empty where the latent has a star alone."""
+    """One line; empty for a latent that has only a score or a star."""
     score: float | None
-    """How good the label is, in whatever unit its source measures; of the page's own: 1 for a star."""
+    """How good the label is, on its source's own scale; for source "page", 1 is a star."""
     source: str
     """Who said it; "page": written in the report page."""
 
@@ -41,7 +41,7 @@ class Note(Record):
 
 
 def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
-    """Notes of the run's latents by number, of the one file of them in its directory; none where there is no file.
+    """Latent -> note, from the file of notes in the run's directory; empty if there is none.
 
     Raises `InputError` for two files, and what `read_notes` raises.
     """
@@ -55,9 +55,9 @@ def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
 def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     """A file of notes of `layer`'s latents.
 
-    Commas, semicolons or tabs; UTF-8, with a byte order mark or without. Other columns are not looked at, lines without
-    a value neither. Raises `InputError` for what cannot be read, a line of another layer or of no latent, a latent's
-    second line, and a label that is missing without a score.
+    Commas, semicolons or tabs; UTF-8, with a byte order mark or without. Other columns and empty lines are
+    ignored. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
+    does not have, a duplicate latent, and a line with neither label nor score.
     """
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -76,7 +76,7 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
             raise InputError(f"{path}: {place}: {error}") from error
         if latent in notes:
             raise InputError(
-                f"{path}: {place}: latent {latent} again, as in {seen[latent]}; keep one of them"
+                f"{path}: {place}: latent {latent} is already in {seen[latent]}; keep one of them"
             )
         notes[latent], seen[latent] = note, place
     return notes
@@ -156,7 +156,7 @@ def _note(values: Mapping[str, Any], layer: int, n_latents: int) -> tuple[int, N
     label, source = (_words(name, values.get(name)) for name in ("label", "source"))
     score = _score(values.get("score"))
     if not label and score is None:
-        raise ValueError(f"latent {latent}: no label and no score; remove the line, or say something")
+        raise ValueError(f"latent {latent}: no label and no score; give one, or remove the line")
     return latent, Note(label=label, score=score, source=source)
 
 

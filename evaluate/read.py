@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 def text_of(text: str | None, file: str | None) -> str:
-    """What is to be read: `text`, or the contents of `file`; "-" is standard input."""
+    """The text to be read: `text`, or the contents of `file`; "-" is standard input."""
     if (text is None) == (file is None):
         raise InputError(
             "expected either TEXT=... (--text) or FILE=... (--file; - is standard input), found "
@@ -60,9 +60,9 @@ def text_of(text: str | None, file: str | None) -> str:
 def read_text(
     settings: Settings, text: str, asked: Sequence[Asked] = (), new_tokens: int | None = None
 ) -> tuple["Prompt", Path]:
-    """The text through the runs of `settings.layers`, and the folder of its prompt.json and prompt.html.
+    """Run the text through the runs of `settings.layers`; returns its record and the folder that it is written to.
 
-    `asked`: changes of latents, each with its layer; `new_tokens`: length of the text that the model then writes.
+    `asked`: changes of latents, each with its layer; `new_tokens`: length of the continuation that is generated.
     """
     from evaluate.prompt.change import measure_change, prepared
     from evaluate.prompt.measure import Text, measure_layers
@@ -144,19 +144,19 @@ def _opener(settings: Settings) -> "Open":
 def main() -> None:
     options = parser(
         "evaluate.read",
-        "Show which latents fire on each token of a text and what they do to the next one, as a table and a page.",
+        "Show which latents fire on each token of a text and how they affect the next one, as a table and a page.",
     )
     options.add_argument("--text", help="the text, a sentence or more")
     options.add_argument("--file", help="a file of UTF-8 text, in place of --text; -: standard input")
     options.add_argument(
-        "--set", help="latents and their new activations, layer/latent[@token]=value: 12/345=3.0"
+        "--set", help="set activations of latents: layer/latent[@token]=value, such as 12/345=3.0"
     )
-    options.add_argument("--scale", help="latents and what their activations are multiplied by: 12/345@5=2")
-    options.add_argument("--ablate", help='latents whose activations become 0: "12/345 20/17@5"')
+    options.add_argument("--scale", help="multiply activations of latents, such as 12/345@5=2")
+    options.add_argument("--ablate", help='set activations of latents to 0, such as "12/345 20/17@5"')
     options.add_argument(
         "--new-tokens",
         metavar="N",
-        help="tokens that the model then writes, before and after the change [12]",
+        help="length of the continuation, generated before and after the change [12]",
     )
     request = read(options)
     arguments = request.arguments

@@ -42,12 +42,12 @@ class Sentence(NamedTuple):
 
 
 class Intervention(NamedTuple):
-    """What the model predicts on a text as it is, and with some latents changed. V: words of its vocabulary."""
+    """The model's predictions on a text, unchanged and with some latents changed. V: size of its vocabulary."""
 
     tokens: list[str]
-    """Every token of the text, T of them, those without a row too."""
+    """The T tokens of the text, including those without a row."""
     before: Tensor
-    """[T, V] logits of the model as it is."""
+    """[T, V] logits of the unchanged model."""
     after: Tensor
     """[T, V] logits with the change."""
     kl: Tensor
@@ -55,7 +55,7 @@ class Intervention(NamedTuple):
     changes: Tensor
     """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`."""
     continuation: tuple[str, str]
-    """Text that the model writes after it, before and after the change."""
+    """The model's greedy continuation, before and after the change."""
 
 
 class Reader:
@@ -135,15 +135,14 @@ class Reader:
         positions: Collection[int] | None = None,
         new_tokens: int = 0,
     ) -> Intervention:
-        """Run `text` with some latents' activations changed, and as it is.
+        """Run `text` unchanged, and with some latents' activations changed.
 
-        `set` gives latents a value, `scale` multiplies their activation, `ablate` makes it zero; at the rows numbered
-        `positions`, counted as `Sentence.tokens` are, or at all. What is added to the MLP's own output at a row is the
-        change of the reconstruction, sum over the latents of (activation after - before) * W_dec: the part of the
-        output that the transcoder does not reconstruct stays. `new_tokens`: length of the continuation that the model
-        then writes, the likeliest token each time, with the same change at the new positions where `positions` is none.
-        Raises what a call of the reader does, and `InputError` for a latent or position that is not there, or a latent
-        that is changed twice.
+        `set` gives latents a value, `scale` multiplies their activation, `ablate` sets it to zero; at the rows numbered
+        `positions`, counted as `Sentence.tokens` are, or at all. The MLP keeps its own output; the change of the
+        reconstruction, the sum over the latents of (activation after - before) * W_dec, is added to it, so the
+        reconstruction error stays in place. `new_tokens`: length of the greedy continuation that is then generated; if
+        `positions` is None, with the same change at the new positions. Raises what a call of the reader does, and
+        `InputError` for a latent or position that does not exist, or a latent that is changed twice.
         """
         context, _ = context_of(text, self.tokenizer, self.source)
         n_rows = int(self.rows_of(context).sum())

@@ -181,12 +181,12 @@ class SplitPair(Record):
 
 
 class LabelMetrics(Record):
-    """How well the latents' labels say where they fire; each alone: latents.safetensors."""
+    """How well the latents' labels tell where they fire; of single latents: latents.safetensors."""
 
     rows: int
     """rows that the labels were measured on: none of those that they were chosen on"""
     measured: int
-    """living latents whose label was measured there; the others fire on too few rows for that"""
+    """living latents whose label was measured; the others fire on too few rows"""
     median_precision: float | None
     """share of the label's rows on which the latent fires, median of the measured ones"""
     median_recall: float | None
@@ -198,27 +198,28 @@ class LabelMetrics(Record):
 
 
 class EffectMetrics(Record):
-    """What the latents' decoder rows do to the logits by themselves; each alone: latents.safetensors."""
+    """Effects of the latents' decoder rows alone on the logits; of single latents: latents.safetensors."""
 
     promoted_in_text: float | None
     """share of the promoted tokens that occur in the evaluated split's text"""
     left_out: int
     """tokens of the vocabulary that do not occur in the store's text: none of them is listed as promoted"""
     like_random: int
-    """living latents whose effect is no more peaked than those of random directions"""
+    """living latents whose peak (mean of the ten largest effects, each over its standard deviation over random
+    directions) is not above `limit`"""
     limit: float
-    """peak beyond which an effect is told from a random direction's"""
+    """99th percentile of the peaks of random directions"""
     false_positives: float
-    """share of other random directions beyond `limit`"""
+    """share of other random directions whose peak is above `limit`"""
 
 
 class LatentMetrics(FiringMetrics):
     """The full dictionary's latents together; each alone: latents.safetensors."""
 
     labels: LabelMetrics
-    """how well the labels say where latents fire"""
+    """how well the labels tell where latents fire"""
     effects: EffectMetrics | None
-    """what decoder rows do to the logits; null where the language model was not run"""
+    """effects of decoder rows on the logits; null if the language model was not run"""
     groups: list[GroupMetrics]
     """each nesting level, coarsest first"""
     splitting: list[SplitPair]
@@ -311,7 +312,7 @@ class ErrorMetrics(Record):
     heavy: ErrorClass | None
     """the others; null where there are none"""
     heavy_variance: float | None
-    """their share of the outputs' squared distance from the mean: how much of the FVU of all rows is theirs"""
+    """their share of the outputs' summed squared distance from the mean: of the denominator of FVU"""
     by_token: list[TokenError]
     """the 40 tokens with most of it, largest first"""
     by_position: list[ErrorClass]

@@ -81,7 +81,7 @@ class Job:
     n_rows: int
     provenance: Provenance
     notes: Mapping[int, Note]
-    """What a person says of its latents."""
+    """A person's notes on its latents."""
 
     @property
     def own(self) -> bool:

@@ -230,10 +230,10 @@ class StoreSplit:
     def find(self, pattern: str | re.Pattern[str], group: int | str = 0, rows: int | None = None) -> Found:
         """The rows whose tokens overlap a match of the regular expression `pattern`, of the first `rows` rows (all).
 
-        What is searched is the text of one context after the other, special tokens by their names, so that a match lies
-        in one context, and in one document unless the pattern goes over the token between two. A character that is
-        split over tokens is of all of them. Tokens without a row (BOS, say) may be part of a match, but give none.
-        `group`: the part of a match that counts. Raises `InputError` for a pattern or group that is none.
+        Each context is searched by itself, with special tokens spelled as their names: a match lies in one context, and
+        in one document unless it includes the token that separates two. A character that is split over tokens belongs
+        to all of them. Tokens without a row (BOS, say) may be part of a match, but add no row. `group`: the group whose
+        tokens count. Raises `InputError` if `pattern` is not a regular expression, or has no such group.
         """
         if rows is not None and not 0 < rows <= len(self):
             raise InputError(f"rows: expected 1 to {len(self)}, those of the split, found {rows}")

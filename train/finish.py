@@ -128,7 +128,7 @@ def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
 
 
 def _caption(heldout: dict[str, Any]) -> str | None:
-    """The verdicts on each prefix's share of frequent latents, and what heavy rows hide; older headers have neither."""
+    """The verdict on each prefix's frequent latents, and the FVU without heavy rows; older headers have neither."""
     if not heldout["rows"] or "over_10_percent_fraction" not in heldout:
         return None
     levels = ", ".join(frequent_level(share) for share in heldout["over_10_percent_fraction"])

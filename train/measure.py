@@ -39,7 +39,7 @@ class Measured(NamedTuple):
     over_10_percent_fraction: list[float]
     """Share of the prefix's latents that fired on more than `FREQUENT` of the rows."""
     heavy_rows: int
-    """Rows that lie far from all others (`transcoder.heavy`)."""
+    """Number of rows whose outputs lie far from all others (`transcoder.heavy`)."""
     fvu_typical: list[float | None]
     """FVU without them."""
 

@@ -33,7 +33,7 @@ class Scaling:
     scale_in: Float[Tensor, " D_in"]
     """Divisor of each dimension: `input_scale` of its variance."""
     scale_out: float
-    """Root mean square of the centred outputs, of heavy rows as far as they count."""
+    """Root mean square of the centred outputs; a heavy row counts like one at the limit (`transcoder.heavy`)."""
 
     @classmethod
     def of(

@@ -35,9 +35,9 @@ class Recipe:
     min_lr: float
     scaling: Scaling
     typical: Typical
-    """Raw outputs of most train rows; heavy rows weigh less in the loss."""
+    """Mean, limit and variance of the raw train outputs; rows beyond the limit are heavy and weigh less in the loss."""
     variance: float
-    """Variance of the outputs, summed over dimensions, in normalised space; of heavy rows as far as they count."""
+    """Variance of the normalised outputs, summed over dimensions; a heavy row counts like one at the limit."""
 
     @classmethod
     def of(cls, settings: Settings, store: Store, device: torch.device | str = "cpu") -> "Recipe":

@@ -1,9 +1,9 @@
 """Heavy rows: the few whose outputs lie far from all others.
 
-Language models have massive activations (Sun et al. 2024, arXiv:2402.17762): in SmolLM2-135M's layer 11 one row of
-8,000 holds 98.6 % of the outputs' variance. A mean squared error over all rows is then that row's alone: a transcoder
-with an FVU of 0.02 was worse than the mean output on every other row. So training gives such a row less weight, and
-measurements say what they are without them.
+Language models have massive activations (Sun et al. 2024, arXiv:2402.17762): in SmolLM2-135M's layer 11 nine rows of
+8,000 hold 98.6 % of the outputs' variance, nearly all of it in one row. The mean squared error then measures little
+else: a transcoder with an FVU of 0.02 was worse than the mean output on the other rows. So training gives heavy rows
+less weight, and measurements give the FVU without them too.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ HEAVY = 100.0
 """A row is heavy if its squared distance from the mean output is more than this many times the median's: it is ten
 times as far from it. Seven of SmolLM2-135M's 30 layers have some, none of the three of Gemma-3-270M (docs/log.md)."""
 OF_MOMENTS = 1.25
-"""The moments of all rows are exact, and used unless their variance is more than this many times the sample's, which
-differs by at most 2 % where no row is heavy; heavy rows add 9 % (layer 1) to 3,500 % (layer 11)."""
+"""The variance of all rows is exact, and used unless it is more than this many times the sample's with heavy rows cut.
+Without heavy rows the two differ by at most 2 %; of the layers where the cut changes it by more than that, heavy rows
+add 9 % (layer 1) to 3,500 % (layer 11)."""
 SAMPLE = 8192
 BLOCKS = 8
-"""The sampled rows lie in so many places of a split, evenly spaced."""
+"""The sample is this many runs of consecutive rows, evenly spaced over the split."""
 CENTRE = 512
-"""Rows whose median in each dimension is the centre to begin with: heavy rows move a mean, but no median."""
+"""Number of rows whose median in each dimension is the first centre: heavy rows move a mean, but not a median."""
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """What is read of a store's split."""
+    """The part of a store's split that is needed here."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +62,7 @@ class Typical:
     def weights(self, outputs: Float[Tensor, "B D_out"]) -> Float[Tensor, " B"] | None:
         """min(1, limit / distance) of each row: a heavy row counts as one at the limit. None where all are 1.
 
-        On a GPU it is never none: the host would wait to know.
+        On a GPU it is never None, because finding out would make the host wait for the device.
         """
         distances = self.distances(outputs)
         if distances.is_cpu and bool((distances <= self.limit).all()):
@@ -87,7 +88,7 @@ def typical_rows(split: Rows, moments: Moments) -> Typical:
 
 
 def _limit(distances: Tensor) -> float:
-    """None where more than half of the rows are one and the same."""
+    """HEAVY times the median; infinity if that is 0, because at least half of the rows equal the centre."""
     median = float(distances.median())
     return HEAVY * median if median > 0 else torch.inf
 

@@ -1,4 +1,4 @@
-"""What is said of a circuit's nodes: words a latent fires on, from its layer's evaluation, and tokens it promotes."""
+"""Labels of a circuit's nodes: words a latent fires on, from its layer's evaluation, and tokens it promotes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Label(NamedTuple):
     word: str
     """The token of an embedding or a logit, what an error is at, or a person's label of a latent."""
     fires: list[str]
-    """Words that say best where a latent fires; none where its layer has no evaluation of these weights."""
+    """Words that best tell where a latent fires; none if its layer has no evaluation of these weights."""
     promotes: list[str]
     """Tokens whose logits a latent raises most by itself."""
 
@@ -74,7 +74,7 @@ def labels(
 
 
 def with_notes(found: Sequence[Label], nodes: Nodes, notes: Mapping[int, Mapping[int, Note]]) -> list[Label]:
-    """The labels with what a person says of the latents, by layer and number, before what is known automatically."""
+    """The labels with a person's notes on the latents, by layer and number, before the automatic labels."""
     said = list(found)
     for node in np.flatnonzero(nodes.kind == LATENT).tolist():
         note = notes.get(int(nodes.layer[node]), {}).get(int(nodes.number[node]))

@@ -111,7 +111,7 @@ def exact(wanted: Model, source: Source) -> LanguageModel:
 
 
 def _notes(settings: Settings, layer_set: LayerSet) -> dict[int, dict[int, Note]]:
-    """What a person says of the latents, by layer and number."""
+    """A person's notes on the latents, by layer and number."""
     return {
         layer: notes_of(settings.of_layer(layer).run_dir(), layer, coder.d_sae)
         for layer, coder in layer_set.coders.items()

@@ -97,7 +97,7 @@ def language_note(transcoders: Sequence[ComparedTranscoder]) -> str:
     counts = ", ".join(f"{name} {n:,}" for name, n in tokens.items())
     return (
         f"Cross-entropy and KL are from the transcoders' own evaluations, on different numbers of tokens: {counts}; "
-        f"between those no difference is given.{lacking}"
+        f"no difference is given between those.{lacking}"
     )
 
 

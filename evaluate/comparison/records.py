@@ -6,7 +6,7 @@ from evaluate.records import AblationLosses, Checkpoint, PrefixMetrics, Record
 
 
 class Differences(Record):
-    """A prefix's numbers less those of another one; null where either has none."""
+    """A prefix's numbers minus those of another one; null if either has none."""
 
     fvu: float | None
     """of `fvu`"""
@@ -54,9 +54,9 @@ class ComparedPrefix(PrefixMetrics, Compared):
 class EqualL0(Compared):
     """The FVU of the run that the command names and of another transcoder, both at the L0 of one of their prefixes.
 
-    That prefix has its own FVU; the other one's is on straight lines in log L0 between the points (L0, FVU) of its
-    prefixes: FVU_a + (FVU_b - FVU_a) (log l0 - log L0_a) / (log L0_b - log L0_a). The first and the last
-    line go on for 5 % of L0 beyond their end.
+    That prefix has its own FVU; the other transcoder's is interpolated linearly in log L0 between its neighbouring
+    prefixes a and b: FVU_a + (FVU_b - FVU_a) (log l0 - log L0_a) / (log L0_b - log L0_a). The first and the last
+    segment are extended by up to 5 % of L0.
     """
 
     other: str
@@ -79,7 +79,7 @@ class ComparedTranscoder(Record):
     report: str | None
     """path from this file to the report of these weights' evaluation; null where there is none"""
     cross_entropy: AblationLosses | None
-    """from an evaluation of these weights on this split: the losses beside which its lines' `cross_entropy` stand"""
+    """losses of the original and the ablated model, from the evaluation that its lines' `cross_entropy` is from"""
     known_settings: bool
     """whether its file says how it was trained"""
 
@@ -117,7 +117,7 @@ class Comparison(Record):
     lines: list[ComparedPrefix]
     """each prefix of each transcoder; the run that the command names comes first"""
     equal_l0: list[EqualL0]
-    """the run and each other transcoder at equal L0, by L0; nothing of one whose L0 nowhere meets the run's"""
+    """the run and each other transcoder at equal L0, by L0; none for one whose range of L0 does not meet the run's"""
     transcoders: list[ComparedTranscoder]
     """each transcoder, in the order of `lines`"""
     differing_settings: dict[str, dict[str, JsonValue]]

@@ -61,13 +61,13 @@ There = Sequence[tuple[Path, Mapping[str, object]]]
 
 
 def read_all(run_dir: Path) -> There:
-    """All that there are; raises `InputError` naming a metrics.json that cannot be read."""
+    """All evaluations of a run; raises `InputError` naming a metrics.json that cannot be read."""
     return [(folder, values) for folder in folders(run_dir) if (values := complete(folder)) is not None]
 
 
 def main_evaluation(run_dir: Path, weights_sha256: str | None = None) -> Path:
-    """Folder of the evaluation that is shown beside other things of a run: the main one; where there is none (of these
-    weights), another one, of train rows last; the main one's where there is none at all.
+    """Folder of the evaluation that other stages use: the main one; if there is none (of these weights), another one,
+    of train rows last; the main one's folder if there is none at all.
     """
     for folder in folders(run_dir):
         of = Done.model_validate(complete(folder) or {}).provenance
@@ -77,15 +77,16 @@ def main_evaluation(run_dir: Path, weights_sha256: str | None = None) -> Path:
 
 
 def find(there: There, provenance: Provenance) -> Evaluation | None:
-    """The evaluation of just this provenance, wherever it is; none where there is none.
+    """The evaluation of exactly this provenance, in whichever folder; None if there is none.
 
-    One that lacks a field of this version is none, and one with a damaged file, which is told: it is measured again.
+    One that lacks a field of this version is ignored, so it is measured again; so is one with a damaged file, after a
+    line on standard error.
     """
     for folder, values in there:
         if values["provenance"] != provenance.written():
             continue
         if cut := damaged(folder, values):
-            print(f"{folder / cut[0]}: damaged, not whole: the run is measured again", file=sys.stderr)
+            print(f"{folder / cut[0]}: damaged or incomplete: the run is measured again", file=sys.stderr)
             continue
         with suppress(ValidationError):
             return Evaluation(folder, Metrics.model_validate(values))

@@ -1,4 +1,4 @@
-"""language.safetensors of an evaluation: what the language model said, so that it need not be asked again.
+"""language.safetensors of an evaluation: results of the language model, so that it need not run again.
 
 The losses of each context, and what every latent does to the logits; the numbers made of them are in metrics.json.
 """
@@ -30,7 +30,7 @@ def save_language(folder: Path, language: Language, provenance: Mapping[str, obj
 
 
 def read_language(evaluation: Evaluation) -> Language:
-    """What the language model said in an earlier evaluation; raises `InputError` where its file is damaged."""
+    """Results of the language model from an earlier evaluation; raises `InputError` if the file is damaged."""
     path, metrics = evaluation.folder / FILE, evaluation.metrics
     try:
         with safe_open(path, "numpy") as file:

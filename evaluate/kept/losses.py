@@ -1,7 +1,7 @@
-"""What the language model loses by itself on a store's text: as it is, with an MLP zeroed, with its mean output.
+"""The language model's own losses on a store's text: unchanged, with an MLP zeroed, with its mean output.
 
-These losses depend on no transcoder. The first evaluation keeps them, every other one reads them: beside the store, in
-<store>.losses; in the cache (paths.cache) where the store is at an address, or nothing can be written beside it. A
+These losses do not depend on a transcoder. The first evaluation keeps them, every other one reads them: beside the
+store, in <store>.losses, or in the cache (paths.cache) for a remote store or one whose directory is not writable. A
 file's name is a digest of everything that decides its values, so that one of another model, layer, text, number of
 tokens, dtype or kind of device is never read. The files may be removed at any time.
 """
@@ -37,7 +37,7 @@ class OwnLosses:
 
     key: str
     folders: Sequence[Path]
-    """Where they are looked for, and kept: in the first that can be written."""
+    """All are searched; losses are written to the first that is writable."""
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class OwnLosses:
         return cls(digest(key), [*beside, cached])
 
     def read(self) -> dict[str, Loss] | None:
-        """Each loss by its name; none where none are kept. A damaged file is told on standard error, and is none."""
+        """Each loss by its name; None if none are kept. A damaged file is reported on standard error and ignored."""
         for folder in self.folders:
             path = folder / f"{self.key}.safetensors"
             if not path.is_file():
@@ -79,7 +79,7 @@ class OwnLosses:
         return None
 
     def keep(self, losses: Mapping[str, Loss]) -> None:
-        """Write them, whole, where they can be written; where nowhere, say so on standard error."""
+        """Write them to the first writable folder, whole or not at all; if there is none, say so on standard error."""
         failed: list[str] = []
         for folder in self.folders:
             try:

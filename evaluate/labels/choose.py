@@ -1,4 +1,4 @@
-"""Labels of latents: the words, pairs of words and words before that say best where each fires.
+"""Labels of latents: the words, pairs of words and preceding words that best tell where each fires.
 
 Shapes: F latents, N words of a label, E sampled firings, I candidates, B rows of a block, R rows of a split.
 """
@@ -12,18 +12,18 @@ from evaluate.metrics.contexts import Best
 from evaluate.metrics.rows import TextSplit, blocks
 
 N_WORDS = 5
-"""Of a label at most."""
+"""Most words of a label."""
 ON, PAIR, AFTER = 1, 2, 3
 """Kinds of candidates: the row stands on the word; on the second word of a pair; anywhere right after the word."""
 KINDS = (ON, PAIR, AFTER)
 OPEN = 4
-"""Added to the kind of a word that goes on behind the row in most of its firings: it is a part of a longer one."""
+"""Added to the kind of a word that continues after the row in most of its firings: it is part of a longer one."""
 WORTH = {ON: 1.0, PAIR: 0.8, AFTER: 0.6}
-"""Factors of the scores: of two that say the same the simpler one is taken."""
+"""Factors of the scores: of two equally good candidates the simpler one wins."""
 DOUBT = 2.0
-"""Occurrences without a firing that are added to a candidate's: one firing on a word seen once is no precision of 1."""
+"""Occurrences without a firing that are added to a candidate's: a word seen once must not have a precision of 1."""
 LEAST_LIFT = 1.5
-"""A word that a latent fires on hardly more often than on any other says nothing."""
+"""From the second word on: a word on which a latent fires hardly more often than on rows overall says nothing."""
 CASE = 0.5
 """Another case of a word belongs to it if its precision is at least this share of the word's."""
 TOGETHER = 400_000
@@ -31,18 +31,18 @@ TOGETHER = 400_000
 FEW = 32
 """Firings on the rows for choosing; with fewer a label is chosen on all rows, and not measured."""
 MEASURED_EVERY, STRETCH = 4, 8
-"""Of stretches of so many contexts, which hold whole documents where those are short, every fourth is for measuring."""
+"""Every fourth block of eight contexts is for measuring; a block keeps most documents in one piece."""
 _PAIR = np.uint64(0xD6E8FEB86659FD93)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """[F, N] unless said otherwise; best words first, kind 0 behind the last."""
+    """[F, N] unless said otherwise; best words first, kind 0 after the last."""
 
     kinds: np.ndarray
     """uint8"""
     tokens: np.ndarray
-    """[F, N, WINDOW] int32 token ids of each text, -1 behind its end."""
+    """[F, N, WINDOW] int32 token ids of each text, padded with -1."""
     shares: np.ndarray
     """float32 share of the latent's sampled activation on rows of this word and none before it in the label."""
     lifts: np.ndarray
@@ -125,7 +125,7 @@ class _Block:
         self._find(split, n_rows, words)
 
     def _find(self, split: TextSplit, n_rows: int, words: Words) -> None:
-        """The candidates: each distinct word, pair and word before of each latent's firings, sorted by latent."""
+        """The candidates: each distinct word, pair and preceding word of each latent's firings, sorted by latent."""
         kinds, columns, self.of = [], [], []
         folded = keys_of(self.standing, folded=True)
         for kind, key, fold in zip(KINDS, keys_of(self.standing), folded, strict=True):
@@ -190,7 +190,7 @@ class _Block:
         return self.precision >= of_family[self.family]
 
     def _texts(self, picked: np.ndarray) -> np.ndarray:
-        """[., WINDOW] token ids of the candidates, -1 behind the end: the word, the pair, or the word before."""
+        """[., WINDOW] token ids of the candidates, padded with -1: the word, the pair, or the preceding word."""
         example, kind = self.example[picked], self.kind[picked]
         length, before = self.standing.length[example], self.standing.length_before[example]
         begin = WINDOW - length - np.where(kind == ON, 0, before)

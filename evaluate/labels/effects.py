@@ -1,8 +1,8 @@
 """What latents do to the logits by themselves: tokens promoted and suppressed, and whether that is more than chance.
 
 An effect of a direction on a token is the token's logit of unembed(final_norm(direction)) less that of a zero direction
-and less the mean over the vocabulary: it is what the softmax sees. Of a random direction it is a few times larger on
-some tokens than on others: large are those with long rows of the unembedding, many of them pieces of words that the
+and less the mean over the vocabulary: it is what the softmax sees. The effects of random directions are a few times
+larger on some tokens than on others: those with long rows of the unembedding, many of them pieces of words that the
 model has hardly ever read (" strugg"). So tokens are ranked by z: the effect over its standard deviation over random
 directions.
 
@@ -52,9 +52,9 @@ class LogitEffects:
     suppressed_by: np.ndarray
     """[F, n] float32, negative where it lowers them more than the mean logit."""
     histogram: np.ndarray
-    """[F, H] int32 tokens by effect, in equal bins from its lowest to its highest."""
+    """[F, H] int32 number of ranked tokens by effect, in equal bins from the lowest to the highest."""
     edges: np.ndarray
-    """[F, 2] float32 lowest and highest effect of all tokens."""
+    """[F, 2] float32 lowest and highest effect on the ranked tokens."""
     peak: np.ndarray
     """[F] float32 mean |z| of the n tokens where it is largest; NaN where it was not computed."""
     left_out: int
@@ -115,7 +115,7 @@ def logit_effects(
 
     The direct path only: whatever later layers make of the direction is not seen. The values are those of a residual
     stream that holds nothing but the direction: in a text the norm's scale makes them smaller, all by the same factor,
-    its gain is in them. The biases' own logits, which a zero direction has too, are taken off.
+    its gain is included. The biases' own logits, which a zero direction has too, are subtracted.
     """
     space = _Space(model, W_dec, ranked)
     n = min(n, space.size)

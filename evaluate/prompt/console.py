@@ -29,7 +29,7 @@ def show(prompt: Prompt, folder: Path, console: Console) -> None:
     rows = [i for i, token in enumerate(prompt.tokens) if token.row]
     plain(
         console,
-        "latents as number:activation; for the next: the one that raises its logit most, and by how much",
+        "latents as number:activation; for the next: the largest direct effect on its logit",
     )
     for layer in prompt.layers:
         _layer(prompt, layer, rows[:TOKENS], console)
@@ -144,6 +144,6 @@ def _told(each: ChangedLatent) -> str:
         f"its activation changes at {each.rows} of them" if each.token is None else "its activation changes"
     )
     if not each.rows:
-        came = "its activation there is the same already: this changes nothing"
+        came = "its activation is the same already, so this changes nothing"
     largest = f", by up to {each.largest:+.3g}" if each.rows else ""
     return f"{each.layer}/{each.latent} {what.get(each.how, 'ablated')} {where}; {came}{largest}"

@@ -1,4 +1,4 @@
-"""The language model with the activations of some latents changed, beside the model as it is.
+"""The language model with the activations of some latents changed, beside the unchanged model.
 
 At a row, what is added to an MLP's own output is the change of its reconstruction, the sum over the changed latents of
 (activation after - activation before) * W_dec: what the transcoder does not reconstruct of the output stays. Where
@@ -86,7 +86,7 @@ class Site(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the model predicts on one context as it is, and with the changes."""
+    """The model's predictions on one context, unchanged and with the changes."""
 
     before: Tensor
     """[T, V] logits"""

@@ -21,11 +21,11 @@ class PromptToken(Record):
     row: bool
     """whether it gives a row: the first token of a context and special tokens do not"""
     next: str
-    """the token after it: in the text, and where none follows the one that the model finds likeliest"""
+    """the token after it in the text; at the end of the text, the model's likeliest next token"""
     next_given: bool
-    """whether that one is the text's"""
+    """whether `next` is from the text"""
     next_probability: float
-    """probability that the model gives it"""
+    """probability that the model gives `next`"""
 
 
 class NamedLatent(Record):
@@ -36,9 +36,9 @@ class NamedLatent(Record):
     density: float | None = None
     """share of the evaluated rows on which it fires; left out where the layer was not evaluated"""
     note: str = ""
-    """a person's label, of the run's notes.csv; left out where there is none"""
+    """a person's label, from the run's notes.csv; left out if there is none"""
     label: tuple[str, ...] = ()
-    """words that say best where it fires; empty where the layer was not evaluated"""
+    """words that best tell where it fires; empty if the layer was not evaluated"""
 
 
 class ActiveLatent(Record):
@@ -49,7 +49,7 @@ class ActiveLatent(Record):
     value: float
     """activation"""
     effect: float | None = None
-    """direct effect on the next token's logit; left out where that cannot be had (`effects_skipped`)"""
+    """direct effect on the next token's logit; left out with `effects_skipped`"""
 
 
 class PromptLayer(Record):
@@ -66,13 +66,13 @@ class PromptLayer(Record):
     active: list[list[ActiveLatent]]
     """of each row the latents of the full dictionary that fire, strongest first"""
     output_effect: list[float]
-    """of each row: direct effect of the MLP's whole output on the next token's logit; empty where it cannot be had"""
+    """of each row: direct effect of the MLP's whole output on the next token's logit; empty with `effects_skipped`"""
     latents: dict[int, NamedLatent]
     """those that fire anywhere on the text, by number"""
 
 
 class ChangedLatent(Record):
-    """One change that was asked for, and what it came to."""
+    """One change that was asked for, and its size."""
 
     layer: int
     """from 0"""
@@ -83,7 +83,7 @@ class ChangedLatent(Record):
     value: float | None
     """null for ablate"""
     token: int | None
-    """number of the token in `tokens` where it is changed; null: at all that give a row"""
+    """number of the token in `tokens` at which it is changed; null: every token that has a row"""
     rows: int
     """rows where the activation differs from what it was"""
     largest: float
@@ -105,7 +105,7 @@ class Shift(Record):
     """What the change does to the prediction at one token."""
 
     kl: float
-    """KL divergence of the next-token distribution after the change from that before, nats"""
+    """KL(before || after) of the next-token distribution, nats"""
     next: Candidate
     """the token's `next`"""
     likeliest: list[Candidate]
@@ -113,14 +113,14 @@ class Shift(Record):
 
 
 class PromptChange(Record):
-    """The model with the activations of some latents changed, beside the model as it is."""
+    """The model with the activations of some latents changed, beside the unchanged model."""
 
     changes: list[ChangedLatent]
     """as they were asked for"""
     tokens: list[Shift]
-    """of each of `tokens`"""
+    """one for each of `tokens`"""
     continuation: tuple[str, str]
-    """what the model writes after the last context, before and after the change, the likeliest token each time"""
+    """greedy continuation of the last context, before and after the change"""
 
 
 class Prompt(Record):
@@ -133,7 +133,7 @@ class Prompt(Record):
     text: str
     """as it was given"""
     effects_skipped: str | None
-    """why there are no direct effects; null where there are"""
+    """why there are no direct effects; null if there are"""
     tokens: list[PromptToken]
     """in the order of the text; every context begins with its first token"""
     layers: list[PromptLayer]

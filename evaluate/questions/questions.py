@@ -1,4 +1,4 @@
-"""Which latents fire on X, on what else, and what do they write: asked of one split's rows.
+"""Which latents fire on X, what else they fire on, and what they write: questions about the rows of one split.
 
 Shapes: n rows, F latents, T tokens of a context, D_out.
 """
@@ -29,8 +29,8 @@ class Questions:
     """A transcoder's firings on rows of a store, read once and held in memory, 8 bytes each.
 
     The transcoder is bound to the store (`transcoder.gain.bind`), `mismatch` as there. `split` "heldout" or "train";
-    `rows`: the first so many (all). Raises `InputError` where they have more firings than fit, or the two do not belong
-    together.
+    `rows`: how many of its first rows (default: all). Raises `InputError` if they have more firings than fit, or if the
+    transcoder is of another layer or model than the store.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Questions:
         return f"Questions({n:,} latents on {self.rows:,} {self._name}, {active:.1f} active on a row)"
 
     def latents_for(self, mask: Any, by: str = "f1") -> pd.DataFrame:
-        """How well each latent tells the rows that `mask` [n] bool marks from the others; best first by column `by`.
+        """How well each latent separates the rows marked by `mask` [n] bool from the others; best first by column `by`.
 
         Indexed by latent, all F of them. `firings`: rows on which it fires; `hits`: marked ones among them; `precision`
         = hits / firings (NaN without a firing); `recall` = hits / marked rows; `f1` = their harmonic mean, 2 hits /
         (firings + marked rows); `auc`: probability that its activation is higher on a random marked row than on a
-        random other one, ties (two rows without a firing, say) counting half. Raises `InputError` for a mask of another
-        length, or that marks no row or all.
+        random other one; a tie, also of two rows without a firing, counts half. Raises `InputError` for a mask of
+        another length, or one that marks no row or all.
         """
         if by not in COLUMNS:
             raise InputError(f"by: expected one of {', '.join(COLUMNS)}, found {shown(by)}")
@@ -82,8 +82,8 @@ class Questions:
     def contexts_of(self, latent: int, n: int = 10, reach: int = 16, mask: Any = None) -> Contexts:
         """The `n` contexts in which `latent` is strongest, with `reach` tokens either side of its strongest row there.
 
-        From the store itself, so for every latent that fires. `mask` [n] bool: rows to choose from (all). Raises
-        `InputError` for a latent that is not there, or a mask of another length.
+        They are read from the store, so every latent that fires has them. `mask` [n] bool: rows to choose from
+        (default: all). Raises `InputError` for a latent that does not exist, or a mask of another length.
         """
         self._refuse_unknown([latent])
         if n < 1 or reach < 0:
@@ -103,12 +103,12 @@ class Questions:
         return found
 
     def writes(self, latents: Iterable[int], reader: "Reader", n: int = 10) -> pd.DataFrame:
-        """Tokens whose logits each latent's decoder row raises and lowers most, by itself (`logit_effects`).
+        """Tokens whose logits each latent's decoder row alone raises and lowers most (`logit_effects`).
 
-        Of the tokens that occur in the store. A line for each (latent, "promoted" or "suppressed"): whether the latent
-        is `like_random`, its effect no more peaked than a random direction's; then the `n` tokens, strongest first.
-        `reader` has the store's language model. Raises `InputError` for a latent that is not there, or a reader of
-        another model.
+        Only tokens that occur in the store's text. A line for each (latent, "promoted" or "suppressed"): whether the
+        latent is `like_random`, its effects no more peaked than a random direction's; then the `n` tokens, strongest
+        first. `reader` has the store's language model. Raises `InputError` for a latent that does not exist, or a
+        reader of another model.
         """
         from evaluate.labels.effects import logit_effects, tokens_in
 

@@ -1,4 +1,4 @@
-"""How well each latent tells marked rows from the others.
+"""How well each latent separates marked rows from the others.
 
 Shapes: n rows, F latents, E firings.
 """

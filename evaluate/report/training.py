@@ -11,7 +11,7 @@ SELECTIONS = {"batch_topk": "batch top-k", "topk": "top-k"}
 
 
 def training_of(run_dir: Path) -> list[tuple[str, str]]:
-    """(name, value) of what its weights' header says of the training, and the day of the file."""
+    """(name, value) pairs from the header of the run's weights, and the date of the file."""
     header = read_metadata(run_dir)
     day = datetime.fromtimestamp((run_dir / FILE_NAME).stat().st_mtime, UTC).date().isoformat()
     return [*_facts(header), ("weights of", day)]
@@ -48,5 +48,5 @@ def _number(value: float | None) -> str | None:
 
 
 def _commit(commit: str | None) -> str | None:
-    """Eight digits, and a + where files were changed since."""
+    """Eight digits, and a + if files had been changed since that commit."""
     return commit and commit[:8] + ("+" if commit.endswith("+") else "")

@@ -75,7 +75,7 @@ def _redundancy(share: float | None, cosine: float) -> Verdict:
 
 
 def _typical(errors: ErrorMetrics, g: int) -> list[Verdict]:
-    """The FVU without heavy rows, where there are some: they may hide it."""
+    """The FVU without heavy rows, if there are any: a few of them can decide the FVU of all rows."""
     if errors.heavy is None or errors.heavy_variance is None:
         return []
     rows = errors.heavy.rows

@@ -1,4 +1,4 @@
-"""Where a regular expression matches in the text of a split, and which rows stand there.
+"""Where a regular expression matches in the text of a split, and the rows whose tokens overlap a match.
 
 Shapes: n rows, C contexts of T tokens.
 """
@@ -51,7 +51,7 @@ class Found:
     mask: np.ndarray
     """[n] bool, whether a row's token overlaps a match; n: rows that were searched."""
     matches: int = 0
-    """Matches, of those with a row: a match may have several rows, and a row several matches."""
+    """Number of matches that have a row; a match may have several rows, and a row several matches."""
     excerpts: list[Excerpt] = field(default_factory=list, repr=False)
     """The first matches with the text around them, at most ten."""
 
@@ -163,7 +163,7 @@ def _byte_offsets(decoded: str) -> np.ndarray:
 
 
 def _compiled(pattern: str | re.Pattern[str], group: int | str) -> re.Pattern[str]:
-    """The pattern as `re` has it; `InputError` for one that is none, or has no such group."""
+    """The compiled pattern; `InputError` if it is not a regular expression, or has no such group."""
     given = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     if not isinstance(given, str):
         raise InputError(f"pattern: expected a regular expression for text (str), found {shown(given)}")

@@ -25,7 +25,7 @@ class RowTokens(NamedTuple):
     ids: np.ndarray
     """[n] int32"""
     texts: list[str]
-    """Of each token alone; its bytes in hexadecimal where they are no whole characters: "<E2>"."""
+    """Of each token on its own; bytes in hexadecimal if it is not whole characters: "<E2>"."""
 
 
 def tokens_at(contexts: ContextTable, context: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -90,7 +90,8 @@ def test_all_layers_are_evaluated_and_compared(root: Path, call: Call) -> None:
     code, _, err = call(compare.main, "--layer", "0-1", "--with", str(root / "other"))
     assert code == 2
     assert err == [
-        f"error: compare: {root}/other: is of one layer; for several, WITH takes names of runs that each of them has"
+        f"error: compare: {root}/other: belongs to one layer; for several, WITH takes names of runs that every "
+        "layer has"
     ]
 
 

@@ -60,7 +60,7 @@ def test_json_csv_and_what_may_be_left_out(tmp_path: Path) -> None:
         (HEAD + "3,1.5,a,,\n", "line 2: latent: expected a whole number from 0, found '1.5'"),
         (HEAD + "3,٧,a,,\n", "line 2: latent: expected a whole number from 0, found '٧'"),
         (HEAD + "3\n", "line 2: latent: expected a whole number from 0, found None"),
-        (HEAD + "3,7,a,,\n\n3,7,b,,\n", "line 4: latent 7 again, as in line 2; keep one of them"),
+        (HEAD + "3,7,a,,\n\n3,7,b,,\n", "line 4: latent 7 is already in line 2; keep one of them"),
         (HEAD + "3,7,a, b,1,me\n", "line 2: expected 5 values, found 6; a label with ',' in it needs double"),
         (HEAD + "3,7,,,me\n", "line 2: latent 7: no label and no score"),
         (HEAD + "3,7,a,high,\n", "line 2: score: expected a number or nothing, found 'high'"),

@@ -407,4 +407,4 @@ def test_a_file_that_was_cut_short_is_measured_again(
     file = folder / name
     file.write_bytes(file.read_bytes()[:-20])
     assert find(read_all(tmp_path), metrics.provenance) is None
-    assert capsys.readouterr().err == f"{file}: damaged, not whole: the run is measured again\n"
+    assert capsys.readouterr().err == f"{file}: damaged or incomplete: the run is measured again\n"

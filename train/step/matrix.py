@@ -38,7 +38,7 @@ class MatrixStep:
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses, none: all 1. The values
+        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses; None: all 1. The values
         cover all peers' rows, the gradients this process's part of them.
         """
         with tensor_cores(self.objective.precision):

@@ -176,7 +176,7 @@ function drawChange() {
     fill($("continuations"), change.continuation.map((text, when) => {
       const box = make("div"), strip = make("div", "strip");
       strip.append(make("span", "none", "… "), make("bdi", "", named(text.replace(/\n/g, "⏎"))));
-      box.append(make("h3", "", when ? "The model goes on, after" : "The model goes on, before"), strip);
+      box.append(make("h3", "", when ? "Continuation after the change" : "Continuation before the change"), strip);
       return box;
     }));
   }

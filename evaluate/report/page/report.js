@@ -101,7 +101,7 @@ function find() {
 function follow() { // what is shown goes with what is listed
   find();
   if (current() !== "latents") return;
-  if (!order.length) { chosen = -1; $("detail").replaceChildren(make("p", "note", "No latent of this prefix is like that.")); return; }
+  if (!order.length) { chosen = -1; $("detail").replaceChildren(make("p", "note", "No latent of this prefix matches.")); return; }
   if (chosen < 0 || order.indexOf(chosen) < 0 || matches.asked) choose(chosen >= 0 && order.indexOf(chosen) >= 0 && !matches.asked ? chosen : order[0], false);
   else drawDetail(chosen);
 }
@@ -204,7 +204,7 @@ function drawDetail(f) {
 }
 function writes(f) { // what its decoder row alone does to the logits
   const made = make("div", "pair");
-  made.title = "what the latent's decoder row alone adds to the logits above their mean; ranked by that over what random directions do";
+  made.title = "effect of the latent's decoder row alone on the logits, minus the mean over the vocabulary; ranked by the effect over its standard deviation over random directions, among the tokens of the store's text";
   for (const [title, tokens, by] of [["Next tokens it promotes", "promoted", "promotedBy"], ["Next tokens it suppresses", "suppressed", "suppressedBy"]]) {
     if (!c[tokens].width) continue;
     const box = make("div"), values = part(by, f);
@@ -224,9 +224,9 @@ function effects(f) { // its effects on the logits of all tokens, those that are
     bars.append(bar);
   });
   bars.setAttribute("role", "img"); bars.setAttribute("aria-label", `Histogram of its effects on the logits, from ${fixed(low, digits)} to ${fixed(high, digits)}`);
-  axis.append(make("span", "", fixed(low, digits)), make("span", "", "logit (tokens in logarithm)"), make("span", "", fixed(high, digits)));
-  made.append(make("h3", "", "Its effects on the logits of all tokens"), bars, axis);
-  if (c.likeRandom[f]) made.append(make("p", "note", "No more peaked than those of a random direction of the same length: these tokens say little."));
+  axis.append(make("span", "", fixed(low, digits)), make("span", "", "effect, logits (height: log of the number of tokens)"), make("span", "", fixed(high, digits)));
+  made.append(make("h3", "", "Its effects on the logits"), bars, axis);
+  if (c.likeRandom[f]) made.append(make("p", "note", "No more peaked than the effects of a random direction of the same norm: these tokens say little."));
   return made;
 }
 function quality(f) { // of the label, on rows that it was not chosen on
@@ -248,7 +248,7 @@ function bars(tokens, values, text) { // tokens, each with a bar relative to the
 }
 function wordTable(f) {
   const table = bars(part("tokens", f), part("tokenShares", f), (x) => (100 * x).toFixed(1) + " %");
-  table.title = "share of its activation on rows of this word and none above it";
+  table.title = "share of its activation on rows of this word, without the rows of the words above";
   return table;
 }
 function histogram(f) {

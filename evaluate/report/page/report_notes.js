@@ -84,7 +84,7 @@ function notesIn(text, latents) { // latent -> note; an error of one line, as of
     if (value("layer") !== run.layer) throw new Error(`${place}layer: expected ${run.layer}, this page's, found ${value("layer")}`);
     const f = /^\d{1,9}(\.0)?$/.test(value("latent")) ? parseInt(value("latent"), 10) : NaN;
     if (!(f < latents)) throw new Error(`${place}latent: expected 0 to ${latents - 1}, found ${value("latent")}`);
-    if (notes.has(f)) throw new Error(`${place}latent ${f} again`);
+    if (notes.has(f)) throw new Error(`${place}latent ${f} is there twice`);
     const text = value("score").replace(/^(-?\d+),(\d+)$/, "$1.$2"), score = text === "" ? null : Number(text);
     if (score !== null && !Number.isFinite(score)) throw new Error(`${place}score: expected a number or nothing, found ${text}`);
     const label = value("label").split(/\s+/).filter(Boolean).join(" ");

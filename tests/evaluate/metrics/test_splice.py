@@ -221,8 +221,8 @@ def test_another_or_missing_model_is_skipped_with_a_reason(
 
 
 def test_promoted_and_suppressed_tokens_are_hugging_faces_logits(directory: Path) -> None:
-    """Of the decoder row alone, less the vocabulary's mean: what the final norm's bias and the head's add is the same for
-    all latents. Of each token the value is compared; the order is that of their z (test_effects).
+    """Of the decoder row alone, less the vocabulary's mean: what the final norm's bias and the head's add is the same
+    for all latents. Of each token the value is compared; the order is that of their z (test_effects).
     """
     W_dec = random_coder(3, 32, ends=(300,)).W_dec
     effects = logit_effects(language_model(directory), W_dec, n=4)
