@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import text_slug, write_whole
@@ -74,7 +72,7 @@ def read_text(
     reader = opened(places[0])
     contexts = Text.of(text, reader)
     changes = prepared(asked, contexts, places, opened) if asked else None
-    tokens, layers, skipped = measure_layers(contexts, places, opened)
+    tokens, layers, skipped, evaluations = measure_layers(contexts, places, opened)
     changed = (
         {} if changes is None else {"intervention": measure_change(changes, contexts, reader, new_tokens)}
     )
@@ -90,7 +88,7 @@ def read_text(
     base = settings.run_dir() if len(places) == 1 else settings.set_dir()
     of = " ".join(f"{each.how} {each.place}={each.value!r}" for each in asked)
     folder = base / "prompts" / text_slug(text, of)
-    write_page(folder / "prompt.html", prompt, {place.source.layer: place.run_dir for place in places})
+    write_page(folder / "prompt.html", prompt, evaluations)
     # Without the line breaks of write_record, which double it: 5 kB for each token and layer.
     compact = json.dumps(prompt.written(), allow_nan=False, separators=(",", ":"))
     write_whole(folder / "prompt.json", (compact + "\n").encode())
@@ -166,6 +164,7 @@ def main() -> None:
         if (given := getattr(arguments, how)) is not None:
             asked += parse(how, given)
     new_tokens = _new_tokens(arguments.new_tokens, bool(asked))
+    from common.terminal.table import console
     from evaluate.prompt.console import show
     from transcoder.weights import chosen_run, n_layers  # with torch, which --help need not wait for
 
@@ -173,7 +172,7 @@ def main() -> None:
     asked = of_layers(asked, settings.layers or (settings.layer,))
     settings = chosen_run(settings, arguments.run, every_layer=len(settings.layers) > 1)
     prompt, folder = read_text(settings, text, asked, new_tokens)
-    show(prompt, folder, Console(markup=False, emoji=False))
+    show(prompt, folder, console(markup=False, emoji=False))
 
 
 def _new_tokens(text: str | None, changing: bool) -> int | None:

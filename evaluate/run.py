@@ -21,6 +21,7 @@ from evaluate.kept.evaluations import (
     baselines_before,
     find,
     make_room,
+    of_weights,
     place,
     read_all,
     remove_answered,
@@ -129,7 +130,9 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
         make_room(folder, results)
         metrics = _write(folder, job, results, latent_catalogue, language, log)
         remove_answered(job.run_dir, Evaluation(folder, metrics))
-        show_beside(read_all(job.run_dir), job.provenance.weights_sha256)
+        there = read_all(job.run_dir)
+        show_beside(there, job.provenance.weights_sha256)
+        _show_notes(job, there)
     return metrics, True
 
 
@@ -169,7 +172,7 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
     """What was measured before, in its place, and shown beside the run's other evaluations."""
     folder = place(job.run_dir, earlier.metrics, job.own)
     if earlier.folder == folder and not changed_pages(there, job.provenance.weights_sha256):
-        renew_notes(folder / "report.html", job.notes)
+        _show_notes(job, there)
         return earlier.metrics
     with _lock(job):
         there = read_all(job.run_dir)
@@ -177,8 +180,14 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
             settle(again, place(job.run_dir, again.metrics, job.own))
             there = read_all(job.run_dir)
         show_beside(there, job.provenance.weights_sha256)
-        renew_notes(folder / "report.html", job.notes)
+        _show_notes(job, there)
     return earlier.metrics
+
+
+def _show_notes(job: Job, there: There) -> None:
+    """In the pages of all evaluations of these weights: notes are of the latents, whichever rows were measured."""
+    for each in of_weights(there, job.provenance.weights_sha256):
+        renew_notes(each.folder / "report.html", job.notes)
 
 
 def _tell_version(of: Provenance, there: There) -> None:

@@ -175,10 +175,10 @@ class _Set:
         for layer in layers:
             if layer not in self.failed:
                 runs = self._run_dir(layer).parent  # another of them may be reading these rows
+                _wait_for(*runs.glob("*/.lock"), *runs.glob("*/.evaluation"))
                 if other := _unfinished(runs, read_manifest(self.writers[layer].root).fingerprint):
                     self._fail(layer, "rows kept", other)
                     continue
-                _wait_for(*runs.glob("*/.lock"), *runs.glob("*/.evaluation"))
                 before = size_of(self.writers[layer].root)
                 self.writers[layer].remove_rows()
                 now = size_of(self.writers[layer].root)

@@ -90,15 +90,20 @@ def _word(text: str) -> str:
 def _names(layer: PromptLayer, rows: int) -> list[str]:
     """Group, density and label of the latents that are listed most often."""
     listed = Counter(each.latent for active in layer.active[:rows] for each in active[:SHOWN])
-    lines = []
+    lines, unknown = [], False
     for latent, _ in listed.most_common(NAMED):
         known = layer.latents[latent]
         if known.density is None:
-            return ["no labels: this layer's run has no evaluation (make evaluate)"]
+            unknown = True
+            if known.note:
+                lines.append(f"  {latent:>6}  group {known.group}: {printable(known.note)}")
+            continue
         words = " ".join(_word(each) for each in known.label[:4])
         if known.note:
             words = f"{printable(known.note)}; {words}"
         lines.append(f"  {latent:>6}  group {known.group}, {percent(known.density)} % of rows: {words}")
+    if unknown:
+        lines.append("no labels: this layer's run has no evaluation (make evaluate)")
     return lines
 
 

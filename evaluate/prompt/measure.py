@@ -109,12 +109,15 @@ class Measured(NamedTuple):
     tokens: list[PromptToken]
     layers: list[PromptLayer]
     effects_skipped: str | None
+    evaluations: dict[int, Path]
+    """Layer -> folder of the evaluation of the weights that read it; without those that have none."""
 
 
 def measure_layers(text: Text, places: Sequence[Place], opened: Open) -> Measured:
     """The text through the transcoder of each place."""
     found: dict[int, Found] = {}
     layers: list[PromptLayer] = []
+    evaluations: dict[int, Path] = {}
     tokens: list[PromptToken] = []
     why: str | None = None
     reader = opened(places[0])
@@ -131,8 +134,17 @@ def measure_layers(text: Text, places: Sequence[Place], opened: Open) -> Measure
             for rows in held:
                 own.add(reader, rows)
             if block[-1] == len(text.contexts) - 1:
-                layers.append(_layer(own, reader, place.run_dir, effects=why is None))
-    return Measured(tokens, layers, why)
+                if evaluation := _evaluation(place.run_dir):
+                    evaluations[place.source.layer] = evaluation
+                layers.append(_layer(own, reader, place.run_dir, evaluation, effects=why is None))
+    return Measured(tokens, layers, why, evaluations)
+
+
+def _evaluation(run_dir: Path) -> Path | None:
+    """Folder of the evaluation of the run's weights as they are; none where there is none."""
+    digest = sha256(run_dir / FILE_NAME)
+    folder = main_evaluation(run_dir, digest)
+    return folder if is_of(folder, digest) else None
 
 
 def _blocks(text: Text, reader: Reader, layers: int) -> Iterator[range]:
@@ -187,7 +199,9 @@ def short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _layer(found: Found, reader: Reader, run_dir: Path, effects: bool) -> PromptLayer:
+def _layer(
+    found: Found, reader: Reader, run_dir: Path, evaluation: Path | None, effects: bool
+) -> PromptLayer:
     """With the direct effects of all contexts, or of none."""
     if not effects:
         found.output_effect = []
@@ -202,7 +216,7 @@ def _layer(found: Found, reader: Reader, run_dir: Path, effects: bool) -> Prompt
         error_share=found.shares,
         active=found.active,
         output_effect=found.output_effect,
-        latents=_named(firing, reader, run_dir),
+        latents=_named(firing, reader, run_dir, evaluation),
     )
 
 
@@ -234,14 +248,14 @@ def _error_shares(reader: Reader, inputs: Tensor, outputs: Tensor) -> list[list[
     return shares
 
 
-def _named(firing: list[int], reader: Reader, run_dir: Path) -> dict[int, NamedLatent]:
+def _named(
+    firing: list[int], reader: Reader, run_dir: Path, evaluation: Path | None
+) -> dict[int, NamedLatent]:
     """Group of each latent and a person's note, and where these weights were evaluated its density and label."""
     ends = reader.transcoder.prefix_ends
     notes = notes_of(run_dir, reader.source.layer, ends[-1])
     group = {latent: next(g for g, end in enumerate(ends) if latent < end) for latent in firing}
-    digest = sha256(run_dir / FILE_NAME)
-    evaluation = main_evaluation(run_dir, digest)
-    if not is_of(evaluation, digest):
+    if evaluation is None:
         return {latent: NamedLatent(group=group[latent], note=_noted(notes, latent)) for latent in firing}
     (density,) = latents_of(evaluation, "density")
     labels = label_words(evaluation, TokenText(read_tokenizer(reader.store.tokenizer_path)))

@@ -8,21 +8,19 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from common.files import write_whole
-from evaluate.kept.evaluations import main_evaluation
 from evaluate.prompt.records import Prompt
 from evaluate.report.page_data import script_json
 from evaluate.report.templates import html
 
 
-def write_page(path: Path, prompt: Prompt, run_dirs: Mapping[int, Path]) -> None:
+def write_page(path: Path, prompt: Prompt, evaluations: Mapping[int, Path]) -> None:
     """The template escapes every value; the script gets the record as JSON, and shows texts as text alone.
 
-    `run_dirs`: of each layer's run; a latent is linked to its report where there is one.
+    `evaluations`: folder of each layer's evaluation of these weights; a latent is linked to its report there.
     """
     reports = {
-        layer: quote(os.path.relpath(report, path.parent), safe="/")
-        for layer, run_dir in run_dirs.items()
-        if (report := main_evaluation(run_dir) / "report.html").is_file()
+        layer: quote(os.path.relpath(folder / "report.html", path.parent), safe="/")
+        for layer, folder in evaluations.items()
     }
     page = html(
         "prompt.html",

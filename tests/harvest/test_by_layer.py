@@ -211,6 +211,24 @@ def test_rows_that_another_begun_run_needs_stay(
     assert ends(stages.act) == [True] * LAYERS
 
 
+def test_a_run_that_trains_on_the_rows_is_waited_for(
+    stages: Stages, drive: Drive, llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = read(parser("harvest", ""), argv(llama, corpus, tmp_path)).alone(1, "x").run_dir().parent
+    fingerprint = Store.open(stages.stores / "layer_1.zarr").manifest.fingerprint
+    (runs / "other").mkdir(parents=True)
+    (runs / "other" / weights.BEGUN).write_text(json.dumps({"harvest_fingerprint": fingerprint}))
+    (runs / "other" / ".lock").touch()
+
+    def ends_meanwhile(*locks: Path) -> None:
+        if runs / "other" / ".lock" in locks:
+            (runs / "other" / weights.FILE_NAME).touch()
+
+    monkeypatch.setattr(by_layer, "_wait_for", ends_meanwhile)
+    drive()
+    assert ends(stages.act) == [True] * LAYERS
+
+
 def test_rows_that_were_removed_are_not_harvested_again_by_mistake(
     stages: Stages, drive: Drive, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,19 @@ def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
     assert f"{other.provenance.dataset}, held-out" not in page
 
 
+def test_a_note_is_shown_in_the_pages_of_all_evaluations(root: Path) -> None:
+    run_dir = settings_of(root).run_dir()
+    evaluate(settings_of(root), 0)
+    (run_dir / "notes.csv").write_text("layer,latent,label\n0,3,said once\n")
+    train = settings_of(root, *TRAIN)
+    evaluate(train, 0)
+    pages = [folder / "report.html" for folder, _ in read_all(run_dir)]
+    assert [b"said once" in page.read_bytes() for page in pages] == [True, True]
+    (run_dir / "notes.csv").write_text("layer,latent,label\n0,3,said anew\n")
+    assert not evaluate(train, 0)[1]
+    assert [b"said anew" in page.read_bytes() for page in pages] == [True, True]
+
+
 def test_fewer_rows_first_give_the_place_to_all_of_them(root: Path) -> None:
     run_dir = settings_of(root).run_dir()
     few, _ = evaluate(settings_of(root, "--evaluate.rows", "700"), 0)

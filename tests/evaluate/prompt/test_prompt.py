@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 import evaluate.read
 from common.errors import InputError
 from common.settings import Settings
+from evaluate.files import METRICS_VERSION
 from evaluate.metrics.language import language_model
 from evaluate.prompt.asked import Asked, of_layers, parse
 from evaluate.prompt.console import show
@@ -292,6 +294,27 @@ def test_the_terminal_has_80_columns(settings: Settings, capsys: pytest.CaptureF
     assert "1/3 set to 1234.5 at every token" in printed
     assert "latents as number:activation" in printed
     assert "no labels: this layer's run has no evaluation" in printed
+
+
+def test_a_note_and_no_link_where_other_weights_were_evaluated(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt, _ = read_text(settings.of_layer(1), TEXT)
+    listed = Counter(each.latent for row in prompt.layers[0].active for each in row[:3])
+    ((latent, _),) = listed.most_common(1)
+    run_dir = settings.of_layer(1).run_dir()
+    (run_dir / "notes.csv").write_text(f"layer,latent,label\n1,{latent},my own word\n")
+    of = {"weights_sha256": "0" * 64, "metrics_version": METRICS_VERSION}
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation/metrics.json").write_text(json.dumps({"provenance": of, "files": ["report.html"]}))
+    for name in ("report.html", "latents.safetensors"):
+        (run_dir / "evaluation" / name).touch()
+    prompt, folder = read_text(settings.of_layer(1), TEXT)
+    show(prompt, folder, Console(markup=False, emoji=False, width=80))
+    printed = capsys.readouterr().out
+    assert "my own word" in printed
+    assert "no labels: this layer's run has no evaluation" in printed
+    assert '"reports":{}' in (folder / "prompt.html").read_text()
 
 
 def test_the_command_line(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

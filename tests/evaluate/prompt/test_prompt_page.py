@@ -85,9 +85,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / 'l"3/evaluation').mkdir(parents=True)
     (root / 'l"3/evaluation/report.html').write_text("")
     plain, changed = root / "prompts/plain.html", root / "prompts/changed.html"
-    run_dirs = {3: root / 'l"3', 12: root / "l12"}
-    write_page(plain, prompt(layer(3, True), layer(12, False)), run_dirs)
-    write_page(changed, prompt(layer(3, True), changed=True), run_dirs)
+    evaluations = {3: root / 'l"3/evaluation'}
+    write_page(plain, prompt(layer(3, True), layer(12, False)), evaluations)
+    write_page(changed, prompt(layer(3, True), changed=True), evaluations)
     return plain, changed
 
 
