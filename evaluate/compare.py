@@ -93,9 +93,10 @@ def _evaluation(path: Path, digest: str, of: Provenance) -> Evaluated | None:
     One that cannot be read is reported on standard error and ignored.
     """
     from evaluate.files import finished
+    from evaluate.kept.evaluations import folders
 
     run_dir, found = path if path.is_dir() else path.parent, None
-    for folder in (run_dir / "evaluation", *sorted(run_dir.glob("evaluations/*"))):
+    for folder in folders(run_dir):
         try:
             metrics = finished(folder)
         except InputError as error:

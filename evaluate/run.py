@@ -131,7 +131,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
         metrics = _write(folder, job, results, latent_catalogue, language, log)
         remove_answered(job.run_dir, Evaluation(folder, metrics))
         there = read_all(job.run_dir)
-        show_beside(there, job.provenance.weights_sha256)
+        show_beside(there)
         _show_notes(job, there)
     return metrics, True
 
@@ -179,7 +179,7 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
         if again := find(there, job.provenance):
             settle(again, place(job.run_dir, again.metrics, job.own))
             there = read_all(job.run_dir)
-        show_beside(there, job.provenance.weights_sha256)
+        show_beside(there)
         _show_notes(job, there)
     return earlier.metrics
 

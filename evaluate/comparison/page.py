@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import JsonValue
 
@@ -39,7 +40,7 @@ def write_page(folder: Path, values: Comparison) -> None:
         number_of=number_of,
         cell=cell,
         level=level,
-        reports={each.transcoder: each.report for each in values.transcoders},
+        reports={each.transcoder: each.report and quote(each.report) for each in values.transcoders},
         others=[each.transcoder for each in values.transcoders[1:]],
         ranges={name: l0_range(points) for name, points in series.items()},
         settings={

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from common.files import write_whole
 from common.numbers import number_or_dash
-from evaluate.files import latents_of
+from evaluate.files import Asked, Done, latents_of
 from evaluate.kept.evaluations import Evaluation, There, of_weights
 from evaluate.records import PrefixMetrics
 from evaluate.report.console import increase, split_name
@@ -193,10 +193,15 @@ def changed_pages(there: There, weights_sha256: str) -> dict[Path, bytes]:
     return changed
 
 
-def show_beside(there: There, weights_sha256: str) -> None:
-    """Write the columns into every page that lacks them; the caller holds the run's lock."""
-    for path, page in changed_pages(there, weights_sha256).items():
-        write_whole(path, page)
+def show_beside(there: There) -> None:
+    """Write the columns into every page that lacks them; the caller holds the run's lock.
+
+    Of all weights: an evaluation of the present ones may have taken the place of one beside an older page.
+    """
+    known = (Done.model_validate(values).provenance or Asked() for _, values in there)
+    for weights in {of.weights_sha256 for of in known}:
+        for path, page in changed_pages(there, weights).items():
+            write_whole(path, page)
 
 
 def _section(shown: Sequence[Side], table: Sequence[Line], folder: Path) -> Markup:

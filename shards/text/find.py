@@ -84,7 +84,7 @@ def find(
 ) -> Found:
     """What `StoreSplit.find` gives, of the split's first `n_rows` rows.
 
-    Two bits of bookkeeping a token are held, and READ contexts of text.
+    Two bytes of bookkeeping a token are held, and READ contexts of text.
     """
     regex = _compiled(pattern, group)
     covered = np.zeros(split.contexts.shape, bool)

@@ -365,7 +365,7 @@ function drawFamilies() {
   if (!roots.length) $("families").append(make("p", "note", "No latent has a parent in a coarser group."));
 }
 
-// ---- tabs, prefix, theme, keys ----
+// ---- tabs, prefix, keys ----
 
 const tabs = [...document.querySelectorAll('[role="tab"]')];
 function show(name, focus = false) {
@@ -403,18 +403,6 @@ function go() { // where the address leads: #latent=7&prefix=1, #tab=error; #lat
   setPrefix(number(g, G) >= 0 ? +g : G - 1);
   if (number(f, F) >= 0) visit(+f);
   else if (tabs.some((tab) => tab.getAttribute("aria-controls") === name)) show(name);
-}
-function setTheme(name) {
-  document.documentElement.dataset.theme = name;
-  try { localStorage.setItem("theme", name); } catch { /* storage can be forbidden for files */ }
-}
-function startTheme() {
-  let saved = null;
-  try { saved = localStorage.getItem("theme"); } catch { /* as above */ }
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  document.documentElement.dataset.theme = saved || (dark.matches ? "dark" : "light");
-  dark.addEventListener("change", (event) => { if (!saved) document.documentElement.dataset.theme = event.matches ? "dark" : "light"; });
-  $("theme").onclick = () => { saved = document.documentElement.dataset.theme === "dark" ? "light" : "dark"; setTheme(saved); };
 }
 function sortable(table) { // a click on a column's title: largest first, then smallest
   const body = table.tBodies[0], value = (row, i) => { const x = parseFloat(row.cells[i].textContent.replaceAll(",", "")); return Number.isNaN(x) ? -Infinity : x; };
@@ -480,7 +468,7 @@ function keys(event) {
   else if (by && (event.key.length === 1 || document.activeElement === $("list"))) { event.preventDefault(); step(by); }
 }
 function start() {
-  startTheme();
+  themed();
   startControls();
   requestAnimationFrame(() => setTimeout(() => { // the numbers are painted before the latents are read
     loadData();

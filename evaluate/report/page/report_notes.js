@@ -71,6 +71,7 @@ function fieldsOf(text, delimiter) { // the lines of a CSV file, each with its f
   }
   return lines;
 }
+const whole = (text) => /^\d{1,9}(\.0)?$/.test(text) ? parseInt(text, 10) : NaN;
 function notesIn(text, latents) { // latent -> note; an error of one line, as of evaluate/notes.py
   const delimiter = [",", ";", "\t"].reduce((a, b) => (text.split("\n", 1)[0].split(b).length > text.split("\n", 1)[0].split(a).length ? b : a));
   const [head, ...lines] = fieldsOf(text, delimiter);
@@ -80,9 +81,9 @@ function notesIn(text, latents) { // latent -> note; an error of one line, as of
   lines.forEach((fields, i) => {
     if (!fields.some((field) => field.trim())) return;
     const place = `line ${i + 2}: `, value = (name) => (fields[names.indexOf(name)] ?? "").trim();
-    if (fields.length > names.length) throw new Error(`${place}expected ${names.length} values, found ${fields.length}`);
-    if (value("layer") !== run.layer) throw new Error(`${place}layer: expected ${run.layer}, this page's, found ${value("layer")}`);
-    const f = /^\d{1,9}(\.0)?$/.test(value("latent")) ? parseInt(value("latent"), 10) : NaN;
+    if (fields.slice(names.length).some((field) => field.trim())) throw new Error(`${place}expected ${names.length} values, found ${fields.length}`);
+    if (whole(value("layer")) !== +run.layer) throw new Error(`${place}layer: expected ${run.layer}, this page's, found ${value("layer")}`);
+    const f = whole(value("latent"));
     if (!(f < latents)) throw new Error(`${place}latent: expected 0 to ${latents - 1}, found ${value("latent")}`);
     if (notes.has(f)) throw new Error(`${place}latent ${f} is there twice`);
     const text = value("score").replace(/^(-?\d+),(\d+)$/, "$1.$2"), score = text === "" ? null : Number(text);

@@ -20,7 +20,7 @@ from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.report.sides import START, lines, median_density, moved, sides
 from evaluate.run import evaluate
 from shards import Store
-from tests.evaluate.runs import D_IN, D_OUT, make_run, settings_of
+from tests.evaluate.runs import D_IN, D_OUT, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
 from transcoder import Transcoder
 from transcoder.weights import FILE_NAME, read_metadata
@@ -124,6 +124,18 @@ def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
     evaluate(settings_of(root), 0)
     assert "tests/tiny" in (page := (run_dir / "evaluation/report.html").read_text())
     assert f"{other.provenance.dataset}, held-out" not in page
+
+
+def test_a_page_of_older_weights_shows_nothing_that_is_gone(root: Path) -> None:
+    run_dir = settings_of(root).run_dir()
+    for more in ((), TRAIN):
+        evaluate(settings_of(root, *more), 0)
+    page = run_dir / "evaluation/report.html"
+    assert '<table class="numbers" id="sides">' in page.read_text()
+    metadata = Transcoder.load(run_dir).metadata
+    replace(tiny_transcoder(seed=3), metadata=metadata).save(run_dir)
+    evaluate(settings_of(root, *TRAIN), 0)
+    assert '<table class="numbers" id="sides">' not in page.read_text()
 
 
 def test_a_note_is_shown_in_the_pages_of_all_evaluations(root: Path) -> None:

@@ -28,6 +28,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values["lines"][-1]["equal_latents"]["fvu"] = -0.1858
     values["lines"][-1]["difference"]["fvu"] = -0.5
     values["transcoders"][-1]["transcoder"] = OTHER
+    values["transcoders"][-1]["report"] = "../../run #2/evaluation/report.html"
     values["equal_l0"] = []
     values["differing_settings"] = {
         "train.lr": {"demo": 0.003},
@@ -82,6 +83,8 @@ def test_what_is_not_equal_or_not_known_is_said(opened: Opened) -> None:
     assert f"No equal L0: demo has 16.1 to 28.7, {OTHER} has 9.0." in text
     assert f"Not known of {OTHER}" in text
     assert "train.lr\t0.003" in text
+    link = opened.page.get_by_role("link", name=OTHER)
+    assert link.get_attribute("href") == "../../run%20%232/evaluation/report.html"
     assert "transcoder.group_sizes\t288, 1728" in text
     assert opened.page.evaluate("window.hacked") is None
 
