@@ -99,7 +99,7 @@ def _step(objective: Objective, device: torch.device, batch: int, d: int) -> dic
 
     @torch.no_grad()
     def once(dead: torch.Tensor) -> None:
-        _, gradients = compute(adam.parameters, x, y, dead, objective.k, None)
+        _, gradients = compute(adam.parameters, x, y, dead, objective.k)
         apply(adam, gradients, 1e-4)
 
     if device.type == "cuda":

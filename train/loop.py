@@ -28,16 +28,14 @@ from train.measure import PROBE_ROWS, measure, training_cut
 from train.recipe import Recipe, check_precision, initial
 from train.state import State
 from train.step.dense import DenseStep
-from train.step.gradients import Gradients
+from train.step.gradients import Step
 from train.step.losses import Objective, StepValues, revival
 from train.step.matrix import MatrixStep
 from train.step.optimizer import apply
 from train.step.sparse import Buffers, SparseStep
 from transcoder.entries import Entries
-from transcoder.transcoder import Parameters, Transcoder
+from transcoder.transcoder import Transcoder
 from transcoder.weights import FILE_NAME
-
-Step = Callable[[Parameters, Tensor, Tensor, Tensor, int, Tensor | None], tuple[StepValues, Gradients]]
 
 RESTRAINT = 3.0
 """Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""
@@ -105,10 +103,11 @@ class Run:
         device: torch.device,
         peers: Processes = ALONE,
         buffers: Buffers | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         self.settings, self.store, self.peers = settings, store, peers
         self.dir = settings.run_dir()
-        self.recipe = Recipe.of(settings, store, device)
+        self.recipe = recipe or Recipe.of(settings, store, device)
         record.refuse_another(self.dir, settings, store.manifest.fingerprint)
         self.step = step_for(self.recipe.objective, device, peers, buffers)
         parameters = initial(settings, self.recipe, store, device)
@@ -265,7 +264,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     _check_store(wanted[0], store)
     for settings in wanted:
         check_precision(device, settings.train.precision)
-    _check_memory(wanted, store, device)
+    recipes = [Recipe.of(settings, store, device) for settings in wanted]  # each reads rows of the store
+    _check_memory(recipes, wanted, store, device)
     log.check(wanted[0].wandb)
     with joined(device) as peers, ExitStack() as locks:
         for folder in [settings.run_dir() for settings in wanted] if peers.leads else ():
@@ -274,7 +274,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
         runs: list[Run] = []
         try:
             buffers = Buffers()
-            runs += [Run(settings, store, device, peers, buffers) for settings in wanted]
+            pairs = zip(wanted, recipes, strict=True)
+            runs += [Run(settings, store, device, peers, buffers, recipe) for settings, recipe in pairs]
             _feed_all(runs, store, peers)
             for run in runs:
                 run.finish()
@@ -290,16 +291,12 @@ def _check_store(settings: Settings, store: Store) -> None:
     store.train.loader(settings.train.batch_size, world=world())
 
 
-def _check_memory(wanted: list[Settings], store: Store, device: torch.device) -> None:
+def _check_memory(recipes: list[Recipe], wanted: list[Settings], store: Store, device: torch.device) -> None:
     source = store.manifest.source
     widths = source.d_in, source.d_out
     state, on_top = 0, 0
-    for settings in wanted:
-        objective, transcoder, train = (
-            Recipe.of(settings, store, device).objective,
-            settings.transcoder,
-            settings.train,
-        )
+    for recipe, settings in zip(recipes, wanted, strict=True):
+        objective, transcoder, train = recipe.objective, settings.transcoder, settings.train
         state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
         on_top = max(on_top, memory.passing(objective, *widths, train.batch_size, device))
     memory.check(state, on_top, device)

@@ -47,20 +47,19 @@ def labels(
 ) -> list[Label]:
     """Of each node; `pieces`: the text's tokens."""
     found: list[Label] = [Label("", "", [], [])] * len(nodes)
-    for layer in np.unique(nodes.layer[nodes.kind == LATENT]).tolist():
-        own = np.flatnonzero((nodes.kind == LATENT) & (nodes.layer == layer))
-        numbers = nodes.number[own]
-        rows = coders[layer].W_dec[torch.from_numpy(numbers).to(model.device)]
-        promoted = logit_effects(model, rows).promoted
-        fires: list[list[str]] = [[]] * len(own)
-        if layer in evaluations:
-            known = label_words(evaluations[layer], tokens)
-            fires = [known[number] for number in numbers.tolist()]
-        for node, words, raised in zip(own.tolist(), fires, promoted.tolist(), strict=True):
-            promotes = [tokens.label(token) for token in raised]
-            parts = [("fires on", words), ("promotes", promotes)]
-            text = "; ".join(f"{what} {_listed(some)}" for what, some in parts if some)
-            found[node] = Label(text, "", words, promotes)
+    latents = np.flatnonzero(nodes.kind == LATENT)
+    places = [*zip(nodes.layer[latents].tolist(), nodes.number[latents].tolist(), strict=True)]
+    with_words = {layer for layer, _ in places} & evaluations.keys()
+    known = {layer: label_words(evaluations[layer], tokens) for layer in with_words}
+    # Of all layers at once: a call begins with 1,536 random directions.
+    rows = [coders[layer].W_dec[number] for layer, number in places]
+    promoted = logit_effects(model, torch.stack(rows)).promoted.tolist() if rows else []
+    for node, (layer, number), raised in zip(latents.tolist(), places, promoted, strict=True):
+        words = known[layer][number] if layer in known else []
+        promotes = [tokens.label(token) for token in raised]
+        parts = [("fires on", words), ("promotes", promotes)]
+        text = "; ".join(f"{what} {_listed(some)}" for what, some in parts if some)
+        found[node] = Label(text, "", words, promotes)
     for node in np.flatnonzero(nodes.kind != LATENT).tolist():
         kind, position, number = (int(each[node]) for each in (nodes.kind, nodes.position, nodes.number))
         word = tokens.label(number) if kind == LOGIT else pieces[position]

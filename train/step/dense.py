@@ -28,11 +28,7 @@ class DenseStep:
         k: int,
         weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
-        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
-
-        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses; None: all 1. The values
-        cover all peers' rows, the gradients this process's part of them.
-        """
+        """See `Step`."""
         objective, peers = self.objective, self.peers
         with torch.enable_grad():
             leaves = parameters.map(lambda tensor: tensor.detach().requires_grad_())

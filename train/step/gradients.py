@@ -5,12 +5,14 @@ while it is in the cache, and freed. (At 18,432 x 2,304 the allocation of a grad
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from common.processes import Processes
+from train.step.losses import StepValues
+from transcoder.transcoder import Parameters
 
 
 class Block(NamedTuple):
@@ -70,3 +72,24 @@ class Gradients(NamedTuple):
         blocks = list(self.blocks())
         names = ("W_enc", "b_enc", "W_dec")
         return {name: torch.cat([getattr(block, name) for block in blocks]) for name in names} | self.shared
+
+
+@runtime_checkable
+class Step(Protocol):
+    """The forward and backward pass of a training step; dense.py, sparse.py and matrix.py have one each."""
+
+    def __call__(
+        self,
+        parameters: Parameters,
+        x: Tensor,
+        y: Tensor,
+        dead: Tensor,
+        k: int,
+        weights: Tensor | None = None,
+    ) -> tuple[StepValues, Gradients]:
+        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
+
+        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses; None: all 1. The values
+        cover all peers' rows, the gradients this process's part of them.
+        """
+        ...

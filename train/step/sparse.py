@@ -71,11 +71,7 @@ class SparseStep:
         k: int,
         weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
-        """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
-
-        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses; None: all 1. The values
-        cover all peers' rows, the gradients this process's part of them.
-        """
+        """See `Step`."""
         objective, peers = self.objective, self.peers
         pre = self._encode(parameters, x)
         entries, cut = self._select(parameters, x, pre, k)
