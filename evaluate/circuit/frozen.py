@@ -24,7 +24,7 @@ EMBEDDING, FINAL = "blocks.0.hook_in", "unembed.hook_in"
 HELD = ("hook_pattern", "hook_scale")
 """Last parts of the names of hook points whose tensors are held fixed."""
 TOLERANCE = 1e-4
-"""Of what the frozen map makes of the model's own values, relative to the largest: float32 rounds 100 times finer."""
+"""Relative to the largest: float32 rounds 100 times finer."""
 
 
 class Reads(NamedTuple):
@@ -70,29 +70,38 @@ class Frozen:
         self.logits = logits[0, -1].float()
         """[V], of the last position, after a soft cap."""
         model.bridge.requires_grad_(False)
+        self._check()
         self._leaves = [each.clone().requires_grad_() for each in (self.embedding, *self.written)]
-        try:
-            self.linear = self.run(self._leaves[0], self._leaves[1:])
-        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
-            raise InputError(  # OLMo: its norm has no gain, which TransformerLens expects where a hook sets the scale
-                f"{model.name}: TransformerLens cannot hold its norms and attention patterns fixed: "
-                f"{first_line(error)}; {self._cannot}"
-            ) from error
-        for layer in range(model.n_layers + 1):
-            self._check(layer, self.linear.at(layer).detach(), self.reads.at(layer))
+        self.linear = self.run(self._leaves[0], self._leaves[1:])
 
     @property
     def _cannot(self) -> str:
         return "circuits of this family cannot be traced"
 
-    def _check(self, layer: int, found: Tensor, expected: Tensor) -> None:
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if not error <= TOLERANCE:  # NaN too
-            where = "the unembedding" if layer == self.model.n_layers else f"the MLP of layer {layer}"
-            raise InputError(
-                f"{self.model.name}: with attention patterns and norms held fixed, {where} reads other values than "
-                f"in the model as it is (deviation {error:.2g}, expected at most {TOLERANCE:g}); {self._cannot}"
-            )
+    def _check(self) -> None:
+        """The map must give the model's own values back.
+
+        Without skip connections, which are the transcoders' and not the family's: W_skip acts on inputs that the
+        norms' scales have multiplied, so it can pass the rounding of one layer on to the next many times enlarged.
+        """
+        try:
+            with torch.no_grad():
+                reads = self.run(self.embedding, self.outputs, skips=False)
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            raise InputError(  # OLMo: its norm has no gain, which TransformerLens expects where a hook sets the scale
+                f"{self.model.name}: TransformerLens cannot hold its norms and attention patterns fixed: "
+                f"{first_line(error)}; {self._cannot}"
+            ) from error
+        for layer in range(self.model.n_layers + 1):
+            found, expected = reads.at(layer), self.reads.at(layer)
+            error = float((found - expected).abs().max() / expected.abs().max())
+            if not error <= TOLERANCE:  # NaN too
+                where = "the unembedding" if layer == self.model.n_layers else f"the MLP of layer {layer}"
+                raise InputError(
+                    f"{self.model.name}: with attention patterns and norms held fixed, {where} reads other values "
+                    f"than in the model as it is (deviation {error:.2g}, expected at most {TOLERANCE:g}); "
+                    f"{self._cannot}"
+                )
 
     @property
     def written(self) -> list[Tensor]:
@@ -109,8 +118,11 @@ class Frozen:
             return torch.zeros_like(inputs)
         return torch.where(self._kept, linear(inputs, matrix.to(inputs)), 0)
 
-    def run(self, embedding: Tensor, written: Sequence[Tensor]) -> Reads:
-        """What is read when these [T, D] are the embeddings and what each MLP writes: see `written`."""
+    def run(self, embedding: Tensor, written: Sequence[Tensor], skips: bool = True) -> Reads:
+        """What is read when these [T, D] are the embeddings and what each MLP writes: see `written`.
+
+        Without `skips`, `written` is all that an MLP writes.
+        """
         read: dict[str, Tensor] = {}
 
         def fixed(value: Tensor) -> Callable[..., Tensor]:
@@ -120,9 +132,11 @@ class Frozen:
             return lambda tensor, hook: read.__setitem__(name, tensor[0])
 
         def write(layer: int) -> Callable[..., Tensor]:
-            return lambda tensor, hook: (written[layer] + self._skipped(layer, read[self._reads[layer]]))[
-                None
-            ].clone()
+            def written_at(tensor: Tensor, hook: Any) -> Tensor:
+                passed = self._skipped(layer, read[self._reads[layer]]) if skips else 0
+                return (written[layer] + passed)[None].clone()
+
+            return written_at
 
         hooks: list[tuple[str, Callable[..., Any]]] = [
             (EMBEDDING, fixed(embedding[None].clone())),
