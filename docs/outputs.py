@@ -6,12 +6,14 @@ from pathlib import Path
 
 from evaluate.comparison.records import Comparison
 from evaluate.model.records import ModelMetrics
+from evaluate.probe.records import Probes
 from evaluate.prompt.records import Prompt
 from evaluate.records import Metrics, Record
 
 DOCUMENT = Path(__file__).with_name("outputs.md")
 FILES = {
     "evaluation/metrics.json": Metrics,
+    "evaluation/probes.json": Probes,
     "comparison/compare.json": Comparison,
     "sets/<run>/model.json": ModelMetrics,
     "prompts/<text>/prompt.json": Prompt,

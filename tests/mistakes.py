@@ -323,6 +323,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a shard is cut short": lambda: cut(STORE / "train/inputs/c/0/0"),
     "a shard is missing (the language model's losses stay)": lambda: remove(STORE / "heldout/outputs/c/0/0"),
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
+    "labels of another text": lambda: write_jsonl(Path("text.jsonl"), sentences(199)),
     "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
     "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
