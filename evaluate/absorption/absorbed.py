@@ -11,7 +11,8 @@ from scipy.sparse import csr_matrix
 SHARE = 0.4
 """Of a row's effect that must come from the absorbing latents; this and the next three as SAEBench 0.6 has them."""
 ALIGNED, PARTLY_ALIGNED = 0.025, 0.1
-"""Least cosine of the absorbing latent's decoder row and the direction; of those of a partial absorption."""
+"""Least cosine of an absorbing latent's decoder row and the direction, in outputs divided by their standard deviations;
+of those that absorb a part."""
 TOGETHER = 3
 """Latents that may absorb a part together."""
 NONE = -1
@@ -41,7 +42,7 @@ def absorbed(
     """Of activations [m, F] and the effect [m] `total` of each row's outputs on the direction's logit.
 
     A latent's effect on a row is (activation - usual) * effect: `usual` [F] is its mean activation on rows that are not
-    of the class, `effect` [F] the product of direction and decoder row, `cosine` [F] their cosine.
+    of the class, `effect` [F] the product of direction and decoder row, `cosine` [F] of the two, see `ALIGNED`.
     """
     m = len(total)
     row, latent = np.repeat(np.arange(m), np.diff(acts.indptr)), acts.indices.astype(np.int64)
@@ -51,8 +52,8 @@ def absorbed(
     by, most = _greatest(row[~is_main], latent[~is_main], own[~is_main], m)
     aligned = (by != NONE) & (cosine[by] >= ALIGNED)
     full = silent & aligned & (total > 0) & (most >= SHARE * total)
-    mains = np.bincount(row[is_main], (acts.data * effect[latent])[is_main], minlength=m)
-    mains -= (usual[main] * effect[main]).sum()
+    active = np.bincount(row[is_main], (acts.data * effect[latent])[is_main], minlength=m)
+    mains = active - (usual[main] * effect[main]).sum()
     partly = ~is_main & (cosine[latent] >= PARTLY_ALIGNED) & (own > 0)
     others = _largest(row[partly], own[partly], m)
     return Absorbed(silent, full, _fraction(mains, others, total), np.where(full, by, NONE))

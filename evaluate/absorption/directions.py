@@ -32,6 +32,8 @@ class Class:
     outputs: Accuracy
     direction: np.ndarray
     """[D_out] weights of the probe on the outputs: what its logit gains from each output."""
+    scale: np.ndarray
+    """[D_out] standard deviations of the outputs that the probe was fitted on, by which it divides them."""
     fitted: np.ndarray
     """Rows for fitting of which the class is asked, ascending."""
     measured: np.ndarray
@@ -77,7 +79,7 @@ def _class(task: Task, rows: Sample, sides: tuple[np.ndarray, np.ndarray], lotte
     for values in sides:
         probe = fit_probe(values[on], task.labels[on] == 1, INVERSE_PENALTY)
         probes.append(probe)
-        said.append(accuracy(probe.says(values[off]) == (task.labels[off] == 1), rows.context[off]))
+        said.append(accuracy(probe.says(values[off]) == (task.labels[off] == 1), rows.document[off]))
     members = np.flatnonzero(measuring == 1)
     both = np.all([probe.says(values[members]) for probe, values in zip(probes, sides, strict=True)], axis=0)
     return Class(
@@ -85,6 +87,7 @@ def _class(task: Task, rows: Sample, sides: tuple[np.ndarray, np.ndarray], lotte
         inputs=said[0],
         outputs=said[1],
         direction=probes[1].weights,
+        scale=sides[1][on].std(0, dtype=np.float64),
         fitted=np.flatnonzero(fitting != UNASKED),
         measured=np.flatnonzero(measuring != UNASKED),
         found=members[both],

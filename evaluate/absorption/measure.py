@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from common.progress import progress
 from evaluate.absorption.absorbed import NONE, absorbed
@@ -26,9 +26,10 @@ from evaluate.absorption.records import (
 )
 from evaluate.absorption.sample import Sample
 from evaluate.absorption.stability import Fired, partnered
-from evaluate.metrics.measure import Measurement, prefix_entries
+from evaluate.metrics.measure import Measurement
 from evaluate.metrics.rows import BLOCK_ROWS, Split, blocks
 from evaluate.probe.fit import accuracy
+from evaluate.probe.rows import values_of
 from transcoder import Transcoder
 
 FIRED_ROWS = 1 << 17
@@ -68,19 +69,6 @@ def passed(coders: Mapping[str, Transcoder], split: Split, n_rows: int) -> dict[
     }
 
 
-@torch.inference_mode()
-def activations(coder: Transcoder, inputs: torch.Tensor) -> list[csr_matrix]:
-    """[n, end] of each prefix, on its own threshold."""
-    parts: list[list[csr_matrix]] = [[] for _ in coder.prefix_ends]
-    for start, stop in blocks(len(inputs)):
-        pre = coder.pre_activations(inputs[start:stop].to(coder.W_dec.device))
-        for own, entries, end in zip(parts, prefix_entries(pre, coder), coder.prefix_ends, strict=True):
-            bounds = np.concatenate([[0], entries.l0().cumsum(0).cpu().numpy()])
-            values, latents = entries.values.cpu().numpy(), entries.latents.int().cpu().numpy()
-            own.append(csr_matrix((values, latents, bounds), shape=(stop - start, end)))
-    return [csr_matrix(vstack(own, format="csr")) for own in parts]
-
-
 def of_transcoder(
     name: str, coder: Transcoder, told: Sequence[Class], rows: Sample, held: Passed
 ) -> AbsorbedTranscoder:
@@ -89,7 +77,9 @@ def of_transcoder(
     W_dec = coder.W_dec.double().cpu().numpy()
     prefixes = []
     with progress(name, len(used) * len(coder.prefix_ends), "classes") as bar:
-        for acts, numbers in zip(activations(coder, rows.inputs), held.measurement.result(), strict=True):
+        for acts, numbers in zip(
+            values_of(coder, rows, np.arange(len(rows))).latents, held.measurement.result(), strict=True
+        ):
             classes = []
             for each in used:
                 classes.append(of_class(each, acts, rows, W_dec[: numbers.end]))
@@ -138,26 +128,29 @@ def of_class(each: Class, acts: csr_matrix, rows: Sample, W_dec: np.ndarray) -> 
     usual = np.asarray(fitted.T @ others).ravel()
     total = outputs[each.found] @ direction - others @ (outputs[each.fitted] @ direction)
     effect = W_dec @ direction
-    length = np.linalg.norm(W_dec, axis=1) * np.linalg.norm(direction)
+    moves = each.scale > 0
+    length = np.linalg.norm(W_dec[:, moves] / each.scale[moves], axis=1) * np.linalg.norm(
+        direction * each.scale
+    )
     cosine = np.divide(effect, length, out=np.zeros_like(effect), where=length > 0)
     found = absorbed(acts[each.found], main.latents, effect, cosine, usual, total)
-    context = rows.context[each.found]
+    document = rows.document[each.found]
     by, count = np.unique(found.by[found.by != NONE], return_counts=True)
     most = np.argsort(-count, kind="stable")[:ABSORBERS]
     return AbsorbedClass(
         family=each.task.family,
         name=each.task.name,
-        absorbed=_share(found.absorbed, context),
+        absorbed=_share(found.absorbed, document),
         fraction=float(found.fraction.mean()),
-        silent=_share(found.silent, context),
+        silent=_share(found.silent, document),
         latents=main.latents,
         f1=main.f1,
         absorbers=[Absorber(latent=int(by[i]), rows=int(count[i])) for i in most],
     )
 
 
-def _share(marks: np.ndarray, context: np.ndarray) -> Estimate:
-    value, error = accuracy(marks, context)
+def _share(marks: np.ndarray, document: np.ndarray) -> Estimate:
+    value, error = accuracy(marks, document)
     return Estimate(value=value, error=None if np.isnan(error) else error)
 
 

@@ -10,7 +10,7 @@ class Estimate(Record):
     value: float
     """the mean or the share"""
     error: float | None
-    """standard error: over classes for a mean of classes, over contexts for a share of rows; null for a single one"""
+    """standard error: over classes for a mean of classes, over documents for a share of rows; null for a single one"""
 
 
 class ToldClass(Record):

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.device import pick_device
+from common.errors import InputError
 from common.files import sha256
 from common.numbers import number_or_dash
 from common.settings import Settings
@@ -36,6 +37,11 @@ def absorption(settings: Settings, others: Sequence[str]) -> tuple[Absorption, P
     Writes absorption/absorption.json into the run's directory; returns its values and its path. Raises `InputError` for
     a store without train rows, and whatever `compare` refuses.
     """
+    if settings.evaluate.split != "heldout":
+        raise InputError(
+            "evaluate.split: expected heldout, as absorption is measured on other documents than probes are fitted on, "
+            f"found {settings.evaluate.split}"
+        )
     job = prepare(settings, ce_tokens=0)
     paths = [job.run_dir, *(chosen(settings.run_dir(), others) if others else [])]
     places = dict(zip(distinct_names(paths), paths, strict=True))

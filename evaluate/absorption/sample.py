@@ -5,16 +5,19 @@ Shapes: n rows, D_in, D_out.
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common.errors import InputError
 from common.tokens import TokenText
-from evaluate.metrics.rows import Split, TextSplit, blocks
+from evaluate.metrics.rows import Split, blocks
 from evaluate.probe.classes import UNASKED, Task, class_tasks, token_tasks
+from evaluate.probe.rows import Places, by_separator, by_stretch, places
 from shards import Store
-from shards.text.tokens import tokens_at
+from shards.manifest import Source
+from shards.store import StoreSplit
 
 PER_WORD = 8
 """Rows of one word at most: otherwise a class of words would be its most frequent one."""
@@ -42,13 +45,20 @@ class Sample:
     """[n] int64: number of the row in its split, ascending in each."""
     word: np.ndarray
     """[n] int64: the same for the same word, in either case."""
-    context: np.ndarray
-    """[n] int64: number of its context in its split."""
+    document: np.ndarray
+    """[n] int32: number of its document in its split, see `documents`."""
     inputs: torch.Tensor
     """[n, D_in]"""
     outputs: torch.Tensor
     """[n, D_out]"""
     tasks: list[Task]
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a split's."""
+        return self.inputs[start:stop], self.outputs[start:stop]
 
 
 def sample(store: Store, n_measured: int) -> Sample:
@@ -61,20 +71,21 @@ def sample(store: Store, n_measured: int) -> Sample:
     source, text = store.manifest.source, store.train.text
     most = min(MOST, VALUES // (source.d_in + source.d_out))
     sides = [
-        _choose(store.train, min(len(store.train), SCANNED), text, False, most),
-        _choose(store.heldout, n_measured, text, True, most),
+        _choose(store.train, min(len(store.train), SCANNED), source, False, most),
+        _choose(store.heldout, n_measured, source, True, most),
     ]
     if not all(len(side.place) for side in sides):
         raise InputError(f"{store.path}: expected train and held-out rows of several words, found none")
-    place, word, token, previous, context = (
-        np.concatenate([getattr(side, name) for side in sides]) for name in _Side.__annotations__
+    place, word = (np.concatenate([getattr(side, name) for side in sides]) for name in ("place", "word"))
+    token, previous, document = (
+        np.concatenate(both) for both in zip(*(side.places for side in sides), strict=True)
     )
     rows = [_read(split, side.place) for split, side in zip((store.train, store.heldout), sides, strict=True)]
     inputs, outputs = (torch.cat(parts) for parts in zip(*rows, strict=True))
     tasks = token_tasks(text, token, previous)
     tasks += class_tasks("ending", ENDINGS, endings(text, token))
     apart = np.arange(len(place)) >= len(sides[0].place)
-    return Sample(apart, place, word, context, inputs, outputs, tasks)
+    return Sample(apart, place, word, document, inputs, outputs, tasks)
 
 
 def endings(text: TokenText, token: np.ndarray) -> np.ndarray:
@@ -94,28 +105,24 @@ def endings(text: TokenText, token: np.ndarray) -> np.ndarray:
     return np.array([number(int(each)) for each in distinct], np.int8)[which]
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     """The chosen rows of one split; see `Sample`."""
 
     place: np.ndarray
     word: np.ndarray
-    token: np.ndarray
-    previous: np.ndarray
-    """Ids of the tokens before them, UNASKED at the start of a context."""
-    context: np.ndarray
+    places: Places
 
 
-def _choose(split: TextSplit, n_rows: int, text: TokenText, apart: bool, most: int) -> _Side:
-    context, position = split.provenance(0, n_rows)
-    token = tokens_at(split.contexts, context, position)
-    distinct, which = np.unique(token, return_inverse=True)
-    word = np.array([_word(text.label(int(each))) for each in distinct], np.int64)[which]
+def _choose(split: StoreSplit, n_rows: int, source: Source, apart: bool, most: int) -> _Side:
+    contexts = split.contexts
+    joined = source.separator_token_id is not None
+    document = by_separator(contexts, source) if joined else by_stretch(contexts.shape)
+    found = places(split, n_rows, source, document)
+    distinct, which = np.unique(found.token, return_inverse=True)
+    word = np.array([_word(split.text.label(int(each))) for each in distinct], np.int64)[which]
     order = np.random.default_rng(0).permutation(np.flatnonzero((word % UNSEEN == 0) == apart))
     place = np.sort(order[_nth(word[order]) < PER_WORD][:most])
-    context, position = context[place], position[place]
-    before = tokens_at(split.contexts, context, np.maximum(position - 1, 0))
-    return _Side(place, word[place], token[place], np.where(position > 0, before, UNASKED), context)
+    return _Side(place, word[place], Places(*(each[place] for each in found)))
 
 
 def _word(label: str) -> int:
