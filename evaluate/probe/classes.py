@@ -16,6 +16,8 @@ from common.tokens import TokenText
 UNASKED = -1
 """In labels: a row of neither class. In tokens before a row: none is known."""
 LETTERS = string.ascii_lowercase
+MOST = 50
+"""Classes of one question, those with the most rows: each takes seconds to probe."""
 
 
 class Task(NamedTuple):
@@ -46,17 +48,20 @@ def token_tasks(text: TokenText, token: np.ndarray, previous: np.ndarray) -> lis
 
 
 def class_tasks(family: str, names: Sequence[str], number: np.ndarray) -> list[Task]:
-    """Each class that occurs against all others; of two classes one question, as the other one is its reverse.
+    """Each class that occurs against all others, the `MOST` with the most rows; of two classes one question, as the
+    other one is its reverse.
 
     `number` [n]: of each row's class among `names`, UNASKED for none.
     """
-    there = [c for c in range(len(names)) if (number == c).any()]
+    counts = np.bincount(number[number != UNASKED], minlength=len(names))
+    there = np.flatnonzero(counts)
     if len(there) < 2:
         return []
-    asked = there[:1] if len(there) == 2 else there
+    largest = there[np.argsort(-counts[there], kind="stable")][:MOST]
+    asked = there[:1] if len(there) == 2 else np.sort(largest)
     return [
         Task(family, names[c], np.where(number == UNASKED, UNASKED, number == c).astype(np.int8))
-        for c in asked
+        for c in asked.tolist()
     ]
 
 

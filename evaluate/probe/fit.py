@@ -3,6 +3,7 @@
 Shapes: n rows, D values of a row (dimensions, or latents).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +35,30 @@ class Probe(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """A share of right answers, and its standard error."""
+    """A share of right answers."""
 
     value: float
-    error: float
+    by_document: np.ndarray
+    """[documents] what each document's rows take the sum of right answers off `value`, over all rows; 0 without any"""
+    n_documents: int
+    """That have rows."""
+
+    @property
+    def error(self) -> float:
+        """Standard error over documents, whose rows are not independent; NaN of one document.
+
+        That of a ratio of sums over D documents: sqrt(D / (D - 1) sum_d (right_d - value n_d)^2) / n.
+        """
+        d = self.n_documents
+        return float(np.sqrt(d / (d - 1) * (self.by_document**2).sum())) if d > 1 else float("nan")
+
+    def less(self, other: "Accuracy") -> "Accuracy":
+        """The difference of two accuracies on the same documents, with its own error."""
+        return Accuracy(
+            self.value - other.value,
+            self.by_document - other.by_document,
+            max(self.n_documents, other.n_documents),
+        )
 
 
 def balanced(labels: np.ndarray, lottery: np.ndarray, most: int) -> np.ndarray:
@@ -109,16 +130,20 @@ def forward(values: csr_matrix, positive: np.ndarray, most: int) -> list[int]:
     return chosen
 
 
-def accuracy(right: np.ndarray, document: np.ndarray) -> Accuracy:
-    """Share of rows that are right [n] bool, with a standard error over documents, whose rows are not independent.
+def accuracy(right: np.ndarray, document: np.ndarray, n_documents: int = 0) -> Accuracy:
+    """Share of rows that are right [n], a bool or a share of several answers; `document` [n] of each row.
 
-    The error is that of a ratio of sums over D documents: sqrt(D / (D - 1) sum_d (right_d - share n_d)^2) / n.
-    Of one document there is none: NaN.
+    `n_documents`: of the split, where accuracies of several questions are put together (`mean_accuracy`).
     """
     share = float(right.mean())
-    _, which = np.unique(document, return_inverse=True)
-    residual = np.bincount(which, right - share)
-    n = len(residual)
+    residual = np.bincount(document, right - share, minlength=n_documents) / len(right)
+    return Accuracy(share, residual, len(np.unique(document)))
+
+
+def mean_accuracy(parts: Sequence[Accuracy]) -> Accuracy:
+    """Of several questions, each with the same weight; a document's rows in all of them count as one sample."""
     return Accuracy(
-        share, float(np.sqrt(n / (n - 1) * (residual**2).sum()) / len(right)) if n > 1 else np.nan
+        float(np.mean([each.value for each in parts])),
+        np.mean([each.by_document for each in parts], axis=0),
+        max(each.n_documents for each in parts),
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from evaluate.probe.fit import accuracy, balanced, fit_dense, fit_probe, forward
+from evaluate.probe.fit import accuracy, balanced, fit_dense, fit_probe, forward, mean_accuracy
 
 RNG = np.random.default_rng(0)
 POSITIVE = np.arange(400) % 2 == 0
@@ -80,6 +80,29 @@ def test_the_error_counts_documents_not_rows() -> None:
     """Four documents of one row each: the usual sqrt(p (1 - p) / (n - 1)); ten copies of each row change nothing."""
     right = np.array([True, True, True, False])
     found = accuracy(right, np.arange(4))
-    assert found == pytest.approx((0.75, np.sqrt(0.75 * 0.25 / 3)))
-    assert accuracy(np.repeat(right, 10), np.repeat(np.arange(4), 10)) == pytest.approx(found)
-    assert np.isnan(accuracy(right, np.zeros(4)).error)
+    assert (found.value, found.error) == pytest.approx((0.75, np.sqrt(0.75 * 0.25 / 3)))
+    tenfold = accuracy(np.repeat(right, 10), np.repeat(np.arange(4), 10))
+    assert (tenfold.value, tenfold.error) == pytest.approx((found.value, found.error))
+    assert np.isnan(accuracy(right, np.zeros(4, int)).error)
+
+
+def test_the_error_of_a_difference_is_that_of_paired_rows() -> None:
+    """Two probes that err on the same rows differ by nothing, without error; errors on other rows add up."""
+    document = np.arange(100) // 2
+    first = accuracy(np.arange(100) % 4 > 0, document, 60)
+    assert first.less(first).error == 0
+    other = accuracy(np.arange(100) % 4 != 2, document, 60)
+    gap = first.less(other)
+    assert gap.value == 0
+    per_document = np.where(np.arange(50) % 2 == 0, -0.01, 0.01)  # one of 100 rows lost, or won
+    assert gap.error == pytest.approx(np.sqrt(50 / 49 * (per_document**2).sum()))
+
+
+def test_the_error_of_a_mean_counts_a_document_once() -> None:
+    """The same answers to two questions are as uncertain as to one; answers in other documents halve the variance."""
+    right, document = np.arange(100) % 4 > 0, np.arange(100)
+    one = accuracy(right, document, 200)
+    assert mean_accuracy([one, one]).error == pytest.approx(one.error)
+    two = mean_accuracy([one, accuracy(right, document + 100, 200)])
+    assert two.value == 0.75
+    assert two.error == pytest.approx(one.error / np.sqrt(2), rel=1e-3)
