@@ -4,6 +4,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.absorption.records import Absorption
 from evaluate.comparison.records import Comparison
 from evaluate.model.records import ModelMetrics
 from evaluate.prompt.records import Prompt
@@ -13,6 +14,7 @@ DOCUMENT = Path(__file__).with_name("outputs.md")
 FILES = {
     "evaluation/metrics.json": Metrics,
     "comparison/compare.json": Comparison,
+    "absorption/absorption.json": Absorption,
     "sets/<run>/model.json": ModelMetrics,
     "prompts/<text>/prompt.json": Prompt,
 }

@@ -79,7 +79,8 @@ def _class(task: Task, rows: Sample, sides: tuple[np.ndarray, np.ndarray], lotte
     for values in sides:
         probe = fit_probe(values[on], task.labels[on] == 1, INVERSE_PENALTY)
         probes.append(probe)
-        said.append(accuracy(probe.says(values[off]) == (task.labels[off] == 1), rows.document[off]))
+        right = probe.says(values[off]) == (task.labels[off] == 1)
+        said.append(accuracy(right, rows.document[off]))
     members = np.flatnonzero(measuring == 1)
     both = np.all([probe.says(values[members]) for probe, values in zip(probes, sides, strict=True)], axis=0)
     return Class(

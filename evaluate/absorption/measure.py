@@ -28,7 +28,7 @@ from evaluate.absorption.sample import Sample
 from evaluate.absorption.stability import Fired, partnered
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.rows import BLOCK_ROWS, Split, blocks
-from evaluate.probe.fit import accuracy
+from evaluate.probe.fit import Accuracy, accuracy
 from evaluate.probe.rows import values_of
 from transcoder import Transcoder
 
@@ -150,8 +150,12 @@ def of_class(each: Class, acts: csr_matrix, rows: Sample, W_dec: np.ndarray) -> 
 
 
 def _share(marks: np.ndarray, document: np.ndarray) -> Estimate:
-    value, error = accuracy(marks, document)
-    return Estimate(value=value, error=None if np.isnan(error) else error)
+    return estimate(accuracy(marks, document))
+
+
+def estimate(share: Accuracy) -> Estimate:
+    """A share of rows, its error over documents."""
+    return Estimate(value=share.value, error=None if np.isnan(share.error) else share.error)
 
 
 def difference(other: AbsorbedTranscoder, run: AbsorbedTranscoder) -> AbsorptionDifference:

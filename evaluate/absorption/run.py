@@ -14,7 +14,7 @@ from common.numbers import number_or_dash
 from common.settings import Settings
 from evaluate.absorption import FILE
 from evaluate.absorption.directions import ENOUGH, Class, classes
-from evaluate.absorption.measure import difference, of_transcoder, passed, stability
+from evaluate.absorption.measure import difference, estimate, of_transcoder, passed, stability
 from evaluate.absorption.records import Absorption, Estimate, ToldClass
 from evaluate.absorption.sample import Sample, sample
 from evaluate.compare import chosen, distinct_names, provenance_of_all
@@ -82,8 +82,8 @@ def _told(each: Class, rows: Sample) -> ToldClass:
         name=each.task.name,
         rows=int(own.sum()),
         words=len(set(rows.word[own].tolist())),
-        inputs=Estimate(**each.inputs._asdict()),
-        outputs=Estimate(**each.outputs._asdict()),
+        inputs=estimate(each.inputs),
+        outputs=estimate(each.outputs),
         used=each.used,
         found=len(each.found),
     )

@@ -13,7 +13,7 @@ import torch
 from common.errors import InputError
 from common.tokens import TokenText
 from evaluate.metrics.rows import Split, blocks
-from evaluate.probe.classes import UNASKED, Task, class_tasks, token_tasks
+from evaluate.probe.classes import UNASKED, Task, token_tasks
 from evaluate.probe.rows import Places, by_separator, by_stretch, places
 from shards import Store
 from shards.manifest import Source
@@ -82,8 +82,7 @@ def sample(store: Store, n_measured: int) -> Sample:
     )
     rows = [_read(split, side.place) for split, side in zip((store.train, store.heldout), sides, strict=True)]
     inputs, outputs = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    tasks = token_tasks(text, token, previous)
-    tasks += class_tasks("ending", ENDINGS, endings(text, token))
+    tasks = [*token_tasks(text, token, previous), *_ending_tasks(endings(text, token))]
     apart = np.arange(len(place)) >= len(sides[0].place)
     return Sample(apart, place, word, document, inputs, outputs, tasks)
 
@@ -105,6 +104,14 @@ def endings(text: TokenText, token: np.ndarray) -> np.ndarray:
     return np.array([number(int(each)) for each in distinct], np.int8)[which]
 
 
+def _ending_tasks(number: np.ndarray) -> list[Task]:
+    asked = number != UNASKED
+    return [
+        Task("ending", name, np.where(asked, number == each, UNASKED).astype(np.int8))
+        for each, name in enumerate(ENDINGS)
+    ]
+
+
 class _Side(NamedTuple):
     """The chosen rows of one split; see `Sample`."""
 
@@ -115,7 +122,7 @@ class _Side(NamedTuple):
 
 def _choose(split: StoreSplit, n_rows: int, source: Source, apart: bool, most: int) -> _Side:
     contexts = split.contexts
-    joined = source.separator_token_id is not None
+    joined = source.pack == "concat" and source.separator_token_id is not None
     document = by_separator(contexts, source) if joined else by_stretch(contexts.shape)
     found = places(split, n_rows, source, document)
     distinct, which = np.unique(found.token, return_inverse=True)

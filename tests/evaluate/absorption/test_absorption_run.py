@@ -81,7 +81,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("absorption")
     settings = settings_of(root)
     sides = {split: planted(n) for split, n in ROWS.items()}
-    make_store(settings.store_path(0), *sides.values(), vocabulary=VOCABULARY, separator_token_id=None)
+    make_store(settings.store_path(0), *sides.values(), vocabulary=VOCABULARY)
     for name, (absorbing, split) in {
         "tiny": (True, True),
         "plain": (False, False),
@@ -196,9 +196,7 @@ def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.C
         (inputs, np.random.default_rng(3).standard_normal(outputs.shape).astype(np.float32))
         for inputs, outputs in (planted(n) for n in ROWS.values())
     ]
-    make_store(
-        settings.store_path(0), *sides, vocabulary=VOCABULARY, model="tests/dumb", separator_token_id=None
-    )
+    make_store(settings.store_path(0), *sides, vocabulary=VOCABULARY, model="tests/dumb")
     settings.run_dir().mkdir(parents=True)
     coder(True, True).save(settings.run_dir())
     found, file = absorption(settings, [])
