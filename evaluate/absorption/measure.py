@@ -84,14 +84,14 @@ def of_transcoder(
             for each in used:
                 classes.append(of_class(each, acts, rows, W_dec[: numbers.end]))
                 bar.update(1)
-            means = {key: mean_of([_value(one, key) for one in classes]) for key in MEANS}
+            means = {key: mean_of([value_of(one, key) for one in classes]) for key in MEANS}
             prefixes.append(
                 AbsorbedPrefix(end=numbers.end, fvu=numbers.fvu, l0=numbers.l0, **means, classes=classes)
             )
     return AbsorbedTranscoder(transcoder=name, prefixes=prefixes)
 
 
-def _value(one: AbsorbedClass, key: str) -> float:
+def value_of(one: AbsorbedClass, key: str) -> float:
     """What is averaged over classes."""
     match key:
         case "latents":
@@ -162,7 +162,7 @@ def difference(other: AbsorbedTranscoder, run: AbsorbedTranscoder) -> Absorption
     """The full dictionaries' numbers, `other` less `run`, class by class."""
     theirs, own = other.prefixes[-1], run.prefixes[-1]
     pairs = [*zip(theirs.classes, own.classes, strict=True)]
-    less = {key: mean_of([_value(a, key) - _value(b, key) for a, b in pairs]) for key in MEANS}
+    less = {key: mean_of([value_of(a, key) - value_of(b, key) for a, b in pairs]) for key in MEANS}
     fvu = None if theirs.fvu is None or own.fvu is None else theirs.fvu - own.fvu
     return AbsorptionDifference(other=other.transcoder, fvu=fvu, **less)
 
