@@ -325,6 +325,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
     "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
     "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
+    "removed train rows that absorption needs": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),

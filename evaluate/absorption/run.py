@@ -43,6 +43,7 @@ def absorption(settings: Settings, others: Sequence[str]) -> tuple[Absorption, P
             f"found {settings.evaluate.split}"
         )
     job = prepare(settings, ce_tokens=0)
+    job.store.train.refuse_removed()
     paths = [job.run_dir, *(chosen(settings.run_dir(), others) if others else [])]
     places = dict(zip(distinct_names(paths), paths, strict=True))
     device, mismatch = pick_device(settings.model.device), settings.evaluate.allow_mismatch

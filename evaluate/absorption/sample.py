@@ -65,9 +65,8 @@ def sample(store: Store, n_measured: int) -> Sample:
     """Up to `PER_WORD` rows of each word, the measured ones among the first `n_measured` held-out rows.
 
     A word is a token's text without spaces around it, upper and lower case taken as one; its hash decides whether it is
-    measured or for fitting. Raises `InputError` where train rows were removed, or a split has no row.
+    measured or for fitting. Raises `InputError` where a split has no row.
     """
-    store.train.refuse_removed()
     source, text = store.manifest.source, store.train.text
     most = min(MOST, VALUES // (source.d_in + source.d_out))
     sides = [
