@@ -55,6 +55,7 @@ help:
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
 	@echo 'make probe LAYER=17 RUN=name     what a few latents of each prefix tell of tokens and documents'
+	@echo 'make absorption LAYER=17 RUN=a   measure absorption and splitting of latents; WITH="b c": others too, and how stable a'\''s are'
 	@echo 'make model RUN=name              write the page of a set, with all MLPs replaced at once; LAYER=all: every layer must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text, ABLATE=12/345: without one; samples: a page of those collected in training'
@@ -68,7 +69,7 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo demo-circuit test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare probe model read circuit export import push bench bench-storage gpu \
+        train sweep runs stores samples evaluate compare probe absorption model read circuit export import push bench bench-storage gpu \
         soak audit licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
@@ -141,6 +142,10 @@ compare: install
 
 probe: install
 	@$(EACH) evaluate.probe $(OPTIONS)
+
+# WITH="name ...": others on the same rows, a run of another seed for stability
+absorption: install
+	@$(PY) -m evaluate.absorption $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
 # Every layer's run of one name on one page, and all MLPs replaced at once.
 model: install

@@ -4,6 +4,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.absorption.records import Absorption
 from evaluate.comparison.records import Comparison
 from evaluate.model.records import ModelMetrics
 from evaluate.probe.records import Probes
@@ -15,6 +16,7 @@ FILES = {
     "evaluation/metrics.json": Metrics,
     "evaluation/probes.json": Probes,
     "comparison/compare.json": Comparison,
+    "absorption/absorption.json": Absorption,
     "sets/<run>/model.json": ModelMetrics,
     "prompts/<text>/prompt.json": Prompt,
 }

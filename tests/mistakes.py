@@ -326,6 +326,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "labels of another text": lambda: write_jsonl(Path("text.jsonl"), sentences(199)),
     "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
     "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
+    "removed train rows that absorption needs": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
