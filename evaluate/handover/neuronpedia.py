@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -281,7 +281,7 @@ class _Batches:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = -1
-        self._file: BinaryIO | None = None
+        self._file: gzip.GzipFile | None = None
 
     def add(self, latent: int, lines: Iterable[Line]) -> None:
         for line in lines:
