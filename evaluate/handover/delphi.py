@@ -7,6 +7,7 @@ Shapes: C contexts of T tokens, n firings.
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -127,9 +128,19 @@ def _refuse_texts(layers: dict[int, Layer]) -> None:
             )
 
 
+def example_length(length: int) -> int:
+    """The divisor of a context's length that is nearest to delphi's examples, as a ratio.
+
+    >>> [example_length(length) for length in (1024, 100, 48, 127)]
+    [32, 25, 24, 127]
+    """
+    divisors = [size for size in range(1, length + 1) if length % size == 0]
+    return min(divisors, key=lambda size: abs(math.log(size / EXAMPLE)))
+
+
 def _tell_of_examples(length: int) -> None:
-    if length % EXAMPLE:
-        fits = max(size for size in range(1, EXAMPLE + 1) if length % size == 0)
+    fits = example_length(length)
+    if fits != EXAMPLE:
         print(
             f"note: delphi's examples of {EXAMPLE} tokens do not divide these contexts of {length}; give it "
             f"ConstructorConfig(example_ctx_len={fits})",

@@ -106,12 +106,12 @@ def _write_layer(
 
 
 def slug(name: str) -> str:
-    """A name as Neuronpedia's addresses have them.
+    """A name as Neuronpedia's addresses have them; it splits a source's name at two underscores.
 
-    >>> slug("SmolLM2-135M.Instruct")
-    'smollm2-135m-instruct'
+    >>> slug("SmolLM2-135M.Instruct"), slug("k=64__b")
+    ('smollm2-135m-instruct', 'k-64_b')
     """
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "model"
+    return re.sub(r"_{2,}", "_", re.sub(r"[^a-z0-9_-]+", "-", name.lower())).strip("-") or "model"
 
 
 def _tables(
