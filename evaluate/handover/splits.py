@@ -90,7 +90,7 @@ def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Ma
     """A safetensors file's beginning: its length, and JSON of each tensor's type, shape and place.
 
     >>> header({"a": (np.dtype("<f2"), (2,))}, {})
-    b'H\\x00\\x00\\x00\\x00\\x00\\x00\\x00{"__metadata__":{},"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}} '
+    b'H\\x00\\x00\\x00\\x00\\x00\\x00\\x00{"__metadata__":{},"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}}'
     """
     described: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
