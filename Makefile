@@ -160,7 +160,7 @@ read: install
 circuit: install
 	@$(PY) -m evaluate.circuit $(call option,TEXT,--text) $(call option,PREFIX,--prefix) $(OPTIONS)
 
-# FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
+# FORMAT=saelens | gemma_scope | gemma_scope_2 | circuit_tracer | delphi | neuronpedia, PREFIX=g for one prefix
 export: install
 	@$(PY) -m evaluate.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
@@ -256,7 +256,7 @@ $(PEERS_)/.installed: peers.txt
 	@echo installing the tools that the exports are for into $(call quote,$(PEERS))
 	@at=$(call quote,$(call home,$(PEERS))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \
 		pip() { "$$at/bin/python" -m pip --disable-pip-version-check -q install "$$@"; }; \
-		pip 'pip>=25.1'; pip "$$(grep '^torch==' peers.txt)"; pip -r peers.txt; touch "$$at/.installed"
+		pip 'pip>=25.1'; pip "$$(grep '^torch==' peers.txt)"; pip --no-deps -r peers.txt; touch "$$at/.installed"
 
 $(AUDIT_)/.installed:
 	@at=$(call quote,$(call home,$(AUDIT))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \

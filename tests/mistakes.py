@@ -370,6 +370,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "notes without labels": lambda: write(RUN / "notes.csv", "layer,latent,score\n1,3,0.5\n"),
     "the run is not evaluated": lambda: remove(RUN / "evaluation"),
     # layer sets
+    "a run that is not evaluated, for Neuronpedia": lambda: remove(RUN / "evaluation"),
     "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
 } | others.MISTAKES
