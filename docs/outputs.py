@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaluate.comparison.records import Comparison
+from evaluate.explain.records import Summary
+from evaluate.explain.replies import Reply
 from evaluate.model.records import ModelMetrics
 from evaluate.prompt.records import Prompt
 from evaluate.records import Metrics, Record
@@ -15,6 +17,8 @@ FILES = {
     "comparison/compare.json": Comparison,
     "sets/<run>/model.json": ModelMetrics,
     "prompts/<text>/prompt.json": Prompt,
+    "explanations/<model>/summary.json": Summary,
+    "explanations/<model>/replies.jsonl": Reply,
 }
 
 
