@@ -57,7 +57,7 @@ nothing else: 1 for yes, 0 for no."""
 
 
 def plain(pieces: Sequence[str]) -> str:
-    """A passage in one line. Text of its own that looks like a mark is spaced out.
+    r"""A passage in one line. Text of its own that looks like a mark is spaced out.
 
     >>> plain(["cout", " <", "<", " x", "\n"])
     'cout < < x\\n'

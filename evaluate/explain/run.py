@@ -104,7 +104,9 @@ def subject_of(settings: Settings) -> Subject:
             f"RUN={settings.run})"
         )
     split.refuse_removed()
-    rows = min(of.rows, settings.evaluate.rows or of.rows)
+    # Whole windows: their rows are in random order, so in a part of one hardly a passage is known from end to end.
+    window = store.manifest.source.shard_rows
+    rows = min(len(split), -(-min(of.rows, settings.evaluate.rows or of.rows) // window) * window)
     n_latents = read_metadata(run_dir)["prefix_ends"][-1]
     return Subject(settings, store, split, run_dir, digest, n_latents, folder, rows)
 
