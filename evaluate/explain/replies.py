@@ -21,8 +21,11 @@ class Reply(Record):
     key: str
     """sha256 of what decides the reply: model, prompt, temperature and limit; the same request is not sent again"""
     kind: Kind
+    """explanation, detection or fuzzing"""
     latent: int
+    """its number"""
     prompt: str
+    """what was sent"""
     truth: tuple[bool, ...] = ()
     """what is right for each passage of the prompt; empty for an explanation"""
     passages: tuple[str, ...] = ()
