@@ -133,11 +133,11 @@ class Asked:
         return Request("explanation", task.latent, task.prompt)
 
     def _scores(self, task: Task, explanation: str) -> list[Request]:
-        batches: list[tuple[Kind, list[Example]]] = [("detection", batch) for batch in task.detection]
-        batches += [("fuzzing", batch) for batch in task.fuzzing]
+        batches: dict[Kind, list[list[Example]]] = {"detection": task.detection, "fuzzing": task.fuzzing}
         return [
             Request(kind, task.latent, score_prompt(kind, explanation, [each.text for each in batch]), batch)
-            for kind, batch in batches
+            for kind, some in batches.items()
+            for batch in some
         ]
 
     def _judged(self, requests: Sequence[Request]) -> ScoreMetrics:

@@ -78,10 +78,10 @@ def notes_json(notes: Mapping[int, Note]) -> str:
 
 
 def _for_page(note: Note) -> dict[str, object]:
-    own = {"label": note.label, "score": note.score, "source": note.source}
+    own: dict[str, object] = {"label": note.label, "score": note.score, "source": note.source}
     if note.explanation is None:
         return own
-    explained = {name: getattr(note.explanation, name) for name in own}
+    explained = _for_page(note.explanation)
     alone = not note.label and note.score is None
     return explained | {"explained": True} if alone else own | {"explained": explained}
 
