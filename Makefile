@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD MODEL
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -59,6 +59,7 @@ help:
 	@echo 'make model RUN=name              write the page of a set, with all MLPs replaced at once; LAYER=all: every layer must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text, ABLATE=12/345: without one; samples: a page of those collected in training'
+	@echo 'make explain MODEL=name          have a language model explain latents, and score how well that predicts; FROM=...: another tool'\''s explanations'
 	@echo 'make circuit TEXT="..."          trace a prompt through the latents of all layers to the next token'
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
@@ -69,8 +70,8 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo demo-circuit test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare probe absorption model read circuit export import push bench bench-storage gpu \
-        soak audit licences lint format clean
+        train sweep runs stores samples evaluate compare probe absorption explain model read circuit export import push bench \
+        bench-storage gpu soak audit licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
@@ -155,6 +156,10 @@ model: install
 CHANGES = $(call option,SET,--set) $(call option,SCALE,--scale) $(call option,ABLATE,--ablate)
 read: install
 	@$(PY) -m evaluate.read $(call option,TEXT,--text) $(call option,FILE,--file) $(CHANGES) $(OPTIONS)
+
+# MODEL=name of any OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY), or FROM=another tool's explanations
+explain: install
+	@$(PY) -m evaluate.explain $(call option,MODEL,--model) $(call option,FROM,--from) $(OPTIONS)
 
 # TEXT="a prompt", PREFIX=g; through every layer of RUN
 circuit: install
