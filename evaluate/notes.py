@@ -20,6 +20,8 @@ COLUMNS = ("layer", "latent", "label", "score", "source")
 NEEDED = COLUMNS[:3]
 NAMES = re.compile(r"(notes|labels).*\.(csv|json)", re.IGNORECASE)
 """Of files in a run directory that are read: browsers number a second download, notes (1).csv."""
+CHECKPOINT = re.compile(r"at_step_[0-9]+")
+"""Name of a checkpoint's folder (train/snapshot.py)."""
 LONGEST = 1000
 """Characters of a label."""
 
@@ -43,9 +45,12 @@ class Note(Record):
 def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
     """Latent -> note, from the file of notes in the run's directory; empty if there is none.
 
-    Raises `InputError` for two files, and what `read_notes` raises.
+    A checkpoint that is evaluated has its folder, at_step_N, in the run's directory; without a file of notes there, the
+    run's is read. Raises `InputError` for two files, and what `read_notes` raises.
     """
     files = sorted(path for path in run_dir.glob("*") if NAMES.fullmatch(path.name))
+    if not files and CHECKPOINT.fullmatch(run_dir.name):
+        return notes_of(run_dir.parent, layer, n_latents)
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         raise InputError(f"{run_dir}: expected one file of notes, found {names}; keep one of them there")
