@@ -18,7 +18,7 @@ from evaluate.records import Record
 
 COLUMNS = ("layer", "latent", "label", "score", "source")
 NEEDED = COLUMNS[:3]
-NAMES = re.compile(r"(notes|labels).*\.(csv|json)", re.IGNORECASE)
+NAMES = re.compile(r"(notes|labels).*\.(csv|tsv|json)", re.IGNORECASE)
 """Of files in a run directory that are read: browsers number a second download, notes (1).csv."""
 CHECKPOINT = re.compile(r"at_step_[0-9]+")
 """Name of a checkpoint's folder (train/snapshot.py)."""
@@ -64,7 +64,10 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     ignored. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
     does not have, a duplicate latent, and a line with neither label nor score.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:  # a link to a file that has gone too
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{path}: expected UTF-8, found UTF-16; save it as CSV UTF-8")
     try:
@@ -72,6 +75,8 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as CSV UTF-8") from error
     is_json = path.suffix.lower() == ".json"
+    if not is_json and text.lstrip().startswith(("[", "{")):
+        raise InputError(f"{path}: holds JSON; name it {path.stem}.json")
     notes: dict[int, Note] = {}
     seen: dict[int, str] = {}
     for place, values in (_objects if is_json else _lines)(path, text):
