@@ -1,10 +1,5 @@
-"""The settings of every stage, frozen and validated, and where the artifacts live. A leaf: imports nothing of ours.
+"""Every setting with the values that it may take, a class for each section of pipeline.toml."""
 
-`pipeline.toml` overrides the defaults here; common/cli.py merges it with profile, recipe and command line.
-"""
-
-import difflib
-import hashlib
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,18 +12,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from common.errors import InputError
-
-ROOT = Path(__file__).resolve().parent.parent
-
-FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
-"""Settings of train that may change during a run and are not part of its name: they do not affect the weights."""
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Section(BaseModel):
@@ -342,157 +331,3 @@ class Paths(Section):
                 "an address is written beside every artifact; give user and password another way"
             )
         return self
-
-
-def model_slug(model: str) -> str:
-    """The last part of a model's name, lower-case, without .gguf: gemma-2-2b of google/gemma-2-2b."""
-    return Path(model).name.lower().removesuffix(".gguf")
-
-
-class Settings(BaseModel):
-    """Everything a stage needs to know; written beside every artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layers: tuple[int, ...] = Field(default=(), description="Layers asked for with --layer.")
-    profile: str | None = None
-    run: str = "default"
-    harvest_name: str | None = None
-    model: Model = Model()
-    data: Data = Data()
-    harvest: Harvest = Harvest()
-    transcoder: Transcoder = Transcoder()
-    train: Train = Train()
-    sweep: Sweep = Sweep()
-    wandb: Wandb = Wandb()
-    evaluate: Evaluate = Evaluate()
-    paths: Paths = Paths()
-
-    @property
-    def layer(self) -> int:
-        """The one layer of a stage that takes one."""
-        if len(self.layers) != 1:
-            layers = " ".join(map(str, self.layers)) or "none"
-            raise InputError(f"layer: expected one layer, found {layers}; give LAYER=17 (--layer 17)")
-        return self.layers[0]
-
-    def of_layer(self, layer: int) -> "Settings":
-        """The same for this layer alone."""
-        return self.model_copy(update={"layers": (layer,)})
-
-    @property
-    def model_slug(self) -> str:
-        """Directory name of the model; raises `InputError` where its name does not end in one."""
-        slug = model_slug(self.model.name)
-        if slug in ("", "..") or re.search(r"[\\\x00-\x1f\x7f]", slug):
-            raise InputError(
-                f"model.name: {self.model.name!r} does not end in a name for a directory; give its full path"
-            )
-        return slug
-
-    def store_path(self, layer: int) -> str:
-        """Directory or address of a layer's store."""
-        suffix = f"_{self.harvest_name}" if self.harvest_name else ""
-        return f"{self.paths.activations.rstrip('/')}/{self.model_slug}/layer_{layer}{suffix}.zarr"
-
-    def run_dir(self) -> Path:
-        """Directory of the run of one layer; raises `InputError` when several were asked for."""
-        return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
-
-    def set_dir(self) -> Path:
-        """Directory of what belongs to the runs of one name in all layers together."""
-        return self.paths.checkpoints / "transcoder" / self.model_slug / "sets" / self.run
-
-
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Settings.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
-
-
-SHORT = {
-    "group_sizes": "groups",
-    "warmup_steps": "warmup",
-    "dead_after_rows": "dead",
-    "density_limit": "density",
-}
-"""What a setting is called in a run's name, where that is not its own name."""
-NAME_LENGTH = 80
-"""Longest automatic name; of what is beyond it, a digest stands for all that differs."""
-
-
-def run_name(first: str, parts: Sequence[str]) -> str:
-    """`first` and the parts (see `changes`), whole; of a long name what fits, and a digest of all."""
-    name = "-".join([first, *parts])
-    if len(name) <= NAME_LENGTH:
-        return name
-    digest = hashlib.sha256("-".join(parts).encode()).hexdigest()[:8]
-    kept = list(parts)
-    while kept and len("-".join([first, *kept, digest])) > NAME_LENGTH:
-        kept.pop()
-    return "-".join([first, *kept, digest])
-
-
-def changes(base: Settings, settings: Settings) -> list[str]:
-    """Key and value, as parts of a name, of every setting that decides a run's weights and differs from `base`."""
-    return [
-        f"{SHORT.get(key, key)}{_short(value)}"
-        for section in ("transcoder", "train")
-        for key, value in getattr(settings, section)
-        if key not in FREE and value != getattr(getattr(base, section), key)
-    ]
-
-
-def _short(value: Any) -> str:
-    items = value if isinstance(value, tuple) else (value,)
-    return re.sub(
-        r"[^A-Za-z0-9._+=]", "_", "_".join(_number(x) if isinstance(x, float) else str(x) for x in items)
-    )
-
-
-def _number(value: float) -> str:
-    """The shorter of the ways to write it that lose nothing."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
-def validated(values: Any, source: str) -> Settings:
-    """Settings from plain values; raises `InputError` that names `source`, the first wrong key and what is allowed."""
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{source}: {first_mistake(error)}") from error
-
-
-def first_mistake(error: ValidationError) -> str:
-    """The first wrong key, what is allowed and what was found, in one line."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    key = ".".join(where)
-    if first["type"] == "extra_forbidden":
-        known = SECTIONS[where[0]].model_fields if len(where) > 1 and where[0] in SECTIONS else SECTIONS
-        every = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
-        return (
-            f"unknown setting {key}{nearest(key, [*SECTIONS, *every]) or '; known are ' + ', '.join(known)}"
-        )
-    if key and first["type"] in ("model_type", "dict_type"):
-        return f"{key}: expected a section [{key}] with its keys, found {first['input']!r}"
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    message = re.sub("^expected (?=greater|less)", "expected a number ", message)
-    if first["type"] == "too_short":
-        message = "expected at least one value"
-    value = "" if first["type"] == "value_error" else f", found {first['input']!r}"
-    return f"{key}: {message}{value}".removeprefix(": ")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A question after the name that may have been meant: the same word in a section, or one that is spelt alike."""
-    section, dot, word = name.rpartition(".")
-    near = [each for each in known if each.endswith(f".{word.lstrip('-')}")]
-    beside = [each for each in known if dot and each.startswith(section + dot)]
-    if not near and beside:  # by the last word alone: all names of a section are alike
-        words = [each.rpartition(".")[2] for each in beside]
-        near = [section + dot + each for each in difflib.get_close_matches(word, words, 1)]
-    elif not near:
-        near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
