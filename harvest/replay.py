@@ -89,10 +89,9 @@ def _refuse_other_files(source: Source, digests: list[str]) -> None:
     there = source.files
     same = sorted(there.values()) == sorted(digests) if isinstance(there, dict) else there == digests
     if not same:
-        new = [each for each in digests if each not in (there.values() if isinstance(there, dict) else there)]
-        raise _another_text(
-            f"{len(there)} files there, {len(digests)} here, {len(new)} of them not among the former"
-        )
+        known = [*there.values()] if isinstance(there, dict) else there
+        others = sum(each not in known for each in digests)
+        raise _another_text(f"files: there {len(known)}, given {len(digests)}, {others} of these are others")
 
 
 def _refuse_other_tokens(contexts: ContextTable, number: int, context: np.ndarray, split: str) -> None:

@@ -88,6 +88,12 @@ def main_evaluation(run_dir: Path, weights_sha256: str | None = None) -> Path:
     return run_dir / MAIN
 
 
+def digests_of(run_dir: Path) -> set[str]:
+    """Digests of the weights that the run's complete evaluations, of any version, are of."""
+    found = (Done.model_validate(values).provenance or Asked() for _, values in read_all(run_dir))
+    return {of.weights_sha256 for of in found}
+
+
 def find(there: There, provenance: Provenance) -> Evaluation | None:
     """The evaluation of exactly this provenance, in whichever folder; None if there is none.
 
@@ -114,6 +120,14 @@ def of_weights(there: There, weights_sha256: str) -> list[Evaluation]:
             with suppress(ValidationError):
                 found.append(Evaluation(folder, Metrics.model_validate(values)))
     return found
+
+
+def beside_a_larger(there: There, metrics: Metrics) -> tuple[int, int] | None:
+    """Size of an evaluation that has a larger one of the same weights, split and store beside it; None without one."""
+    size = Evaluation(Path(), metrics).size
+    others = of_weights(there, metrics.provenance.weights_sha256)
+    sizes = [each.size for each in others if _text(each.metrics.provenance) == _text(metrics.provenance)]
+    return size if max(sizes, default=size) > size else None
 
 
 def with_language(there: There, provenance: Provenance) -> Evaluation | None:

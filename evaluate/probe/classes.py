@@ -58,10 +58,10 @@ def class_tasks(family: str, names: Sequence[str], number: np.ndarray) -> list[T
     if len(there) < 2:
         return []
     largest = there[np.argsort(-counts[there], kind="stable")][:MOST]
-    asked = there[:1] if len(there) == 2 else np.sort(largest)
+    asked: list[int] = (there[:1] if len(there) == 2 else np.sort(largest)).tolist()
     return [
         Task(family, names[c], np.where(number == UNASKED, UNASKED, number == c).astype(np.int8))
-        for c in asked.tolist()
+        for c in asked
     ]
 
 

@@ -1,5 +1,7 @@
 """Linear probes: logistic regression on the values of rows, on all of them or on k that are chosen.
 
+k-sparse probing is Gurnee et al. 2023 (arXiv:2305.01610).
+
 Shapes: n rows, D values of a row (dimensions, or latents).
 """
 

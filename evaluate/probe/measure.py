@@ -191,7 +191,7 @@ def class_record(answer: Answer, ends: Sequence[int], document: np.ndarray) -> C
         prefixes=[
             ProbedPrefix(
                 end=end,
-                sparse=[LatentProbe(**_sparse([each], [answer]), latents=each.latents) for each in of],
+                sparse=[LatentProbe(**dict(_sparse([each], [answer])), latents=each.latents) for each in of],
             )
             for end, of in zip(ends, answer.prefixes, strict=True)
         ],
@@ -216,29 +216,27 @@ def _family(name: str, of: Sequence[Answer], ends: Sequence[int]) -> FamilyProbe
         prefixes=[
             FamilyPrefix(
                 end=end,
-                sparse=[
-                    SparseProbe(**_sparse([each.prefixes[g][i] for each in of], of)) for i in range(len(KS))
-                ],
+                sparse=[_sparse([each.prefixes[g][i] for each in of], of) for i in range(len(KS))],
             )
             for g, end in enumerate(ends)
         ],
     )
 
 
-def _sparse(probes: Sequence[Sparse], of: Sequence[Answer]) -> dict[str, float]:
-    """The fields of a `SparseProbe`: means over the classes."""
+def _sparse(probes: Sequence[Sparse], of: Sequence[Answer]) -> SparseProbe:
+    """Means over the classes."""
     own, random = (mean_accuracy([getattr(each, side) for each in probes]) for side in ("own", "random"))
     below = mean_accuracy([each.outputs for each in of]).less(own)
     draws = sum(each.draws_variance for each in probes) / len(probes) ** 2
-    return {
-        "k": probes[0].k,
-        "accuracy": own.value,
-        "error": own.error,
-        "below_outputs": below.value,
-        "below_outputs_error": below.error,
-        "random": random.value,
-        "random_error": float(np.sqrt(random.error**2 + draws)),
-    }
+    return SparseProbe(
+        k=probes[0].k,
+        accuracy=own.value,
+        error=own.error,
+        below_outputs=below.value,
+        below_outputs_error=below.error,
+        random=random.value,
+        random_error=float(np.sqrt(random.error**2 + draws)),
+    )
 
 
 def _written(found: Accuracy) -> ProbeAccuracy:

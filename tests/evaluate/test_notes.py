@@ -1,6 +1,7 @@
 """A run's notes: every kind of file that a person may bring, and one line for each that cannot be read."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def test_json_csv_and_what_may_be_left_out(tmp_path: Path) -> None:
         (HEAD + f"3,7,{'a' * 1001},,\n", "line 2: label: expected at most 1,000 characters, found 1,001"),
         (HEAD + f"3,7,{'a' * 140_000},,\n", "field larger than field limit"),
         ((HEAD + "3,7,café,,\n").encode("cp1252"), "not UTF-8 at byte 39; save it as CSV UTF-8"),
+        ('[{"layer": 3, "latent": 7, "label": "a"}]', "holds JSON; name it notes.json"),
         ((HEAD + "3,7,a,,\n").encode("utf-16"), "expected UTF-8, found UTF-16; save it as CSV UTF-8"),
     ],
 )
@@ -106,11 +108,59 @@ def test_a_bad_json_file_is_one_line(tmp_path: Path, data: str, said: str) -> No
     assert "\n" not in str(raised.value)
 
 
+def test_explanations_stand_beside_notes(tmp_path: Path) -> None:
+    """Of one latent both are told, the person's first; a star keeps its explanation."""
+    file_of(tmp_path, HEAD + "3,7,capital cities,0.5,me\n3,8,,1,page\n3,9,mine,,page\n")
+    file_of(tmp_path, HEAD + "3,7,towns,0.83333,gpt-4\n3,8,rivers,,\n3,2,days,0.5,\n", "explanations.csv")
+    said = notes_of(tmp_path, 3, 24)
+    assert [*said] == [2, 7, 8, 9]
+    assert {latent: note.text for latent, note in said.items()} == {
+        2: "days (score 0.5)",
+        7: "capital cities (me, score 0.5); towns (gpt-4, score 0.833)",
+        8: "★; rivers",
+        9: "mine",
+    }
+    assert (said[7].label, said[7].explanation) == (
+        "capital cities",
+        Note(label="towns", score=0.83333, source="gpt-4"),
+    )
+    file_of(tmp_path, "[]", "Explanations (1).json")
+    with pytest.raises(InputError, match="expected one file of explanations, found Explanations"):
+        notes_of(tmp_path, 3, 24)
+
+
+def test_explanations_of_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file that says which they are of; one without that column, or with words there, is of these."""
+    (tmp_path / "transcoder.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    lines = [
+        f"3,1,a,,m,{digest[:12]}",
+        f"3,2,b,,m,{digest}",
+        "3,3,c,,m,0123456789ab",
+        "3,4,d,,m,heavy",
+        "3,5,e,,m,",
+    ]
+    path = file_of(
+        tmp_path, "layer,latent,label,score,source,weights\n" + "\n".join(lines), "explanations.csv"
+    )
+    assert [*notes_of(tmp_path, 3, 24)] == [1, 2, 4, 5]
+    assert capsys.readouterr().err == f"{path}: 1 lines are of other weights than the run's: left out\n"
+
+
 def test_the_run_directory_holds_one_file_of_notes(tmp_path: Path) -> None:
     file_of(tmp_path, "{}", "settings.json")
     assert notes_of(tmp_path, 3, 24) == {}
     file_of(tmp_path, HEAD + "3,7,capital cities,0.5,me\n", "notes (1).csv")
     assert notes_of(tmp_path, 3, 24) == CITIES
+    checkpoint = tmp_path / "at_step_40"
+    checkpoint.mkdir()
+    assert notes_of(checkpoint, 3, 24) == CITIES  # its run's
+    file_of(checkpoint, (HEAD + "3,8,a,,\n").replace(",", "\t"), "labels.tsv")
+    assert list(notes_of(checkpoint, 3, 24)) == [8]
+    (checkpoint / "labels.tsv").unlink()
+    (checkpoint / "labels.csv").symlink_to("gone.csv")
+    with pytest.raises(InputError, match=r"labels\.csv: cannot be read: No such file"):
+        notes_of(checkpoint, 3, 24)
     file_of(tmp_path, "[]", "Labels.JSON")
     with pytest.raises(InputError, match=r"expected one file of notes, found Labels.JSON, notes \(1\).csv"):
         notes_of(tmp_path, 3, 24)

@@ -99,7 +99,7 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
     ):
         replay(data, source, "train", other, tokenizer)
     (tmp_path / "b.jsonl").write_text('{"text": "v", "label": 1}\n')
-    with pytest.raises(InputError, match=r"2 files there, 2 here, 1 of them not among the former"):
+    with pytest.raises(InputError, match=r"files: there 2, given 2, 1 of these are others"):
         replay(data, source, "train", contexts, tokenizer)
 
 
