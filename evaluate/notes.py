@@ -1,25 +1,33 @@
-"""A person's labels and stars for a run's latents: notes.csv or notes.json in the run directory. Imports no torch.
+"""Labels of a run's latents: a person's in notes.csv or notes.json in the run directory, a language model's in
+explanations.csv or explanations.json beside it. Imports no torch.
 
-Columns (or keys of each object of a JSON array): layer, latent, label; score and source may be left out. The report
-page saves such a file; labels that another program made are read the same way.
+Columns (or keys of each object of a JSON array): layer, latent, label; score, source and weights may be left out. The
+report page saves a file of notes, `make explain` one of explanations; labels that another program made are read the
+same way.
 """
 
 import csv
+import functools
 import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_line, shown
+from common.files import sha256
 from evaluate.records import Record
 
 COLUMNS = ("layer", "latent", "label", "score", "source")
 NEEDED = COLUMNS[:3]
 NAMES = re.compile(r"(notes|labels).*\.(csv|tsv|json)", re.IGNORECASE)
 """Of files in a run directory that are read: browsers number a second download, notes (1).csv."""
+EXPLANATIONS = re.compile(r"explanations.*\.(csv|json)", re.IGNORECASE)
+WEIGHTS, DIGITS = "weights", 12
+"""Column of the weights that an explanation is of: so many first digits of their sha256."""
 CHECKPOINT = re.compile(r"at_step_[0-9]+")
 """Name of a checkpoint's folder (train/snapshot.py)."""
 LONGEST = 1000
@@ -27,41 +35,64 @@ LONGEST = 1000
 
 
 class Note(Record):
-    """A person's or a program's label of a latent."""
+    """What was said of a latent: by a person, by a program, or by both."""
 
     label: str
-    """One line; empty for a latent that has only a score or a star."""
+    """One line; empty for a latent that has only a score or a star, or only an explanation."""
     score: float | None
     """How good the label is, on its source's own scale; for source "page", 1 is a star."""
     source: str
     """Who said it; "page": written in the report page."""
+    explanation: "Note | None" = None
+    """What the file of explanations says of it."""
 
     @property
     def text(self) -> str:
-        """For a line of other text: the label, or the star that stands alone."""
-        return self.label or "★"
+        """For a line of other text: the label, or the star that stands alone, who said it and its score; then the same
+        of the explanation."""
+        told = [each for each in (self.source, self._scored) if each and self.source != "page"]
+        own = self.label or ("★" if self.score is not None else "")
+        said = f"{own} ({', '.join(told)})" if own and told else own
+        return "; ".join(part for part in (said, self.explanation.text if self.explanation else "") if part)
+
+    @property
+    def _scored(self) -> str:
+        return "" if self.score is None else f"score {self.score:.3g}"
 
 
 def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
-    """Latent -> note, from the file of notes in the run's directory; empty if there is none.
+    """Latent -> what the files of notes and of explanations in the run's directory say; empty if there is neither.
 
     A checkpoint that is evaluated has its folder, at_step_N, in the run's directory; without a file of notes there, the
-    run's is read. Raises `InputError` for two files, and what `read_notes` raises.
+    run's is read. Explanations of other weights than the run's are left out, with a line on standard error. Raises
+    `InputError` for two files of one kind, and what `read_notes` raises.
     """
-    files = sorted(path for path in run_dir.glob("*") if NAMES.fullmatch(path.name))
-    if not files and CHECKPOINT.fullmatch(run_dir.name):
-        return notes_of(run_dir.parent, layer, n_latents)
+    notes = _read(run_dir, NAMES, "notes", layer, n_latents)
+    if not notes and CHECKPOINT.fullmatch(run_dir.name):
+        notes = _read(run_dir.parent, NAMES, "notes", layer, n_latents)
+    explained = _read(run_dir, EXPLANATIONS, "explanations", layer, n_latents)
+    nothing = Note(label="", score=None, source="")
+    together = {
+        latent: notes.get(latent, nothing).model_copy(update={"explanation": each})
+        for latent, each in explained.items()
+    }
+    return dict(sorted((notes | together).items()))
+
+
+def _read(run_dir: Path, names: re.Pattern[str], kind: str, layer: int, n_latents: int) -> dict[int, Note]:
+    files = sorted(path for path in run_dir.glob("*") if names.fullmatch(path.name))
     if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise InputError(f"{run_dir}: expected one file of notes, found {names}; keep one of them there")
+        told = ", ".join(path.name for path in files)
+        raise InputError(f"{run_dir}: expected one file of {kind}, found {told}; keep one of them there")
     return read_notes(files[0], layer, n_latents) if files else {}
 
 
 def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
-    """A file of notes of `layer`'s latents.
+    """A file of notes, or of explanations, of `layer`'s latents.
 
     Commas, semicolons or tabs; UTF-8, with a byte order mark or without. Other columns and empty lines are
-    ignored. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
+    ignored. A line that names other weights than those beside the file is left out, and how many is said on standard
+    error. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
     does not have, a duplicate latent, and a line with neither label nor score.
     """
     try:
@@ -79,17 +110,33 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
         raise InputError(f"{path}: holds JSON; name it {path.stem}.json")
     notes: dict[int, Note] = {}
     seen: dict[int, str] = {}
+    stale = 0
+    present = functools.cache(lambda: _weights(path.parent))
     for place, values in (_objects if is_json else _lines)(path, text):
         try:
             latent, note = _note(values, layer, n_latents)
         except ValueError as error:
             raise InputError(f"{path}: {place}: {error}") from error
+        of = values.get(WEIGHTS)
+        if isinstance(of, str) and re.fullmatch(r"[0-9a-f]{8,64}", of) and not present().startswith(of):
+            stale += 1
+            continue
         if latent in notes:
             raise InputError(
                 f"{path}: {place}: latent {latent} is already in {seen[latent]}; keep one of them"
             )
         notes[latent], seen[latent] = note, place
+    if stale:
+        print(f"{path}: {stale:,} lines are of other weights than the run's: left out", file=sys.stderr)
     return notes
+
+
+def _weights(run_dir: Path) -> str:
+    """sha256 of the run's weights; empty where there are none."""
+    from transcoder.weights import FILE_NAME  # with torch
+
+    file = run_dir / FILE_NAME
+    return sha256(file) if file.is_file() else ""
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -21,7 +21,6 @@ from evaluate.kept.evaluations import (
     baselines_before,
     find,
     make_room,
-    of_weights,
     place,
     read_all,
     remove_answered,
@@ -60,8 +59,8 @@ from evaluate.records import (
 )
 from evaluate.report.figures import draw
 from evaluate.report.page_data import page_data
-from evaluate.report.report import renew_notes, write_report
-from evaluate.report.sides import changed_pages, show_beside
+from evaluate.report.report import write_report
+from evaluate.report.sides import changed_pages, show_beside, show_notes
 from evaluate.report.training import training_of
 from evaluate.subject import read, refuse_missing, run_of
 from shards import Store
@@ -185,9 +184,7 @@ def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
 
 
 def _show_notes(job: Job, there: There) -> None:
-    """In the pages of all evaluations of these weights: notes are of the latents, whichever rows were measured."""
-    for each in of_weights(there, job.provenance.weights_sha256):
-        renew_notes(each.folder / "report.html", job.notes)
+    show_notes(there, job.provenance.weights_sha256, job.notes)
 
 
 def _tell_version(of: Provenance, there: There) -> None:

@@ -323,8 +323,10 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a shard is cut short": lambda: cut(STORE / "train/inputs/c/0/0"),
     "a shard is missing (the language model's losses stay)": lambda: remove(STORE / "heldout/outputs/c/0/0"),
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
+    "labels of another text": lambda: write_jsonl(Path("text.jsonl"), sentences(199)),
     "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
     "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
+    "removed train rows that absorption needs": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
@@ -367,7 +369,12 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "notes of a latent that is not there": lambda: write(RUN / "labels.csv", "layer;latent;label\n1;64;a\n"),
     "notes without labels": lambda: write(RUN / "notes.csv", "layer,latent,score\n1,3,0.5\n"),
     "the run is not evaluated": lambda: remove(RUN / "evaluation"),
+    "explanations of a run that is not evaluated": lambda: remove(RUN / "evaluation"),
+    "two files of explanations": lambda: [
+        write(RUN / f"explanations.{ending}", "[]") for ending in ("csv", "json")
+    ],
     # layer sets
+    "a run that is not evaluated, for Neuronpedia": lambda: remove(RUN / "evaluation"),
     "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
 } | others.MISTAKES
@@ -381,6 +388,10 @@ ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a batch that three processes cannot share": lambda patch: [
         patch.setenv(name, value)
         for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items()
+    ],
+    "no language model to explain with": lambda patch: patch.delenv("OPENAI_MODEL", raising=False),
+    "no key for OpenAI's endpoint": lambda patch: [
+        patch.delenv(name, raising=False) for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")
     ],
 }
 """The same of what is around the command; undone after it."""

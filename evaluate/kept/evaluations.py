@@ -20,6 +20,8 @@ from evaluate.files import METRICS_VERSION, Asked, Done, complete, damaged, fini
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Results
 
 MAIN, OTHERS = "evaluation", "evaluations"
+GUESTS = ("probes.json",)
+"""What other stages measured of the same weights on the same rows, and left beside metrics.json."""
 
 
 class Evaluation(NamedTuple):
@@ -54,6 +56,16 @@ def evaluation_on(run_dir: Path, weights_sha256: str, store_fingerprint: str, sp
         if (of.weights_sha256, *_text(of)) == (weights_sha256, store_fingerprint, split):
             sizes.setdefault((of.rows, evaluation.tokens), folder)
     return sizes[max(sizes)] if sizes else run_dir / MAIN
+
+
+def beside(run_dir: Path, of: Provenance, own: bool) -> Path:
+    """Folder for what another stage measures of these weights on these rows (`GUESTS`): beside the largest evaluation
+    on them, and where there is none yet, where one would be; `own` as in `place`.
+    """
+    folder = evaluation_on(run_dir, of.weights_sha256, of.store_fingerprint, of.split)
+    there = Done.model_validate(complete(folder) or {}).provenance
+    known = there is not None and (there.weights_sha256, *_text(there)) == (of.weights_sha256, *_text(of))
+    return folder if known or own else _beside(run_dir, {"provenance": of.written()})
 
 
 There = Sequence[tuple[Path, Mapping[str, object]]]
@@ -214,4 +226,7 @@ def remove_answered(run_dir: Path, own: Evaluation) -> None:
     """Remove what is beside an evaluation that says all of it: the same rows without the cross-entropy, or older."""
     for folder, values in read_all(run_dir):
         if folder != own.folder and _answered(values, own.metrics.written()):
+            for guest in GUESTS:
+                if (folder / guest).exists() and not (own.folder / guest).exists():
+                    (folder / guest).replace(own.folder / guest)
             shutil.rmtree(folder)

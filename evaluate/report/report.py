@@ -70,8 +70,20 @@ def write_report(
 
 
 def notes_json(notes: Mapping[int, Note]) -> str:
-    """As the page's script reads them: latent -> label, score, source."""
-    return script_json({str(latent): note.written() for latent, note in notes.items()})
+    """As the page's script reads them: latent -> label, score, source, and an explanation beside a note.
+
+    An explanation alone stands as a note that is marked: pages of before explanations show it as one.
+    """
+    return script_json({str(latent): _for_page(note) for latent, note in notes.items()})
+
+
+def _for_page(note: Note) -> dict[str, object]:
+    own: dict[str, object] = {"label": note.label, "score": note.score, "source": note.source}
+    if note.explanation is None:
+        return own
+    explained = _for_page(note.explanation)
+    alone = not note.label and note.score is None
+    return explained | {"explained": True} if alone else own | {"explained": explained}
 
 
 def renew_notes(path: Path, notes: Mapping[int, Note]) -> bool:

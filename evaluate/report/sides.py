@@ -4,7 +4,7 @@ The columns are in every page of the run's evaluations between two marks, and ar
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from common.files import write_whole
 from common.numbers import number_or_dash
 from evaluate.files import Asked, Done, latents_of
 from evaluate.kept.evaluations import Evaluation, There, of_weights
+from evaluate.notes import Note
 from evaluate.records import PrefixMetrics
 from evaluate.report.console import increase, split_name
+from evaluate.report.report import renew_notes
 from evaluate.report.templates import HTML
 
 START, STOP = b"<!-- sides -->", b"<!-- /sides -->"
@@ -202,6 +204,12 @@ def show_beside(there: There) -> None:
     for weights in {of.weights_sha256 for of in known}:
         for path, page in changed_pages(there, weights).items():
             write_whole(path, page)
+
+
+def show_notes(there: There, weights_sha256: str, notes: Mapping[int, Note]) -> None:
+    """In the pages of all evaluations of these weights: notes are of the latents, whichever rows were measured."""
+    for each in of_weights(there, weights_sha256):
+        renew_notes(each.folder / PAGE, notes)
 
 
 def _section(shown: Sequence[Side], table: Sequence[Line], folder: Path) -> Markup:

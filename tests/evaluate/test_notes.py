@@ -1,6 +1,7 @@
 """A run's notes: every kind of file that a person may bring, and one line for each that cannot be read."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -105,6 +106,45 @@ def test_a_bad_json_file_is_one_line(tmp_path: Path, data: str, said: str) -> No
         read_notes(file_of(tmp_path, data, "notes.json"), 3, 24)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_explanations_stand_beside_notes(tmp_path: Path) -> None:
+    """Of one latent both are told, the person's first; a star keeps its explanation."""
+    file_of(tmp_path, HEAD + "3,7,capital cities,0.5,me\n3,8,,1,page\n3,9,mine,,page\n")
+    file_of(tmp_path, HEAD + "3,7,towns,0.83333,gpt-4\n3,8,rivers,,\n3,2,days,0.5,\n", "explanations.csv")
+    said = notes_of(tmp_path, 3, 24)
+    assert [*said] == [2, 7, 8, 9]
+    assert {latent: note.text for latent, note in said.items()} == {
+        2: "days (score 0.5)",
+        7: "capital cities (me, score 0.5); towns (gpt-4, score 0.833)",
+        8: "★; rivers",
+        9: "mine",
+    }
+    assert (said[7].label, said[7].explanation) == (
+        "capital cities",
+        Note(label="towns", score=0.83333, source="gpt-4"),
+    )
+    file_of(tmp_path, "[]", "Explanations (1).json")
+    with pytest.raises(InputError, match="expected one file of explanations, found Explanations"):
+        notes_of(tmp_path, 3, 24)
+
+
+def test_explanations_of_other_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file that says which they are of; one without that column, or with words there, is of these."""
+    (tmp_path / "transcoder.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    lines = [
+        f"3,1,a,,m,{digest[:12]}",
+        f"3,2,b,,m,{digest}",
+        "3,3,c,,m,0123456789ab",
+        "3,4,d,,m,heavy",
+        "3,5,e,,m,",
+    ]
+    path = file_of(
+        tmp_path, "layer,latent,label,score,source,weights\n" + "\n".join(lines), "explanations.csv"
+    )
+    assert [*notes_of(tmp_path, 3, 24)] == [1, 2, 4, 5]
+    assert capsys.readouterr().err == f"{path}: 1 lines are of other weights than the run's: left out\n"
 
 
 def test_the_run_directory_holds_one_file_of_notes(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ function filters() { // what a latent must pass, apart from the search
   const set = [$("least").value !== "" || $("most").value !== "", family, star, note, dead].filter(Boolean).length;
   $("active").textContent = set ? ` (${set} set)` : "";
   return (f) => groups.has(c.group[f]) && (density(f) === 0) === dead && (dead || (density(f) >= least && density(f) <= most)) &&
-    (!family || family.has(f)) && (!star || starred(noteOf(f))) && (!note || (noteOf(f)?.label ?? "") !== "");
+    (!family || family.has(f)) && (!star || starred(noteOf(f))) && (!note || (noteOf(f)?.label ?? "") !== "" || explained.has(f));
 }
 function find() {
   const asked = plain($("search").value.trim()), exact = /^#?(\d+)$/.exec(asked), end = ends[prefix], passes = filters();
@@ -105,7 +105,7 @@ function follow() { // what is shown goes with what is listed
   if (chosen < 0 || order.indexOf(chosen) < 0 || matches.asked) choose(chosen >= 0 && order.indexOf(chosen) >= 0 && !matches.asked ? chosen : order[0], false);
   else drawDetail(chosen);
 }
-const labelSays = (f, asked) => plain(noteOf(f)?.label ?? "").includes(asked) || part("tokens", f).some((t) => t >= 0 && lower(t).includes(asked));
+const labelSays = (f, asked) => plain(noteOf(f)?.label ?? "").includes(asked) || plain(explained.get(f)?.label ?? "").includes(asked) || part("tokens", f).some((t) => t >= 0 && lower(t).includes(asked));
 function contextSays(f) {
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) if (hasMatch(s)) return true;
   return false;
@@ -121,7 +121,7 @@ function drawList(anew) {
   for (let i = first; i < last; i++) if (!live.has(i)) {
     const f = order[i], row = make("div", "row"), value = sortName === "number" ? hundredth(density(f)) : (text || ((x) => fixed(x, columnDecimals)))(key(f));
     row.id = "row-" + f; row.dataset.f = f;
-    row.title = [noteOf(f)?.label, ...part("tokens", f).filter((t) => t >= 0).map((t) => visible(strings[t]))].filter(Boolean).join("  ");
+    row.title = [noteOf(f)?.label, explained.get(f)?.label, ...part("tokens", f).filter((t) => t >= 0).map((t) => visible(strings[t]))].filter(Boolean).join("  ");
     row.setAttribute("role", "option"); row.setAttribute("aria-selected", f === chosen);
     row.setAttribute("aria-posinset", i + 1); row.setAttribute("aria-setsize", order.length);
     row.style.transform = `translateY(${i * tall}px)`;
@@ -129,8 +129,9 @@ function drawList(anew) {
     live.set(i, row); list.append(row);
   }
 }
-function labelled(f) { // a person's label and star, then the automatic one
+function labelled(f) { // a person's label and star, a language model's, then the automatic one
   const note = noteOf(f), made = words(f);
+  if (explained.has(f)) made.prepend(make("bdi", "explained", named(explained.get(f).label)), " ");
   if (note) made.prepend(make("b", "own-label", (starred(note) ? "★ " : "") + note.label), " ");
   return made;
 }
@@ -178,12 +179,17 @@ function noteLine(f) {
   line.onsubmit = (event) => { event.preventDefault(); input.blur(); $("list").focus(); };
   draw();
   line.append(star, input);
-  if (note && note.source !== "page") line.append(make("small", "", [note.source, note.score === null ? "" : "score " + number(note.score)].filter(Boolean).join(", ")));
+  if (note && note.source !== "page") line.append(make("small", "", saidBy(note)));
   return line;
+}
+function explanationLine(f) {
+  const said = explained.get(f), line = make("p", "explanation");
+  if (said) line.append(make("b", "", "Explanation "), make("bdi", "", named(said.label)), " ", make("small", "", saidBy(said)));
+  return said ? [line] : [];
 }
 function drawDetail(f) {
   const detail = $("detail"), g = c.group[f];
-  detail.replaceChildren(headOf(f), noteLine(f));
+  detail.replaceChildren(headOf(f), noteLine(f), ...explanationLine(f));
   const facts = make("div", "facts");
   const fact = (value, name, title) => { const box = make("div"); if (title) box.title = title; box.append(make("b", "", value), make("span", "", name)); facts.append(box); };
   fact(percent(density(f)), "of rows" + (G > 1 ? `, prefix ${prefix}` : ""), ends.map((_, h) => h >= g ? `prefix ${h}: ${percent(density(f, h))}` : "").filter(Boolean).join("\n"));
@@ -331,7 +337,7 @@ function knownOf(f) { // everything that the pane shows, for another program
     });
   }
   return {
-    model: run.model, layer: +run.layer, run: run.run, weights_sha256: run.weights, latent: f, group: c.group[f], note: noteOf(f),
+    model: run.model, layer: +run.layer, run: run.run, weights_sha256: run.weights, latent: f, group: c.group[f], note: noteOf(f), explanation: explained.get(f) ?? null,
     density: ends.map((_, g) => real(density(f, g))), firings: c.firings[f], largest_activation: real(c.largest[f]), mean_activation: real(c.mean[f]),
     energy_share: real(c.energy[f]), token_entropy_bits: real(c.entropy[f]), activation_histogram: part("histogram", f),
     label: pairs("tokens", "tokenShares"), label_precision: real(c.labelPrecision[f]), label_recall: real(c.labelRecall[f]), label_firings: c.labelFirings[f],

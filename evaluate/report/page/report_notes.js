@@ -5,11 +5,17 @@ const COLUMNS = ["layer", "latent", "label", "score", "source"];
 const run = document.querySelector("main").dataset;
 const KEY = "notes:" + run.weights;
 const filed = new Map(Object.entries(JSON.parse($("notes").textContent)).map(([f, note]) => [+f, note])); // of the run directory
+const explained = new Map(); // by a language model, in a file of its own: no note, and not saved as one
+for (const [f, { explained: by, ...said }] of filed) {
+  if (by) explained.set(f, by === true ? said : by);
+  if (by === true) filed.delete(f);
+}
 let own = new Map(); // of this browser, before those; null: taken away
 let refused = ""; // why the browser keeps nothing
 
 const noteOf = (f) => (own.has(f) ? own.get(f) : filed.get(f)) || null;
 const starred = (note) => note !== null && note.source === "page" && note.score === 1;
+const saidBy = ({ source, score }) => [source, score === null ? "" : "score " + number(score)].filter(Boolean).join(", ");
 const noted = () => [...new Set([...filed.keys(), ...own.keys()])].filter(noteOf).sort((a, b) => a - b);
 
 function stored() {

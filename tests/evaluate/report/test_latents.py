@@ -104,6 +104,38 @@ def test_notes_and_stars_are_kept_saved_and_read_again(browser: Any, report: Pat
     other.close()
 
 
+def test_explanations_stand_beside_notes_and_are_not_saved_as_them(
+    browser: Any, report: Path, tmp_path: Path
+) -> None:
+    before = report.read_bytes()
+    said = Note(label="words </script> of one kind", score=0.8125, source="gpt-4")
+    nothing, mine = Note(label="", score=None, source=""), Note(label="my own", score=None, source="page")
+    latents = {7: nothing, 9: mine}
+    renew_notes(report, {f: note.model_copy(update={"explanation": said}) for f, note in latents.items()})
+    opened = Opened(browser, report, place="#latent=7")
+    page = opened.page
+    assert page.inner_text(".explanation") == "Explanation words </script> of one kind gpt-4, score 0.813"
+    assert page.input_value("#note") == ""
+    page.fill("#search", "of one kind")
+    opened.frame()
+    assert sorted(page.evaluate("order")) == [7, 9]
+    assert (
+        page.inner_text("#row-9")
+        .replace("\n", " ")
+        .split("#9")[1]
+        .startswith("my own words </script> of one kind")
+    )
+    page.click("#more summary")
+    page.check("#noted")
+    assert sorted(page.evaluate("order")) == [7, 9]
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(tmp_path / "notes.csv")
+    assert read_notes(tmp_path / "notes.csv", 0, ENDS[-1]) == {9: mine}
+    opened.close()
+    report.write_bytes(before)
+
+
 def test_a_browser_that_keeps_nothing_says_so(browser: Any, report: Path) -> None:
     context = browser.new_context()
     context.add_init_script(

@@ -1,0 +1,50 @@
+"""explanations.csv, which evaluate/notes.py reads, and the pages that show it."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import locked, write_whole
+from evaluate.kept.evaluations import read_all
+from evaluate.notes import COLUMNS, DIGITS, EXPLANATIONS, LONGEST, WEIGHTS, Note, notes_of, read_notes
+from evaluate.report.sides import show_notes
+
+FILE = "explanations.csv"
+
+
+def refuse_another_file(run_dir: Path) -> None:
+    """Raise `InputError` where a file of explanations is there under another name: two would not be read."""
+    for path in sorted(run_dir.glob("*")):
+        if path.is_file() and EXPLANATIONS.fullmatch(path.name) and path.name != FILE:
+            raise InputError(
+                f"{path}: explanations are written to {FILE} beside it, and one file of them is read; remove it, or "
+                "move it elsewhere"
+            )
+
+
+def write_explanations(
+    run_dir: Path, layer: int, n_latents: int, weights_sha256: str, said: Mapping[int, Note]
+) -> Path:
+    """Add explanations to those of the same weights that are there, in place of older ones of the same latents; show
+    all of them in the pages of the run's evaluations."""
+    refuse_another_file(run_dir)
+    path = run_dir / FILE
+    there = read_notes(path, layer, n_latents) if path.is_file() else {}
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow((*COLUMNS, WEIGHTS))
+    for latent, note in sorted((there | dict(said)).items()):
+        score = "" if note.score is None else f"{note.score:.4g}"
+        writer.writerow((layer, latent, note.label, score, note.source, weights_sha256[:DIGITS]))
+    write_whole(path, lines.getvalue().encode())
+    with locked(run_dir / ".evaluation", None):
+        show_notes(read_all(run_dir), weights_sha256, notes_of(run_dir, layer, n_latents))
+    return path
+
+
+def as_note(label: str, score: float | None, source: str) -> Note:
+    """An explanation as it is read again."""
+    text = " ".join(label.split())
+    return Note(label=text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…", score=score, source=source)
