@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "n_layers": 30,
         "context_length": 32,
     }
-    store = make_store(where, rows, rows, **known, **hooks)
+    store = make_store(where, rows, rows, **known)
     source = store.manifest.source.model_dump(mode="json")
     for layer in LAYERS:
         named = {key: value.replace("12", str(layer)) for key, value in hooks.items()} | {"layer": layer}
