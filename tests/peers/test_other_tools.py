@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layer": 12,
         "n_layers": 30,
         "context_length": 32,
+        **hooks,
     }
     store = make_store(where, rows, rows, **known)
     source = store.manifest.source.model_dump(mode="json")
