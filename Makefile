@@ -54,6 +54,8 @@ help:
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
+	@echo 'make probe LAYER=17 RUN=name     what a few latents of each prefix tell of tokens and documents'
+	@echo 'make absorption LAYER=17 RUN=a   measure absorption and splitting of latents; WITH="b c": others too, and how stable a'\''s are'
 	@echo 'make model RUN=name              write the page of a set, with all MLPs replaced at once; LAYER=all: every layer must be there'
 	@echo 'make runs|stores                 tables of all runs, of all stores; LAYER=17: of one layer'
 	@echo 'make read TEXT="..."             show which latents fire on your own text, ABLATE=12/345: without one; samples: a page of those collected in training'
@@ -68,8 +70,8 @@ help:
 .NOTPARALLEL:
 
 .PHONY: help demo demo-circuit test test-all test-peers install install-dev install-embedded install-peers harvest plan verify upload \
-        train sweep runs stores samples evaluate compare model read explain circuit export import push bench bench-storage gpu \
-        soak audit licences lint format clean
+        train sweep runs stores samples evaluate compare probe absorption explain model read circuit export import push bench \
+        bench-storage gpu soak audit licences lint format clean
 
 DEMO = --profile demo $(call option,LAYER,--layer) $(MORE)
 demo: install install-embedded
@@ -139,6 +141,13 @@ evaluate: install
 compare: install
 	@$(EACH) evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
+probe: install
+	@$(EACH) evaluate.probe $(OPTIONS)
+
+# WITH="name ...": others on the same rows, a run of another seed for stability
+absorption: install
+	@$(PY) -m evaluate.absorption $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
+
 # Every layer's run of one name on one page, and all MLPs replaced at once.
 model: install
 	@$(PY) -m evaluate.model $(OPTIONS)
@@ -156,7 +165,7 @@ explain: install
 circuit: install
 	@$(PY) -m evaluate.circuit $(call option,TEXT,--text) $(call option,PREFIX,--prefix) $(OPTIONS)
 
-# FORMAT=saelens | gemma_scope | circuit_tracer, PREFIX=g for one prefix
+# FORMAT=saelens | gemma_scope | gemma_scope_2 | circuit_tracer | delphi | neuronpedia, PREFIX=g for one prefix
 export: install
 	@$(PY) -m evaluate.export $(call option,FORMAT,--format) $(call option,PREFIX,--prefix) $(OPTIONS)
 
@@ -252,7 +261,7 @@ $(PEERS_)/.installed: peers.txt
 	@echo installing the tools that the exports are for into $(call quote,$(PEERS))
 	@at=$(call quote,$(call home,$(PEERS))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \
 		pip() { "$$at/bin/python" -m pip --disable-pip-version-check -q install "$$@"; }; \
-		pip 'pip>=25.1'; pip "$$(grep '^torch==' peers.txt)"; pip -r peers.txt; touch "$$at/.installed"
+		pip 'pip>=25.1'; pip "$$(grep '^torch==' peers.txt)"; pip --no-deps -r peers.txt; touch "$$at/.installed"
 
 $(AUDIT_)/.installed:
 	@at=$(call quote,$(call home,$(AUDIT))); test -x "$$at/bin/python" || $(python) -m venv "$$at"; set -e; \

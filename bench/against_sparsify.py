@@ -2,7 +2,8 @@
 
 Needs what `make install-peers` installs. Not nested, the same number of latents, k and rows, on the stores of
 bench.recipe: sparsify with Adam at three learning rates and with its default, signum at its own rate; ours with the
-default recipe and one group. FVU on all held-out rows. JSON: bench/results/sparsify.json.
+default recipe and one group. FVU on all held-out rows. JSON: bench/results/sparsify.json, where stores that are left
+out keep their numbers.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import Tensor
 
-from bench.recipe import not_nested, subjects, trained
+from bench.recipe import keep, not_nested, subjects, trained
 from common.cli import run_stage
 from common.errors import InputError
 from common.settings import ROOT, Settings
@@ -32,14 +34,17 @@ ADAM = ("1e-3", "3e-3", "6e-3")
 WAYS = [*(("adam", lr) for lr in ADAM), ("signum", "default")]
 
 
-def rows_of(store: Store, settings: Settings, file: Path) -> None:
-    """The train rows in the order that our run sees them, one epoch at most, and all held-out rows."""
+def rows_of(store: Store, settings: Settings, file: Path, gain: Tensor | float = 1.0) -> None:
+    """The train rows in the order that our run sees them, one epoch at most, and all held-out rows.
+
+    `gain`: what the inputs are multiplied by.
+    """
     n, parts = settings.train.rows, []
     with closing(
         store.train.loader(settings.train.batch_size, settings.train.order_seed).batches()
     ) as batches:
         for batch in batches:
-            parts.append((batch.inputs.clone(), batch.outputs.clone()))
+            parts.append((batch.inputs * gain, batch.outputs.clone()))
             if len(parts) * settings.train.batch_size >= n:
                 break
     inputs, outputs = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -47,18 +52,21 @@ def rows_of(store: Store, settings: Settings, file: Path) -> None:
     tensors = {
         "inputs": inputs,
         "outputs": outputs,
-        "heldout_inputs": heldout[0],
+        "heldout_inputs": heldout[0] * gain,
         "heldout_outputs": heldout[1],
     }
     save_file(tensors, file)
 
 
-def theirs(python: Path, rows: Path, recipe: Recipe, optimizer: str, lr: str) -> dict[str, Any]:
-    """What sparsify's class reaches."""
-    objective = recipe.objective
+def theirs(
+    python: Path, rows: Path, recipe: Recipe, optimizer: str, lr: str, folder: Path | None = None
+) -> dict[str, Any]:
+    """What sparsify's class reaches; with `folder` it is saved there, in sparsify's own format."""
+    objective, asked = recipe.objective, recipe.train
     out = rows.with_suffix(".json")
-    numbers = (objective.d_sae, objective.k, recipe.train.batch_size, recipe.steps, recipe.warmup)
+    numbers = (objective.d_sae, objective.k, asked.batch_size, recipe.steps, recipe.warmup, asked.seed)
     command = [str(python), "-P", str(SCRIPT), str(rows), str(out), *map(str, numbers), optimizer, lr]
+    command += [str(folder)] * (folder is not None)
     subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""})
     return json.loads(out.read_text(encoding="utf-8"))
 
@@ -74,6 +82,14 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
+def python_of_peers() -> Path:
+    """The other tools' Python; `InputError` where they are not installed."""
+    python = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
+    if not python.is_file():
+        raise InputError(f"{python}: not found; install the other tools with make install-peers")
+    return python
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="sparsify's transcoder on the same rows, beside ours.")
     options.add_argument(
@@ -81,9 +97,7 @@ def main() -> None:
     )
     options.add_argument("--steps", type=int, default=400, help="of 1,024 rows [%(default)s]")
     arguments = options.parse_args()
-    python = ROOT / os.environ.get("PEERS", ".venv-peers") / "bin" / "python"
-    if not python.is_file():
-        raise InputError(f"{python}: not found; install the other tools with make install-peers")
+    python = python_of_peers()
     console, results = Console(width=150), {}
     for name, settings in subjects(console, arguments.only):
         rows = arguments.steps * settings.train.batch_size
@@ -98,7 +112,8 @@ def main() -> None:
             rows_of(store, settings, file)
             for optimizer, lr in WAYS:
                 results[name][f"{optimizer} {lr}"] = theirs(python, file, recipe, optimizer, lr)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results[name]["steps"] = arguments.steps
+        keep(RESULTS, results)
     console.print(table(results))
 
 

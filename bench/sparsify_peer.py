@@ -1,11 +1,11 @@
 """Run by the other tools' Python, without this project: sparsify's SparseCoder as a transcoder on rows of a store.
 
-python sparsify_peer.py ROWS OUT LATENTS K BATCH STEPS WARMUP OPTIMIZER LR|default
+python sparsify_peer.py ROWS OUT LATENTS K BATCH STEPS WARMUP SEED OPTIMIZER LR|default [FOLDER]
 
 ROWS: safetensors with inputs, outputs [n, D] (train rows in the order of training), heldout_inputs, heldout_outputs
 [m, D], all float32. OUT: JSON with the held-out FVU against the rows' own mean, L0, the share of latents that never
-fire, rows/s. The class, its defaults, the start of its biases and the optimizers are sparsify's own; its Trainer is
-not used, as it runs the language model along.
+fire, rows/s. FOLDER: where the trained coder is saved, in sparsify's own format. The class, its defaults, the start of
+its biases and the optimizers are sparsify's own; its Trainer is not used, as it runs the language model along.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 # Both are of the other environment.
@@ -37,9 +37,9 @@ def optimizer_of(name: str, coder: SparseCoder, lr: float | None, warmup: int, s
 
 
 def main() -> None:
-    rows, out, *sizes, name, lr = sys.argv[1:]
-    latents, k, batch, steps, warmup = map(int, sizes)
-    torch.manual_seed(0)
+    rows, out, *sizes, name, lr = sys.argv[1:11]
+    latents, k, batch, steps, warmup, seed = map(int, sizes)
+    torch.manual_seed(seed)
     with safe_open(rows, framework="pt") as file:
         inputs, outputs = file.get_tensor("inputs"), file.get_tensor("outputs")
         heldout = file.get_tensor("heldout_inputs"), file.get_tensor("heldout_outputs")
@@ -60,6 +60,8 @@ def main() -> None:
     seconds = time.perf_counter() - begun
     if name == "signum":
         optimizer.eval()
+    for folder in sys.argv[11:]:
+        coder.save_to_disk(folder)
     Path(out).write_text(
         json.dumps({**measured(coder, *heldout), "rows_per_second": steps * batch / seconds}),
         encoding="utf-8",

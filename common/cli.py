@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from common import stop_at_once
 from common.errors import ENVIRONMENT, InputError
 from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, run_name, validated
 
@@ -340,8 +341,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            print("interrupted: the same command continues", file=sys.stderr, flush=True)
-            os._exit(130)
+            stop_at_once(number, frame)
         frame = frame.f_back
     raise KeyboardInterrupt
 

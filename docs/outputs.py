@@ -4,17 +4,21 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluate.absorption.records import Absorption
 from evaluate.comparison.records import Comparison
 from evaluate.explain.records import Summary
 from evaluate.explain.replies import Reply
 from evaluate.model.records import ModelMetrics
+from evaluate.probe.records import Probes
 from evaluate.prompt.records import Prompt
 from evaluate.records import Metrics, Record
 
 DOCUMENT = Path(__file__).with_name("outputs.md")
 FILES = {
     "evaluation/metrics.json": Metrics,
+    "evaluation/probes.json": Probes,
     "comparison/compare.json": Comparison,
+    "absorption/absorption.json": Absorption,
     "sets/<run>/model.json": ModelMetrics,
     "prompts/<text>/prompt.json": Prompt,
     "explanations/<model>/summary.json": Summary,

@@ -17,6 +17,8 @@ from evaluate.report.console import increase, plain, rows_of, table_of
 from evaluate.report.verdicts import verdicts
 
 if TYPE_CHECKING:  # --help does not wait for the records
+    from pathlib import Path
+
     from evaluate.records import Metrics
     from evaluate.report.sides import Side
 
@@ -53,18 +55,26 @@ def main() -> None:
         return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
 
     def one(settings: Settings, of_several: bool) -> None:
+        from evaluate.kept.evaluations import beside_a_larger, read_all
         from evaluate.run import evaluate
         from train import log
 
         metrics, fresh = evaluate(settings, ce_tokens)
         if fresh:
-            log.log_evaluation(settings.run_dir(), settings, metrics.written())
+            size = beside_a_larger(read_all(_weights_dir(settings, metrics)), metrics)
+            log.log_evaluation(settings.run_dir(), settings, metrics.written(), size)
         if of_several and not fresh:
             print(NOTHING_NEW)
         else:
             show(settings, metrics, fresh, console())
 
     over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
+
+
+def _weights_dir(settings: Settings, metrics: Metrics) -> Path:
+    """Directory of the weights that were measured: the run's, or a checkpoint's in it."""
+    at = metrics.provenance.checkpoint
+    return settings.run_dir() / f"at_step_{at.step}" if at else settings.run_dir()
 
 
 def _lines(settings: Settings) -> list[dict[str, str]]:
@@ -141,7 +151,7 @@ def show(settings: Settings, metrics: Metrics, fresh: bool, console: Console) ->
     run_dir = settings.run_dir()
     if at := metrics.provenance.checkpoint:
         plain(console, f"note: {checkpoint_note(run_dir, at.step, at.of)}")
-        run_dir = run_dir / f"at_step_{at.step}"
+        run_dir = _weights_dir(settings, metrics)
     elif step := went_on(run_dir):
         plain(
             console,

@@ -71,7 +71,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
         ],
         differing_settings=differing(known),
         linear_map_fvu=linear,
-        provenance=_provenance(job.provenance, digests),
+        provenance=provenance_of_all(job.provenance, digests),
     )
     _write(folder, comparison)
     return comparison, folder
@@ -155,7 +155,7 @@ def differing(known: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str,
     }
 
 
-def _provenance(of: Provenance, digests: dict[str, str]) -> ComparisonProvenance:
+def provenance_of_all(of: Provenance, digests: dict[str, str]) -> ComparisonProvenance:
     """What an evaluation of the run would say, as far as it is true of all of them."""
     shared = set(ComparisonProvenance.model_fields) - {"weights_sha256"}
     values = {key: value for key, value in of if key in shared & of.model_fields_set}
@@ -272,21 +272,24 @@ def main() -> None:
 
         return n_layers(settings)
 
-    def chosen(settings: Settings) -> Settings:
-        from transcoder.weights import chosen_run
-
-        if len(settings.layers) < 2:
-            return chosen_run(settings, named)
-        if paths := [other for other in others if not _is_name(other)]:
-            raise InputError(
-                f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
-            )
-        return chosen_run(settings, named, every_layer=True)
-
     def one(settings: Settings, _: bool) -> None:
         show(*compare(settings, others), console())
 
-    over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
+    over_layers(
+        asked, one, n_layers=n_layers, chosen=lambda each: chosen_run_of(each, named, others), lines=_lines
+    )
+
+
+def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) -> Settings:
+    """The settings with the run that the command names, or the one there is; `others` of WITH must fit all layers."""
+    from transcoder.weights import chosen_run
+
+    paths = [other for other in others if not _is_name(other)]
+    if paths and len(settings.layers) > 1:
+        raise InputError(
+            f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
+        )
+    return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
 
 
 def _lines(settings: Settings) -> list[dict[str, str]]:

@@ -1,29 +1,57 @@
 """python -m evaluate.export --layer 17 --run name --format saelens [--prefix 0]: a run in other tools' formats."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.layers.driver import over_layers
 from common.settings import Settings
 
+HANDED_OVER = ("delphi", "neuronpedia")
+"""Formats that hold what a run does on text, not its weights."""
+
 
 def known_format(name: str) -> str:
     """`name`, if it is a format's."""
     from transcoder.export import FORMATS  # with torch, which --help need not wait for
 
-    if name not in FORMATS:
-        raise ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, FORMATS))})")
+    names = (*FORMATS, *HANDED_OVER)
+    if name not in names:
+        raise ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, names))})")
     return name
 
 
 def main() -> None:
+    asked = read(_options())
+    arguments = asked.arguments
+    _refuse_options(arguments)
+    from transcoder import weights
+    from transcoder.export import export
+
+    sets = arguments.format in ("circuit_tracer", *HANDED_OVER)
+
+    def chosen(settings: Settings) -> Settings:
+        return weights.chosen_run(settings, arguments.run, every_layer=sets or len(settings.layers) > 1)
+
+    def one(settings: Settings, _: bool) -> None:
+        weights.refuse_another_model(settings.run_dir(), settings)
+        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
+
+    if sets:
+        print(_together(chosen(asked.settings(asked.layers(weights.n_layers))), arguments))
+    else:
+        over_layers(asked, one, n_layers=weights.n_layers, chosen=chosen)
+
+
+def _options() -> ArgumentParser:
     options = parser("evaluate.export", "Write a run, or one prefix of it, in the format of another tool.")
     options.add_argument(
         "--format",
         type=known_format,
         required=True,
-        help="saelens, gemma_scope, gemma_scope_2 or circuit_tracer",
+        help="of weights: saelens, gemma_scope, gemma_scope_2 or circuit_tracer; of what a run does on text: delphi "
+        "(on the rows of --evaluate.split and --evaluate.rows) or neuronpedia (from its evaluation)",
     )
     options.add_argument(
         "--prefix", type=int, metavar="G", help="only this prefix, counted from 0, as a narrower transcoder"
@@ -43,8 +71,10 @@ def main() -> None:
         action="store_true",
         help="circuit_tracer: leave out the feature pages, which quote the text",
     )
-    asked = read(options)
-    arguments = asked.arguments
+    return options
+
+
+def _refuse_options(arguments: Namespace) -> None:
     own = {
         "--partial": arguments.partial,
         "--reads mlp_in": arguments.reads != "normalized",
@@ -56,24 +86,23 @@ def main() -> None:
         raise InputError(
             f"command line: {given[0]}: is of the format circuit_tracer, found {arguments.format}; leave it out"
         )
+
+
+def _together(settings: Settings, arguments: Namespace) -> Path:
+    """A format that has one folder for all layers."""
+    if arguments.format == "delphi":
+        from evaluate.handover.delphi import export_delphi
+
+        return export_delphi(settings, arguments.prefix)
+    if arguments.format == "neuronpedia":
+        from evaluate.handover.neuronpedia import export_neuronpedia
+
+        return export_neuronpedia(settings, arguments.prefix)
     from evaluate.feature_pages import SetPages
-    from transcoder import weights
-    from transcoder.export import export, export_set
+    from transcoder.export import export_set
 
-    def chosen(settings: Settings) -> Settings:
-        every = arguments.format == "circuit_tracer" or len(settings.layers) > 1
-        return weights.chosen_run(settings, arguments.run, every_layer=every)
-
-    def one(settings: Settings, _: bool) -> None:
-        weights.refuse_another_model(settings.run_dir(), settings)
-        print(export(settings.run_dir(), arguments.format, arguments.prefix, settings.model.public_name))
-
-    if arguments.format == "circuit_tracer":
-        settings = chosen(asked.settings(asked.layers(weights.n_layers)))
-        pages = None if arguments.without_pages else SetPages(settings, arguments.prefix).write
-        print(export_set(settings, arguments.prefix, arguments.partial, arguments.reads, pages))
-    else:
-        over_layers(asked, one, n_layers=weights.n_layers, chosen=chosen)
+    pages = None if arguments.without_pages else SetPages(settings, arguments.prefix).write
+    return export_set(settings, arguments.prefix, arguments.partial, arguments.reads, pages)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from transcoder.weights import FILE_NAME, read_metadata
 FOLDER, INDEX = "features", "index.json.gz"
 BLOCK = 512
 """Latents whose samples and texts are in memory together: 4 MB."""
+STRONGEST = "strongest contexts"
 QUARTERS = ("strongest quarter", "second quarter", "third quarter", "weakest quarter")
 
 OTHER_VERSION = "evaluated by another version"
@@ -97,10 +98,14 @@ class Evaluated:
     text: TokenText
     notes: Mapping[int, Note]
     """A person's notes on the latents."""
+    split: str
 
-    def pages(self, prefix: int | None = None) -> Iterator[Page]:
-        """Of every latent of the prefix (none: of all), in order. Activations above the full dictionary's threshold,
-        frequency by the prefix's."""
+    def blocks(self, prefix: int | None = None) -> Iterator["Block"]:
+        """All latents of the prefix (none: all), in order, a few hundred at a time. Activations above the full
+        dictionary's threshold, frequency by the prefix's.
+
+        Raises `InputError` where a file of the evaluation is damaged.
+        """
         try:
             with (
                 safe_open(self.folder / LATENTS, "numpy") as latents,
@@ -109,38 +114,35 @@ class Evaluated:
                 group = latents.get_tensor("group")
                 g = int(group.max()) if prefix is None else prefix
                 for start in range(0, end := int((group <= g).sum()), BLOCK):
-                    yield from self._block(latents, contexts, g, start, min(start + BLOCK, end))
+                    stop = min(start + BLOCK, end)
+                    examples = Examples(contexts, start, stop, self.contexts, self.text)
+                    yield Block(latents, start, stop, g, self.text, examples)
         except SafetensorError as error:
             raise InputError(
                 f"{self.folder}: damaged ({error}); remove it and evaluate layer {self.layer} again (make evaluate)"
             ) from error
 
-    def _block(self, latents: Any, contexts: Any, g: int, start: int, stop: int) -> Iterator[Page]:
-        """Of latents [start, stop); the files as safetensors opens them."""
+    def pages(self, prefix: int | None = None) -> Iterator[Page]:
+        """Of every latent that `blocks` gives."""
+        for block in self.blocks(prefix):
+            yield from self._pages(block)
 
-        def column(name: str) -> np.ndarray:
-            return latents.get_slice(name)[start:stop]
-
-        def labels(name: str) -> list[list[str]]:
-            return [[self.text.label(token) for token in tokens] for tokens in column(name).tolist()]
-
-        density = latents.get_slice("density")[g, start:stop]
+    def _pages(self, block: "Block") -> Iterator[Page]:
         largest, histogram, percentiles = map(
-            column, ("largest_activation", "activation_histogram", "activation_percentiles")
+            block.column, ("largest_activation", "activation_histogram", "activation_percentiles")
         )
-        promoted, suppressed = labels("promoted_tokens"), labels("suppressed_tokens")
-        words = label_texts(column("label_tokens"), column("label_kinds"), self.text)
-        examples = _Examples(contexts, start, stop, self.contexts, self.text)
-        for n in range(stop - start):
+        promoted, suppressed = block.tokens("promoted_tokens"), block.tokens("suppressed_tokens")
+        density, words = block.density, block.words()
+        for n, latent in enumerate(range(block.start, block.stop)):
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
-                index=start + n,
-                examples_quantiles=self._said(start + n, words[n], examples.of(n)),
+                index=latent,
+                examples_quantiles=self._said(latent, words[n], block.examples.of(n)),
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
-                act_max=_short(largest[n]),
-                quantile_values=[_short(value) for value in percentiles[n]],
+                act_max=short(largest[n]),
+                quantile_values=[short(value) for value in percentiles[n]],
                 histogram=histogram[n].tolist(),
                 activation_frequency=float(density[n]),
             )
@@ -158,7 +160,38 @@ class Evaluated:
         return [Quantile(quantile_name=name, examples=examples[0]["examples"]), *examples[1:]]
 
 
-class _Examples:
+@dataclass(frozen=True)
+class Block:
+    """What an evaluation knows of latents [start, stop)."""
+
+    latents: Any
+    """latents.safetensors, opened."""
+    start: int
+    stop: int
+    g: int
+    """The prefix."""
+    text: TokenText
+    examples: "Examples"
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of latents.safetensors."""
+        return self.latents.get_slice(name)[self.start : self.stop]
+
+    def tokens(self, name: str) -> list[list[str]]:
+        """The texts of a column of token ids."""
+        return [[self.text.label(token) for token in tokens] for tokens in self.column(name).tolist()]
+
+    @property
+    def density(self) -> np.ndarray:
+        """The share of rows on which each latent fires, by the prefix's threshold."""
+        return self.latents.get_slice("density")[self.g, self.start : self.stop]
+
+    def words(self) -> list[list[str]]:
+        """The automatic label of each latent."""
+        return label_texts(self.column("label_tokens"), self.column("label_kinds"), self.text)
+
+
+class Examples:
     """The samples of latents [start, stop) with the text around them; of contexts.safetensors, opened."""
 
     def __init__(self, file: Any, start: int, stop: int, contexts: ContextTable, text: TokenText) -> None:
@@ -186,7 +219,7 @@ class _Examples:
 
     def of(self, n: int) -> list[Quantile]:
         """Of the block's nth latent: its strongest contexts, then a few of each quarter of its firings."""
-        names = ("strongest contexts", *QUARTERS)
+        names = (STRONGEST, *QUARTERS)
         groups: dict[str, list[Example]] = {name: [] for name in names}
         seen: set[int] = set()
         for sample in range(self.bounds[n], self.bounds[n + 1]):
@@ -208,8 +241,8 @@ class _Examples:
         activations = [0.0] * length
         near = slice(self.around[sample], self.around[sample + 1])
         for offset, value in zip(self.offset[near].tolist(), self.activation[near].tolist(), strict=True):
-            activations[focus + offset] = _short(value)
-        activations[focus] = _short(self.values[sample])
+            activations[focus + offset] = short(value)
+        activations[focus] = short(self.values[sample])
         return Example(
             tokens=[self.texts[number] for number in self.pool[at : at + length].tolist()],
             tokens_acts_list=activations,
@@ -218,7 +251,7 @@ class _Examples:
         )
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Five digits."""
     return float(f"{value:.5g}")
 
@@ -281,19 +314,16 @@ class SetPages:
 
         Raises `InputError` where an evaluation is of other weights than the run's, or damaged.
         """
-        found = {layer: self._evaluated(layer, run_dir) for layer, run_dir in sorted(runs.items())}
+        found = {
+            layer: evaluated_of(self.settings, layer, run_dir) for layer, run_dir in sorted(runs.items())
+        }
         for layer, each in found.items():
             if isinstance(each, str):
                 self.lacking.setdefault(each, []).append(layer)
         for why, layers in self.lacking.items():
             numbers = " ".join(map(str, layers))
-            made_by = f'make evaluate LAYER="{numbers}" RUN={self.settings.run}'
-            if why.startswith(NO_STORE):
-                named = f" HARVEST={name}" if (name := self.settings.harvest_name) else ""
-                made_by = f'make harvest LAYER="{numbers}"{named}'
-            print(
-                f"no feature pages of layers {numbers}: {why}; {made_by}, and export again", file=sys.stderr
-            )
+            remedy = mended_by(why, numbers, self.settings)
+            print(f"no feature pages of layers {numbers}: {why}; {remedy}, and export again", file=sys.stderr)
         if not any(isinstance(each, Evaluated) for each in found.values()):
             return
         (folder / FOLDER).mkdir()
@@ -310,31 +340,43 @@ class SetPages:
                 bar.update(1)
         write_index(folder / FOLDER, offsets)
 
-    def _evaluated(self, layer: int, run_dir: Path) -> Evaluated | str:
-        """The layer's evaluation and store, or why there are no pages."""
-        digest = sha256(run_dir / FILE_NAME)
-        folder = main_evaluation(run_dir, digest)
-        values = complete(folder)
-        if values is None:
-            return "not evaluated"
-        try:
-            made = _Made.model_validate(values["provenance"])
-        except ValidationError:
-            return OTHER_VERSION
-        if made.weights_sha256 != digest:
-            raise InputError(
-                f"{folder}: is of other weights than {run_dir / FILE_NAME}; evaluate the run again (make evaluate "
-                f"LAYER={layer} RUN={run_dir.name}), or export without its pages (--without-pages)"
-            )
-        if made.metrics_version != METRICS_VERSION:
-            return OTHER_VERSION
-        try:
-            store = Store.of(self.settings.of_layer(layer))
-        except InputError:
-            return f"{NO_STORE} can be read in {self.settings.paths.activations}"
-        if store.manifest.fingerprint != made.store_fingerprint:
-            return "evaluated on another harvest than is in the store"
-        split = getattr(store, made.split)
-        text = TokenText(read_tokenizer(store.tokenizer_path))
-        notes = notes_of(run_dir, layer, read_metadata(run_dir)["prefix_ends"][-1])
-        return Evaluated(layer, folder, made.rows, split.contexts, text, notes)
+
+def evaluated_of(settings: Settings, layer: int, run_dir: Path) -> Evaluated | str:
+    """The layer's evaluation and store, or why there is nothing to show.
+
+    Raises `InputError` where an evaluation is of other weights than the run's, or damaged.
+    """
+    digest = sha256(run_dir / FILE_NAME)
+    folder = main_evaluation(run_dir, digest)
+    values = complete(folder)
+    if values is None:
+        return "not evaluated"
+    try:
+        made = _Made.model_validate(values["provenance"])
+    except ValidationError:
+        return OTHER_VERSION
+    if made.weights_sha256 != digest:
+        raise InputError(
+            f"{folder}: is of other weights than {run_dir / FILE_NAME}; evaluate the run again (make evaluate "
+            f"LAYER={layer} RUN={run_dir.name}), or export without its pages (--without-pages)"
+        )
+    if made.metrics_version != METRICS_VERSION:
+        return OTHER_VERSION
+    try:
+        store = Store.of(settings.of_layer(layer))
+    except InputError:
+        return f"{NO_STORE} can be read in {settings.paths.activations}"
+    if store.manifest.fingerprint != made.store_fingerprint:
+        return "evaluated on another harvest than is in the store"
+    split = getattr(store, made.split)
+    text = TokenText(read_tokenizer(store.tokenizer_path))
+    notes = notes_of(run_dir, layer, read_metadata(run_dir)["prefix_ends"][-1])
+    return Evaluated(layer, folder, made.rows, split.contexts, text, notes, made.split)
+
+
+def mended_by(why: str, layers: str, settings: Settings) -> str:
+    """The command that gives `evaluated_of` what it lacks in these layers."""
+    if why.startswith(NO_STORE):
+        named = f" HARVEST={name}" if (name := settings.harvest_name) else ""
+        return f'make harvest LAYER="{layers}"{named}'
+    return f'make evaluate LAYER="{layers}" RUN={settings.run}'

@@ -23,11 +23,13 @@ from evaluate.records import Record
 
 COLUMNS = ("layer", "latent", "label", "score", "source")
 NEEDED = COLUMNS[:3]
-NAMES = re.compile(r"(notes|labels).*\.(csv|json)", re.IGNORECASE)
+NAMES = re.compile(r"(notes|labels).*\.(csv|tsv|json)", re.IGNORECASE)
 """Of files in a run directory that are read: browsers number a second download, notes (1).csv."""
 EXPLANATIONS = re.compile(r"explanations.*\.(csv|json)", re.IGNORECASE)
 WEIGHTS, DIGITS = "weights", 12
 """Column of the weights that an explanation is of: so many first digits of their sha256."""
+CHECKPOINT = re.compile(r"at_step_[0-9]+")
+"""Name of a checkpoint's folder (train/snapshot.py)."""
 LONGEST = 1000
 """Characters of a label."""
 
@@ -61,10 +63,13 @@ class Note(Record):
 def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
     """Latent -> what the files of notes and of explanations in the run's directory say; empty if there is neither.
 
-    Explanations of other weights than the run's are left out, with a line on standard error. Raises `InputError` for
-    two files of one kind, and what `read_notes` raises.
+    A checkpoint that is evaluated has its folder, at_step_N, in the run's directory; without a file of notes there, the
+    run's is read. Explanations of other weights than the run's are left out, with a line on standard error. Raises
+    `InputError` for two files of one kind, and what `read_notes` raises.
     """
     notes = _read(run_dir, NAMES, "notes", layer, n_latents)
+    if not notes and CHECKPOINT.fullmatch(run_dir.name):
+        notes = _read(run_dir.parent, NAMES, "notes", layer, n_latents)
     explained = _read(run_dir, EXPLANATIONS, "explanations", layer, n_latents)
     nothing = Note(label="", score=None, source="")
     together = {
@@ -75,7 +80,7 @@ def notes_of(run_dir: Path, layer: int, n_latents: int) -> dict[int, Note]:
 
 
 def _read(run_dir: Path, names: re.Pattern[str], kind: str, layer: int, n_latents: int) -> dict[int, Note]:
-    files = sorted(path for path in run_dir.glob("*") if path.is_file() and names.fullmatch(path.name))
+    files = sorted(path for path in run_dir.glob("*") if names.fullmatch(path.name))
     if len(files) > 1:
         told = ", ".join(path.name for path in files)
         raise InputError(f"{run_dir}: expected one file of {kind}, found {told}; keep one of them there")
@@ -90,7 +95,10 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     error. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
     does not have, a duplicate latent, and a line with neither label nor score.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:  # a link to a file that has gone too
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{path}: expected UTF-8, found UTF-16; save it as CSV UTF-8")
     try:
@@ -98,6 +106,8 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as CSV UTF-8") from error
     is_json = path.suffix.lower() == ".json"
+    if not is_json and text.lstrip().startswith(("[", "{")):
+        raise InputError(f"{path}: holds JSON; name it {path.stem}.json")
     notes: dict[int, Note] = {}
     seen: dict[int, str] = {}
     stale = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import copy
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -146,13 +147,12 @@ class Reader:
         """
         context, _ = context_of(text, self.tokenizer, self.source)
         n_rows = int(self.rows_of(context).sum())
-        if strange := [each for each in positions or () if not 0 <= each < n_rows]:
-            raise InputError(
-                f"positions: expected numbers of rows from 0 to {n_rows - 1}, found {strange[0]}"
-            )
-        asked = [(latent, False, value) for latent, value in (set or {}).items()]
-        asked += [(latent, True, 0.0) for latent in ablate]
-        asked += [(latent, True, factor) for latent, factor in (scale or {}).items()]
+        if strange := [each for each in positions or () if not 0 <= index(each) < n_rows]:
+            there = f"from 0 to {n_rows - 1}" if n_rows else "(this text has none)"
+            raise InputError(f"positions: expected numbers of rows {there}, found {strange[0]}")
+        asked = [(index(latent), False, value) for latent, value in (set or {}).items()]
+        asked += [(index(latent), True, 0.0) for latent in ablate]
+        asked += [(index(latent), True, factor) for latent, factor in (scale or {}).items()]
         rows = [None] if positions is None else sorted({*positions})
         changes = [Change(*each, row) for each in asked for row in rows]
         own = site(self.source, self.transcoder, changes)

@@ -7,10 +7,10 @@ from typing import Any
 
 from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
-from common.files import size_of
+from common.files import sha256, size_of
 from common.numbers import number_or_dash
 from evaluate.files import finished
-from evaluate.kept.evaluations import main_evaluation
+from evaluate.kept.evaluations import digests_of, main_evaluation
 from evaluate.stores import print_table
 from shards.plan import human
 
@@ -77,15 +77,13 @@ def _trained(run_dir: Path) -> dict[str, str]:
         line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
     line["evaluated"] = "no" if settings else "no (imported)"
     try:
-        evaluation = main_evaluation(run_dir)
-        metrics = finished(evaluation)
+        evaluation = _evaluation(run_dir, run_dir / weights.FILE_NAME)
+        metrics = None if evaluation is None else finished(evaluation)
     except InputError as error:
         why = str(error).split("/metrics.json: ", 1)[-1]
         return line | {"evaluated": f"cannot be read: {why}"}
     if metrics is None:
-        return line
-    if (run_dir / weights.FILE_NAME).stat().st_mtime > (evaluation / "metrics.json").stat().st_mtime:
-        return line | {"evaluated": "before it was trained on"}
+        return line if evaluation else line | {"evaluated": "before it was trained on"}
     last, split, own = (
         metrics.prefixes[-1],
         metrics.provenance.split,
@@ -95,6 +93,23 @@ def _trained(run_dir: Path) -> dict[str, str]:
     if own is False:
         return line | {"evaluated": "on another harvest"}
     return line | {"evaluated": "yes" if split == "heldout" else f"on {split} rows"}
+
+
+def _evaluation(run_dir: Path, weights: Path) -> Path | None:
+    """Folder of the run's main evaluation, of these weights; none if all evaluations are of others.
+
+    The weights are read only where it is in doubt: evaluations of different weights, or a file that is newer than the
+    evaluation. A set of Gemma-2-2B has 9 GB of them.
+    """
+    folder, digests = main_evaluation(run_dir), digests_of(run_dir)
+    state = weights.stat()
+    if not digests:
+        return folder
+    written = max(state.st_mtime, state.st_ctime)  # mv and cp -p keep the first
+    if len(digests) == 1 and written <= (folder / "metrics.json").stat().st_mtime:
+        return folder
+    digest = sha256(weights)
+    return main_evaluation(run_dir, digest) if digest in digests else None
 
 
 def _begun(run_dir: Path) -> dict[str, str]:

@@ -48,6 +48,14 @@ class RowCounts:
     """Where the first of these was, and what was wrong with it."""
 
 
+class Document(NamedTuple):
+    text: str
+    file: int
+    """Number of its file, in the order of reading; 0 for a dataset of the hub."""
+    label: str | None
+    """What data.label_column has of it; None: nothing, or no such column was asked for."""
+
+
 def documents(
     data: Data, tokenizer: PreTrainedTokenizerFast | None = None, counts: RowCounts | None = None
 ) -> Iterator[str]:
@@ -56,18 +64,27 @@ def documents(
     Raises `InputError` when the dataset cannot be opened or read, or has no such column: another dataset is
     never a silent fallback. So does a bad row, where data.on_bad_row is stop or where a file has no other.
     """
+    unlabelled = data.model_copy(update={"label_column": None})  # a harvest needs no labels
+    return (each.text for each in labelled_documents(unlabelled, tokenizer, counts))
+
+
+def labelled_documents(
+    data: Data, tokenizer: PreTrainedTokenizerFast | None = None, counts: RowCounts | None = None
+) -> Iterator[Document]:
+    """What `documents` gives, with file and label; raises what that does, and for a label that is no plain value."""
     counts = counts or RowCounts()
     files = found_files(data).read
     none = True
-    for source in files or [None]:
+    for number, source in enumerate(files or [None]):
         where = f"data.files {source}" if source else f"data.dataset {data.dataset}"
         kind = kind_of(source) if source else None
         rows, good = 0, False
+        labels = _labels(data, source, where)
         for rows, row in enumerate(_read_rows(data, source, where), 1):  # noqa: B007
-            text = _text(row.value, kind, data, tokenizer, counts)
+            text, label = _text(row.value, kind, data, tokenizer, counts), next(labels, None)
             if not isinstance(text, Bad):
                 none, good = False, True
-                yield text
+                yield Document(text, number, label)
                 continue
             why = f"{where}: {row.place}: {text.why}"
             if data.on_bad_row == "stop":
@@ -79,6 +96,38 @@ def documents(
             raise InputError(f"{where}: is empty")
     if none:
         raise InputError(f"data.files {', '.join(data.files)}: all files are empty")
+
+
+def _labels(data: Data, file: Path | None, where: str) -> Iterator[str | None]:
+    """The label of every row of a file, beside its text: the file is read twice at once."""
+    if data.label_column is None:
+        return
+    if file and kind_of(file) == ".txt":
+        raise InputError(
+            f"data.label_column: {file} has no columns; give .jsonl, .json, .csv or .parquet files"
+        )
+    column = data.model_copy(update={"text_column": data.label_column})
+    rows = _read_rows(column, file, where)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except InputError as error:
+            raise InputError(str(error).replace("data.text_column", "data.label_column")) from error
+        yield _label(row, data.label_column, where)
+
+
+def _label(row: Row, column: str, where: str) -> str | None:
+    """A row without the column, or with nothing in it, has no label."""
+    value = row.value
+    if value is None or isinstance(value, Bad) or value == "":
+        return None
+    if not isinstance(value, str | int | float):
+        raise InputError(
+            f"{where}: {row.place}: data.label_column: expected text or a number in {column!r}, found {value!r:.60}"
+        )
+    return str(value)
 
 
 def _text(
@@ -213,7 +262,14 @@ class Packer:
     """None: documents are packed one by one."""
     parsed: bool = False
     """A text may have a BOS of its own, as chat templates write it: no context begins with two."""
+    at: int = 0
+    """Where the last context begins in what was carried over and the document's own tokens after it."""
     _carry: list[int] = field(default_factory=list)
+
+    @property
+    def carried(self) -> int:
+        """Tokens that are left for the next document's context."""
+        return len(self._carry)
 
     def add(self, tokens: list[int]) -> Iterator[np.ndarray]:
         """The contexts, [T] int32 each, that a document's tokens complete."""
@@ -225,6 +281,7 @@ class Packer:
                 start += 1
                 continue
             head = [] if self.bos is None else [self.bos]
+            self.at = start
             yield np.array(head + stream[start : start + body], np.int32)
             start += body
         self._carry = [] if self.separator is None else stream[start:]

@@ -211,7 +211,11 @@ class StoreSplit:
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [start, stop) as (inputs [n, d_in], outputs [n, d_out]), float32, in stored order."""
-        return self._side("input", start, stop), self._side("output", start, stop)
+        return self.inputs(start, stop), self._side("output", start, stop)
+
+    def inputs(self, start: int, stop: int) -> torch.Tensor:
+        """The inputs of rows [start, stop) alone, [n, d_in]: outputs are not decoded."""
+        return self._side("input", start, stop)
 
     def provenance(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(context number uint32 [n], position in it uint16 [n]) of rows [start, stop)."""

@@ -323,8 +323,10 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "a shard is cut short": lambda: cut(STORE / "train/inputs/c/0/0"),
     "a shard is missing (the language model's losses stay)": lambda: remove(STORE / "heldout/outputs/c/0/0"),
     "the store's tokenizer is missing": lambda: remove(STORE / "tokenizer.json"),
+    "labels of another text": lambda: write_jsonl(Path("text.jsonl"), sentences(199)),
     "train rows that were removed after training": lambda: StoreWriter(STORE).remove_rows(),
     "train rows to evaluate that were removed": lambda: StoreWriter(STORE).remove_rows(),
+    "removed train rows that absorption needs": lambda: StoreWriter(STORE).remove_rows(),
     "a store of another model": lambda: STORE.parent.rename("activations/gpt2"),
     "a store of another layer": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
     "a store of another layer (a harvest)": lambda: STORE.rename(STORE.with_name("layer_0.zarr")),
@@ -372,6 +374,7 @@ MISTAKES: dict[str, Callable[[], object]] = {
         write(RUN / f"explanations.{ending}", "[]") for ending in ("csv", "json")
     ],
     # layer sets
+    "a run that is not evaluated, for Neuronpedia": lambda: remove(RUN / "evaluation"),
     "a layer of the set is not evaluated": lambda: remove(RUN / "evaluation"),
     "the run was trained on since its evaluation": lambda: change(W, b_dec=torch.zeros(32)),
 } | others.MISTAKES

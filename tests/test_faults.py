@@ -55,6 +55,23 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
     assert said == (130, "", "interrupted: the same command continues\n")
 
 
+@pytest.mark.parametrize(
+    ("first", "package"),
+    [("-m", each) for each in ("common", "harvest", "shards", "transcoder", "train", "evaluate")]
+    + [("script.py", "train")],
+)
+def test_ctrl_c_while_a_package_is_imported(first: str, package: str) -> None:
+    """As by `python -m package`; a notebook, or a script that imports it, keeps Python's own answer."""
+    code = f"import os, signal, sys\nsys.argv = [{first!r}]\nimport {package}\n"
+    code += "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('raised')\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said = (process.returncode, process.stdout, process.stderr)
+    stopped = (130, "", "interrupted: the same command continues\n")
+    assert said == (stopped if first == "-m" else (0, "raised\n", ""))
+
+
 def test_a_reader_that_leaves() -> None:
     """`| head -1` of more than a pipe holds, and of a line that is still in Python's buffer."""
     for lines in (100_000, 2):

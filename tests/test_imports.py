@@ -12,7 +12,7 @@ ALLOWED = {
     "transcoder": {"common", "shards"},
     "harvest": {"common", "shards"},
     "train": {"common", "shards", "transcoder"},
-    "evaluate": {"common", "shards", "transcoder", "train", "harvest.lm"},
+    "evaluate": {"common", "shards", "transcoder", "train", "harvest.lm", "harvest.replay"},
 }
 OURS = set(ALLOWED)
 MODULES = 14

@@ -101,7 +101,8 @@ def test_plots_are_figures_of_plain_values() -> None:
 COMMANDS = (
     *("harvest", "shards", "train", "train.sweep", "train.samples_page"),
     *("evaluate", "evaluate.compare", "evaluate.read", "evaluate.push", "evaluate.runs", "evaluate.stores"),
-    *("evaluate.export", "evaluate.model", "evaluate.circuit", "evaluate.explain", "transcoder.import_"),
+    *("evaluate.absorption", "evaluate.explain", "evaluate.probe"),
+    *("evaluate.export", "evaluate.model", "evaluate.circuit", "transcoder.import_"),
 )
 
 

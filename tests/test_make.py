@@ -96,9 +96,10 @@ def test_the_environment_has_no_say(venv: Path) -> None:
     around = dict.fromkeys(names, "of the environment")
     for target, module in {
         "train": "train", "evaluate": "evaluate", "read": "evaluate.read", "export": "evaluate.export",
-        "compare": "evaluate.compare", "import": "transcoder.import_", "push": "evaluate.push",
-        "runs": "evaluate.runs", "circuit": "evaluate.circuit", "model": "evaluate.model",
-        "stores": "evaluate.stores", "sweep": "train.sweep", "explain": "evaluate.explain",
+        "compare": "evaluate.compare", "absorption": "evaluate.absorption", "import": "transcoder.import_",
+        "push": "evaluate.push", "runs": "evaluate.runs", "circuit": "evaluate.circuit", "model": "evaluate.model",
+        "probe": "evaluate.probe", "explain": "evaluate.explain",
+        "stores": "evaluate.stores", "sweep": "train.sweep",
     }.items():  # fmt: skip
         assert make(venv, target, **around)[0] == [["-m", module]]
     assert make(venv, "upload", **around)[0] == [["-m", "shards", "upload"]]

@@ -226,19 +226,34 @@ def _wandb_id(run_dir: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def log_evaluation(run_dir: Path, settings: Settings, metrics: Mapping[str, Any]) -> None:
-    """Give an evaluation's numbers to the W&B run of the training, as evaluation/<split>/... of its summary."""
+def log_evaluation(
+    run_dir: Path, settings: Settings, metrics: Mapping[str, Any], size: tuple[int, int] | None = None
+) -> None:
+    """Give an evaluation's numbers to the W&B run of the training, as evaluation/<split>/... of its summary.
+
+    `size`: see `evaluation_numbers`.
+    """
     wandb_run = WandbRun(run_dir, settings, {})
-    wandb_run.send(lambda run: run.summary.update(evaluation_numbers(metrics)))
+    wandb_run.send(lambda run: run.summary.update(evaluation_numbers(metrics, size)))
     wandb_run.close()
 
 
-def evaluation_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Every number of every prefix, by a flat name; of another text or a checkpoint under its own, so that all stay."""
+def evaluation_numbers(
+    metrics: Mapping[str, Any], size: tuple[int, int] | None = None
+) -> dict[str, int | float]:
+    """Every number of every prefix, by a flat name; of another harvest or a checkpoint under its own, so that all stay.
+
+    `size`: rows, and tokens of the cross-entropy, of an evaluation beside a larger one of the same rows' store: these
+    are in its name too.
+    """
     of = metrics["provenance"]
-    split = of["split"] if of.get("trained_on_this_store") is not False else f"{of['dataset']}/{of['split']}"
+    split = of["split"]
+    if of.get("trained_on_this_store") is False:
+        split = f"{of['dataset']}-{of['store_fingerprint'][:8]}/{split}"
     if at := of.get("checkpoint"):
         split += f"/at_step_{at['step']}"
+    if size is not None:
+        split += f"/{size[0]}_rows-{size[1]}_tokens"
     scalars: dict[str, int | float] = {f"evaluation/{split}/rows": metrics["rows"]}
     for g, prefix in enumerate(metrics["prefixes"]):
         language = prefix.get("cross_entropy") or {}

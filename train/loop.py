@@ -264,7 +264,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     _check_store(wanted[0], store)
     for settings in wanted:
         check_precision(device, settings.train.precision)
-    recipes = [Recipe.of(settings, store, device) for settings in wanted]  # each reads rows of the store
+    first = Recipe.of(wanted[0], store, device)  # it reads 8,192 rows of the store
+    recipes = [first, *(Recipe.of(settings, store, device, first.typical) for settings in wanted[1:])]
     _check_memory(recipes, wanted, store, device)
     log.check(wanted[0].wandb)
     with joined(device) as peers, ExitStack() as locks:

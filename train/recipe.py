@@ -40,8 +40,14 @@ class Recipe:
     """Variance of the normalised outputs, summed over dimensions; a heavy row counts like one at the limit."""
 
     @classmethod
-    def of(cls, settings: Settings, store: Store, device: torch.device | str = "cpu") -> "Recipe":
-        """The recipe of these settings on this store.
+    def of(
+        cls,
+        settings: Settings,
+        store: Store,
+        device: torch.device | str = "cpu",
+        typical: Typical | None = None,
+    ) -> "Recipe":
+        """The recipe of these settings on this store; `typical`: of its train rows, where they were sampled before.
 
         Raises `InputError` if they do not fit: a store without train rows, sizes that d_in does not allow.
         """
@@ -61,7 +67,7 @@ class Recipe:
             aux_coefficient=settings.train.aux_coefficient,
             precision=precision_on(torch.device(device), settings.train.precision),
         )
-        typical = typical_rows(store.train, moments.outputs).to(device)
+        typical = (typical or typical_rows(store.train, moments.outputs)).to(device)
         scaling = Scaling.of(moments.inputs, typical.variance, source.d_out, device)
         variance = typical.variance / scaling.scale_out**2
         steps = settings.train.rows // settings.train.batch_size

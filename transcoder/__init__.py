@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import common  # noqa: F401 - it answers Ctrl-C while the rest is imported
+
 if TYPE_CHECKING:
     from transcoder.transcoder import Transcoder
 

@@ -43,14 +43,14 @@ def export(run_dir: Path, to: str, prefix: int | None = None, name: str | None =
     """
     transcoder = exported(run_dir, prefix, name, CONVENTIONS.get(to, "normalized"))
     _refuse_unknown(run_dir, transcoder.metadata["source"], to)
-    folder = run_dir / "export" / (to + _suffix(prefix))
-    with _written(folder) as aside:
+    folder = run_dir / "export" / (to + suffix(prefix))
+    with export_folder(folder) as aside:
         written = WRITERS[to](aside, *transcoder.saved())
     return folder / written.relative_to(aside)
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[Path]:
+def export_folder(folder: Path) -> Iterator[Path]:
     """An empty directory that takes the place of `folder` when it is whole; of one export at a time."""
     lock = folder.with_name(f".{folder.name}.lock")
     with locked(lock, f"{folder}: another make export is writing it"), whole_folder(folder) as aside:
@@ -69,9 +69,9 @@ def export_set(
     Parameters as of `write_set`.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
-    name = settings.run + _suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
+    name = settings.run + suffix(prefix) + ("" if reads == "normalized" else f"_{reads}")
     folder = model / "export" / "circuit_tracer" / name
-    with _written(folder) as aside:
+    with export_folder(folder) as aside:
         write_set(aside, settings, prefix, partial, reads, add)
     return folder
 
@@ -139,7 +139,8 @@ def _unknown(run_dir: Path, key: str) -> str:
     )
 
 
-def _suffix(prefix: int | None) -> str:
+def suffix(prefix: int | None) -> str:
+    """What a folder's name says of the prefix in it."""
     return "" if prefix is None else f"_prefix_{prefix}"
 
 
@@ -153,9 +154,7 @@ def exported(
     format has a place for.
     """
     transcoder = Transcoder.load(run_dir)
-    n = len(transcoder.prefix_ends)
-    if prefix is not None and not 0 <= prefix < n:
-        raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
+    refuse_prefix(run_dir, len(transcoder.prefix_ends), prefix)
     source = transcoder.metadata.get("source", {})
     _layer(run_dir, source)
     _refuse_top_k(run_dir, transcoder.k)
@@ -164,6 +163,12 @@ def exported(
     _refuse_unknown_gain(run_dir, source, reads)
     whole = convert(gated, reads, source, str(run_dir))
     return whole if prefix is None else whole.prefix(prefix)
+
+
+def refuse_prefix(run_dir: Path, n: int, prefix: int | None) -> None:
+    """Raise `InputError` where a run of `n` prefixes has not the one that was asked for."""
+    if prefix is not None and not 0 <= prefix < n:
+        raise InputError(f"prefix: {run_dir} has prefixes 0 to {n - 1}, found {prefix}")
 
 
 def _layer(run_dir: Path, source: Mapping[str, Any]) -> int:

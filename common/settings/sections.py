@@ -71,6 +71,8 @@ class Data(Section):
     """Hub revision of the dataset."""
     text_column: str = "text"
     """Column that holds the text; meta.text: text of the object meta; one of chats goes through the chat template."""
+    label_column: str | None = None
+    """Column that holds a label of each text, for make probe; none: the texts have none."""
     files: tuple[str, ...] = ()
     """Local files, directories or patterns, in this order, instead of data.dataset; file types: docs/your_model.md."""
     special_tokens: Literal["text", "parse"] = "text"

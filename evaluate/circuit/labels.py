@@ -34,7 +34,7 @@ class Label(NamedTuple):
     fires: list[str]
     """Words that best tell where a latent fires; none if its layer has no evaluation of these weights."""
     promotes: list[str]
-    """Tokens whose logits a latent raises most by itself."""
+    """Tokens of the store's text whose logits a latent raises most by itself."""
 
 
 def labels(
@@ -44,8 +44,9 @@ def labels(
     tokens: TokenText,
     pieces: Sequence[str],
     evaluations: Mapping[int, Path],
+    ranked: np.ndarray | None,
 ) -> list[Label]:
-    """Of each node; `pieces`: the text's tokens."""
+    """Of each node; `pieces`: the text's tokens; `ranked`: see `logit_effects`."""
     found: list[Label] = [Label("", "", [], [])] * len(nodes)
     latents = np.flatnonzero(nodes.kind == LATENT)
     places = [*zip(nodes.layer[latents].tolist(), nodes.number[latents].tolist(), strict=True)]
@@ -53,7 +54,7 @@ def labels(
     known = {layer: label_words(evaluations[layer], tokens) for layer in with_words}
     # Of all layers at once: a call begins with 1,536 random directions.
     rows = [coders[layer].W_dec[number] for layer, number in places]
-    promoted = logit_effects(model, torch.stack(rows)).promoted.tolist() if rows else []
+    promoted = logit_effects(model, torch.stack(rows), ranked).promoted.tolist() if rows else []
     for node, (layer, number), raised in zip(latents.tolist(), places, promoted, strict=True):
         words = known[layer][number] if layer in known else []
         promotes = [tokens.label(token) for token in raised]

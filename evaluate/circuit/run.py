@@ -16,6 +16,7 @@ from evaluate.circuit.attribute import Effects, Text, attribute
 from evaluate.circuit.graph import LATENT, LOGIT, Circuit, Route, paths, pruned
 from evaluate.circuit.labels import Label, evaluations, labels, with_notes
 from evaluate.circuit.write import EDGE_SHARE, NODE_SHARE, About, write
+from evaluate.labels.effects import tokens_of
 from evaluate.metrics.language import language_model
 from evaluate.model.layer_set import LayerSet, open_set
 from evaluate.notes import Note, notes_of
@@ -77,7 +78,8 @@ def trace(settings: Settings, text: str, prefix: int | None, n_nodes: int) -> Tr
     )
     folder = settings.set_dir() / "circuits" / about.slug
     found = evaluations(settings, about.weights)
-    named = labels(circuit.nodes, model, coders, tokens, about.pieces, found)
+    ranked = tokens_of(store, model.bridge.cfg.d_vocab)
+    named = labels(circuit.nodes, model, coders, tokens, about.pieces, found, ranked)
     named = with_notes(named, circuit.nodes, notes)
     logits = np.flatnonzero(circuit.nodes.kind == LOGIT)
     order = logits[np.argsort(-circuit.nodes.value[logits])].tolist()

@@ -20,6 +20,8 @@ from evaluate.files import METRICS_VERSION, Asked, Done, complete, damaged, fini
 from evaluate.records import BaselineMetrics, Metrics, Provenance, Results
 
 MAIN, OTHERS = "evaluation", "evaluations"
+GUESTS = ("probes.json",)
+"""What other stages measured of the same weights on the same rows, and left beside metrics.json."""
 
 
 class Evaluation(NamedTuple):
@@ -56,6 +58,16 @@ def evaluation_on(run_dir: Path, weights_sha256: str, store_fingerprint: str, sp
     return sizes[max(sizes)] if sizes else run_dir / MAIN
 
 
+def beside(run_dir: Path, of: Provenance, own: bool) -> Path:
+    """Folder for what another stage measures of these weights on these rows (`GUESTS`): beside the largest evaluation
+    on them, and where there is none yet, where one would be; `own` as in `place`.
+    """
+    folder = evaluation_on(run_dir, of.weights_sha256, of.store_fingerprint, of.split)
+    there = Done.model_validate(complete(folder) or {}).provenance
+    known = there is not None and (there.weights_sha256, *_text(there)) == (of.weights_sha256, *_text(of))
+    return folder if known or own else _beside(run_dir, {"provenance": of.written()})
+
+
 There = Sequence[tuple[Path, Mapping[str, object]]]
 """The complete evaluations of a run, of any version: folder, and its metrics.json. The main one is the first."""
 
@@ -74,6 +86,12 @@ def main_evaluation(run_dir: Path, weights_sha256: str | None = None) -> Path:
         if of is not None and weights_sha256 in (None, of.weights_sha256):
             return folder
     return run_dir / MAIN
+
+
+def digests_of(run_dir: Path) -> set[str]:
+    """Digests of the weights that the run's complete evaluations, of any version, are of."""
+    found = (Done.model_validate(values).provenance or Asked() for _, values in read_all(run_dir))
+    return {of.weights_sha256 for of in found}
 
 
 def find(there: There, provenance: Provenance) -> Evaluation | None:
@@ -102,6 +120,14 @@ def of_weights(there: There, weights_sha256: str) -> list[Evaluation]:
             with suppress(ValidationError):
                 found.append(Evaluation(folder, Metrics.model_validate(values)))
     return found
+
+
+def beside_a_larger(there: There, metrics: Metrics) -> tuple[int, int] | None:
+    """Size of an evaluation that has a larger one of the same weights, split and store beside it; None without one."""
+    size = Evaluation(Path(), metrics).size
+    others = of_weights(there, metrics.provenance.weights_sha256)
+    sizes = [each.size for each in others if _text(each.metrics.provenance) == _text(metrics.provenance)]
+    return size if max(sizes, default=size) > size else None
 
 
 def with_language(there: There, provenance: Provenance) -> Evaluation | None:
@@ -200,4 +226,7 @@ def remove_answered(run_dir: Path, own: Evaluation) -> None:
     """Remove what is beside an evaluation that says all of it: the same rows without the cross-entropy, or older."""
     for folder, values in read_all(run_dir):
         if folder != own.folder and _answered(values, own.metrics.written()):
+            for guest in GUESTS:
+                if (folder / guest).exists() and not (own.folder / guest).exists():
+                    (folder / guest).replace(own.folder / guest)
             shutil.rmtree(folder)

@@ -25,6 +25,7 @@ from evaluate.records import EffectMetrics
 
 if TYPE_CHECKING:
     from harvest.lm import LanguageModel
+    from shards import Store
 
 N_PROMOTED = 10
 HISTOGRAM_BINS = 32
@@ -105,6 +106,11 @@ def tokens_in(contexts: ContextTable, size: int) -> np.ndarray:
     for start in range(0, min(len(contexts), SEEN_CONTEXTS), READ):
         occurs[contexts[np.arange(start, min(start + READ, len(contexts)))]] = True
     return occurs
+
+
+def tokens_of(store: Store, size: int) -> np.ndarray:
+    """[size] bool: which of so many token ids occur in a store's text. Only these are ranked, on every page."""
+    return tokens_in(store.train.contexts, size) | tokens_in(store.heldout.contexts, size)
 
 
 @torch.inference_mode()

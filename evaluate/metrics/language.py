@@ -15,7 +15,7 @@ import torch
 from common.errors import InputError
 from common.progress import progress
 from common.settings import Model, Settings
-from evaluate.labels.effects import LogitEffects, logit_effects, tokens_in
+from evaluate.labels.effects import LogitEffects, logit_effects, tokens_of
 from evaluate.metrics.rows import TextSplit
 from evaluate.records import AblationLosses, LanguageMetrics, NotMeasured
 from shards import Store
@@ -65,8 +65,7 @@ def measure_language(
     affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
     if not affordable:
         return Language(losses, prefixes, nothing, by_context)
-    size = model.bridge.cfg.d_vocab
-    ranked = tokens_in(store.train.contexts, size) | tokens_in(store.heldout.contexts, size)
+    ranked = tokens_of(store, model.bridge.cfg.d_vocab)
     return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked), by_context)
 
 

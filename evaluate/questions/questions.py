@@ -48,8 +48,7 @@ class Questions:
         own.refuse_removed()
         self.transcoder = bind(transcoder, store, mismatch=mismatch).to(pick_device(device))
         self.rows = len(own) if rows is None else rows
-        self._contexts = store.train.contexts, store.heldout.contexts
-        self._source, self._split, self._name = store.manifest.source, own, f"{split} rows of {store.path}"
+        self._store, self._split, self._name = store, own, f"{split} rows of {store.path}"
         self._firings = firings(self.transcoder, own, self.rows)
         self._context, self._position = own.provenance(0, self.rows)
 
@@ -110,16 +109,16 @@ class Questions:
         first. `reader` has the store's language model. Raises `InputError` for a latent that does not exist, or a
         reader of another model.
         """
-        from evaluate.labels.effects import logit_effects, tokens_in
+        from evaluate.labels.effects import logit_effects, tokens_of
 
-        numbers, own = self._refuse_unknown(latents), self._source
+        numbers, own = self._refuse_unknown(latents), self._store.manifest.source
         if reader.source.weights_sha256 != own.weights_sha256:
             raise InputError(
                 f"reader: expected the model {own.model} of the store, found {reader.source.model}"
             )
         model = reader.model
-        train, heldout = (tokens_in(contexts, model.bridge.cfg.d_vocab) for contexts in self._contexts)
-        found = logit_effects(model, self.transcoder.W_dec[numbers].to(model.device), train | heldout, n)
+        ranked = tokens_of(self._store, model.bridge.cfg.d_vocab)
+        found = logit_effects(model, self.transcoder.W_dec[numbers].to(model.device), ranked, n)
         lines = {
             (latent, side): [alike, *map(self._split.text.label, tokens)]
             for latent, alike, *both in zip(

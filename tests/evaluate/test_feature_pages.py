@@ -256,7 +256,7 @@ def test_logits_are_labels_and_the_memory_is_that_of_a_block(root: Path, tmp_pat
     save_tensors(tmp_path / CONTEXTS, catalogue.samples.tensors(n_latents, length))
     contexts = np.random.default_rng(1).integers(2, 70, (300, length)).astype(np.int32)
     text = TokenText(read_tokenizer(Store.open(settings_of(root).store_path(0)).tokenizer_path))
-    layer = Evaluated(3, tmp_path, 1000, contexts, text, {})
+    layer = Evaluated(3, tmp_path, 1000, contexts, text, {}, "heldout")
     tracemalloc.start()
     offsets = write_layer(tmp_path / "layer_3.bin", layer.pages())
     peak = tracemalloc.get_traced_memory()[1]

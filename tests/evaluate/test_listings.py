@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from evaluate.files import write_record
 from evaluate.run import evaluate
 from tests.evaluate.runs import arguments, make_run, settings_of, tiny_transcoder
 from train import samples_page
-from transcoder.weights import chosen_run
+from transcoder.weights import chosen_run, read_metadata
 
 
 @pytest.fixture
@@ -60,8 +61,16 @@ def test_runs_of_every_kind(
     assert [line[key] for key in ("FVU", "L0", "dead %", "evaluated")] == ["0.123", "4.5", "25.0", "yes"]
     evaluation(settings_of(root), "train")
     assert listing.line_of(tiny)["evaluated"] == "on train rows"
-    os.utime(tiny / "evaluation" / "metrics.json", (0, 0))
+    os.utime(tiny / "evaluation" / "metrics.json", (0, 0))  # as a copy may have it
+    assert listing.line_of(tiny)["evaluated"] == "on train rows"
+    replace(tiny_transcoder(), metadata=read_metadata(tiny) | {"another": "training"}).save(tiny)
     assert listing.line_of(tiny)["evaluated"] == "before it was trained on"
+
+    evaluate(settings_of(root, "--evaluate.split", "train"), ce_tokens=0)
+    assert (
+        listing.line_of(tiny)["evaluated"] == "on train rows"
+    )  # of these weights; the main one is of others
+    assert (tiny / "evaluation" / "metrics.json").exists()
 
     tiny_transcoder().save(tiny.with_name("imported"))
     begun = tiny.with_name("begun") / "state"

@@ -71,6 +71,7 @@ def test_json_csv_and_what_may_be_left_out(tmp_path: Path) -> None:
         (HEAD + f"3,7,{'a' * 1001},,\n", "line 2: label: expected at most 1,000 characters, found 1,001"),
         (HEAD + f"3,7,{'a' * 140_000},,\n", "field larger than field limit"),
         ((HEAD + "3,7,café,,\n").encode("cp1252"), "not UTF-8 at byte 39; save it as CSV UTF-8"),
+        ('[{"layer": 3, "latent": 7, "label": "a"}]', "holds JSON; name it notes.json"),
         ((HEAD + "3,7,a,,\n").encode("utf-16"), "expected UTF-8, found UTF-16; save it as CSV UTF-8"),
     ],
 )
@@ -151,6 +152,15 @@ def test_the_run_directory_holds_one_file_of_notes(tmp_path: Path) -> None:
     assert notes_of(tmp_path, 3, 24) == {}
     file_of(tmp_path, HEAD + "3,7,capital cities,0.5,me\n", "notes (1).csv")
     assert notes_of(tmp_path, 3, 24) == CITIES
+    checkpoint = tmp_path / "at_step_40"
+    checkpoint.mkdir()
+    assert notes_of(checkpoint, 3, 24) == CITIES  # its run's
+    file_of(checkpoint, (HEAD + "3,8,a,,\n").replace(",", "\t"), "labels.tsv")
+    assert list(notes_of(checkpoint, 3, 24)) == [8]
+    (checkpoint / "labels.tsv").unlink()
+    (checkpoint / "labels.csv").symlink_to("gone.csv")
+    with pytest.raises(InputError, match=r"labels\.csv: cannot be read: No such file"):
+        notes_of(checkpoint, 3, 24)
     file_of(tmp_path, "[]", "Labels.JSON")
     with pytest.raises(InputError, match=r"expected one file of notes, found Labels.JSON, notes \(1\).csv"):
         notes_of(tmp_path, 3, 24)

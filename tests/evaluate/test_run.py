@@ -373,11 +373,12 @@ def test_an_interrupted_run_says_so_and_its_checkpoint_is_evaluated(tmp_path: Pa
         InputError, match=r"interrupted, or still .* step 8 of 8; .*evaluate\.checkpoint true"
     ):
         evaluate(settings)
+    (settings.run_dir() / "notes.csv").write_text("layer,latent,label\n0,3,of the run\n")
     of_checkpoint = settings_of(tmp_path, *SMALL, "--evaluate.checkpoint", "true")
     metrics, fresh = evaluate(of_checkpoint)
     assert fresh
     assert metrics["provenance"]["checkpoint"] == {"step": 8, "of": 8}
-    assert (settings.run_dir() / "at_step_8" / "evaluation" / "report.html").is_file()
+    assert "of the run" in (settings.run_dir() / "at_step_8" / "evaluation" / "report.html").read_text()
     assert not (settings.run_dir() / "evaluation").exists()
     assert not evaluate(of_checkpoint)[1]
     shown = Console(record=True, width=200, file=io.StringIO())

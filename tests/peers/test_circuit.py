@@ -66,7 +66,8 @@ def test_its_schema_takes_our_graph(llama: Path, peer: Peer, tmp_path: Path) -> 
     tokens = TokenText(lm.load_tokenizer(str(llama), None).backend_tokenizer)
     pieces = tokens.pieces(TOKENS.tolist())
     about = About("tiny-llama", "a", 1, 3, "a text", pieces, 200, {0: "0" * 64})
-    write(tmp_path / "out", about, circuit, labels(circuit.nodes, model, coders, tokens, pieces, {}), {}, {})
+    named = labels(circuit.nodes, model, coders, tokens, pieces, {}, None)
+    write(tmp_path / "out", about, circuit, named, {}, {})
     read = peer("graph", tmp_path / "out" / "graph.json")
     assert (int(read["nodes"]), int(read["links"])) == (len(circuit.nodes), len(circuit.source))
     assert torch.tensor(circuit.source).numel() > 100

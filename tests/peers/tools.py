@@ -15,6 +15,12 @@ python tools.py again FOLDER TO OUT              SAELens loads a transcoder and 
 python tools.py make_set FOLDER KIND ROWS OUT    circuit-tracer saves a set of two layers of its own in FOLDER
 python tools.py sparsify FOLDER KIND ROWS OUT    sparsify saves a transcoder of its own; OUT has its FVU on outputs
 python tools.py make FOLDER KIND ROWS OUT        SAELens saves a transcoder of its own in FOLDER
+python tools.py delphi FOLDER TOKENIZER OUT      delphi's loader on its cache of all modules in FOLDER; OUT: of every
+                                                 latent that it takes, its windows of tokens and of activations
+python tools.py delphi_writes FOLDER ACTS OUT    delphi's own writer on acts [C, T, F] and tokens [C, T] of one module
+python tools.py delphi_scores FOLDER TOKENIZER ACTIVE OUT  delphi's detection and fuzzing scorers, whose model knows
+                                                 ACTIVE, the windows [n, 32] in which a latent fires; OUT has, of each
+                                                 latent, what was right, and what it is when all are said to be active
 
 ROWS: inputs [n, D_in]. OUT: pre [n, F], acts [n, F], outputs [n, D_out] as the tool computes them.
 """
@@ -302,6 +308,93 @@ def sparsify(folder: str, kind: str, rows: str, out: str) -> None:
         pre = x @ coder.encoder.weight.T + coder.encoder.bias
         acts = torch.zeros_like(pre).scatter_(1, forward.latent_indices, forward.latent_acts)
         save_file(computed(pre, acts, forward.sae_out) | {"fvu": forward.fvu}, out)
+
+
+def delphi_dataset(folder: str, tokenizer: str, latents=None):
+    from delphi.config import ConstructorConfig, SamplerConfig
+    from delphi.latents import LatentDataset
+    from transformers import PreTrainedTokenizerFast
+
+    return LatentDataset(
+        folder,
+        SamplerConfig(n_examples_test=20),
+        ConstructorConfig(min_examples=20, n_non_activating=20),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=tokenizer),
+        latents=latents,
+        modules=None if latents is None else list(latents),
+    )
+
+
+def delphi(folder: str, tokenizer: str, out: str) -> None:
+    dataset, tensors = delphi_dataset(folder, tokenizer), {}
+    for record in dataset:
+        name = f"{record.latent.module_name} {record.latent.latent_index}"
+        tensors[f"tokens {name}"] = torch.stack([example.tokens for example in record.examples])
+        tensors[f"activations {name}"] = torch.stack([example.activations for example in record.examples])
+        tensors[f"frequency {name}"] = torch.tensor(record.per_token_frequency)
+    save_file(tensors, out, metadata={"modules": json.dumps(sorted(dataset.modules))})
+
+
+def delphi_writes(folder: str, acts: str, out: str) -> None:
+    from delphi.latents import LatentCache
+
+    dense = load_file(acts)
+    cache = LatentCache(None, {}, batch_size=len(dense["acts"]))
+    cache.cache.add(dense["acts"], dense["tokens"], 0, "layers.1.mlp")
+    cache.cache.save()
+    cache.width = dense["acts"].shape[2]
+    cache.save_splits(5, Path(folder))
+    save_file({"done": torch.ones(1)}, out)
+
+
+def without_vllm() -> None:
+    """delphi.scorers imports the client of a language model on this machine, which is vllm's; neither is asked."""
+    import types
+
+    names = {"": "LLM SamplingParams", ".inputs": "TokensPrompt", ".distributed": ""}
+    names[".distributed.parallel_state"] = "destroy_distributed_environment destroy_model_parallel"
+    for name, attributes in names.items():
+        module = sys.modules[f"vllm{name}"] = types.ModuleType(f"vllm{name}")
+        for each in attributes.split():
+            setattr(module, each, None)
+
+
+def delphi_scores(folder: str, tokenizer: str, active: str, out: str) -> None:
+    import asyncio
+    import re
+
+    without_vllm()
+    from delphi.clients.client import Client, Response
+    from delphi.scorers import DetectionScorer, FuzzingScorer
+
+    class Oracle(Client):
+        """Says 1 to the examples whose text is one of `texts`, of all that it is asked; without texts, to all."""
+
+        def __init__(self, texts: set[str] | None) -> None:
+            super().__init__("oracle")
+            self.texts = texts
+
+        async def generate(self, prompt, **_):
+            asked = re.split(r"Example \d+: ", prompt[-1]["content"].partition("Text examples:")[2])[1:]
+            plain = [re.sub("<<|>>", "", each).removesuffix("\n").rstrip() for each in asked]
+            return Response(str([int(self.texts is None or each in self.texts) for each in plain]))
+
+    windows, tensors = load_file(active), {}
+    of_module: dict[str, list[int]] = {}
+    for name in windows:
+        module, latent = name.split()
+        of_module.setdefault(module, []).append(int(latent))
+    dataset = delphi_dataset(folder, tokenizer, {m: torch.tensor(sorted(f)) for m, f in of_module.items()})
+    for record in dataset:
+        name = f"{record.latent.module_name} {record.latent.latent_index}"
+        texts = {"".join(dataset.tokenizer.batch_decode(window)).rstrip() for window in windows[name]}
+        record.explanation = "known to the oracle"
+        for scorer in (DetectionScorer, FuzzingScorer):
+            for who, known in (("oracle", texts), ("all", None)):
+                score = asyncio.run(scorer(Oracle(known), n_examples_shown=5)(record)).score
+                assert all(each.correct is not None for each in score)
+                tensors[f"{scorer.name} {who} {name}"] = torch.tensor([each.correct for each in score])
+    save_file(tensors, out)
 
 
 if __name__ == "__main__":

@@ -198,8 +198,11 @@ def test_evaluation_adds_its_numbers_to_the_run_that_trained(
             "evaluation/heldout/fvu/prefix_1": 0.25,
         }
     )
-    of = {"split": "heldout", "dataset": "news", "trained_on_this_store": False}
-    assert evaluation_numbers(metrics | {"provenance": of})["evaluation/news/heldout/rows"] == 7
+    of = {"split": "train", "dataset": "news", "trained_on_this_store": False, "store_fingerprint": "7" * 64}
+    assert evaluation_numbers(metrics | {"provenance": of})["evaluation/news-77777777/train/rows"] == 7
+    smaller = evaluation_numbers(metrics, (7, 256))
+    assert smaller.keys().isdisjoint(evaluation_numbers(metrics))
+    assert smaller["evaluation/heldout/7_rows-256_tokens/fvu/prefix_0"] == 0.5
 
 
 def test_a_resumed_offline_run_is_one_run_of_several_pieces_and_the_line_names_them(

@@ -26,6 +26,7 @@ from train.recipe import Recipe, initial
 from train.state import State
 from train.step.schedule import active_latents, peak_rate
 from transcoder import Transcoder
+from transcoder.heavy import Typical, typical_rows
 
 TIMING = ("rows_per_second", "data_wait_seconds")
 Make = Callable[..., Settings]
@@ -444,10 +445,15 @@ def test_a_run_starts_with_more_active_latents_and_ends_with_k(finished: Path) -
 
 
 def test_runs_trained_together_equal_runs_trained_alone(
-    make_settings: Make, store: Store, finished: Path
+    make_settings: Make, store: Store, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = [make_settings(run="one"), make_settings(run="two", train__lr=1e-3, transcoder__k=6)]
+    samples: list[Typical] = []
+    monkeypatch.setattr(
+        "train.recipe.typical_rows", lambda *of: samples.append(typical_rows(*of)) or samples[-1]
+    )
     train_together(both, store)
+    assert len(samples) == 1  # rows of the store, read once for all runs
     alone = make_settings(run="alone", train__lr=1e-3, transcoder__k=6)
     train(alone, store)
     assert_same_run(both[0].run_dir(), finished)

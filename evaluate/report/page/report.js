@@ -230,8 +230,8 @@ function effects(f) { // its effects on the logits of all tokens, those that are
     bars.append(bar);
   });
   bars.setAttribute("role", "img"); bars.setAttribute("aria-label", `Histogram of its effects on the logits, from ${fixed(low, digits)} to ${fixed(high, digits)}`);
-  axis.append(make("span", "", fixed(low, digits)), make("span", "", "effect, logits (height: log of the number of tokens)"), make("span", "", fixed(high, digits)));
-  made.append(make("h3", "", "Its effects on the logits"), bars, axis);
+  axis.append(make("span", "", fixed(low, digits)), make("span", "", "logits"), make("span", "", fixed(high, digits)));
+  made.append(make("h3", "", "Its effects on the logits"), bars, axis, make("p", "note", "Height: logarithm of the number of tokens."));
   if (c.likeRandom[f]) made.append(make("p", "note", "No more peaked than the effects of a random direction of the same norm: these tokens say little."));
   return made;
 }

@@ -95,6 +95,7 @@ function notesIn(text, latents) { // latent -> note; an error of one line, as of
     const text = value("score").replace(/^(-?\d+),(\d+)$/, "$1.$2"), score = text === "" ? null : Number(text);
     if (score !== null && !Number.isFinite(score)) throw new Error(`${place}score: expected a number or nothing, found ${text}`);
     const label = value("label").split(/\s+/).filter(Boolean).join(" ");
+    if ([...label].length > 1000) throw new Error(`${place}label: expected at most 1,000 characters, found ${[...label].length.toLocaleString("en")}`);
     if (!label && score === null) throw new Error(`${place}no label and no score`);
     notes.set(f, { label, score, source: value("source") });
   });

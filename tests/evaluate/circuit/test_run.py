@@ -12,12 +12,15 @@ import torch
 from common.cli import load, parser
 from common.errors import InputError
 from common.settings import Settings
+from common.tokens import TokenText
 from evaluate.circuit import __main__ as command
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN
 from evaluate.circuit.run import trace
+from evaluate.labels.effects import tokens_of
 from evaluate.run import evaluate
 from harvest.run import harvest
 from shards import Store
+from shards.store import read_tokenizer
 from tests.evaluate.fakes import random_coder
 from tests.models import save_model, sentences, write_jsonl
 
@@ -87,6 +90,17 @@ def test_both_files(layers: Settings, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(node["is_target_logit"] for node in logits) == 1
     kinds = [int((circuit.nodes.kind == kind).sum()) for kind in (LATENT, ERROR, TOKEN, LOGIT)]
     assert all(kinds), kinds
+
+
+def test_promoted_tokens_are_of_the_stores_text(layers: Settings) -> None:
+    """As in the report and in Python: tokens that the text does not have are not ranked."""
+    traced, store = trace(of(layers), TEXT, None, 100), Store.of(of(layers, 0))
+    tokens = TokenText(read_tokenizer(store.tokenizer_path))
+    in_text = {tokens.label(int(token)) for token in np.flatnonzero(tokens_of(store, tokens.size))}
+    assert len(in_text) < tokens.size / 2
+    promoted = [label.promotes for label in traced.labels if label.promotes]
+    assert len(promoted) == (traced.circuit.nodes.kind == LATENT).sum()
+    assert set().union(*promoted) <= in_text
 
 
 def test_the_same_again_and_other_texts_and_prefixes_beside_it(layers: Settings) -> None:

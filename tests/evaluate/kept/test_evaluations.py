@@ -13,7 +13,7 @@ from rich.console import Console
 from common.settings import Settings
 from evaluate.__main__ import show
 from evaluate.files import finished
-from evaluate.kept.evaluations import evaluation_on, main_evaluation, read_all
+from evaluate.kept.evaluations import beside_a_larger, evaluation_on, main_evaluation, read_all
 from evaluate.labels.effects import Chance, LogitEffects
 from evaluate.metrics.language import Language, measure_language
 from evaluate.records import AblationLosses, LanguageMetrics, Metrics
@@ -96,6 +96,13 @@ def test_held_out_train_and_another_text_beside_each_other(root: Path) -> None:
     assert finished(run_dir / "evaluation") == heldout
     beside = {path.name[:16] for path in (run_dir / "evaluations").iterdir()}
     assert beside == {"train-2000_rows-", "heldout-900_rows", "heldout-700_rows"}
+    there = read_all(run_dir)  # in W&B only the quick look has its size in its names
+    assert [beside_a_larger(there, each) for each in (heldout, train, other, fewer)] == [
+        None,
+        None,
+        None,
+        (700, 0),
+    ]
     for metrics, more in ((heldout, ()), (train, TRAIN), (other, ("--harvest", "other"))):
         assert evaluate(settings_of(root, *more), 0) == (metrics, False)
     assert evaluate(settings_of(root, "--evaluate.rows", "700"), 0) == (fewer, False)
