@@ -146,7 +146,7 @@ probe: install
 
 # WITH="name ...": others on the same rows, a run of another seed for stability
 absorption: install
-	@$(PY) -m evaluate.absorption $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
+	@$(EACH) evaluate.absorption $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)
 
 # Every layer's run of one name on one page, and all MLPs replaced at once.
 model: install

@@ -2,7 +2,8 @@
 
 Needs what `make install-peers` installs. Not nested, the same number of latents, k and rows, on the stores of
 bench.recipe: sparsify with Adam at three learning rates and with its default, signum at its own rate; ours with the
-default recipe and one group. FVU on all held-out rows. JSON: bench/results/sparsify.json.
+default recipe and one group. FVU on all held-out rows. JSON: bench/results/sparsify.json, where stores that are left
+out keep their numbers.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.recipe import not_nested, subjects, trained
+from bench.recipe import keep, not_nested, subjects, trained
 from common.cli import run_stage
 from common.errors import InputError
 from common.settings import ROOT, Settings
@@ -111,7 +112,8 @@ def main() -> None:
             rows_of(store, settings, file)
             for optimizer, lr in WAYS:
                 results[name][f"{optimizer} {lr}"] = theirs(python, file, recipe, optimizer, lr)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results[name]["steps"] = arguments.steps
+        keep(RESULTS, results)
     console.print(table(results))
 
 

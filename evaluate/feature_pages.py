@@ -132,12 +132,12 @@ class Evaluated:
             block.column, ("largest_activation", "activation_histogram", "activation_percentiles")
         )
         promoted, suppressed = block.tokens("promoted_tokens"), block.tokens("suppressed_tokens")
-        density, words = block.density, block.words()
+        density, words, alike = block.density, block.words(), block.column("effect_like_random")
         for n, latent in enumerate(range(block.start, block.stop)):
             yield Page(
                 transcoder_id=f"layer_{self.layer}",
                 index=latent,
-                examples_quantiles=self._said(latent, words[n], block.examples.of(n)),
+                examples_quantiles=self._said(latent, words[n], bool(alike[n]), block.examples.of(n)),
                 top_logits=promoted[n],
                 bottom_logits=suppressed[n],
                 act_min=0.0,
@@ -147,15 +147,19 @@ class Evaluated:
                 activation_frequency=float(density[n]),
             )
 
-    def _said(self, latent: int, words: list[str], examples: list[Quantile]) -> list[Quantile]:
+    def _said(
+        self, latent: int, words: list[str], like_random: bool, examples: list[Quantile]
+    ) -> list[Quantile]:
         """The contexts, the first ones headed by a person's label and the automatic one; or that there are none.
 
-        Readers take the first entry's examples for the strongest ones: the labels are no entry of their own.
+        Readers take the first entry's examples for the strongest ones: the labels are no entry of their own, nor is
+        that the promoted tokens, for which the format has no mark, say little.
         """
         said = [self.notes[latent].text] if latent in self.notes else []
         if not examples:
             return [_note("; ".join([*said, f"fires on none of {self.rows:,} rows"]))]
         said += [f"fires on {' | '.join(words)}"] if words else []
+        said += ["promotes no more than a random direction might"] if like_random else []
         name = "; ".join([*said, examples[0]["quantile_name"]])
         return [Quantile(quantile_name=name, examples=examples[0]["examples"]), *examples[1:]]
 

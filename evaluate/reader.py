@@ -55,8 +55,8 @@ class Intervention(NamedTuple):
     kl: Tensor
     """[T] KL(before || after) of the next token's distribution, nats; numbered as `tokens`, not as rows are."""
     changes: Tensor
-    """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`. Numbered as
-    rows are: those of `Sentence`."""
+    """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`. Numbered
+    as rows are: those of `Sentence`."""
     continuation: tuple[str, str]
     """The model's greedy continuation, before and after the change."""
 

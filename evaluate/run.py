@@ -48,6 +48,7 @@ from evaluate.metrics.passes import first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.nesting import one_group
 from evaluate.notes import Note, notes_of
+from evaluate.probe.page import show_probes
 from evaluate.records import (
     Checkpoint,
     LatentMetrics,
@@ -131,6 +132,7 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
         remove_answered(job.run_dir, Evaluation(folder, metrics))
         there = read_all(job.run_dir)
         show_beside(there)
+        show_probes(folder)
         _show_notes(job, there)
     return metrics, True
 

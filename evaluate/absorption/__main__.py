@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.cli import parser, read, run_stage
-from common.layers.driver import over_layers
+from common.layers.driver import add_spread, over_layers
 from common.numbers import number_or_dash
 from common.settings import Settings
 from common.terminal.table import console
@@ -24,6 +24,7 @@ def main() -> None:
         metavar="RUN",
         help="other transcoders, as of make compare: a run of another seed, one without nesting, another tool's",
     )
+    add_spread(options)
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others
 

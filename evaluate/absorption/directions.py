@@ -40,6 +40,8 @@ class Class:
     """Measured rows of which it is asked."""
     found: np.ndarray
     """Measured rows of the class that both probes find."""
+    effect: np.ndarray
+    """[found] what their outputs add to the logit, beyond the mean of the other classes' rows for fitting."""
 
     @property
     def used(self) -> bool:
@@ -81,15 +83,17 @@ def _class(task: Task, rows: Sample, sides: tuple[np.ndarray, np.ndarray], lotte
         probes.append(probe)
         right = probe.says(values[off]) == (task.labels[off] == 1)
         said.append(accuracy(right, rows.document[off]))
-    members = np.flatnonzero(measuring == 1)
+    members, direction = np.flatnonzero(measuring == 1), probes[1].weights
+    usual = sides[1][fitting == 0].mean(0, dtype=np.float64)
     both = np.all([probe.says(values[members]) for probe, values in zip(probes, sides, strict=True)], axis=0)
     return Class(
         task=task,
         inputs=said[0],
         outputs=said[1],
-        direction=probes[1].weights,
+        direction=direction,
         scale=sides[1][on].std(0, dtype=np.float64),
         fitted=np.flatnonzero(fitting != UNASKED),
         measured=np.flatnonzero(measuring != UNASKED),
         found=members[both],
+        effect=(sides[1][members[both]] - usual) @ direction,
     )

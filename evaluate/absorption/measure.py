@@ -124,16 +124,14 @@ def of_class(each: Class, acts: csr_matrix, rows: Sample, W_dec: np.ndarray) -> 
     fitted, positive = acts[each.fitted].tocsc(), labels[each.fitted]
     main = main_latents(fitted, positive, acts[each.measured].tocsc(), labels[each.measured])
     others = ~positive / (~positive).sum()
-    outputs, direction = rows.outputs.numpy(), each.direction
-    usual = np.asarray(fitted.T @ others).ravel()
-    total = outputs[each.found] @ direction - others @ (outputs[each.fitted] @ direction)
+    usual, direction = np.asarray(fitted.T @ others).ravel(), each.direction
     effect = W_dec @ direction
     moves = each.scale > 0
     length = np.linalg.norm(W_dec[:, moves] / each.scale[moves], axis=1) * np.linalg.norm(
         direction * each.scale
     )
     cosine = np.divide(effect, length, out=np.zeros_like(effect), where=length > 0)
-    found = absorbed(acts[each.found], main.latents, effect, cosine, usual, total)
+    found = absorbed(acts[each.found], main.latents, effect, cosine, usual, each.effect)
     document = rows.document[each.found]
     by, count = np.unique(found.by[found.by != NONE], return_counts=True)
     most = np.argsort(-count, kind="stable")[:ABSORBERS]

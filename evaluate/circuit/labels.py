@@ -13,7 +13,7 @@ from common.tokens import TokenText
 from evaluate.circuit.graph import ERROR, LATENT, LOGIT, TOKEN, Nodes
 from evaluate.files import is_of
 from evaluate.kept.evaluations import main_evaluation
-from evaluate.labels.effects import logit_effects
+from evaluate.labels.effects import LogitEffects, logit_effects
 from evaluate.labels.read import label_words
 from evaluate.notes import Note
 from evaluate.report.templates import percent
@@ -35,6 +35,8 @@ class Label(NamedTuple):
     """Words that best tell where a latent fires; none if its layer has no evaluation of these weights."""
     promotes: list[str]
     """Tokens of the store's text whose logits a latent raises most by itself."""
+    like_random: bool = False
+    """Whether those are no more than a random direction promotes, and say little (`LogitEffects.like_random`)."""
 
 
 def labels(
@@ -54,13 +56,12 @@ def labels(
     known = {layer: label_words(evaluations[layer], tokens) for layer in with_words}
     # Of all layers at once: a call begins with 1,536 random directions.
     rows = [coders[layer].W_dec[number] for layer, number in places]
-    promoted = logit_effects(model, torch.stack(rows), ranked).promoted.tolist() if rows else []
-    for node, (layer, number), raised in zip(latents.tolist(), places, promoted, strict=True):
+    effects = logit_effects(model, torch.stack(rows), ranked) if rows else LogitEffects.none(0)
+    promoted, alike = effects.promoted.tolist(), effects.like_random.tolist()
+    for node, (layer, number), raised, random in zip(latents.tolist(), places, promoted, alike, strict=True):
         words = known[layer][number] if layer in known else []
         promotes = [tokens.label(token) for token in raised]
-        parts = [("fires on", words), ("promotes", promotes)]
-        text = "; ".join(f"{what} {_listed(some)}" for what, some in parts if some)
-        found[node] = Label(text, "", words, promotes)
+        found[node] = Label(latent_text(words, promotes, random), "", words, promotes, random)
     for node in np.flatnonzero(nodes.kind != LATENT).tolist():
         kind, position, number = (int(each[node]) for each in (nodes.kind, nodes.position, nodes.number))
         word = tokens.label(number) if kind == LOGIT else pieces[position]
@@ -82,6 +83,25 @@ def with_notes(found: Sequence[Label], nodes: Nodes, notes: Mapping[int, Mapping
             text = "; ".join(part for part in (note.text, found[node].text) if part)
             said[node] = found[node]._replace(text=text, word=note.text)
     return said
+
+
+def latent_text(fires: Sequence[str], promotes: Sequence[str], like_random: bool) -> str:
+    """What a latent fires on and promotes, in one line.
+
+    Tokens that a random direction might promote as well are left out, or marked where nothing else is known: in
+    SmolLM2-135M they are those of 95 to 98 % of the latents.
+
+    >>> latent_text(["city"], [" Paris"], False), latent_text(["city"], [" Paris"], True)
+    ("fires on 'city'; promotes ' Paris'", "fires on 'city'")
+    >>> latent_text([], [" Paris"], True)
+    "promotes ' Paris' (no more than a random direction might)"
+    """
+    parts = [f"fires on {_listed(fires)}"] if fires else []
+    if promotes and not (like_random and fires):
+        parts.append(
+            f"promotes {_listed(promotes)}" + (" (no more than a random direction might)" * like_random)
+        )
+    return "; ".join(parts)
 
 
 def _listed(words: Sequence[str]) -> str:

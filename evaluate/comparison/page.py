@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from math import floor, isfinite, log10
 from pathlib import Path
 from urllib.parse import quote
 
@@ -67,7 +68,19 @@ def shown(lines: Sequence[ComparedPrefix]) -> dict[str, Column]:
     lacking = set() if any(line.cross_entropy for line in lines) else {*LANGUAGE}
     if all(line.fvu_typical is None for line in lines):
         lacking.add("fvu_typical")
-    return {key: column for key, column in COLUMNS.items() if key not in lacking}
+    return {
+        key: aligned(column, [number_of(line, key) for line in lines])
+        for key, column in COLUMNS.items()
+        if key not in lacking
+    }
+
+
+def aligned(column: Column, values: Sequence[float | None]) -> Column:
+    """A column of three significant digits, with the decimals that its largest number has in every row."""
+    largest = max((abs(column.scale * value) for value in values if value), default=1.0)
+    if not column.spec.endswith("g") or not isfinite(largest):
+        return column
+    return column._replace(spec=f".{max(0, 2 - floor(log10(largest)))}f")
 
 
 def l0_range(points: Sequence[tuple[float, float | None]]) -> str:
@@ -95,7 +108,7 @@ def language_note(transcoders: Sequence[ComparedTranscoder]) -> str:
             "No cross-entropy: none of these transcoders is evaluated with it on these rows (make evaluate)."
         )
     without = [each.transcoder for each in transcoders if each.transcoder not in tokens]
-    lacking = f" Not evaluated with it on these rows: {', '.join(without)}." * bool(without)
+    lacking = f" Without a cross-entropy on these rows: {', '.join(without)} (make evaluate)." * bool(without)
     if len({*tokens.values()}) == 1:
         n = next(iter(tokens.values()))
         return f"Cross-entropy and KL are from the transcoders' own evaluations, on the same {n:,} tokens.{lacking}"

@@ -59,10 +59,10 @@ nothing else: 1 for yes, 0 for no."""
 def plain(pieces: Sequence[str]) -> str:
     r"""A passage in one line. Text of its own that looks like a mark is spaced out.
 
-    >>> plain(["cout", " <", "<", " x", "\n"])
+    >>> plain(["cout", " <", "<", "\xa0x", "\n"])
     'cout < < x\\n'
     """
-    return _spaced("".join(map(printable, pieces))).strip()
+    return _spaced("".join(map(_in_line, pieces))).strip()
 
 
 def marked(pieces: Sequence[str], marks: np.ndarray) -> str:
@@ -78,7 +78,7 @@ def marked(pieces: Sequence[str], marks: np.ndarray) -> str:
         carried |= mark
         if not piece:
             continue
-        text = printable(piece)
+        text = _in_line(piece)
         if carried and not inside:
             text = re.sub(r"^ *", rf"\g<0>{_BEGIN}", text)
         elif inside and not carried:
@@ -86,6 +86,11 @@ def marked(pieces: Sequence[str], marks: np.ndarray) -> str:
         inside, carried = carried, False
         parts.append(text)
     return _spaced("".join([*parts, _END * inside])).replace(_BEGIN, LEFT).replace(_END, RIGHT).strip()
+
+
+def _in_line(piece: str) -> str:
+    """Control characters as escapes, other spaces (no-break, ideographic) as a plain one."""
+    return printable(re.sub(r"[^\S\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", piece))
 
 
 _BEGIN, _END = "\ue000", "\ue001"
@@ -104,7 +109,7 @@ def strengths(pieces: Sequence[str], activations: np.ndarray, largest: float) ->
     """
     levels = [min(LEVELS, math.ceil(LEVELS * value / largest)) for value in activations.tolist()]
     told = [(piece, level) for piece, level in zip(pieces, levels, strict=True) if level > 0 and piece]
-    return ", ".join(f"{json.dumps(printable(piece), ensure_ascii=False)}: {level}" for piece, level in told)
+    return ", ".join(f"{json.dumps(_in_line(piece), ensure_ascii=False)}: {level}" for piece, level in told)
 
 
 def explain_prompt(passages: Sequence[tuple[str, str]]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.device import pick_device
@@ -53,6 +54,39 @@ class Fired(NamedTuple):
     latent: np.ndarray
     value: np.ndarray
     """float32, all positive"""
+
+
+class Columns:
+    """Rows of a few columns, in memory that is kept and grows: small arrays that outlive the large ones of each block
+    of rows would leave those in pieces (820 MiB for the demo's first window, which so takes 375).
+
+    >>> columns = Columns(np.int32)
+    >>> columns.add(np.array([1, 2])), columns.add(np.array([3]))
+    (None, None)
+    >>> columns.taken()[0].tolist(), columns.taken()[0].tolist()
+    ([1, 2, 3], [])
+    """
+
+    def __init__(self, *dtypes: npt.DTypeLike) -> None:
+        self._arrays = [np.empty(0, dtype) for dtype in dtypes]
+        self._n = 0
+
+    def add(self, *columns: np.ndarray) -> None:
+        """Add rows: their columns, of one length."""
+        end = self._n + len(columns[0])
+        if end > len(self._arrays[0]):
+            larger = [np.empty(2 * end, array.dtype) for array in self._arrays]
+            for new, old in zip(larger, self._arrays, strict=True):
+                new[: self._n] = old[: self._n]
+            self._arrays = larger
+        for array, column in zip(self._arrays, columns, strict=True):
+            array[self._n : end] = column
+        self._n = end
+
+    def taken(self) -> list[np.ndarray]:
+        """The columns, until the next rows are added: they then take the place of these."""
+        n, self._n = self._n, 0
+        return [array[:n] for array in self._arrays]
 
 
 class Text(NamedTuple):
@@ -155,7 +189,7 @@ def fired(
 
     A window holds consecutive rows of the text, shuffled: sorting each of them sorts all.
     """
-    device = coder.W_dec.device
+    device, found = coder.W_dec.device, Columns(np.uint16, np.int32, np.float32)
     for window in windows(len(split)):
         wanted = min(n_rows - window.start, len(window))
         if wanted <= 0:
@@ -164,14 +198,13 @@ def fired(
         order = np.lexsort((position, context))
         rank = np.empty(len(order), np.uint16)  # a window has 2^15 rows; 16 bits are sorted by radix
         rank[order] = np.arange(len(order))
-        parts = []
         for start, stop in blocks(len(window)):
             inputs = split.inputs(window.start + start, window.start + stop).to(device)
             entries = coder.entries(coder.pre_activations(inputs))
             row = rank[start:stop][entries.rows.cpu().numpy()]
-            parts.append((row, entries.latents.int().cpu().numpy(), entries.values.float().cpu().numpy()))
+            found.add(row, entries.latents.cpu().numpy(), entries.values.cpu().numpy())
             tick(min(stop, wanted) - min(start, wanted))
-        row, latent, value = (np.concatenate(each) for each in zip(*parts, strict=True))
+        row, latent, value = found.taken()
         by = np.argsort(row, kind="stable")
         by = by[: np.searchsorted(row[by], wanted)]
         at = order[row[by]]

@@ -52,7 +52,7 @@ def show(probes: Probes, path: Path, fresh: bool, console: Console) -> None:
     if len(ends) > 1:
         by_prefix = table_of(f"k = {K} latents of each prefix", ("asked", *(f"{end:,}" for end in ends)))
         for family in probes.families:
-            found = [_of_k(family, g) for g in range(len(ends))]
+            found = [of_k(family, g) for g in range(len(ends))]
             by_prefix.add_row(name_of(family), *(percent(each.accuracy, each.error) for each in found))
         console.print(by_prefix)
     for line in lines(probes):
@@ -91,7 +91,7 @@ def table_lines(probes: Probes) -> list[dict[str, str]]:
 
 
 def _cells(family: FamilyProbes) -> list[str]:
-    full, random = family.prefixes[-1].sparse, _of_k(family, -1)
+    full, random = family.prefixes[-1].sparse, of_k(family, -1)
     return [
         name_of(family),
         *(percent(each.accuracy, each.error) for each in (family.inputs, family.outputs, *full)),
@@ -103,9 +103,10 @@ def _ks(probes: Probes) -> list[int]:
     return [each.k for each in probes.families[0].prefixes[-1].sparse]
 
 
-def _of_k(of: FamilyProbes | ClassProbes, g: int) -> SparseProbe:
+def of_k(of: FamilyProbes | ClassProbes, g: int) -> SparseProbe:
+    """The probe on K latents of prefix `g`."""
     return next(each for each in of.prefixes[g].sparse if each.k == K)
 
 
 def _near(of: FamilyProbes | ClassProbes) -> bool:
-    return _of_k(of, -1).below_outputs <= POINTS
+    return of_k(of, -1).below_outputs <= POINTS

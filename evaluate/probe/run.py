@@ -1,23 +1,21 @@
 """The probes of one run, in a straight line: store and weights in, probes.json out."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from common.errors import InputError
+from common.files import locked
 from common.progress import progress
 from common.settings import Settings
 from evaluate.files import write_record
-from evaluate.kept.evaluations import GUESTS, beside
+from evaluate.kept.evaluations import beside
 from evaluate.probe.classes import Task, class_tasks, token_tasks
 from evaluate.probe.documents import Documents, documents_of, sides
+from evaluate.probe.page import FILE, read_probes, show_probes
 from evaluate.probe.records import PROBES_VERSION, LeftOutClass, Probes, ProbesProvenance
 from evaluate.probe.rows import Places, places, values_of
 from evaluate.run import Job, load_coder, prepare
-
-(FILE,) = GUESTS
 
 
 def probe(settings: Settings) -> tuple[Probes, Path, bool]:
@@ -29,17 +27,12 @@ def probe(settings: Settings) -> tuple[Probes, Path, bool]:
     if (earlier := read_probes(path)) and earlier.provenance == provenance:
         return earlier, path, False
     probes = measure(job, documents, provenance)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_record(path, probes)
+    with locked(job.run_dir / ".evaluation", None):
+        path = beside(job.run_dir, job.provenance, job.own) / FILE  # an evaluation may have come meanwhile
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, probes)
+        show_probes(path.parent)
     return probes, path, True
-
-
-def read_probes(path: Path) -> Probes | None:
-    """Probes of before; None where there are none, and where another version wrote them."""
-    try:
-        return Probes.model_validate(json.loads(path.read_bytes())) if path.exists() else None
-    except (ValueError, ValidationError):
-        return None
 
 
 def _provenance(job: Job, documents: Documents) -> ProbesProvenance:

@@ -69,6 +69,8 @@ def page_data(catalogue: Catalogue, contexts: ContextTable, text: TokenText) -> 
         "tokens": strings.words(label_texts(labels.tokens, labels.kinds, text), labels.kinds.shape[1]),
         "tokenShares": labels.shares,
         "labelFirings": labels.firings.astype(np.uint32),
+        "labelRows": catalogue.quality.held.astype(np.uint32),
+        "labelFired": catalogue.quality.fired.astype(np.uint32),
         "labelPrecision": catalogue.quality.precision,
         "labelRecall": catalogue.quality.recall,
         "promoted": strings.labels(effects.promoted[:, :SHOWN_LOGITS]),

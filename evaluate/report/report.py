@@ -6,6 +6,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from common.files import write_whole
+from evaluate.labels.measured import WEAK_RECALL
 from evaluate.metrics.coactivation import MIN_FIRINGS
 from evaluate.metrics.contexts import N_EVEN
 from evaluate.metrics.rows import BLOCK_ROWS
@@ -63,6 +64,7 @@ def write_report(
         n_even=N_EVEN,
         min_firings=MIN_FIRINGS,
         block_rows=BLOCK_ROWS,
+        weak_recall=WEAK_RECALL,
         data=Markup(script_json(data)),
         notes=Markup(notes_json(notes)),
     )

@@ -14,7 +14,7 @@ const shortened = (text, n) => [...text].length > n ? [...text].slice(0, n - 1).
 
 const KINDS = ["latent", "error", "embedding", "logit"], LATENT = 0, ERROR = 1, TOKEN = 2, LOGIT = 3;
 const data = JSON.parse($("data").textContent);
-const nodes = data.nodes.map(([kind, layer, position, latent, value, share, text, word, fires, promotes], index) => ({ index, kind, layer, position, latent, value, share, text, word, fires, promotes, into: [], out: [] }));
+const nodes = data.nodes.map(([kind, layer, position, latent, value, share, text, word, fires, promotes, likeRandom], index) => ({ index, kind, layer, position, latent, value, share, text, word, fires, promotes, likeRandom, into: [], out: [] }));
 const edges = data.edges.map(([source, target, effect, weight]) => ({ source: nodes[source], target: nodes[target], effect, weight, flow: weight * nodes[target].share }));
 edges.sort((a, b) => b.flow - a.flow);
 for (const edge of edges) { edge.source.out.push(edge); edge.target.into.push(edge); }
@@ -26,21 +26,32 @@ const piece = (position) => visible(data.tokens[position]);
 
 const LISTED = 40; // links of one node, in each direction
 const MOST_LINKS = 2000; // drawn at once; more cannot be told apart
-const STEP = 13, ROW = 19, LEFT = 46, TOP = 92, GOAL = 30;
+const STEP = 13, LEFT = 46, GOAL = 30, BOTTOM = 44;
+const said = (node) => `${shortened(visible(node.word), 12)} ${percent(node.value)}`; // a next token, written upwards beside its square
+const LONGEST = 8 * Math.max(0, ...nodes.filter((node) => node.kind === LOGIT).map((node) => [...said(node)].length)); // pixels
+const TOP = 34 + Math.ceil(0.75 * LONGEST), RIGHT = Math.max(20, Math.ceil(0.67 * LONGEST) - GOAL); // it leans by 48 degrees
+const ROW = Math.max(13, Math.min(19, (innerHeight - $("canvas").getBoundingClientRect().top - TOP - BOTTOM - 12) / (data.layers + 1))); // the text in view, if it can be
 const rowOf = (node) => data.layers - node.layer; // logits 0, layer 0: layers, tokens: layers + 1
-const stepOf = (cell) => cell[0].kind === LOGIT ? GOAL : Math.max(5, Math.min(STEP, 300 / cell.length)); // crowded ones overlap
+const stepOf = (cell, most) => cell[0].kind === LOGIT ? GOAL : Math.min(STEP, most / cell.length); // crowded ones overlap
 const cells = new Map();
 for (const node of nodes) {
   const key = node.position + " " + rowOf(node);
   if (!cells.has(key)) cells.set(key, []);
   cells.get(key).push(node);
 }
-const widths = data.tokens.map((token) => Math.max(46, 9 * Math.min(14, [...visible(token)].length) + 14));
-for (const cell of cells.values()) widths[cell[0].position] = Math.max(widths[cell[0].position], cell.length * stepOf(cell) + 14);
+function columns(most) { // widths of the columns, whose rows of dots take as many pixels at most
+  const widths = data.tokens.map((token) => Math.max(46, 9 * Math.min(14, [...visible(token)].length) + 14));
+  for (const cell of cells.values()) widths[cell[0].position] = Math.max(widths[cell[0].position], cell.length * stepOf(cell, most) + 14);
+  return widths;
+}
+const total = (widths) => LEFT + RIGHT + widths.reduce((sum, width) => sum + width, 0);
+let most = 300; // as wide as fits into the frame
+while (most > 40 && total(columns(most)) > $("canvas").clientWidth) most -= 10;
+const widths = columns(most);
 const starts = widths.map(((at) => (width) => (at += width) - width)(LEFT));
-const WIDTH = starts.at(-1) + widths.at(-1) + 60, HEIGHT = TOP + (data.layers + 1) * ROW + 44;
+const WIDTH = total(widths), HEIGHT = TOP + (data.layers + 1) * ROW + BOTTOM;
 for (const cell of cells.values()) {
-  const step = stepOf(cell), position = cell[0].position;
+  const step = stepOf(cell, widths[cell[0].position] - 14), position = cell[0].position;
   if (cell[0].kind === LOGIT) cell.sort((a, b) => b.value - a.value);
   cell.forEach((node, i) => {
     node.x = starts[position] + widths[position] / 2 + (i - (cell.length - 1) / 2) * step;
@@ -51,9 +62,10 @@ for (const cell of cells.values()) {
 // ---- drawing ----
 
 const svg = draw("svg", { width: WIDTH, height: HEIGHT, viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "Circuit: tokens from left to right, layers from bottom to top" });
+const axis = draw("svg", { class: "axis", width: LEFT, height: HEIGHT, "aria-hidden": true }); // stays in view
 const background = draw("g", {}), links = draw("g", {}), dots = draw("g", {});
 svg.append(background, links, dots);
-$("canvas").append(svg);
+$("canvas").append(svg, axis);
 
 function drawBackground() {
   data.tokens.forEach((token, i) => {
@@ -64,9 +76,9 @@ function drawBackground() {
   });
   for (let layer = 0; layer < data.layers; layer++) {
     const y = TOP + (data.layers - layer) * ROW;
-    if (layer % 5 === 0 || layer === data.layers - 1) background.append(draw("text", { x: LEFT - 10, y: y + 4, "text-anchor": "end" }, layer));
+    if (layer % 5 === 0 || layer === data.layers - 1) axis.append(draw("text", { x: LEFT - 10, y: y + 4, "text-anchor": "end" }, layer));
   }
-  background.append(draw("text", { x: LEFT - 10, y: TOP - 16, "text-anchor": "end" }, "layer"));
+  axis.append(draw("text", { x: LEFT - 10, y: TOP - 16, "text-anchor": "end" }, "layer"));
 }
 function radius(node) { return node.kind === LOGIT || node.kind === TOKEN ? 6 : 2.6 + 5 * Math.min(1, Math.sqrt(node.share / largest)); }
 const largest = Math.max(1e-9, ...nodes.filter((node) => node.kind === LATENT).map((node) => node.share));
@@ -78,7 +90,7 @@ function drawDots() {
     dot.append(draw("title", {}, `${place(node)}\n${node.text}`));
     node.dot = dot;
     dots.append(dot);
-    if (node.kind === LOGIT) background.append(draw("text", { class: "said", x: node.x - 3, y: node.y - 12, transform: `rotate(-48 ${node.x - 3} ${node.y - 12})` }, `${shortened(visible(node.word), 12)} ${percent(node.value)}`));
+    if (node.kind === LOGIT) background.append(draw("text", { class: "said", x: node.x - 3, y: node.y - 12, transform: `rotate(-48 ${node.x - 3} ${node.y - 12})` }, said(node)));
   }
   nodes.at(-1).dot.setAttribute("tabindex", 0);
 }
@@ -110,7 +122,7 @@ function tokenList(words) {
   for (const word of words) made.append(make("bdi", "token", visible(word)), " ");
   return made;
 }
-function ends(title, list, other) {
+function ends(title, what, list, other) {
   const box = make("div"), items = make("ul", "ends");
   for (const edge of list.slice(0, LISTED)) {
     const node = other(edge), item = make("li"), button = make("button"), words = make("span", "words");
@@ -122,13 +134,13 @@ function ends(title, list, other) {
     item.append(button); items.append(item);
   }
   if (!list.length) items.append(make("li", "note", "none after pruning"));
-  box.append(make("h3", "", list.length > LISTED ? `${title}, ${LISTED} of ${list.length}` : title), items);
+  box.append(make("h3", "", list.length > LISTED ? `${title}, ${LISTED} of ${list.length}` : title), make("p", "note", what), items);
   return box;
 }
 function detail() {
   const panel = $("node");
   if (!chosen) {
-    panel.replaceChildren(make("h2", "", "Nodes with most influence"), make("p", "note", "Choose a node to see its sources and its targets."));
+    panel.replaceChildren(make("h2", "", "Nodes with most influence"), make("p", "note", "% of the influence on the next tokens. Choose a node to see its sources and its targets."));
     const items = make("ul", "ends");
     for (const node of nodes.filter((each) => each.kind !== LOGIT).sort((a, b) => b.share - a.share).slice(0, 25)) {
       const item = make("li"), button = make("button"), words = make("span", "words");
@@ -144,16 +156,20 @@ function detail() {
   const fact = (value, name) => { const box = make("div"); box.append(make("b", "", value), make("span", "", name)); facts.append(box); };
   panel.replaceChildren(make("h2", "", node.kind === LATENT ? `Layer ${node.layer}, latent ${node.latent}` : node.kind === ERROR ? `Error of layer ${node.layer}` : node.kind === TOKEN ? "Token" : "Next token"));
   const at = make("p", "note", "at "); at.append(make("bdi", "token", piece(node.position)), ` (token ${node.position})`); panel.append(at);
-  if (node.kind !== LATENT) { const said = make("p"); said.append(make("bdi", "", visible(node.text))); panel.append(said); }
+  if (node.kind !== LATENT) { const line = make("p"); line.append(make("bdi", "", visible(node.text))); panel.append(line); }
   if (node.kind === LATENT) fact(number(node.value), "activation");
   fact(percent(node.share), node.kind === LOGIT ? "probability" : "of the influence");
   panel.append(facts);
   if (node.kind === LATENT && node.word) panel.append(make("p", "own-label", node.word));
   if (node.fires.length) panel.append(make("h3", "", "Fires on"), tokenList(node.fires));
-  if (node.promotes.length) panel.append(make("h3", "", "Promotes"), tokenList(node.promotes));
+  if (node.promotes.length) {
+    const promoted = tokenList(node.promotes);
+    panel.append(make("h3", "", "Promotes"), promoted);
+    if (node.likeRandom) { promoted.className = "weak"; panel.append(make("p", "note", "No more than a random direction of the same norm might: these tokens say little.")); }
+  }
   const report = node.kind === LATENT && data.reports[node.layer];
   if (report) { const link = make("a", "", "this latent in the layer's report"), box = make("p"); link.href = `${report}#latents/${node.latent}/prefix-${data.prefix}`; box.append(link); panel.append(box); }
-  panel.append(ends("Comes from", node.into, (edge) => edge.source), ends("Leads to", node.out, (edge) => edge.target));
+  panel.append(ends("Comes from", "% of all effects on this node, by size; − lowers it", node.into, (edge) => edge.source), ends("Leads to", "% of all effects on the node named; − lowers it", node.out, (edge) => edge.target));
   panel.scrollTop = 0;
 }
 function choose(node, focus) {
@@ -198,5 +214,6 @@ function start() {
   drawLinks();
   detail();
   $("canvas").scrollLeft = WIDTH;
+  $("wide").hidden = WIDTH <= $("canvas").clientWidth;
 }
 start();

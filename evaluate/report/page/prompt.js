@@ -10,6 +10,10 @@ const probability = (p) => p < 5e-4 ? "<0.1 %" : (100 * p).toFixed(1) + " %";
 const fixed = (x, digits) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "") + Math.abs(x).toFixed(digits);
 const signed = (x) => !Number.isFinite(x) ? "–" : (x < 0 ? "−" : "+") + number(Math.abs(x), 2);
 const direction = (x) => x < 0 ? "down" : "up";
+function changed(x, digits) { // [class, text]: no direction where nothing of it shows
+  const shown = Number(x.toFixed(digits));
+  return [shown ? direction(shown) : "", (shown < 0 ? "" : "+") + fixed(shown, digits)];
+}
 const visible = (text) => named(spaces(text)) || "·";
 const ROWS = 200; // of the table at a time
 
@@ -106,7 +110,7 @@ function tableRow(i, shown) {
     cell.append(...latents.map((each) => button(layer, each)));
     if (left > 0) cell.append(make("small", "", `+${left}`));
     line.append(error);
-    if (layer.output_effect.length) line.append(make("td", direction(layer.output_effect[n]), (layer.output_effect[n] < 0 ? "" : "+") + fixed(layer.output_effect[n], 2)));
+    if (layer.output_effect.length) line.append(make("td", ...changed(layer.output_effect[n], 2)));
     line.append(cell);
   }
   return line;
@@ -159,7 +163,7 @@ function drawShifts() {
   fill($("candidates"), change.tokens[at].likeliest.map(({ token, logit, probability: both }) => {
     const line = make("tr"), word = make("td", "left"), difference = logit[1] - logit[0];
     word.append(tokenElement(token));
-    line.append(word, ...logit.map((x) => make("td", "", fixed(x, 2))), make("td", direction(difference), (difference < 0 ? "" : "+") + fixed(difference, 2)), ...both.map((p) => make("td", "", probability(p))));
+    line.append(word, ...logit.map((x) => make("td", "", fixed(x, 2))), make("td", ...changed(difference, 2)), ...both.map((p) => make("td", "", probability(p))));
     return line;
   }));
 }

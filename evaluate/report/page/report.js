@@ -39,6 +39,7 @@ const words = (f, n = 3) => {
     made.append(make("bdi", "token", visible(strings[t])));
   }
   if (!made.childNodes.length) made.append(make("small", "", "never fired"));
+  if (weak(f)) { made.classList.add("weak"); made.title = measured(f); }
   return made;
 };
 const chip = (f) => { if (G === 1) return ""; const made = make("span", "chip g" + (c.group[f] % 6), c.group[f]); made.title = "group " + c.group[f]; return made; };
@@ -47,15 +48,15 @@ const chip = (f) => { if (G === 1) return ""; const made = make("span", "chip g"
 
 const phone = matchMedia("(max-width: 820px)");
 const rowHeight = () => phone.matches ? 62 : 46;
-const SORTS = { // value; text, where it is not a plain number of as many decimals as the column has
+const SORTS = { // value; text of a latent, where it is not a plain number of as many decimals as the column has; on how many
   "energy (what it writes)": [(f) => c.energy[f], hundredth],
   "how often it fires": [(f) => density(f), hundredth],
   "largest activation": [(f) => c.largest[f]],
   "mean activation": [(f) => c.mean[f]],
   "token entropy (general first)": [(f) => c.entropy[f], (x) => fixed(x, 2) + " bit"],
   "share of its top token": [(f) => c.topShare[f], hundredth],
-  "precision of its label": [(f) => c.labelPrecision[f], hundredth],
-  "recall of its label": [(f) => c.labelRecall[f], hundredth],
+  "precision of its label": [(f) => lowest(c.labelPrecision[f], c.labelRows[f]), (_, f) => hundredth(c.labelPrecision[f]), (f) => `of ${number(c.labelRows[f])} rows`],
+  "recall of its label": [(f) => lowest(c.labelRecall[f], c.labelFired[f]), (_, f) => hundredth(c.labelRecall[f]), (f) => `of ${number(c.labelFired[f])} firings`],
   "nearest decoder cosine": [(f) => c.near.width ? c.nearCosine[f * c.near.width] : 0, (x) => fixed(x, 3)],
   "overlap with its twin": [(f) => c.twinScores[f * c.twins.width], (x) => fixed(x, 3)],
   "children": [(f) => (children[f] || []).length, (x) => String(x)],
@@ -78,12 +79,14 @@ function find() {
   const asked = plain($("search").value.trim()), exact = /^#?(\d+)$/.exec(asked), end = ends[prefix], passes = filters();
   search(asked);
   order = [];
-  const rank = new Uint8Array(F); // 1: in a label or note, 2: in a context
+  const rank = new Uint8Array(F), alone = $("labels").checked; // a word begins so: 1 in a label or note, 2 in a context; inside of a word: 3, 4
+  const INSIDE_LABEL = 3, NOWHERE = 5;
   for (let f = 0; f < end; f++) {
     if (!passes(f)) continue;
     if (asked) {
-      rank[f] = exact && f === +exact[1] ? 0 : (exact && String(f).startsWith(exact[1])) || labelSays(f, asked) ? 1 : contextSays(f) ? 2 : 3;
-      if (rank[f] === 3) continue;
+      const label = labelSays(f, asked), context = label === BEGINS || alone ? 0 : contextSays(f);
+      rank[f] = exact && f === +exact[1] ? 0 : (exact && String(f).startsWith(exact[1])) || label === BEGINS ? 1 : context === BEGINS ? 2 : label ? INSIDE_LABEL : context ? 4 : NOWHERE;
+      if (rank[f] === NOWHERE) continue;
     }
     order.push(f);
   }
@@ -92,8 +95,11 @@ function find() {
   for (const f of order) { const v = key(f); keys[f] = Number.isFinite(v) ? v : -Infinity; }
   order.sort((a, b) => rank[a] - rank[b] || sign * (keys[a] - keys[b]) || a - b);
   columnDecimals = decimals(order.reduce((most, f) => Math.max(most, Math.abs(keys[f]) === Infinity ? 0 : Math.abs(keys[f])), 0));
-  const first = order.filter((f) => rank[f] < 2).length, of = ` of ${end.toLocaleString("en")} latents` + (G > 1 ? ` of prefix ${prefix}` : "");
-  $("count").textContent = order.length.toLocaleString("en") + of + (asked && order.length ? `: ${first ? `first ${first.toLocaleString("en")} by label, note or number, ` : ""}${(order.length - first).toLocaleString("en")} by their contexts` : "");
+  const times = [0, 0, 0, 0, 0];
+  for (const f of order) times[rank[f]]++;
+  const kinds = [[times[0] + times[1], "by label, note or number"], [times[2], "by their contexts"], [times[3] + times[4], "inside of other words"]].filter(([n]) => n).map(([n, how]) => `${n.toLocaleString("en")} ${how}`);
+  const of = ` of ${end.toLocaleString("en")} latents` + (G > 1 ? ` of prefix ${prefix}` : "");
+  $("count").textContent = order.length.toLocaleString("en") + of + (asked && order.length ? `: ${kinds.join(", then ")}` : "");
   $("spacer").style.height = order.length * rowHeight() + "px";
   $("list").scrollTop = 0;
   drawList(true);
@@ -105,27 +111,23 @@ function follow() { // what is shown goes with what is listed
   if (chosen < 0 || order.indexOf(chosen) < 0 || matches.asked) choose(chosen >= 0 && order.indexOf(chosen) >= 0 && !matches.asked ? chosen : order[0], false);
   else drawDetail(chosen);
 }
-const labelSays = (f, asked) => plain(noteOf(f)?.label ?? "").includes(asked) || plain(explained.get(f)?.label ?? "").includes(asked) || part("tokens", f).some((t) => t >= 0 && lower(t).includes(asked));
-function contextSays(f) {
-  for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) if (hasMatch(s)) return true;
-  return false;
-}
 let columnDecimals = 0;
 
 const live = new Map();
 let pending = false;
 function drawList(anew) {
-  const list = $("list"), height = list.clientHeight || 600, tall = rowHeight(), [key, text] = SORTS[sortName];
+  const list = $("list"), height = list.clientHeight || 600, tall = rowHeight(), [key, text, on] = SORTS[sortName];
   const first = Math.max(0, Math.floor(list.scrollTop / tall) - 4), last = Math.min(order.length, Math.ceil((list.scrollTop + height) / tall) + 4);
   for (const [i, row] of live) if (anew || i < first || i >= last) { row.remove(); live.delete(i); }
   for (let i = first; i < last; i++) if (!live.has(i)) {
-    const f = order[i], row = make("div", "row"), value = sortName === "number" ? hundredth(density(f)) : (text || ((x) => fixed(x, columnDecimals)))(key(f));
+    const f = order[i], row = make("div", "row"), value = sortName === "number" ? hundredth(density(f)) : (text || ((x) => fixed(x, columnDecimals)))(key(f), f);
     row.id = "row-" + f; row.dataset.f = f;
-    row.title = [noteOf(f)?.label, explained.get(f)?.label, ...part("tokens", f).filter((t) => t >= 0).map((t) => visible(strings[t]))].filter(Boolean).join("  ");
+    row.title = [noteOf(f)?.label, explained.get(f)?.label, ...part("tokens", f).filter((t) => t >= 0).map((t) => visible(strings[t])), measured(f)].filter(Boolean).join("  ");
     row.setAttribute("role", "option"); row.setAttribute("aria-selected", f === chosen);
     row.setAttribute("aria-posinset", i + 1); row.setAttribute("aria-setsize", order.length);
     row.style.transform = `translateY(${i * tall}px)`;
     row.append(chip(f), make("span", "id", "#" + f), labelled(f), make("span", "value", value));
+    if (on && Number.isFinite(key(f))) row.lastChild.append(" ", make("small", "", on(f)));
     live.set(i, row); list.append(row);
   }
 }
@@ -193,18 +195,19 @@ function drawDetail(f) {
   const facts = make("div", "facts");
   const fact = (value, name, title) => { const box = make("div"); if (title) box.title = title; box.append(make("b", "", value), make("span", "", name)); facts.append(box); };
   fact(percent(density(f)), "of rows" + (G > 1 ? `, prefix ${prefix}` : ""), ends.map((_, h) => h >= g ? `prefix ${h}: ${percent(density(f, h))}` : "").filter(Boolean).join("\n"));
-  fact(c.firings[f].toLocaleString("en"), "firings");
+  fact(Math.round(density(f) * run.rows).toLocaleString("en"), "firings" + (G > 1 ? `, prefix ${prefix}` : ""), ends.map((_, h) => h >= g ? `prefix ${h}: ${Math.round(density(f, h) * run.rows).toLocaleString("en")}` : "").filter(Boolean).join("\n"));
   fact(number(c.largest[f]), "largest activation"); fact(number(c.mean[f]), "mean when active");
   fact(percent(c.energy[f]), "of the energy", "share of the summed squared activations of all latents");
   fact(number(c.entropy[f]) + " bit", "token entropy", "0: always the same token");
   detail.append(facts);
+  if (prefix < G - 1) detail.append(make("p", "note", `Rows and firings by the threshold of prefix ${prefix}; all other numbers by that of the full dictionary.`));
   if (!c.firings[f]) { detail.append(make("p", "note", "This latent never fired on the evaluated rows."), writes(f), kin(f)); return; }
   const pair = make("div", "pair"), left = make("div"), right = make("div");
   left.append(make("h3", "", "Words that say where it fires"), wordTable(f), quality(f)); right.append(make("h3", "", "Activations when active"), histogram(f));
   pair.append(left, right);
   const strongest = [], even = [], found = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) { (c.sampleQuantile[s] === 255 ? strongest : even).push(s); if (matches.asked && hasMatch(s)) found.push(s); }
-  if (found.length) detail.append(make("h3", "", `Contexts with “${matches.asked}”`), lines(f, found));
+  if (found.length) detail.append(make("h3", "", `Contexts with “${matches.asked}”`), make("p", "note", "The activation on these words, and below it that of the bold token."), lines(f, found, true));
   detail.append(pair, writes(f), make("h3", "", "Strongest contexts"), lines(f, strongest), make("h3", "", "Across its range"), lines(f, even), kin(f));
   detail.scrollTop = 0;
 }
@@ -218,6 +221,7 @@ function writes(f) { // what its decoder row alone does to the logits
     made.append(box);
   }
   if (c.effectHistogram.width) made.append(effects(f));
+  if (made.childNodes.length) made.append(make("p", "note", "The values are effects on the logits; the order is that of z, an effect over its standard deviation over random directions."));
   return made;
 }
 function effects(f) { // its effects on the logits of all tokens, those that are far from the others too
@@ -266,12 +270,15 @@ function histogram(f) {
   made.append(bars, axis);
   return made;
 }
-function lines(f, samples) {
+function lines(f, samples, asked = false) { // asked: the samples with what is searched for, by the activation there
+  const at = new Map(asked ? samples.map((s) => [s, activationAt(f, s, matched(s))]) : []);
+  if (asked) samples.sort((a, b) => hasMatch(b) - hasMatch(a) || at.get(b) - at.get(a));
   const list = make("ol", "lines"), digits = decimals(c.largest[f]);
   for (const s of samples) {
-    const item = make("li"), text = make("p"), value = make("span", "value", fixed(c.sampleValue[s], digits)), found = matches.asked ? matched(s) : new Set();
+    const item = make("li"), text = make("p"), value = make("span", "value", fixed(at.get(s) ?? c.sampleValue[s], digits)), found = matches.asked ? matched(s) : new Set();
     text.dir = "ltr";
-    if (c.sampleQuantile[s] !== 255) value.append(" ", make("small", "", "p" + Math.round(c.sampleQuantile[s] / 2.54)));
+    if (asked) { if (at.get(s) !== c.sampleValue[s]) value.append(" ", make("small", "", fixed(c.sampleValue[s], digits))); }
+    else if (c.sampleQuantile[s] !== 255) value.append(" ", make("small", "", "p" + Math.round(c.sampleQuantile[s] / 2.54)));
     const shades = new Map();
     for (let k = c.shadeBounds[s]; k < c.shadeBounds[s + 1]; k++) shades.set(c.shadeAt[k], c.shadeLevel[k] / 255);
     for (let i = 0; i < c.sampleLength[s]; i++) {
@@ -445,7 +452,7 @@ function startLatents() { // what needs the data
   $("direction").onclick = () => { descending = !descending; $("direction").textContent = descending ? "↓" : "↑"; find(); };
   let timer;
   const soon = () => { clearTimeout(timer); timer = setTimeout(follow, 80); };
-  for (const input of document.querySelectorAll("#search, #more input")) { if (input.type === "checkbox") input.onchange = follow; else input.oninput = soon; }
+  for (const input of document.querySelectorAll("#search, #labels, #more input")) { if (input.type === "checkbox") input.onchange = follow; else input.oninput = soon; }
   $("clear").onclick = () => { for (const input of document.querySelectorAll("#more input")) { input.value = input.type === "checkbox" ? input.value : ""; input.checked = false; } follow(); };
   document.querySelector(".filters").onsubmit = (event) => { event.preventDefault(); if (order.length) choose(order[0]); };
   $("list").onscroll = () => { if (!pending) { pending = true; requestAnimationFrame(() => { pending = false; drawList(false); }); } };
@@ -460,9 +467,9 @@ function startLatents() { // what needs the data
 }
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = event.target.matches('input:not([type="checkbox"]):not([type="radio"]), select');
+  const typing = event.target.matches('input:not([type="checkbox"]):not([type="radio"])') || (event.target.matches("select") && !"jk".includes(event.key)); // no choice begins with j or k
   if (event.key === "Escape") { if (event.target.id === "note") { $("list").focus(); return; } if (typing) $("list").focus(); closeDetail(); return; }
-  if (typing || event.target.matches('[role="tab"], #prefix input')) { if (event.key === "ArrowDown" && event.target.id === "search") { event.preventDefault(); $("list").focus(); } return; }
+  if (typing) { if (event.key === "ArrowDown" && event.target.id === "search") { event.preventDefault(); $("list").focus(); } return; }
   if (event.key === "/") { event.preventDefault(); show("latents"); $("search").focus(); return; }
   if (/^[1-9]$/.test(event.key) && +event.key <= G) { setPrefix(+event.key - 1); return; }
   if (current() !== "latents") return;

@@ -20,7 +20,10 @@ ABOUT = About("tiny", "a", 1, 2, "".join(HOSTILE), ["<s>", HOSTILE[1]], 100, {})
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nodes in order: token, latent 7 of layer 0, error, latent 3 of layer 1, two logits."""
     circuit = pruned(graph(), 1.0, 1.0)
-    labels = [Label(f"said {bad}", bad, [bad, *HOSTILE], [bad]) for bad in HOSTILE[: len(circuit.nodes)]]
+    labels = [
+        Label(f"said {bad}", bad, [bad, *HOSTILE], [bad], like_random=node == 1)
+        for node, bad in enumerate(HOSTILE[: len(circuit.nodes)])
+    ]
     routes = {logit: paths(circuit, logit, 5) for logit in (4, 5)}
     file = tmp_path_factory.mktemp("page") / "circuit.html"
     file.write_text(
@@ -47,7 +50,9 @@ def test_a_click_shows_what_a_latent_reads_and_writes(browser: Any, page: Path) 
     assert opened.page.locator("#node a").get_attribute("href") == "../a%22b/report.html#latents/3/prefix-1"
     assert opened.page.locator(".link.own").count() == 4
     opened.page.locator("#node .ends button").first.click()
+    assert "tokens say little" not in detail
     assert opened.page.inner_text("#node").startswith("Layer 0, latent 7")
+    assert "tokens say little" in opened.page.inner_text("#node")
     assert opened.page.locator("#node a").count() == 0  # layer 0 has no report
     opened.page.locator(".routes button").first.click()
     assert opened.page.inner_text("#node").startswith("Token")
@@ -93,3 +98,28 @@ def test_links_drawn_and_a_phone(browser: Any, page: Path) -> None:
     assert opened.page.locator(".link.negative").count() == 2
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390
     clean(opened)
+
+
+def test_the_axis_the_tokens_and_the_next_tokens_are_in_view(browser: Any, page: Path) -> None:
+    """The canvas opened at its right end, without its axis; what was written beside a next token was cut at the top."""
+    opened = Opened(browser, page, width=1400, height=900)
+    assert opened.page.is_hidden("#wide")
+    box = opened.page.evaluate(
+        "(({left, right, top, bottom}) => [left, right, top, bottom])($('canvas').getBoundingClientRect())"
+    )
+    for what in (".axis text", ".piece", ".said"):
+        places = opened.page.eval_on_selector_all(
+            what,
+            "all => all.map((each) => each.getBoundingClientRect()).map((b) => [b.left, b.right, b.top, b.bottom])",
+        )
+        assert places
+        for left, right, top, bottom in places:
+            assert box[0] <= left < right <= box[1], what
+            assert box[2] <= top < bottom <= min(box[3], 900), what
+    narrow = Opened(browser, page, width=100, height=800)
+    assert narrow.page.is_visible("#wide")
+    assert narrow.page.evaluate("$('canvas').scrollLeft") > 0
+    left = "document.querySelector('.axis').getBoundingClientRect().left - $('canvas').getBoundingClientRect().left"
+    assert narrow.page.evaluate(left) == pytest.approx(1, abs=1)  # its border
+    clean(opened)
+    clean(narrow)

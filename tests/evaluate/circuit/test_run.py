@@ -85,6 +85,9 @@ def test_both_files(layers: Settings, capsys: pytest.CaptureFixture[str]) -> Non
     which &= (circuit.nodes.position == position) & (circuit.nodes.kind == LATENT)
     assert latent["activation"] == pytest.approx(float(circuit.nodes.value[which][0]))
     assert latent["clerp"].startswith("promotes '")
+    alike = [label for label in traced.labels if label.like_random]
+    assert alike
+    assert all(label.text.endswith("(no more than a random direction might)") for label in alike)
     logits = [node for node in graph["nodes"] if node["feature_type"] == "logit"]
     assert [node["layer"] for node in logits] == ["4"] * 10
     assert sum(node["is_target_logit"] for node in logits) == 1
@@ -211,12 +214,8 @@ def test_labels_are_those_of_the_weights_evaluation(
     own = np.flatnonzero((traced.circuit.nodes.kind == LATENT) & (traced.circuit.nodes.layer == 1))
     label = traced.labels[int(own[0])]
     assert label.fires
-    assert label.text == (
-        "fires on "
-        + " ".join(map(repr, label.fires[:3]))
-        + "; promotes "
-        + " ".join(map(repr, label.promotes[:3]))
-    )
+    promotes = "" if label.like_random else "; promotes " + " ".join(map(repr, label.promotes[:3]))
+    assert label.text == "fires on " + " ".join(map(repr, label.fires[:3])) + promotes
     page = (traced.folder / "circuit.html").read_text()
     assert '"reports":{"1":"../../../../layer_1/a/evaluation/report.html"}' in page
     assert (traced.folder / "../../../../layer_1/a/evaluation/report.html").resolve().is_file()

@@ -13,12 +13,12 @@ from rich.console import Console
 from common.settings import Settings
 from evaluate.__main__ import show
 from evaluate.files import finished
-from evaluate.kept.evaluations import beside_a_larger, evaluation_on, main_evaluation, read_all
+from evaluate.kept.evaluations import beside, beside_a_larger, evaluation_on, main_evaluation, read_all
 from evaluate.labels.effects import Chance, LogitEffects
 from evaluate.metrics.language import Language, measure_language
 from evaluate.records import AblationLosses, LanguageMetrics, Metrics
 from evaluate.report.sides import START, lines, median_density, moved, sides
-from evaluate.run import evaluate
+from evaluate.run import evaluate, prepare
 from shards import Store
 from tests.evaluate.runs import D_IN, D_OUT, make_run, settings_of, tiny_transcoder
 from tests.fixtures import make_store
@@ -189,6 +189,21 @@ def test_cross_entropy_is_kept_and_the_language_model_not_asked_again(root: Path
     assert asked == [64, 64, 32]
     assert finished(run_dir / "evaluation") == full, "more tokens stay the main one"
     assert evaluate(settings, 64) == (full, False)
+
+
+def test_what_another_stage_left_beside_an_evaluation_moves_with_it(root: Path, asked: list[int]) -> None:
+    """Probes of train rows: where an evaluation on them would be, then beside it, and beside the one that follows."""
+    settings, run_dir = settings_of(root, *TRAIN), settings_of(root).run_dir()
+    of = prepare(settings, 0).provenance
+    first = beside(run_dir, of, own=False)
+    assert first.parent == run_dir / "evaluations"
+    assert beside(run_dir, of, own=True) == run_dir / "evaluation"
+    evaluate(settings, 0)
+    assert beside(run_dir, of, own=False) == first
+    (first / "probes.json").write_text("{}")
+    evaluate(settings, 64)
+    assert not first.exists(), "the one with the cross-entropy says all of it"
+    assert (beside(run_dir, of, own=False) / "probes.json").read_text() == "{}"
 
 
 def test_a_language_model_that_could_not_be_had_is_asked_again(

@@ -9,9 +9,11 @@ import pytest
 
 import evaluate.probe.__main__ as command
 from common.errors import InputError
+from common.files import sha256
 from common.settings import Settings
 from evaluate.probe import fit, measure, run
 from evaluate.probe.documents import documents_of
+from evaluate.probe.page import show_probes
 from evaluate.probe.run import probe
 from harvest.run import harvest
 from shards import Store
@@ -132,3 +134,36 @@ def test_labels_and_files_of_a_harvested_text(labelled: Settings, monkeypatch: p
     assert (again.of == between.of).all()
     assert between.sources_unknown
     assert between.sources_unknown.startswith("data.files: is another text than the store was harvested from")
+
+
+def test_in_the_page_of_the_evaluation_on_the_same_rows(tiny: Path) -> None:
+    """Put there, replaced, and taken away where the page is of other weights; a page without a place stays."""
+    settings = settings_of(tiny)
+    folder = settings.run_dir() / "evaluation"
+    folder.mkdir()
+    digest = sha256(settings.run_dir() / "transcoder.safetensors")
+    of = {"weights_sha256": digest, "split": "heldout", "rows": 1500}
+    of["store_fingerprint"] = Store.of(settings).manifest.fingerprint
+    (folder / "metrics.json").write_text(json.dumps({"provenance": of, "files": ["report.html"]}))
+    bare = b"<p>before</p><!-- sides --><!-- /sides --><p>after</p>"
+    (folder / "report.html").write_bytes(bare)
+    probes, path, _ = probe(settings)
+    assert path.parent == folder
+    page = (folder / "report.html").read_text()
+    assert page.startswith(
+        "<p>before</p><!-- sides --><!-- /sides --><!-- probes -->\n  <h2>What a few latents tell</h2>"
+    )
+    assert page.endswith("<!-- /probes --><p>after</p>")
+    assert page.count('<th scope="row">capitalised </th>') == 1
+    for latent in probes.classes[0].prefixes[-1].sparse[1].latents:
+        assert f'<a href="#latent={latent}">{latent}</a>' in page
+    show_probes(folder)
+    assert (folder / "report.html").read_text() == page
+    (folder / "metrics.json").write_text(
+        json.dumps({"provenance": of | {"weights_sha256": "x"}, "files": []})
+    )
+    show_probes(folder)
+    assert (folder / "report.html").read_bytes() == bare
+    (folder / "report.html").write_bytes(b"<p>of long ago</p>")
+    show_probes(folder)
+    assert (folder / "report.html").read_bytes() == b"<p>of long ago</p>"

@@ -10,8 +10,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from evaluate.comparison.page import write_page
+from evaluate.comparison.page import aligned, cell, write_page
 from evaluate.comparison.records import Comparison
+from evaluate.metrics.side_by_side import COLUMNS
 from evaluate.report import plotted
 from tests.evaluate.report.test_page import HOSTILE, Opened, browser  # noqa: F401
 from tests.golden.write import GOLDEN
@@ -127,6 +128,23 @@ def test_a_csv_has_every_digit_and_the_table_four() -> None:
         "<tr><td>a,b</td><td>0.1235</td><td>1,638,400</td></tr><tr><td>–</td><td>–</td><td>2</td></tr>"
         in markup
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.93, 0.736, None), ["0.930", "0.736", "–"]),
+        ((4.2e-5, 7e-6), ["0.0000420", "0.0000070"]),
+        ((12345.6, 1.5), ["12346", "2"]),
+        ((0.0, None), ["0.00", "–"]),
+    ],
+)
+def test_the_mean_squared_error_has_the_same_decimals_in_every_row(
+    values: tuple[float | None, ...], shown: list[str]
+) -> None:
+    column = aligned(COLUMNS["mse"], values)
+    assert [cell(column, value) for value in values] == shown
+    assert aligned(COLUMNS["fvu"], values) == COLUMNS["fvu"]
 
 
 def test_columns_are_the_numbers_that_are_drawn() -> None:

@@ -326,7 +326,9 @@ def large_catalogue(n_latents: int, n_contexts: int, length: int) -> Catalogue:
             np.ones(n_latents, bool),
             [],
         ),
-        quality=Quality(1000, *rng.random((3, n_latents)).astype(np.float32)),
+        quality=Quality(
+            1000, *rng.integers(1, 999, (2, n_latents)), *rng.random((3, n_latents)).astype(np.float32)
+        ),
     )
 
 
