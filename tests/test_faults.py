@@ -62,7 +62,10 @@ def test_a_signal_in_an_import_that_swallows_it(number: str, tmp_path: Path) -> 
 )
 def test_ctrl_c_while_a_package_is_imported(first: str, package: str) -> None:
     """As by `python -m package`; a notebook, or a script that imports it, keeps Python's own answer."""
-    code = f"import os, signal, sys\nsys.argv = [{first!r}]\nimport {package}\n"
+    code = (
+        "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the
+    )
+    code += f"sys.argv = [{first!r}]\nimport {package}\n"  # background of a shell ignores it
     code += "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('raised')\n"
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
