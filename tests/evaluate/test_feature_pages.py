@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.errors import InputError
 from common.files import sha256
@@ -126,6 +127,22 @@ def test_a_persons_label_heads_the_page(root: Path) -> None:
     assert heads[11].startswith("red; fires on ")
     assert heads[11].endswith("; strongest contexts")
     assert [f for f, head in enumerate(heads) if "red;" in head] == [7, 11]
+
+
+def test_a_page_says_that_its_promoted_tokens_are_like_a_random_directions(root: Path) -> None:
+    """Its format has no mark for the tokens themselves."""
+    file = settings_of(root).run_dir() / "evaluation" / LATENTS
+    before = file.read_bytes()
+    columns = load_file(file)
+    columns["effect_like_random"] = torch.arange(ENDS[-1]) == 11
+    save_tensors(file, columns)
+    try:
+        pages = pages_of(export(settings_of(root)))
+    finally:
+        file.write_bytes(before)
+    heads = [page["examples_quantiles"][0]["quantile_name"] for page in pages]
+    assert heads[11].endswith("; promotes no more than a random direction might; strongest contexts")
+    assert [f for f, head in enumerate(heads) if "random" in head] == [11]
 
 
 def test_percentiles_and_a_dead_latent(root: Path) -> None:

@@ -68,6 +68,7 @@ svg.append(background, links, dots);
 $("canvas").append(svg, axis);
 
 function drawBackground() {
+  axis.append(draw("rect", { y: TOP - 32, width: LEFT, height: HEIGHT - TOP })); // over what is scrolled under it
   data.tokens.forEach((token, i) => {
     if (i % 2) background.append(draw("rect", { class: "band", x: starts[i], y: TOP - 10, width: widths[i], height: HEIGHT - TOP - 20 }));
     const label = draw("text", { class: "piece", x: starts[i] + widths[i] / 2, y: HEIGHT - 14, "text-anchor": "middle" }, shortened(piece(i), 14));

@@ -207,7 +207,7 @@ function drawDetail(f) {
   pair.append(left, right);
   const strongest = [], even = [], found = [];
   for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++) { (c.sampleQuantile[s] === 255 ? strongest : even).push(s); if (matches.asked && hasMatch(s)) found.push(s); }
-  if (found.length) detail.append(make("h3", "", `Contexts with “${matches.asked}”`), make("p", "note", "The activation on these words, and below it that of the bold token."), lines(f, found, true));
+  if (found.length) detail.append(make("h3", "", `Contexts with “${matches.asked}”`), make("p", "note", "The activation on these words; the small number is that of the bold token."), lines(f, found, true));
   detail.append(pair, writes(f), make("h3", "", "Strongest contexts"), lines(f, strongest), make("h3", "", "Across its range"), lines(f, even), kin(f));
   detail.scrollTop = 0;
 }
@@ -216,12 +216,12 @@ function writes(f) { // what its decoder row alone does to the logits
   made.title = "effect of the latent's decoder row alone on the logits, minus the mean over the vocabulary; ranked by the effect over its standard deviation over random directions, among the tokens of the store's text";
   for (const [title, tokens, by] of [["Next tokens it promotes", "promoted", "promotedBy"], ["Next tokens it suppresses", "suppressed", "suppressedBy"]]) {
     if (!c[tokens].width) continue;
-    const box = make("div"), values = part(by, f);
+    const box = make("div", c.likeRandom[f] ? "weak" : ""), values = part(by, f);
     box.append(make("h3", "", title), bars(part(tokens, f), values, (x) => fixed(x, decimals(Math.max(...values.map(Math.abs))))));
     made.append(box);
   }
   if (c.effectHistogram.width) made.append(effects(f));
-  if (made.childNodes.length) made.append(make("p", "note", "The values are effects on the logits; the order is that of z, an effect over its standard deviation over random directions."));
+  if (made.childNodes.length) made.append(make("p", "note whole", "The values are effects on the logits; the order is that of z, an effect over its standard deviation over random directions."));
   return made;
 }
 function effects(f) { // its effects on the logits of all tokens, those that are far from the others too

@@ -149,6 +149,7 @@ def test_precision_and_recall_are_those_of_the_measured_rows(planted: Planted) -
     }
     for f, hold in holds.items():
         fires, value = acts[row, f] > 0, acts[row, f].astype(float)
+        assert (planted.quality.held[f], planted.quality.fired[f]) == (hold[row].sum(), fires.sum())
         assert planted.quality.precision[f] == pytest.approx((hold[row] & fires).sum() / hold[row].sum())
         assert planted.quality.recall[f] == pytest.approx((hold[row] & fires).sum() / fires.sum())
         assert planted.quality.activation_recall[f] == pytest.approx(

@@ -221,3 +221,119 @@ def test_evaluating_again_puts_the_present_notes_into_the_page(report: Path) -> 
     with pytest.raises(InputError, match="line 2: layer: expected 0, the run's, found 1"):
         evaluate(settings_of(root), ce_tokens=0)
     said.unlink()
+
+
+def test_words_that_begin_so_come_before_words_that_hold_it(opened: Opened) -> None:
+    """ "Paris" found "comparisons" first, "by label", and contexts could not be left out."""
+    page = opened.page
+    cases = [("comparisons", 1), ("in paris", 2), ("paris", 2), ("(paris)", 2), ("𝐚paris", 1), ("épars", 0)]
+    for text, expected in cases:
+        assert page.evaluate("(text) => says(text, 'paris')", text) == expected, text
+    assert page.evaluate("[says('a<script>', '<script>'), says('comparisons, paris', 'paris')]") == [2, 2]
+    page.evaluate("setNote(3, 'comparisons', false); setNote(9, 'Paris', false); setNote(5, '', true)")
+    page.fill("#search", "PARIS")
+    opened.frame()
+    assert page.evaluate("order") == [9, 3]
+    said = page.inner_text("#count")
+    assert said.endswith(": 1 by label, note or number, then 1 inside of other words")
+    page.fill("#search", "word5")
+    opened.frame()
+    everywhere = page.evaluate("order")
+    page.check("#labels")
+    opened.frame()
+    labelled = page.evaluate("Array.from({length: F}, (_, f) => f).filter((f) => labelSays(f, 'word5'))")
+    assert sorted(page.evaluate("order")) == labelled
+    assert 0 < len(labelled) < len(everywhere)
+    assert everywhere[: len(labelled)] == page.evaluate("order")
+    page.evaluate("[3, 9, 5].forEach((f) => setNote(f, '', false))")
+
+
+def test_a_context_that_was_searched_for_shows_the_activation_on_the_words(opened: Opened) -> None:
+    """It showed that of another token, the centre, which the context was chosen for."""
+    page = opened.page
+    f, s, at, level, words, focus = page.evaluate(
+        """() => { for (let f = 0; f < F; f++) for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++)
+          for (let k = c.shadeBounds[s]; k < c.shadeBounds[s + 1]; k++)
+            if (c.shadeAt[k] !== c.sampleFocus[s] && /^ word/.test(strings[c.pool[c.sampleAt[s] + c.shadeAt[k]]]))
+              return [f, s, c.shadeAt[k], c.shadeLevel[k] / 255 * c.largest[f],
+                      strings[c.pool[c.sampleAt[s] + c.shadeAt[k]]], c.sampleValue[s]]; }"""
+    )
+    on = "([f, s, at]) => activationAt(f, s, new Set([at]))"
+    assert page.evaluate(on, [f, s, at]) == pytest.approx(level)
+    assert page.evaluate("([f, s]) => activationAt(f, s, new Set([c.sampleFocus[s]]))", [f, s]) == focus
+    assert page.evaluate(on, [f, s, 255]) == 0
+    page.fill("#search", words)
+    opened.frame()
+    page.evaluate("choose", f)
+    shown = page.eval_on_selector_all(
+        ".lines:first-of-type .value", "all => all.map((each) => parseFloat(each.textContent))"
+    )
+    expected = page.evaluate(
+        """(f) => { const own = []; for (let s = c.sampleBounds[f]; s < c.sampleBounds[f + 1]; s++)
+          if (hasMatch(s) === BEGINS) own.push(activationAt(f, s, matched(s))); return own.sort((a, b) => b - a); }""",
+        f,
+    )
+    assert level >= min(expected) - 1e-6
+    assert shown[: len(expected)] == pytest.approx(expected, abs=0.006)
+
+
+def test_a_share_of_few_rows_does_not_come_first(opened: Opened) -> None:
+    """Wilson's lower bound: n / (n + z²) of n of n rows; half of many rows is above all of one."""
+    page = opened.page
+    assert page.evaluate("lowest(1, 3)") == pytest.approx(3 / (3 + 1.96**2))
+    assert page.evaluate("lowest(0, 50)") == pytest.approx(0, abs=1e-12)
+    assert page.evaluate("lowest(0.5, 100)") == pytest.approx(0.40383, abs=1e-5)
+    for name, share, rows in (
+        ("precision", "labelPrecision", "labelRows"),
+        ("recall", "labelRecall", "labelFired"),
+    ):
+        page.select_option("#sort", f"{name} of its label")
+        bounds = page.evaluate(f"order.map((f) => lowest(c.{share}[f], c.{rows}[f])).filter((x) => x >= 0)")
+        assert len(bounds) > 3
+        assert bounds == sorted(bounds, reverse=True)
+    f = opened.ids()[0]
+    said = page.inner_text(f"#row-{f} .value")
+    assert said.endswith(f"of {page.evaluate('(f) => c.labelFired[f]', f)} firings")
+
+
+def test_j_and_k_move_wherever_the_choice_was_made(opened: Opened) -> None:
+    """After a choice of the order, of a prefix or of a tab they did nothing: the focus stayed there."""
+    page = opened.page
+    page.select_option("#sort", "number")
+    for place in ("#sort", "#tab-latents", "#prefix input:checked"):
+        page.focus(place)
+        before = opened.selected()
+        page.keyboard.press("j")
+        ids = page.evaluate("order")
+        assert opened.selected() == ids[ids.index(before) + 1], place
+    page.focus("#sort")
+    page.keyboard.press("k")
+    assert opened.selected() == ids[ids.index(before)]
+    page.focus("#search")
+    page.keyboard.press("j")
+    assert page.input_value("#search") == "j"
+
+
+def test_firings_are_of_the_chosen_prefix_and_weak_labels_are_dimmed(opened: Opened) -> None:
+    """The share was of the chosen prefix, the count beside it of the full dictionary."""
+    page = opened.page
+    whole = page.evaluate("Array.from({length: F}, (_, f) => Math.round(density(f, G - 1) * run.rows))")
+    assert whole == page.evaluate("Array.from(c.firings)")
+    f = page.evaluate(
+        "Array.from({length: ends[0]}, (_, f) => f).find((f) => density(f, 0) !== density(f, G - 1))"
+    )
+    page.evaluate("(f) => { setPrefix(0); choose(f); }", f)
+    count = page.evaluate("(f) => Math.round(c.density[f] * run.rows).toLocaleString('en')", f)
+    assert f"{count}\nfirings, prefix 0" in page.inner_text("#detail .facts")
+    page.evaluate("setPrefix(G - 1)")
+    dim = page.eval_on_selector_all(
+        ".row", "all => all.map((row) => [+row.dataset.f, Boolean(row.querySelector('.weak'))])"
+    )
+    recall = page.evaluate("Array.from(c.labelRecall, (x) => Number.isFinite(x) ? x : null)")
+    assert {g for g, weak in dim if weak} == {g for g, _ in dim if recall[g] is not None and recall[g] < 0.25}
+
+
+def test_no_column_is_cut_off_at_1400_pixels(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report, width=1400, height=900)
+    assert opened.page.evaluate("$('prefixes').scrollWidth <= $('prefixes').parentNode.clientWidth")
+    opened.close()
