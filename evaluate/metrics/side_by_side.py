@@ -58,10 +58,10 @@ class Measured(NamedTuple):
     prefix: int
     metrics: PrefixMetrics
     redundancy: float | None
-    typical: float | None = None
-    """Its FVU without heavy rows, where there are some."""
     losses: AblationLosses | None = None
     """Beside which the metrics' cross-entropy stands."""
+    typical: float | None = None
+    """Its FVU without heavy rows, where there are some."""
 
     @property
     def numbers(self) -> dict[str, float | None]:
@@ -112,7 +112,9 @@ def side_by_side(
         both = zip(measurement.result(), redundancy.prefixes, strict=True)
         light, heavy_ones = by_weight[name].lines(np.arange(2))
         fvu = light.fvu if heavy_ones.rows else [None] * len(light.fvu)
-        lines += [Measured(name, g, prefix, pairs.share, fvu[g]) for g, (prefix, pairs) in enumerate(both)]
+        lines += [
+            Measured(name, g, prefix, pairs.share, typical=fvu[g]) for g, (prefix, pairs) in enumerate(both)
+        ]
     deviation = next(iter(measurements.values())).deviation.total
     linear = baselines.result(deviation).linear
     return lines, linear and linear.fvu, int(next(iter(by_weight.values())).rows[1])
