@@ -67,8 +67,8 @@ def coder(absorbing: bool, split: bool) -> Transcoder:
 def plant(root: Path, **source: object) -> None:
     """A store, the run `tiny` which absorbs and splits, and `plain` and `split`, which do neither and only split."""
     settings = settings_of(root)
-    sides = [planted(n) for n in ROWS.values()]
-    make_store(settings.store_path(0), *sides, vocabulary=VOCABULARY, **source)
+    train, heldout = (planted(n) for n in ROWS.values())
+    make_store(settings.store_path(0), train, heldout, vocabulary=VOCABULARY, **source)
     ways = {"tiny": (True, True), "plain": (False, False), "split": (False, True)}
     for name, (absorbing, split) in ways.items():
         folder = settings.run_dir().with_name(name)

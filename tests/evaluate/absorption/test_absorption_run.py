@@ -137,11 +137,11 @@ def _value(each: Estimate | None) -> float:
 def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Outputs that say nothing of the words: no class is left, and the table says so."""
     settings = settings_of(root, "--model.name", "tests/dumb")
-    sides = [
+    train, heldout = (
         (inputs, np.random.default_rng(3).standard_normal(outputs.shape).astype(np.float32))
         for inputs, outputs in (planted(n) for n in ROWS.values())
-    ]
-    make_store(settings.store_path(0), *sides, vocabulary=VOCABULARY, model="tests/dumb")
+    )
+    make_store(settings.store_path(0), train, heldout, vocabulary=VOCABULARY, model="tests/dumb")
     settings.run_dir().mkdir(parents=True)
     coder(True, True).save(settings.run_dir())
     found, file = absorption(settings, [])
