@@ -9,11 +9,11 @@ from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
-from common.numbers import number_or_dash, percent_or_dash
+from common.numbers import Uncertain, marked_fvu, number_or_dash, percent_or_dash
 from common.settings import Settings
 from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
-from evaluate.report.console import increase, plain, rows_of, table_of
+from evaluate.report.console import increase, plain, rows_of, table_of, typical_fvu
 from evaluate.report.verdicts import verdicts
 
 if TYPE_CHECKING:  # --help does not wait for the records
@@ -77,7 +77,7 @@ def _weights_dir(settings: Settings, metrics: Metrics) -> Path:
     return settings.run_dir() / f"at_step_{at.step}" if at else settings.run_dir()
 
 
-def _lines(settings: Settings) -> list[dict[str, str]]:
+def _lines(settings: Settings) -> list[dict[str, str | Uncertain]]:
     """What the table of several layers says of one that is evaluated."""
     from common.files import sha256
     from evaluate.files import finished
@@ -99,7 +99,10 @@ def _lines(settings: Settings) -> list[dict[str, str]]:
     language = last.cross_entropy
     return [
         {
-            "FVU of each prefix": " ".join(number_or_dash(prefix.fvu) for prefix in metrics.prefixes),
+            "FVU of each prefix": " ".join(
+                marked_fvu(prefix.fvu, typical_fvu(metrics.errors, g))
+                for g, prefix in enumerate(metrics.prefixes)
+            ),
             "L0": f"{last.l0:.1f}",
             "dead %": f"{100 * last.dead_fraction:.1f}",
             "over 10 %": f"{100 * last.over_10_percent_fraction:.1f}",

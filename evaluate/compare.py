@@ -15,7 +15,7 @@ from rich.console import Console
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.layers.driver import add_spread, over_layers
-from common.numbers import number_or_dash
+from common.numbers import MARK, number_or_dash
 from common.settings import Settings
 from common.terminal.table import console
 from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comparison, ComparisonProvenance
@@ -40,9 +40,9 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     from evaluate.run import baselines_for, prepare
     from evaluate.subject import read
     from transcoder.formats import weights_file
+    from transcoder.heavy import typical_rows
 
-    if not others:
-        raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
+    refuse_none(others)
     job = prepare(settings, ce_tokens=0)
     paths = [job.run_dir, *chosen(settings.run_dir(), others)]
     places = dict(zip(distinct_names(paths), paths, strict=True))
@@ -51,7 +51,10 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
     coders = {name: read(path, job.store, mismatch).to(device) for name, path in places.items()}
     digests = {name: sha256(weights_file(path)) for name, path in places.items()}
     evaluated = {name: _evaluation(path, digests[name], job.provenance) for name, path in places.items()}
-    measured, linear = side_by_side(coders, job.split, job.n_rows, baselines_for(job))
+    moments = job.store.manifest.splits[settings.evaluate.split].outputs
+    assert moments is not None, "prepare has refused a split without rows"
+    typical = typical_rows(job.split, moments)
+    measured, linear, heavy = side_by_side(coders, job.split, job.n_rows, baselines_for(job), typical)
     measured = [_with_language(each, evaluated[each.transcoder]) for each in measured]
     run, *rest = ([each for each in measured if each.transcoder == name] for name in coders)
     known = {name: known_settings(coder.metadata, coder.prefix_ends) for name, coder in coders.items()}
@@ -71,10 +74,17 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
         ],
         differing_settings=differing(known),
         linear_map_fvu=linear,
+        heavy_rows=heavy,
         provenance=provenance_of_all(job.provenance, digests),
     )
     _write(folder, comparison)
     return comparison, folder
+
+
+def refuse_none(others: Sequence[str]) -> None:
+    """Raise `InputError` where nothing is to be compared with."""
+    if not others:
+        raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
 
 
 class Evaluated(NamedTuple):
@@ -266,6 +276,7 @@ def main() -> None:
     add_spread(options)
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others
+    refuse_none(others)
 
     def n_layers(settings: Settings) -> int:
         from transcoder.weights import n_layers
@@ -282,14 +293,24 @@ def main() -> None:
 
 def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) -> Settings:
     """The settings with the run that the command names, or the one there is; `others` of WITH must fit all layers."""
-    from transcoder.weights import chosen_run
+    from transcoder.weights import FILE_NAME, chosen_run
 
     paths = [other for other in others if not _is_name(other)]
     if paths and len(settings.layers) > 1:
         raise InputError(
             f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
         )
-    return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
+    settings = chosen_run(settings, named, every_layer=len(settings.layers) > 1)
+    for other in others if len(settings.layers) > 1 else ():
+        layers = [settings.of_layer(layer).run_dir().parent for layer in settings.layers]
+        if not Path(other).exists() and not any(next(layer.glob(other), None) for layer in layers):
+            there = " ".join(
+                sorted({each.parent.name for layer in layers for each in layer.glob(f"*/{FILE_NAME}")})
+            )
+            raise InputError(
+                f"compare: {other}: no layer asked for has a run of this name ({there or 'none'})"
+            )
+    return settings
 
 
 def _lines(settings: Settings) -> list[dict[str, str]]:
@@ -310,8 +331,11 @@ def _lines(settings: Settings) -> list[dict[str, str]]:
 
 
 def _with_difference(line: ComparedPrefix) -> str:
-    change = line.difference.fvu
-    return number_or_dash(line.fvu) + (f" ({change:+.3f})" if change else "")
+    """The FVU, without heavy rows and marked where there are some; its difference to the run's in brackets."""
+    heavy = line.fvu_typical is not None
+    change = line.difference.fvu_typical if heavy else line.difference.fvu
+    shown = number_or_dash(line.fvu_typical if heavy else line.fvu) + (f" ({change:+.3f})" if change else "")
+    return shown + MARK * heavy
 
 
 def show(comparison: Comparison, folder: Path, console: Console) -> None:
@@ -330,12 +354,17 @@ def show(comparison: Comparison, folder: Path, console: Console) -> None:
             f"{100 * line.dead_fraction:.1f}",
             *((number_or_dash(None if recovered is None else 100 * recovered, ".1f"),) * language),
         )
-    table.caption = "CE %: cross-entropy recovered" * language
+    mark = MARK * bool(comparison.heavy_rows)
+    captions = ["CE %: cross-entropy recovered"] * language
+    if mark:
+        captions.append(f"{MARK} FVU without heavy rows ({comparison.heavy_rows:,}); compare.html has both")
+    table.caption = "\n".join(captions)
     console.print(table)
     run, *others = (each.transcoder for each in comparison.transcoders)
     if comparison.equal_l0:
         table = table_of(
-            f"at equal L0, FVU of {run} and of the other", ("other", "L0", "FVU", "other's", "difference")
+            f"at equal L0, FVU{mark} of {run} and of the other",
+            ("other", "L0", "FVU", "other's", "difference"),
         )
         for each in comparison.equal_l0:
             numbers = (f"{each.l0:.1f}", f"{each.run_fvu:.3f}", f"{each.fvu:.3f}", f"{each.difference:+.3f}")
@@ -343,7 +372,8 @@ def show(comparison: Comparison, folder: Path, console: Console) -> None:
         console.print(table)
     if without := [other for other in others if other not in {each.other for each in comparison.equal_l0}]:
         plain(console, f"no equal L0: {', '.join(without)}")
-    plain(console, f"best linear map: FVU {number_or_dash(comparison.linear_map_fvu)}")
+    all_rows = " of all rows" * bool(mark)
+    plain(console, f"best linear map: FVU{all_rows} {number_or_dash(comparison.linear_map_fvu)}")
     plain(console, f"report {folder / 'compare.html'}")
 
 

@@ -31,7 +31,8 @@ class Sentence(NamedTuple):
     """Every token of a text but the first position and special tokens, which a harvest leaves out too."""
 
     tokens: list[str]
-    """A character that is split over tokens stands at the one that completes it; the others are empty."""
+    """[n] Numbered as rows are: entry 0 is token 1 of the context. A character that is split over tokens stands at the
+    one that completes it; the others are empty."""
     inputs: Tensor
     """[n, D_in] float32, by the store's convention: without the norm's gain, if it was harvested so."""
     outputs: Tensor
@@ -46,15 +47,16 @@ class Intervention(NamedTuple):
     """The model's predictions on a text, unchanged and with some latents changed. V: size of its vocabulary."""
 
     tokens: list[str]
-    """The T tokens of the text, including those without a row."""
+    """The T tokens of the text, including those without a row; entry 0 is the context's first."""
     before: Tensor
     """[T, V] logits of the unchanged model."""
     after: Tensor
     """[T, V] logits with the change."""
     kl: Tensor
-    """[T] KL(before || after) of the next token's distribution, nats."""
+    """[T] KL(before || after) of the next token's distribution, nats; numbered as `tokens`, not as rows are."""
     changes: Tensor
-    """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`."""
+    """[n, latents] what was added to each latent's activation: those of `set`, then of `ablate` and `scale`. Numbered
+    as rows are: those of `Sentence`."""
     continuation: tuple[str, str]
     """The model's greedy continuation, before and after the change."""
 
@@ -139,8 +141,9 @@ class Reader:
         """Run `text` unchanged, and with some latents' activations changed.
 
         `set` gives latents a value, `scale` multiplies their activation, `ablate` sets it to zero; at the rows numbered
-        `positions`, counted as `Sentence.tokens` are, or at all. The MLP keeps its own output; the change of the
-        reconstruction, the sum over the latents of (activation after - before) * W_dec, is added to it, so the
+        `positions`, counted as `Sentence.tokens` are, or at all: token 5 of `Intervention.tokens`, and of the command
+        line's @5, is row 4 where the text has no special tokens of its own. The MLP keeps its own output; the change of
+        the reconstruction, the sum over the latents of (activation after - before) * W_dec, is added to it, so the
         reconstruction error stays in place. `new_tokens`: length of the greedy continuation that is then generated; if
         `positions` is None, with the same change at the new positions. Raises what a call of the reader does, and
         `InputError` for a latent or position that does not exist, or a latent that is changed twice.

@@ -8,9 +8,10 @@ from typing import Any
 from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import sha256, size_of
-from common.numbers import number_or_dash
+from common.numbers import HEAVY, marked_fvu
 from evaluate.files import finished
 from evaluate.kept.evaluations import digests_of, main_evaluation
+from evaluate.report.console import typical_fvu
 from evaluate.stores import print_table
 from shards.plan import human
 
@@ -74,7 +75,9 @@ def _trained(run_dir: Path) -> dict[str, str]:
     if trained := header.get("training"):
         line["rows"] = f"{trained['rows']:,}"
     if held.get("rows"):
-        line |= _numbers(held["fvu"][-1], held["l0"][-1], held["dead"] / header["prefix_ends"][-1])
+        typical = held["fvu_typical"][-1] if held.get("heavy_rows") else None
+        dead = held["dead"] / header["prefix_ends"][-1]
+        line |= _numbers(marked_fvu(held["fvu"][-1], typical), held["l0"][-1], dead)
     line["evaluated"] = "no" if settings else "no (imported)"
     try:
         evaluation = _evaluation(run_dir, run_dir / weights.FILE_NAME)
@@ -89,7 +92,8 @@ def _trained(run_dir: Path) -> dict[str, str]:
         metrics.provenance.split,
         metrics.provenance.trained_on_this_store,
     )
-    line |= _numbers(last.fvu, last.l0, last.dead_fraction)
+    typical = typical_fvu(metrics.errors, len(metrics.prefixes) - 1)
+    line |= _numbers(marked_fvu(last.fvu, typical), last.l0, last.dead_fraction)
     if own is False:
         return line | {"evaluated": "on another harvest"}
     return line | {"evaluated": "yes" if split == "heldout" else f"on {split} rows"}
@@ -134,15 +138,15 @@ def _asked(settings: dict[str, Any], used: dict[str, Any]) -> dict[str, str]:
     return line | {"rate": "auto" if rate is None else f"{rate:.3g}"}
 
 
-def _numbers(fvu: float | None, l0: float, dead: float) -> dict[str, str]:
-    return {"FVU": number_or_dash(fvu), "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
+def _numbers(fvu: str, l0: float, dead: float) -> dict[str, str]:
+    return {"FVU": fvu, "L0": f"{l0:.1f}", "dead %": f"{100 * dead:.1f}"}
 
 
 def main() -> None:
     settings, arguments = load(parser("evaluate.runs", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     folder = settings.paths.checkpoints
     lines = [line_of(run_dir) for run_dir in runs_of(folder, settings.layers if arguments.layer else ())]
-    print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)")
+    print_table(lines, COLUMNS, f"no runs in {folder}; train one (make train)", caption=HEAVY)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
 from common.files import size_of
+from common.numbers import MARK
 from shards.commit import commit_of
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
@@ -66,9 +67,9 @@ def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
     }
 
 
-def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str) -> None:
+def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: str, caption: str = "") -> None:
     """The lines under `columns`, a table for each model, whose rows their first two columns tell apart; `nothing` if
-    there are none.
+    there are none. `caption`: below a table with marked numbers.
     """
     from common.terminal.table import Table, console
 
@@ -77,6 +78,8 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
     for model, own in groupby(lines, key=lambda line: line["model"]):
         table = Table(*columns, title=model, keys=2)
         for line in own:
+            if any(cell.endswith(MARK) for cell in line.values()):
+                table.caption = caption
             table.add_row(*(line[column] for column in columns))
         console().print(table)
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from common.layers import driver
+from common.numbers import Uncertain
 from common.terminal.table import Table
 from evaluate import compare, runs, stores
 from evaluate.__main__ import show as show_evaluation
@@ -85,6 +86,19 @@ def test_compare(terminal: Callable[[], str], tmp_path: Path) -> None:
     said = terminal()
     assert {first, "2,016", "transcoder", "difference", "+0.000"} <= columns(said)
     assert "layer_3/width_864/average_" in words(said)
+
+
+def test_what_is_marked_keeps_its_decimals_below_the_others(terminal: Callable[[], str]) -> None:
+    table = Table("layer", "FVU", "increase", caption="† what it is")
+    table.add_row("10", "0.431", Uncertain(0.0363, 0.0006))
+    table.add_row("11", "0.442†", Uncertain(0.074, 0.007))
+    table.add_row("12", "-", "-")
+    to_stdout().print(table)
+    rows = [row for row in terminal().splitlines() if row.startswith("│")]
+    first, second, _ = rows
+    assert first.index(".431") == second.index(".442")
+    assert first.index("+0.0363 ± 0.0006") == second.index("+0.0740 ± 0.0070")
+    assert len({len(row) for row in rows}) == 1
 
 
 def line(n_prefixes: int) -> dict[str, Any]:

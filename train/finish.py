@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.numbers import number_or_dash
+from common.numbers import marked_fvu, number_or_dash
 from common.settings import Settings
 from common.terminal.table import Table
 from shards import Store
@@ -113,8 +113,10 @@ def summary(metadata: dict[str, Any]) -> Table:
 def line_of(metadata: dict[str, Any]) -> dict[str, str]:
     """The same in a line, for a table of several runs."""
     heldout = metadata["heldout"]
+    typical = heldout["fvu_typical"] if heldout.get("heavy_rows") else [None] * len(heldout["fvu"])
+    both = zip(heldout["fvu"], typical, strict=True)
     return {
-        "FVU of each prefix": " ".join(number_or_dash(value, ".4f") for value in heldout["fvu"]),
+        "FVU of each prefix": " ".join(marked_fvu(*each, ".4f") for each in both),
         "L0": f"{heldout['l0'][-1]:.1f}",
         "never fire": f"{100 * heldout['dead'] / metadata['prefix_ends'][-1]:.1f} %",
     }

@@ -21,6 +21,7 @@ from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.files import sha256, write_whole
 from common.layers.driver import add_spread, over_layers
+from common.numbers import HEAVY, MARK
 from common.settings import Settings, changes, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
 from common.terminal.table import Table, console
@@ -86,13 +87,14 @@ def report(runs: list[Settings], folder: Path) -> Table:
     from train.finish import line_of
     from transcoder.weights import read_metadata
 
-    rows, lines = [], {}
+    rows, lines, shown = [], {}, {}
     for settings in runs:
         metadata = read_metadata(settings.run_dir())
         lines[settings.run], heldout = line_of(metadata), metadata["heldout"]
+        shown[settings.run] = heldout["fvu_typical" if heldout.get("heavy_rows") else "fvu"][-1]
         rows.append({"run": settings.run, "fvu": heldout["fvu"], "l0": heldout["l0"], "dead": heldout["dead"],
                      "d_sae": metadata["prefix_ends"][-1]})  # fmt: skip
-    rows.sort(key=lambda row: (row["fvu"][-1] is None, row["fvu"][-1]))
+    rows.sort(key=lambda row: (shown[row["run"]] is None, shown[row["run"]]))
     if not _runs_in(folder) <= {row["run"] for row in rows}:
         keep_earlier(folder, RESULTS)
     write_whole(folder / RESULTS, (json.dumps(rows, indent=1) + "\n").encode())
@@ -101,6 +103,8 @@ def report(runs: list[Settings], folder: Path) -> Table:
     table = Table("run", *next(iter(lines.values())), title="held-out rows, best first")
     for row in rows:
         table.add_row(row["run"], *lines[row["run"]].values())
+    if any(MARK in line["FVU of each prefix"] for line in lines.values()):
+        table.caption = HEAVY
     return table
 
 

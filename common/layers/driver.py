@@ -7,15 +7,16 @@ one line. A defect, and Ctrl-C, stop the set where it is; the same command conti
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.cli import Asked, mendable
 from common.errors import InputError
 from common.layers import spread
+from common.numbers import HEAVY, MARK, Uncertain
 from common.settings import Settings
 
-Line = dict[str, str]
+Line = Mapping[str, str | Uncertain]
 """Column -> what the table at the end says of a layer there."""
 
 
@@ -131,6 +132,8 @@ def _print_table(run: str, lines: Sequence[tuple[int, Line]]) -> None:
     from common.terminal.table import Table, console
 
     table = Table("layer", *lines[0][1], title=f"run {run}")
+    if any(str(cell).endswith(MARK) for _, line in lines for cell in line.values()):
+        table.caption = HEAVY
     for layer, line in lines:
         table.add_row(str(layer), *line.values())
     console().print(table)

@@ -11,7 +11,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?%?( .*)?")
+from common.numbers import MARK, Uncertain, aligned
+
+NUMBER = re.compile(rf"[+-]?[\d.,]+(e[+-]?\d+)?%?( .*)?{MARK}?")
 """A number, and perhaps a unit or more after it."""
 PIPE = 240
 """Columns of a file or a pipe: nobody looks at its edge, and a search finds a whole row in one line."""
@@ -31,11 +33,11 @@ class Table:
 
     def __init__(self, *columns: str, title: str = "", caption: str = "", keys: int = 1) -> None:
         self.columns, self.title, self.caption, self.keys = columns, title, caption, keys
-        self.rows: list[tuple[str, ...]] = []
+        self.rows: list[tuple[str | Uncertain, ...]] = []
         self._sections: set[int] = set()
 
-    def add_row(self, *cells: str) -> None:
-        """A row, with a cell for each heading; lines in a cell stay lines."""
+    def add_row(self, *cells: str | Uncertain) -> None:
+        """A row, with a cell for each heading; lines in a cell stay lines. See `aligned` for numbers with errors."""
         if len(cells) != len(self.columns):
             raise ValueError(f"expected {len(self.columns)} cells, found {len(cells)}")
         self.rows.append(cells)
@@ -45,7 +47,7 @@ class Table:
         self._sections.add(len(self.rows) - 1)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        cells = [[row[c] for row in self.rows] for c in range(len(self.columns))]
+        cells = [aligned([row[c] for row in self.rows]) for c in range(len(self.columns))]
         columns = [Column(*pair) for pair in zip(self.columns, cells, strict=True)]
         if _outer([column.least for column in columns]) > options.max_width:
             columns = [Column(column.heading, [*map(broken, column.cells)]) for column in columns]
@@ -60,11 +62,13 @@ class Table:
         table = RichTable(box=box.HEAVY_HEAD)
         for column, width in zip(columns, widths(columns, room), strict=True):
             justify = "right" if column.is_numbers else "left"
-            table.add_column(Text(column.heading), width=width, justify=justify, overflow="fold")
+            heading = Text(column.heading, justify=justify)
+            # rich removes the spaces at the end of what it puts to the right
+            own = "left" if column.is_marked else justify
+            table.add_column(heading, width=width, justify=own, overflow="fold")
+        shown = [column.laid(width) for column, width in zip(columns, widths(columns, room), strict=True)]
         for number in range(len(self.rows)):
-            table.add_row(
-                *(Text(column.cells[number]) for column in columns), end_section=number in self._sections
-            )
+            table.add_row(*(Text(cells[number]) for cells in shown), end_section=number in self._sections)
         return table
 
 
@@ -77,8 +81,17 @@ class Column:
         self.is_numbers = all(NUMBER.fullmatch(cell) for cell in told)
         lines = [line for cell in cells for line in cell.splitlines()]
         whole = lines if self.is_numbers else [word for line in lines for word in line.split()]
+        self.is_marked = self.is_numbers and any(cell.endswith(MARK) for cell in told)
+        if self.is_marked:
+            whole = lines = [line if line.endswith(MARK) else f"{line} " for line in lines]
         self.least = _widest([*heading.split(), *whole])
         self.wanted = _widest([heading, *lines])
+
+    def laid(self, width: int) -> list[str]:
+        """The cells; where some are marked, each with the spaces that put its last digit below the others'."""
+        if not self.is_marked:
+            return [*self.cells]
+        return [(cell if cell.endswith(MARK) else f"{cell} ").rjust(width) for cell in self.cells]
 
 
 def broken(cell: str) -> str:

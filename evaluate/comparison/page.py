@@ -9,7 +9,7 @@ from urllib.parse import quote
 from pydantic import JsonValue
 
 from common.files import write_whole
-from common.numbers import number_or_dash
+from common.numbers import MARK, number_or_dash
 from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comparison
 from evaluate.metrics.side_by_side import COLUMNS, LANGUAGE, Column
 from evaluate.report import plots, plotted
@@ -22,12 +22,13 @@ def write_page(folder: Path, values: Comparison) -> None:
     """compare.html and compare.png in `folder`, of what was measured."""
     series: dict[str, list[tuple[float, float | None]]] = {}
     for line in values.lines:
-        series.setdefault(line.transcoder, []).append((line.l0, line.fvu))
-    linear = values.linear_map_fvu
+        fvu = line.fvu if line.fvu_typical is None else line.fvu_typical
+        series.setdefault(line.transcoder, []).append((line.l0, fvu))
+    linear = None if values.heavy_rows else values.linear_map_fvu  # on all rows, so not on this plot
     plot = Plot(
         "compare",
         "overview",
-        "Error against sparsity",
+        "Error against sparsity" + ", without heavy rows" * bool(values.heavy_rows),
         lambda: plots.fvu_against_l0(series, linear),
         lambda: plotted.fvu_against_l0(series, linear),
     )
@@ -36,6 +37,7 @@ def write_page(folder: Path, values: Comparison) -> None:
         "compare.js",
         values=values,
         run=values.lines[0].transcoder,
+        mark=MARK if values.heavy_rows else "",
         groups=by_latents(values.lines),
         columns=shown(values.lines),
         number_of=number_of,
@@ -62,12 +64,14 @@ def by_latents(lines: Sequence[ComparedPrefix]) -> list[tuple[int, list[Compared
 
 
 def shown(lines: Sequence[ComparedPrefix]) -> dict[str, Column]:
-    """The columns that the table has: those of the cross-entropy where any line has one."""
-    language = any(line.cross_entropy for line in lines)
+    """The columns that the table has: those of the cross-entropy, and of heavy rows, where any line has one."""
+    lacking = set() if any(line.cross_entropy for line in lines) else {*LANGUAGE}
+    if all(line.fvu_typical is None for line in lines):
+        lacking.add("fvu_typical")
     return {
         key: aligned(column, [number_of(line, key) for line in lines])
         for key, column in COLUMNS.items()
-        if language or key not in LANGUAGE
+        if key not in lacking
     }
 
 

@@ -10,6 +10,8 @@ class Differences(Record):
 
     fvu: float | None
     """of `fvu`"""
+    fvu_typical: float | None = None
+    """of `fvu_typical`"""
     l0: float | None
     """of `l0`, latents per row"""
     cosine: float | None
@@ -43,6 +45,8 @@ class ComparedPrefix(PrefixMetrics, Compared):
     `cross_entropy` is from the transcoder's own evaluation: see `transcoders`.
     """
 
+    fvu_typical: float | None = None
+    """`fvu` without heavy rows, whose outputs lie far from all others; null where there are none"""
     redundancy: float | None
     """share of the pairs of its latents whose decoder rows have an absolute cosine beyond 0.9; null for one latent"""
     difference: Differences
@@ -56,7 +60,7 @@ class EqualL0(Compared):
 
     That prefix has its own FVU; the other transcoder's is interpolated linearly in log L0 between its neighbouring
     prefixes a and b: FVU_a + (FVU_b - FVU_a) (log l0 - log L0_a) / (log L0_b - log L0_a). The first and the last
-    segment are extended by up to 5 % of L0.
+    segment are extended by up to 5 % of L0. Where the rows have heavy ones, FVU is `fvu_typical` here.
     """
 
     other: str
@@ -123,6 +127,8 @@ class Comparison(Record):
     differing_settings: dict[str, dict[str, JsonValue]]
     """setting -> transcoder -> value, of the settings that are not the same for all whose files say them"""
     linear_map_fvu: float | None
-    """FVU of the best linear map from input to output"""
+    """FVU of the best linear map from input to output, on all rows"""
+    heavy_rows: int = 0
+    """rows whose outputs lie far from all others"""
     provenance: ComparisonProvenance
     """what was compared on what"""

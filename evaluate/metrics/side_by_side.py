@@ -5,17 +5,21 @@ from collections.abc import Iterator, Sequence
 from math import log
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from common.numbers import MARK
 from common.progress import progress
 from evaluate.comparison.records import ComparedPrefix, Differences, EqualL0
 from evaluate.metrics.baselines import Baselines
+from evaluate.metrics.error_map import Table
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.rows import blocks
 from evaluate.records import AblationLosses, PrefixMetrics
 from shards.store import StoreSplit
 from transcoder import Transcoder
+from transcoder.heavy import Typical
 
 
 class Column(NamedTuple):
@@ -32,6 +36,7 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "fvu": Column("FVU", ".3f", -1),
+    "fvu_typical": Column(f"FVU without heavy rows{MARK}", ".3f", -1),
     "l0": Column("L0", ".1f", 0),
     "recovered_zero": Column("CE recovered %", ".1f", 1, 100),
     "kl": Column("KL (nats)", ".4f", -1),
@@ -53,6 +58,8 @@ class Measured(NamedTuple):
     prefix: int
     metrics: PrefixMetrics
     redundancy: float | None
+    typical: float | None = None
+    """Its FVU without heavy rows, where there are some."""
     losses: AblationLosses | None = None
     """Beside which the metrics' cross-entropy stands."""
 
@@ -60,8 +67,14 @@ class Measured(NamedTuple):
     def numbers(self) -> dict[str, float | None]:
         """What is compared, by its key in `COLUMNS`."""
         language = self.metrics.cross_entropy
-        own = {"redundancy": self.redundancy} | {key: getattr(language, key, None) for key in LANGUAGE}
+        own = {"redundancy": self.redundancy, "fvu_typical": self.typical}
+        own |= {key: getattr(language, key, None) for key in LANGUAGE}
         return {key: own[key] if key in own else getattr(self.metrics, key) for key in COLUMNS}
+
+    @property
+    def judged(self) -> float | None:
+        """The FVU by which transcoders are compared: without heavy rows, where there are some."""
+        return self.metrics.fvu if self.typical is None else self.typical
 
     def less(self, other: "Measured") -> Differences:
         """Its numbers less the other's."""
@@ -77,26 +90,32 @@ def _less(a: float | None, b: float | None) -> float | None:
 
 @torch.inference_mode()
 def side_by_side(
-    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, baselines: Baselines
-) -> tuple[list[Measured], float | None]:
-    """One pass: every coder's prefixes, and the FVU of the best linear map."""
+    coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, baselines: Baselines, typical: Typical
+) -> tuple[list[Measured], float | None, int]:
+    """One pass: every coder's prefixes, the FVU of the best linear map, and how many rows are heavy by `typical`."""
+    by_weight = {name: Table(2, len(coder.prefix_ends)) for name, coder in coders.items()}
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
     with progress("compare", n_rows, "rows") as bar:
         for start, stop in blocks(n_rows):
             inputs, outputs = split.rows(start, stop)
             baselines.add(inputs, outputs)
-            for measurement in measurements.values():
+            distances = typical.distances(outputs)
+            heavy = (distances > typical.limit).long().numpy()
+            for name, measurement in measurements.items():
                 device = measurement.coder.W_dec.device
-                measurement.add(inputs.to(device), outputs.to(device))
+                _, errors = measurement.add(inputs.to(device), outputs.to(device))
+                by_weight[name].add(heavy, distances.double().numpy(), errors.numpy())
             bar.update(stop - start)
     lines: list[Measured] = []
     for name, measurement in measurements.items():
         redundancy, _ = decoder_similarity(coders[name].W_dec, coders[name].prefix_ends, n_neighbours=0)
         both = zip(measurement.result(), redundancy.prefixes, strict=True)
-        lines += [Measured(name, g, prefix, pairs.share) for g, (prefix, pairs) in enumerate(both)]
+        light, heavy_ones = by_weight[name].lines(np.arange(2))
+        fvu = light.fvu if heavy_ones.rows else [None] * len(light.fvu)
+        lines += [Measured(name, g, prefix, pairs.share, fvu[g]) for g, (prefix, pairs) in enumerate(both)]
     deviation = next(iter(measurements.values())).deviation.total
     linear = baselines.result(deviation).linear
-    return lines, linear and linear.fvu
+    return lines, linear and linear.fvu, int(next(iter(by_weight.values())).rows[1])
 
 
 def line_of(one: Measured, run: Sequence[Measured]) -> ComparedPrefix:
@@ -107,6 +126,7 @@ def line_of(one: Measured, run: Sequence[Measured]) -> ComparedPrefix:
         transcoder=one.transcoder,
         prefix=one.prefix,
         **dict(one.metrics),
+        fvu_typical=one.typical,
         redundancy=one.redundancy,
         difference=one.less(run[-1]),
         equal_latents=None if own or not alike else one.less(alike[0]),
@@ -141,7 +161,7 @@ def equal_l0(run: Sequence[Measured], other: Sequence[Measured]) -> Iterator[Equ
     """Both transcoders at the L0 of every prefix of either, where both have one; by L0, each once."""
 
     def points(lines: Sequence[Measured]) -> list[tuple[float, float | None]]:
-        return [(line.metrics.l0, line.metrics.fvu) for line in lines]
+        return [(line.metrics.l0, line.judged) for line in lines]
 
     places = {line.metrics.l0: line for line in (*other, *run)}  # of one L0: the run's
     for l0, line in sorted(places.items()):

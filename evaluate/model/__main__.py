@@ -8,7 +8,7 @@ from rich.console import Console
 
 from common.cli import load, parser, run_stage
 from common.errors import InputError
-from common.numbers import number_or_dash
+from common.numbers import Uncertain, marked_fvu, number_or_dash
 from common.settings import Settings
 from evaluate.report.console import plain, split_name, table_of
 
@@ -73,7 +73,7 @@ def show(settings: Settings, result: ModelMetrics, fresh: bool, console: Console
 
 def _layers(result: ModelMetrics, console: Console) -> None:
     """Each layer's last prefix."""
-    from evaluate.model.page import end_of, title
+    from evaluate.model.page import alone_tokens, end_of, heavy_note, title
     from evaluate.model.records import ReplacedMetrics
 
     of, replaced = result.provenance, result.replaced
@@ -93,14 +93,17 @@ def _layers(result: ModelMetrics, console: Console) -> None:
         recovered = None if own.recovered_zero is None else 100 * own.recovered_zero
         table.add_row(
             str(layer.layer),
-            number_or_dash(own.fvu),
+            marked_fvu(own.fvu, own.fvu_typical),
             f"{own.l0:.1f}",
             f"{100 * own.dead_fraction:.1f}",
             f"{100 * own.over_10_percent_fraction:.1f}",
             number_or_dash(recovered, ".1f"),
-            number_or_dash(own.increase, "+.3f"),
+            "-" if own.increase is None else Uncertain(own.increase, own.increase_error),
             number_or_dash(steps.get(layer.layer), "+.3f"),
         )
+    tokens = alone_tokens(result.layers)
+    measured = tokens and f"alone: only this MLP replaced, {tokens} of its own evaluation, ± standard error"
+    table.caption = "\n".join(line for line in (heavy_note(result.layers, g), measured) if line)
     console.print(table)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.files import write_whole
+from common.numbers import MARK, Uncertain, aligned, number_or_dash
 from evaluate.model.records import LayerMetrics, LayerPrefix, ModelMetrics, ReplacedMetrics
 from evaluate.report import plots, plotted
 from evaluate.report.figures import Drawn, Plot, draw_each
@@ -29,7 +30,9 @@ def _plots(result: ModelMetrics) -> Iterator[Plot]:
             lambda: plots.cumulative(result.provenance.layers, *_cumulative(replaced)),
             lambda: plotted.cumulative(result.provenance.layers, *_cumulative(replaced)),
         )
-    for name, caption, label, value in BY_LAYER:
+    heavy = [layer.layer for layer in layers if layer.heavy_rows]
+    for name, words, label, value in BY_LAYER:
+        caption = words + f", without heavy rows in {spans(heavy)}" * (name == "fvu" and bool(heavy))
         values = [[value(layer.prefixes[g]) for layer in layers] for g in range(len(layers[0].prefixes))]
         if any(each is not None for own in values for each in own):
             own = ([layer.layer for layer in layers], values, label)
@@ -38,6 +41,11 @@ def _plots(result: ModelMetrics) -> Iterator[Plot]:
 
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
+
+
+def typical(prefix: LayerPrefix) -> float | None:
+    """The FVU, without heavy rows where the layer has some."""
+    return prefix.fvu if prefix.fvu_typical is None else prefix.fvu_typical
 
 
 Value = Callable[[LayerPrefix], float | None]
@@ -54,7 +62,7 @@ BY_LAYER: tuple[tuple[str, str, str, Value], ...] = (
         "share of what zeroing costs (%)",
         lambda prefix: _percent(prefix.recovered_zero),
     ),
-    ("fvu", "Error", "FVU (0 perfect, 1 the mean)", lambda prefix: prefix.fvu),
+    ("fvu", "Error", "FVU (0 perfect, 1 the mean)", lambda prefix: typical(prefix)),
     ("l0", "Active latents", "active latents per row (L0)", lambda prefix: prefix.l0),
     ("dead", "Dead latents", "latents that never fired (%)", lambda p: _percent(p.dead_fraction)),
     (
@@ -99,9 +107,53 @@ def write_page(path: Path, result: ModelMetrics, drawn: list[Drawn]) -> None:
         steps={(line.prefix, line.layer): line for line in replaced.first.cumulative} if replaced else {},
         highest=max((line.increase for line in replaced.first.cumulative), default=0) or 1 if replaced else 1,
         notes=notes(result),
+        heavy=heavy_note(result.layers, -1),
+        tokens=alone_tokens(result.layers),
+        typical=typical,
+        mark=MARK,
+        recovered=[_column(result.layers, g, _recovered) for g in range(n_prefixes)],
+        increases=[_column(result.layers, g, _increase) for g in range(n_prefixes)],
         figures=lambda part: elements([each for each in drawn if each.plot.part == part]),
     )
     write_whole(path, page.encode())
+
+
+def _column(
+    layers: Sequence[LayerMetrics], g: int, cell: Callable[[LayerPrefix], Uncertain | str]
+) -> dict[int, str]:
+    """What a prefix's column says of each layer, with as many decimals everywhere."""
+    cells = aligned([cell(layer.prefixes[g]) for layer in layers])
+    return {layer.layer: text for layer, text in zip(layers, cells, strict=True)}
+
+
+def _increase(prefix: LayerPrefix) -> Uncertain | str:
+    return "–" if prefix.increase is None else Uncertain(prefix.increase, prefix.increase_error)
+
+
+def _recovered(prefix: LayerPrefix) -> str:
+    error = prefix.recovered_zero_error
+    text = number_or_dash(_percent(prefix.recovered_zero), ".1f", "–")
+    return text if error is None or prefix.recovered_zero is None else f"{text} ± {100 * error:.1f}"
+
+
+def alone_tokens(layers: Sequence[LayerMetrics]) -> str | None:
+    """On how many tokens each MLP alone was replaced, in words; none where no layer was measured."""
+    counts = {layer.positions for layer in layers if layer.positions is not None}
+    if not counts:
+        return None
+    return f"{min(counts):,} tokens" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,} tokens"
+
+
+def heavy_note(layers: Sequence[LayerMetrics], g: int) -> str | None:
+    """What the mark at an FVU of prefix `g` is, with the FVU of all rows; none where no layer has heavy rows."""
+    said = [
+        f"layer {layer.layer} {number_or_dash(layer.prefixes[g].fvu)} ({layer.heavy_rows:,} "
+        f"row{'s' * (layer.heavy_rows > 1)}, {100 * (layer.heavy_variance or 0):.1f} % of the variance)"
+        for layer in layers
+        if layer.prefixes[g].fvu_typical is not None
+    ]
+    which = len(layers[0].prefixes) - 1 if g < 0 else g
+    return f"{MARK} FVU without heavy rows; of all rows, prefix {which}: {', '.join(said)}" if said else None
 
 
 def title(result: ModelMetrics) -> str:

@@ -19,7 +19,9 @@ from evaluate.feature_pages import SetPages
 from evaluate.files import finished
 from evaluate.kept.evaluations import main_evaluation
 from evaluate.push import write
+from evaluate.records import Metrics
 from evaluate.report.card import LayerLine, set_card
+from evaluate.report.console import typical_fvu
 from transcoder import weights
 from transcoder.export import exported, write_set
 from transcoder.formats import WRITERS
@@ -50,6 +52,12 @@ def _folder(set_dir: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=set_dir, prefix=".push-")
 
 
+def _line(layer: int, metrics: Metrics) -> LayerLine:
+    last = len(metrics.prefixes) - 1
+    typical = (typical_fvu(metrics.errors, 0), typical_fvu(metrics.errors, last))
+    return LayerLine(layer, metrics.prefixes[0], metrics.prefixes[last], typical)
+
+
 def write_forms(settings: Settings, folder: Path, address: str, pages: bool = False) -> str:
     """Write what `push_set` publishes into `folder`; returns the commit's message."""
     lines, name = [], settings.model.public_name
@@ -65,7 +73,7 @@ def write_forms(settings: Settings, folder: Path, address: str, pages: bool = Fa
         source = metadata["source"]
         metrics = finished(main_evaluation(run_dir, sha256(run_dir / weights.FILE_NAME)))
         assert metrics is not None, "write has checked it"
-        lines.append(LayerLine(layer, metrics.prefixes[0], metrics.prefixes[-1]))
+        lines.append(_line(layer, metrics))
     missing = [layer for layer in range(source["n_layers"]) if layer not in settings.layers]
     if not missing:
         write_set(folder, settings, add=SetPages(settings).write if pages else None)

@@ -8,6 +8,8 @@ class LayerPrefix(PrefixEnd):
 
     fvu: float | None
     """fraction of variance unexplained; null for constant outputs"""
+    fvu_typical: float | None = None
+    """the same without heavy rows (`errors.typical` in metrics.json); null where the layer has none"""
     l0: float
     """active latents per row, mean"""
     dead_fraction: float
@@ -21,6 +23,10 @@ class LayerPrefix(PrefixEnd):
     increase: float | None
     """cross-entropy with only this MLP replaced minus that of the original model, nats per token; null if not
     measured"""
+    increase_error: float | None = None
+    """standard error of `increase` over contexts; null for a single context, or if not measured"""
+    recovered_zero_error: float | None = None
+    """standard error of `recovered_zero`: that of `increase`, over what zeroing costs, which is taken as exact"""
     kl: float | None
     """KL divergence with only this MLP replaced, nats per token; null if not measured"""
 
@@ -34,6 +40,10 @@ class LayerMetrics(Record):
     """rows that were measured, held-out or train (`provenance.split`)"""
     positions: int | None
     """predicted tokens in `increase`, `recovered_zero` and `kl`; null if not measured"""
+    heavy_rows: int = 0
+    """rows whose outputs lie far from all others"""
+    heavy_variance: float | None = None
+    """their share of the outputs' variance; null where there are none"""
     prefixes: list[LayerPrefix]
     """each prefix, coarsest first"""
     report: str
@@ -138,8 +148,9 @@ class Sufficient(Record):
     layers_from_the_first: list[int]
     """for each prefix: how many layers of the set, counted from the first, can be replaced at once below the limit"""
     each_layer_alone: list[int] | None
-    """for each prefix: number of layers for which it is the coarsest below the limit with only that MLP replaced; the
-    last entry: number of layers for which no prefix is below it; null if a layer's cross-entropy was not measured"""
+    """for each prefix: number of layers for which it is the coarsest whose increase and its standard error together
+    are below the limit with only that MLP replaced; the last entry: number of layers for which no prefix is; null if a
+    layer's cross-entropy was not measured"""
 
 
 class SetProvenance(Record):

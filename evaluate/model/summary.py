@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evaluate.model.records import LayerMetrics, LayerPrefix, ReplacedMetrics, Sufficient
 from evaluate.records import AblationLosses, Metrics
+from evaluate.report.console import typical_fvu
 
 LIMITS = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Nats per token that the cross-entropy may rise by: perplexity 1.05, 1.11, 1.28, 1.65, 2.7 times the model's."""
@@ -21,20 +22,30 @@ def layer_metrics(layer: int, metrics: Metrics, evaluation: Path, folder: Path) 
         own = metrics.prefixes[g].cross_entropy
         return None if own is None or clean is None else own.cross_entropy - clean
 
+    def share(error: float | None) -> float | None:
+        """Of what zeroing the MLP costs."""
+        cost = losses.zero - losses.clean if isinstance(losses, AblationLosses) else 0
+        return error / cost if error is not None and cost > 0 else None
+
     return LayerMetrics(
         layer=layer,
         rows=metrics.rows,
         positions=losses.positions if isinstance(losses, AblationLosses) else None,
+        heavy_rows=metrics.errors.heavy.rows if metrics.errors.heavy else 0,
+        heavy_variance=metrics.errors.heavy_variance if metrics.errors.heavy else None,
         prefixes=[
             LayerPrefix(
                 end=prefix.end,
                 fvu=prefix.fvu,
+                fvu_typical=typical_fvu(metrics.errors, g),
                 l0=prefix.l0,
                 dead_fraction=prefix.dead_fraction,
                 over_10_percent=prefix.over_10_percent,
                 over_10_percent_fraction=prefix.over_10_percent_fraction,
                 recovered_zero=prefix.cross_entropy and prefix.cross_entropy.recovered_zero,
                 increase=increase(g),
+                increase_error=prefix.cross_entropy and prefix.cross_entropy.increase_error,
+                recovered_zero_error=share(prefix.cross_entropy and prefix.cross_entropy.increase_error),
                 kl=prefix.cross_entropy and prefix.cross_entropy.kl,
             )
             for g, prefix in enumerate(metrics.prefixes)
@@ -44,7 +55,10 @@ def layer_metrics(layer: int, metrics: Metrics, evaluation: Path, folder: Path) 
 
 
 def sufficient(replaced: ReplacedMetrics, layers: Sequence[LayerMetrics]) -> list[Sufficient]:
-    """For each of LIMITS, which prefix suffices: of all MLPs at once, from the first up, and of each alone."""
+    """For each of LIMITS, which prefix suffices: of all MLPs at once, from the first up, and of each alone.
+
+    Alone, a layer's own evaluation may have few tokens: its increase counts with its standard error added.
+    """
     return [_within(limit, replaced, layers) for limit in LIMITS]
 
 
@@ -55,7 +69,10 @@ def _within(limit: float, replaced: ReplacedMetrics, layers: Sequence[LayerMetri
         [line.increase for line in replaced.first.cumulative if line.prefix == g]
         for g in range(len(prefixes))
     ]
-    alone = [[each.increase for each in layer.prefixes if each.increase is not None] for layer in layers]
+    alone = [
+        [each.increase + (each.increase_error or 0) for each in layer.prefixes if each.increase is not None]
+        for layer in layers
+    ]
     known = all(len(each) == len(prefixes) for each in alone)
     found = [_coarsest(each, limit) for each in alone]
     return Sufficient(

@@ -43,6 +43,8 @@ class LayerLine(NamedTuple):
     layer: int
     first: PrefixMetrics
     last: PrefixMetrics
+    typical: tuple[float | None, float | None] = (None, None)
+    """FVU of both without heavy rows; none where the layer has none."""
 
 
 def set_card(lines: Sequence[LayerLine], source: dict[str, Any], missing: Sequence[int], address: str) -> str:

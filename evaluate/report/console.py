@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from common.numbers import with_error
+from common.numbers import Uncertain
 from common.terminal.table import Table
 
 if TYPE_CHECKING:  # --help does not wait for the records
-    from evaluate.records import LanguageMetrics
+    from evaluate.records import ErrorMetrics, LanguageMetrics
 
 
 def table_of(title: str, columns: tuple[str, ...]) -> Table:
@@ -33,8 +33,13 @@ def plain(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def increase(language: LanguageMetrics | None, dash: str = "-") -> str:
+def increase(language: LanguageMetrics | None, dash: str = "-") -> Uncertain | str:
     """What the cross-entropy rises by, with its standard error; a dash where that was not measured."""
     if language is None or language.increase is None:
         return dash
-    return with_error(language.increase, language.increase_error)
+    return Uncertain(language.increase, language.increase_error)
+
+
+def typical_fvu(errors: ErrorMetrics, g: int) -> float | None:
+    """The FVU of prefix `g` without heavy rows; none where there are none, or where it is undefined."""
+    return None if errors.heavy is None else errors.typical.fvu[g]

@@ -132,7 +132,8 @@ def lines(shown: Sequence[Side]) -> list[Line]:
 
 def _text(side: Side, g: int, name: str, value: float | None, spec: str) -> str:
     if name == "CE increase":
-        return increase(side.prefix(g).cross_entropy, "–")
+        found = increase(side.prefix(g).cross_entropy, "–")
+        return found if isinstance(found, str) else found.text()
     return number_or_dash(value, spec, "–")
 
 

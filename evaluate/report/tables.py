@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.numbers import aligned as aligned_errors
 from evaluate.records import Results
 from evaluate.report.console import increase
 
@@ -87,7 +88,7 @@ def prefix_columns(results: Results, baselines: Sequence[Any]) -> list[Column]:
             "CE increase",
             lambda p: p.cross_entropy,
             "of the cross-entropy, nats per token ± standard error over contexts",
-            lambda measured: [increase(each, "–") for each in measured],
+            lambda measured: aligned_errors([increase(each, "–") for each in measured]),
         ),
         of(
             "CE recovered %",

@@ -25,7 +25,7 @@ from shards import Store
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, arguments, make_run, settings_of, tiny_transcoder
 from train.sweep import RESULTS
-from transcoder import weights
+from transcoder import heavy, weights
 from transcoder.export import export
 
 
@@ -56,6 +56,30 @@ def test_the_comparison_agrees_with_the_evaluation(root: Path) -> None:
     own = read(settings_of(root).run_dir(), store)
     expected = measure(own, store.heldout, len(store.heldout), None, lambda _: None).result()
     assert [line.fvu for line in values.lines[:3]] == [prefix.fvu for prefix in expected]
+
+
+def test_heavy_rows_are_left_out_as_in_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows twice as far as the median row are heavy here; at equal L0 the FVU is that of the others."""
+    make_run(tmp_path)
+    monkeypatch.setattr(heavy, "HEAVY", 2.0)
+    settings = settings_of(tmp_path)
+    errors = evaluate(settings, ce_tokens=0)[0].errors
+    other = settings.run_dir().with_name("other")
+    random_coder(D_IN, D_OUT, ENDS, seed=5).save(other)
+    values, folder = compare(settings, ["other"])
+    assert errors.heavy is not None
+    assert values.heavy_rows == errors.heavy.rows
+    own = [line.fvu_typical for line in values.lines[:3]]
+    assert own == pytest.approx(errors.typical.fvu)
+    assert {each.run_fvu for each in values.equal_l0 if each.transcoder == "tiny"} <= {*own}
+    console = Console(file=io.StringIO(), width=120)
+    show(values, folder, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{own[0]:.3f}" in said
+    assert f"† FVU without heavy rows ({values.heavy_rows:,})" in said
+    assert "FVU without heavy rows†" in (folder / "compare.html").read_text()
 
 
 def test_what_is_not_a_transcoder_or_too_wide_is_refused(root: Path, tmp_path: Path) -> None:

@@ -49,6 +49,20 @@ def evaluation(settings: Settings, split: str = "heldout") -> None:
     write_record(settings.run_dir() / "evaluation" / "metrics.json", changed)
 
 
+def test_a_run_on_heavy_rows_shows_the_fvu_without_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = settings_of(root).run_dir()
+    metrics, _ = evaluate(settings_of(root), ce_tokens=0)
+    typical = metrics.errors.typical.model_copy(update={"fvu": [0.7, 0.6, 0.442]})
+    errors = metrics.errors.model_copy(update={"typical": typical, "heavy": typical, "heavy_variance": 0.99})
+    assert "†" not in shown(listing.main, root, monkeypatch, capsys)
+    write_record(run_dir / "evaluation" / "metrics.json", metrics.model_copy(update={"errors": errors}))
+    said = shown(listing.main, root, monkeypatch, capsys)
+    assert "0.442†" in said
+    assert said.count("† FVU without heavy rows") == 1
+
+
 def test_runs_of_every_kind(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

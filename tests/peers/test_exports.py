@@ -33,6 +33,7 @@ from transcoder import Transcoder
 from transcoder.export import export, export_set, exported
 from transcoder.formats import circuit_tracer
 from transcoder.gain import bind
+from transcoder.heavy import typical_rows
 
 pytestmark = pytest.mark.peers
 Runs = dict[str, Settings]
@@ -205,5 +206,8 @@ def test_what_sparsify_saves_we_read_and_compare(kind: str, peer: Peer, tmp_path
     rows = (inputs.numpy(), outputs.numpy())
     hooks = {"input": "mlp_in", "input_hook": "blocks.0.mlp.hook_in"}
     store = make_store(tmp_path / "layer_0.zarr", rows, rows, **hooks)
-    measured = side_by_side({"theirs": bind(own, store)}, store.heldout, 300, Baselines(None))[0]
+    moments = store.manifest.splits["heldout"].outputs
+    assert moments is not None
+    typical = typical_rows(store.heldout, moments)
+    measured = side_by_side({"theirs": bind(own, store)}, store.heldout, 300, Baselines(None), typical)[0]
     assert measured[0].metrics.fvu == pytest.approx(float(theirs["fvu"]), rel=1e-5)

@@ -54,8 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layer": 12,
         "n_layers": 30,
         "context_length": 32,
+        **hooks,
     }
-    store = make_store(where, rows, rows, **known, **hooks)
+    store = make_store(where, rows, rows, **known)
     source = store.manifest.source.model_dump(mode="json")
     for layer in LAYERS:
         named = {key: value.replace("12", str(layer)) for key, value in hooks.items()} | {"layer": layer}

@@ -347,6 +347,44 @@ def test_without_tokens_the_tables_alone(settings: Settings, capsys: pytest.Capt
     assert "Layer by layer" in page_of(settings)
 
 
+def test_a_layer_alone_counts_with_its_standard_error(original: Path, llama: Path) -> None:
+    """An increase of 0.04 with an error of 0.02 is not below 0.05."""
+    folder = settings_at(original, llama).set_dir()
+    result = ModelMetrics.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
+    assert isinstance(result.replaced, ReplacedMetrics)
+
+    def alone(error: float | None) -> list[int] | None:
+        known = {"increase": 0.04, "increase_error": error}
+        layers = [
+            layer.model_copy(update={"prefixes": [each.model_copy(update=known) for each in layer.prefixes]})
+            for layer in result.layers
+        ]
+        assert isinstance(result.replaced, ReplacedMetrics)
+        return sufficient(result.replaced, layers)[0].each_layer_alone
+
+    assert [alone(0.02), alone(0.009), alone(None)] == [[0, 0, 3], [3, 0, 0], [3, 0, 0]]
+
+
+def test_a_layers_errors_and_heavy_rows_are_those_of_its_evaluation(settings: Settings) -> None:
+    """Of the golden evaluation: zeroing costs 0.34 nats over the layer's clean 3.0; two rows are heavy."""
+    evaluation = one(settings, 1).run_dir() / "evaluation"
+    values = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    values["prefixes"][1]["cross_entropy"] |= {"increase": increase_of(1, 1), "increase_error": 0.02}
+    (evaluation / "metrics.json").write_text(json.dumps(values))
+    result, _ = describe(settings, TOKENS)
+    layer = result.layers[1]
+    assert (layer.heavy_rows, layer.prefixes[1].fvu_typical) == (2, values["errors"]["typical"]["fvu"][1])
+    cost = values["cross_entropy"]["zero"] - CLEAN
+    assert layer.prefixes[1].recovered_zero_error == pytest.approx(0.02 / cost)
+    assert layer.prefixes[0].recovered_zero_error is None
+    page = page_of(settings)
+    assert f"80.0 ± {100 * 0.02 / cost:.1f}" in page
+    assert "+0.300 ± 0.020" in page
+    assert '>0.800<span class="mark">†</span>' in page
+    assert "† FVU without heavy rows; of all rows, prefix 1: layer 0 0.050 (2 rows" in page
+    assert "1,016 tokens" in page
+
+
 def test_which_prefix_suffices_by_hand(original: Path, llama: Path) -> None:
     folder = settings_at(original, llama).set_dir()
     result = ModelMetrics.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
