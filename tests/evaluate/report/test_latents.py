@@ -226,7 +226,7 @@ def test_evaluating_again_puts_the_present_notes_into_the_page(report: Path) -> 
 def test_words_that_begin_so_come_before_words_that_hold_it(opened: Opened) -> None:
     """ "Paris" found "comparisons" first, "by label", and contexts could not be left out."""
     page = opened.page
-    cases = [("comparisons", 1), ("in paris", 2), ("paris", 2), ("(paris)", 2), ("𝐚paris", 1), ("épars", 0)]
+    cases = [("comparisons", 1), ("in paris", 2), ("paris", 2), ("(paris)", 2), ("épars", 0)]
     for text, expected in cases:
         assert page.evaluate("(text) => says(text, 'paris')", text) == expected, text
     assert page.evaluate("[says('a<script>', '<script>'), says('comparisons, paris', 'paris')]") == [2, 2]
