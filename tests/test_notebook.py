@@ -126,14 +126,16 @@ def test_the_questions_are_answered(
     monkeypatch.setenv("DATA", str(tmp_path))
     notebook = nbformat.read(QUESTIONS.with_suffix(".ipynb"), as_version=4)
     names, values = run_cells([cell.source for cell in notebook.cells if cell.cell_type == "code"])
-    _, found, tokens, _, table, contexts, others, writes = values
+    _, found, tokens, _, table, contexts, others = values
     assert 0 < found.matches <= len(found.rows) == found.mask.sum()
     assert tokens.texts[0].strip() in "river"
     assert len(table) == 8
     assert contexts.latent == table.index[0]
     assert 0 < len(contexts) <= 6
     assert not any(found.mask[each.row] for each in others)
+    assert all(found.mask[each.row] for each in contexts)
     ask, reader, latents = names["ask"], names["reader"], names["table"].index[:4]
+    writes = ask.writes(latents, reader, n=6)
     text = names["store"].heldout.text
     occurs = np.zeros(320, bool)
     for split in (names["store"].train, names["store"].heldout):
@@ -147,7 +149,8 @@ def test_the_questions_are_answered(
     assert {key: writes.loc[key].tolist() for key in expected} == expected
     assert isinstance(writes, pd.DataFrame)
     said = capsys.readouterr().out
-    assert re.search(r"they raise \['.*'\]\nwithout them the prediction changes by \d\.\d{4} nats", said)
+    assert re.search(r"they raise \['.*'\]\nwithout them the prediction there changes by \d\.\de-\d\d nats", said)
+    assert writes.to_string() in said, "no column is left out"
     assert re.search(r"prefix 1: latent \d+, F1 0\.\d\d, AUC 0\.\d{3}\n$", said)
     for latent in (-1, 16):
         with pytest.raises(ValueError, match=f"latent: expected 0 to 15, found {latent}"):
