@@ -191,7 +191,7 @@ def test_every_stage_that_reads_a_run_takes_the_same(
     run.rename(run.with_name("newest"))  # the one there is
     main, own = {
         "read": (read.main, ("--text", "a", "--evaluate.checkpoint", "true")),
-        "compare": (compare.main, ()),
+        "compare": (compare.main, ("--with", "no such run")),
         "push": (push.main, ("--repo", "no repository")),
         "export": (export.main, ("--format", "saelens", "--prefix", "99")),
         "samples": (samples_page.main, ("--latents", "999")),
