@@ -149,7 +149,9 @@ def test_the_questions_are_answered(
     assert {key: writes.loc[key].tolist() for key in expected} == expected
     assert isinstance(writes, pd.DataFrame)
     said = capsys.readouterr().out
-    assert re.search(r"they raise \['.*'\]\nwithout them the prediction there changes by \d\.\de-\d\d nats", said)
+    assert re.search(
+        r"they raise \['.*'\]\nwithout them the prediction there changes by \d\.\de-\d\d nats", said
+    )
     assert writes.to_string() in said, "no column is left out"
     assert re.search(r"prefix 1: latent \d+, F1 0\.\d\d, AUC 0\.\d{3}\n$", said)
     for latent in (-1, 16):
