@@ -15,6 +15,7 @@ from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.report.console import increase, plain, rows_of, table_of, typical_fvu
 from evaluate.report.verdicts import verdicts
+from transcoder.layers import n_layers
 
 if TYPE_CHECKING:  # --help does not wait for the records
     from pathlib import Path
@@ -39,13 +40,6 @@ def main() -> None:
     add_spread(options)
     asked = read(options)
     named, ce_tokens = asked.arguments.run, max(0, asked.arguments.cross_entropy_tokens)
-
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import (
-            n_layers,
-        )  # after the settings are checked: torch takes seconds to import
-
-        return n_layers(settings)
 
     def chosen(settings: Settings) -> Settings:
         from train import log

@@ -22,6 +22,7 @@ from evaluate.comparison.records import ComparedPrefix, ComparedTranscoder, Comp
 from evaluate.records import AblationLosses, LanguageMetrics, Provenance
 from evaluate.report.console import plain, rows_of, table_of
 from train.sweep import RESULTS, keep_earlier
+from transcoder.layers import n_layers
 
 if TYPE_CHECKING:  # with torch, which --help need not wait for
     from evaluate.metrics.side_by_side import Measured
@@ -277,11 +278,6 @@ def main() -> None:
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others
     refuse_none(others)
-
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import n_layers
-
-        return n_layers(settings)
 
     def one(settings: Settings, _: bool) -> None:
         show(*compare(settings, others), console())

@@ -5,6 +5,7 @@ from pathlib import Path
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
 from common.settings import Settings
+from transcoder.layers import n_layers
 
 
 def main() -> None:
@@ -18,13 +19,7 @@ def main() -> None:
 
         return [line_of(read_metadata(settings.run_dir()))]
 
-    over_layers(asked, _train, n_layers=_n_layers, lines=lines)
-
-
-def _n_layers(settings: Settings) -> int:
-    from transcoder.weights import n_layers
-
-    return n_layers(settings)
+    over_layers(asked, _train, n_layers=n_layers, lines=lines)
 
 
 def _train(settings: Settings, of_several: bool) -> None:

@@ -26,6 +26,7 @@ from common.settings import Settings, changes, first_mistake, latents, run_name
 from common.settings import Transcoder as TranscoderSettings
 from common.terminal.table import Table, console
 from train.log import where
+from transcoder.layers import n_layers
 
 RESULTS = "results.json"
 """The table of a sweep, in a folder of its own beside the runs."""
@@ -147,12 +148,6 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     options = parser("train.sweep", "Train every combination of [sweep].")
     add_spread(options)
-
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import n_layers  # with torch, which --help need not wait for
-
-        return n_layers(settings)
-
     over_layers(read(options), _sweep, n_layers=n_layers, lines=_best)
 
 

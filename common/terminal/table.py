@@ -60,13 +60,14 @@ class Table:
 
     def _part(self, columns: "Sequence[Column]", room: int) -> RichTable:
         table = RichTable(box=box.HEAVY_HEAD)
-        for column, width in zip(columns, widths(columns, room), strict=True):
+        wide = widths(columns, room)
+        for column, width in zip(columns, wide, strict=True):
             justify = "right" if column.is_numbers else "left"
             heading = Text(column.heading, justify=justify)
             # rich removes the spaces at the end of what it puts to the right
             own = "left" if column.is_marked else justify
             table.add_column(heading, width=width, justify=own, overflow="fold")
-        shown = [column.laid(width) for column, width in zip(columns, widths(columns, room), strict=True)]
+        shown = [column.laid(width) for column, width in zip(columns, wide, strict=True)]
         for number in range(len(self.rows)):
             table.add_row(*(Text(cells[number]) for cells in shown), end_section=number in self._sections)
         return table

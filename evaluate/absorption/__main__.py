@@ -10,6 +10,7 @@ from common.terminal.table import console
 from evaluate.absorption import FILE
 from evaluate.absorption.records import Absorption
 from evaluate.compare import chosen_run_of
+from transcoder.layers import n_layers
 
 
 def main() -> None:
@@ -27,13 +28,6 @@ def main() -> None:
     add_spread(options)
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others
-
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import (
-            n_layers,  # after the settings are checked: torch takes seconds to import
-        )
-
-        return n_layers(settings)
 
     def one(settings: Settings, _: bool) -> None:
         from evaluate.absorption.run import absorption, show

@@ -7,6 +7,7 @@ from common.layers.driver import add_spread, over_layers
 from common.settings import Settings
 from common.terminal.table import console
 from evaluate.probe.console import show, table_lines
+from transcoder.layers import n_layers
 
 
 def main() -> None:
@@ -14,11 +15,6 @@ def main() -> None:
     add_spread(options)
     asked = read(options)
     named = asked.arguments.run
-
-    def n_layers(settings: Settings) -> int:
-        from transcoder.weights import n_layers
-
-        return n_layers(settings)
 
     def chosen(settings: Settings) -> Settings:
         from transcoder.weights import chosen_run

@@ -1,0 +1,10 @@
+"""For LAYER=all: what a stage's command line asks of the runs, without torch before it is asked."""
+
+from common.settings import Settings
+
+
+def n_layers(settings: Settings) -> int:
+    """`transcoder.weights.n_layers`; importing torch takes seconds, which --help and a typo need not wait for."""
+    from transcoder.weights import n_layers
+
+    return n_layers(settings)
