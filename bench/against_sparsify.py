@@ -30,7 +30,7 @@ from train.recipe import Recipe
 
 RESULTS = ROOT / "bench" / "results" / "sparsify.json"
 SCRIPT = ROOT / "bench" / "sparsify_peer.py"
-ADAM = ("1e-3", "3e-3", "6e-3")
+ADAM = ("3e-3", "6e-3", "1.2e-2")
 WAYS = [*(("adam", lr) for lr in ADAM), ("signum", "default")]
 
 
