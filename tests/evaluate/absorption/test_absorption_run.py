@@ -27,7 +27,7 @@ from tests.evaluate.absorption.planted import (
     planted,
     tokens_of,
 )
-from tests.evaluate.runs import arguments, settings_of
+from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.fixtures import make_store
 
 
@@ -166,6 +166,26 @@ def test_the_command_writes_and_prints(
     assert values["version"] == 1
     assert [each["transcoder"] for each in values["transcoders"]] == ["tiny", "plain"]
     assert set(values["provenance"]["weights_sha256"]) == {"tiny", "plain"}
+
+
+def test_a_table_of_fewer_transcoders_does_not_take_the_place_of_an_earlier_one(root: Path) -> None:
+    settings = settings_of(root)
+    whole, file = absorption(settings, ["plain", "split"])
+    absorption(settings, ["plain"])
+    kept = [json.loads(each.read_text()) for each in file.parent.glob("earlier/*/absorption.json")]
+    assert whole.written() in kept
+    n = len(kept)
+    absorption(settings, ["split", "plain"])  # says all that the one of `plain` does
+    assert len([*file.parent.glob("earlier/*/absorption.json")]) == n
+
+
+def test_a_store_with_too_few_rows_of_every_class_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path)
+    show(*absorption(settings_of(tmp_path), []), console())
+    said = capsys.readouterr().out
+    assert "no class has rows enough: 50 to fit probes on, and 20 held-out ones of 8 other words" in said
 
 
 def test_train_rows_as_the_measured_ones_are_refused(root: Path) -> None:
