@@ -133,6 +133,12 @@ def _delphi(folder: Path, layer: int, n_latents: int) -> _Found:
     files = [(path, match) for path in sorted(texts.glob("*.txt")) if (match := NAME.fullmatch(path.name))]
     if not files:
         raise InputError(f"{texts}: expected delphi's files <module>_latent<N>.txt, found none")
+    own = {match[1] for _, match in files if (number := LAYER.search(match[1])) and int(number[1]) == layer}
+    if len(own) > 1:
+        raise InputError(
+            f"{texts}: expected explanations of one module of layer {layer}, found {', '.join(sorted(own))}; give a folder "
+            "with those of one"
+        )
     source = _explainer(texts.parent)
     for path, match in files:
         number = LAYER.search(match[1])

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.terminal.table import console
 from evaluate.absorption import FILE
 from evaluate.absorption.__main__ import main
+from evaluate.absorption.directions import classes
 from evaluate.absorption.records import Absorption, Estimate
 from evaluate.absorption.run import absorption, show
 from evaluate.absorption.sample import ENDINGS, PER_WORD, UNSEEN, endings, sample
@@ -23,8 +24,10 @@ from tests.evaluate.absorption.planted import (
     VOCABULARY,
     WORDS,
     coder,
+    duplicated,
     plant,
     planted,
+    stand_in,
     tokens_of,
 )
 from tests.evaluate.runs import arguments, make_run, settings_of
@@ -132,6 +135,41 @@ def test_stability_of_each_group(found: Absorption) -> None:
 def _value(each: Estimate | None) -> float:
     assert each is not None
     return each.value
+
+
+def test_planted_variants(root: Path) -> None:
+    """One latent for all of the words is a split, whatever it writes; none is silence alone; a duplicate is no split.
+
+    Its part of the fraction: m of the row's effect e is the main latent's, as much the duplicate's, which counts up to
+    what is missing, and not below 0.4 e.
+    """
+    settings = settings_of(root)
+    made = {"all": stand_in(1), "other": stand_in(0), "none": stand_in(None)}
+    made |= {"twice": duplicated(1), "halves": duplicated(0.5)}
+    for name, own in made.items():
+        folder = settings.run_dir().with_name(name)
+        folder.mkdir()
+        own.save(folder)
+    found, _ = absorption(settings, list(made))
+    rate = found.transcoders[0].prefixes[-1].classes[0].silent.value
+    full = {line.transcoder: line.prefixes[-1].classes for line in found.transcoders}
+    for name, n in {"all": 2, "other": 2, "none": 1}.items():
+        a = full[name][0]
+        assert (len(a.latents), a.absorbed.value, a.fraction) == (n, 0, 0)
+        assert a.f1 == pytest.approx([2 * (1 - rate) / (2 - rate), 1][:n])
+        assert a.silent.value == (rate if n == 1 else 0)
+    for name, part in {"twice": 1.0, "halves": 0.5}.items():
+        c = full[name][2]
+        assert (len(c.latents), c.f1, c.absorbed.value, c.silent.value) == (1, [1.0], 0, 0)
+        m = _share_of_c(root, part)
+        assert c.fraction == pytest.approx(min(m, 1 - m) / (min(m, 1 - m) + m) if m >= 0.4 else 0, abs=0.02)
+
+
+def _share_of_c(root: Path, part: float) -> float:
+    """Of the effect of a row of c, that of a latent which writes so much of it: the rest is that a and b are absent."""
+    rows = sample(Store.of(settings_of(root)), ROWS["heldout"])
+    c = next(each for each in classes(rows) if each.task.name == "c")
+    return float(np.mean(part * 2 * c.direction[2] / c.effect))
 
 
 def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,13 @@ def test_delphis_results(bare: Path, call: Call) -> None:
     assert "left out: 1 without text\n" in err
 
 
+def test_two_modules_of_one_layer_are_not_mixed(bare: Path, call: Call) -> None:
+    folder = delphi(bare / "results")
+    (folder / "explanations" / "layers.0.attn_latent3.txt").write_text('"of the attention"')
+    code, _, err = call(bare, "--from", str(folder))
+    assert (code, "one module of layer 0, found layers.0.attn, layers.0.mlp; give a" in err) == (2, True)
+
+
 def explanation(index: Any, description: str, layer: str = "0-planted", **more: Any) -> dict[str, Any]:
     return {"modelId": "tiny", "layer": layer, "index": str(index), "description": description} | more
 
