@@ -136,8 +136,8 @@ def _delphi(folder: Path, layer: int, n_latents: int) -> _Found:
     own = {match[1] for _, match in files if (number := LAYER.search(match[1])) and int(number[1]) == layer}
     if len(own) > 1:
         raise InputError(
-            f"{texts}: expected explanations of one module of layer {layer}, found {', '.join(sorted(own))}; give a folder "
-            "with those of one"
+            f"{texts}: expected explanations of one module of layer {layer}, found {', '.join(sorted(own))}; give a "
+            "folder with those of one"
         )
     source = _explainer(texts.parent)
     for path, match in files:
