@@ -23,8 +23,10 @@ from rich.table import Table
 from scipy.sparse import csc_matrix, csr_matrix
 
 from bench.against_sparsify import python_of_peers, rows_of, theirs
-from bench.recipe import WORK, not_nested, subjects
+from bench.recipe import SMOLLM2, WORK, not_nested, subjects
 from common.cli import run_stage
+from common.errors import InputError
+from common.files import write_whole
 from common.settings import ROOT, Settings
 from evaluate.absorption.directions import classes
 from evaluate.absorption.measure import MEANS, Passed, mean_of, of_transcoder, passed, stability, value_of
@@ -270,6 +272,13 @@ def _cell(each: dict[str, float | None] | None, times: float, decimals: int, sig
     return f"{times * each['value']:{sign}.{decimals}f}{error}"
 
 
+def written(results: dict[str, dict[str, Any]]) -> None:
+    """Into the file of results; those of other layers, which were not asked for, stay in it."""
+    there = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_whole(RESULTS, (json.dumps(there | results, indent=1) + "\n").encode())
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="Nested, one group and sparsify's class on the same rows.")
     options.add_argument("--layers", nargs="+", type=int, default=LAYERS, help="[%(default)s]")
@@ -280,6 +289,8 @@ def main() -> None:
     )
     options.add_argument("--train", action="store_true", help="only train what is missing")
     arguments = options.parse_args()
+    if others := sorted({*arguments.layers} - {*SMOLLM2}):
+        raise InputError(f"layers: expected some of {' '.join(map(str, SMOLLM2))}, found {others[0]}")
     console = Console(width=150)
     wanted = [f"SmolLM2-135M layer {layer}" for layer in arguments.layers]
     layers = [each for name, each in subjects(console, wanted) if name in wanted]
@@ -302,7 +313,7 @@ def main() -> None:
     for layer in arguments.layers:
         if own := [one for one in ones if one.layer == layer and is_trained(one)]:
             results[str(layer)] = of_layer(own)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            written(results)
     console.print(table(results))
 
 

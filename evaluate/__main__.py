@@ -15,7 +15,7 @@ from common.terminal.table import console
 from evaluate import CROSS_ENTROPY_TOKENS
 from evaluate.report.console import increase, plain, rows_of, table_of, typical_fvu
 from evaluate.report.verdicts import verdicts
-from transcoder.layers import n_layers
+from transcoder.layers import chosen_run, n_layers
 
 if TYPE_CHECKING:  # --help does not wait for the records
     from pathlib import Path
@@ -43,10 +43,9 @@ def main() -> None:
 
     def chosen(settings: Settings) -> Settings:
         from train import log
-        from transcoder.weights import chosen_run
 
         log.check(settings.wandb)
-        return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
+        return chosen_run(settings, named)
 
     def one(settings: Settings, of_several: bool) -> None:
         from evaluate.kept.evaluations import beside_a_larger, read_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -235,17 +236,16 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     raise InputError(f"compare: {max(paths, key=paths.count)} is given twice")
 
 
-def _holds_all(comparison: Comparison, file: Path) -> bool:
-    """Whether the comparison has every transcoder of the one in `file`, with the same weights on the same rows."""
+def holds_all(of: ComparisonProvenance, n_rows: int, file: Path) -> bool:
+    """Whether a table has every transcoder of the one in `file`, with the same weights on the same rows."""
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
         weights = set(there["provenance"]["weights_sha256"].values())  # their names depend on the others
         rows = [there["rows"], *(there["provenance"][key] for key in ("split", "store_fingerprint"))]
     except (ValueError, LookupError, TypeError, AttributeError):  # of another version, or damaged
         return False
-    of = comparison.provenance
     return weights <= set(of.weights_sha256.values()) and rows == [
-        comparison.rows,
+        n_rows,
         of.split,
         of.store_fingerprint,
     ]
@@ -257,7 +257,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
     folder.mkdir(exist_ok=True)
     file = folder / "compare.json"
-    if file.exists() and not _holds_all(comparison, file):
+    if file.exists() and not holds_all(comparison.provenance, comparison.rows, file):
         keep_earlier(folder, file.name)
     write_page(folder, comparison)
     write_record(file, comparison)
@@ -265,15 +265,7 @@ def _write(folder: Path, comparison: Comparison) -> None:
 
 def main() -> None:
     options = parser("evaluate.compare", "Measure several transcoders on the same held-out rows.")
-    options.add_argument(
-        "--with",
-        dest="others",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="other transcoders: run names, directories or files (ours or other tools'), hf:// addresses; for several "
-        "layers, run names only",
-    )
+    add_others(options)
     add_spread(options)
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others
@@ -287,6 +279,19 @@ def main() -> None:
     )
 
 
+def add_others(options: argparse.ArgumentParser) -> None:
+    """Give a stage the option --with: what `chosen` understands."""
+    options.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="other transcoders: run names, directories or files (ours or other tools'), hf:// addresses; for several "
+        "layers, run names only",
+    )
+
+
 def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) -> Settings:
     """The settings with the run that the command names, or the one there is; `others` of WITH must fit all layers."""
     from transcoder.weights import FILE_NAME, chosen_run
@@ -296,7 +301,7 @@ def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) 
         raise InputError(
             f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
         )
-    settings = chosen_run(settings, named, every_layer=len(settings.layers) > 1)
+    settings = chosen_run(settings, named)
     for other in others if len(settings.layers) > 1 else ():
         layers = [settings.of_layer(layer).run_dir().parent for layer in settings.layers]
         if not Path(other).exists() and not any(next(layer.glob(other), None) for layer in layers):

@@ -32,7 +32,7 @@ def main() -> None:
     sets = arguments.format in ("circuit_tracer", *HANDED_OVER)
 
     def chosen(settings: Settings) -> Settings:
-        return weights.chosen_run(settings, arguments.run, every_layer=sets or len(settings.layers) > 1)
+        return weights.chosen_run(settings, arguments.run, every_layer=sets or None)
 
     def one(settings: Settings, _: bool) -> None:
         weights.refuse_another_model(settings.run_dir(), settings)

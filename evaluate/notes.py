@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,37 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     error. Raises `InputError` for a file that cannot be read, a line of another layer or of a latent that the run
     does not have, a duplicate latent, and a line with neither label nor score.
     """
+    notes: dict[int, Note] = {}
+    seen: dict[int, str] = {}
+    stale = 0
+    present = functools.cache(lambda: _weights(path.parent))
+    for place, values in table_rows(path):
+        try:
+            latent, note = note_in(values, layer, n_latents)
+        except ValueError as error:
+            raise InputError(f"{path}: {place}: {error}") from error
+        if not of_weights(values, present):
+            stale += 1
+            continue
+        if latent in notes:
+            raise InputError(
+                f"{path}: {place}: latent {latent} is already in {seen[latent]}; keep one of them"
+            )
+        notes[latent], seen[latent] = note, place
+    if stale:
+        print(f"{path}: {stale:,} lines are of other weights than the run's: left out", file=sys.stderr)
+    return notes
+
+
+def of_weights(values: Mapping[str, Any], present: Callable[[], str]) -> bool:
+    """Whether a row of a table is of the weights whose sha256 `present` gives, or names none."""
+    of = values.get(WEIGHTS)
+    named = isinstance(of, str) and re.fullmatch(r"[0-9a-f]{8,64}", of)
+    return not named or present().startswith(str(of))
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each row of a CSV file or object of a JSON array is, and its values by column."""
     try:
         data = path.read_bytes()
     except OSError as error:  # a link to a file that has gone too
@@ -108,27 +139,7 @@ def read_notes(path: Path, layer: int, n_latents: int) -> dict[int, Note]:
     is_json = path.suffix.lower() == ".json"
     if not is_json and text.lstrip().startswith(("[", "{")):
         raise InputError(f"{path}: holds JSON; name it {path.stem}.json")
-    notes: dict[int, Note] = {}
-    seen: dict[int, str] = {}
-    stale = 0
-    present = functools.cache(lambda: _weights(path.parent))
-    for place, values in (_objects if is_json else _lines)(path, text):
-        try:
-            latent, note = _note(values, layer, n_latents)
-        except ValueError as error:
-            raise InputError(f"{path}: {place}: {error}") from error
-        of = values.get(WEIGHTS)
-        if isinstance(of, str) and re.fullmatch(r"[0-9a-f]{8,64}", of) and not present().startswith(of):
-            stale += 1
-            continue
-        if latent in notes:
-            raise InputError(
-                f"{path}: {place}: latent {latent} is already in {seen[latent]}; keep one of them"
-            )
-        notes[latent], seen[latent] = note, place
-    if stale:
-        print(f"{path}: {stale:,} lines are of other weights than the run's: left out", file=sys.stderr)
-    return notes
+    yield from (_objects if is_json else _lines)(path, text)
 
 
 def _weights(run_dir: Path) -> str:
@@ -203,11 +214,11 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield place, each
 
 
-def _note(values: Mapping[str, Any], layer: int, n_latents: int) -> tuple[int, Note]:
-    """A latent and its note; ValueError with what is wrong."""
-    if (found := _whole("layer", values["layer"])) != layer:
+def note_in(values: Mapping[str, Any], layer: int, n_latents: int) -> tuple[int, Note]:
+    """The latent of a row and its note; ValueError with what is wrong."""
+    if (found := whole("layer", values["layer"])) != layer:
         raise ValueError(f"layer: expected {layer}, the run's, found {found}")
-    latent = _whole("latent", values.get("latent"))
+    latent = whole("latent", values.get("latent"))
     if latent >= n_latents:
         raise ValueError(f"latent: expected 0 to {n_latents - 1}, found {latent}")
     label, source = (_words(name, values.get(name)) for name in ("label", "source"))
@@ -217,7 +228,7 @@ def _note(values: Mapping[str, Any], layer: int, n_latents: int) -> tuple[int, N
     return latent, Note(label=label, score=score, source=source)
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
     """The number that a file writes as 12, "12" or, with gaps in the column, as 12.0."""
     text = "" if value is None or isinstance(value, bool) else str(value)
     if not re.fullmatch(r"[0-9]{1,9}(\.0)?", text):

@@ -170,7 +170,7 @@ def main() -> None:
 
     settings = request.settings(request.layers(n_layers))
     asked = of_layers(asked, settings.layers or (settings.layer,))
-    settings = chosen_run(settings, arguments.run, every_layer=len(settings.layers) > 1)
+    settings = chosen_run(settings, arguments.run)
     prompt, folder = read_text(settings, text, asked, new_tokens)
     show(prompt, folder, console(markup=False, emoji=False))
 

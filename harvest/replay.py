@@ -5,7 +5,7 @@ Shapes: C contexts of T tokens.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import InputError
 from common.files import sha256
 from common.settings import Data
-from harvest.files import found_files
+from harvest.files import Bad, file_rows, found_files
 from harvest.text import DOCUMENTS_AT_ONCE, Document, Packer, is_heldout, labelled_documents
 from shards.manifest import Source
 from shards.text.tokens import ContextTable
@@ -71,6 +71,15 @@ def replay(
         raise _another_text(f"split {split}: {len(contexts):,} contexts there, {done:,} in this text")
     document[:, :first] = document[:, first : 2 * first]
     return Origins(document, documents, files)
+
+
+def lacks_column(files: Sequence[Path], column: str) -> str:
+    """For an error: which columns the first file has that is without this one; nothing if there is none."""
+    for path in files:
+        first = next(file_rows(path, column), None)
+        if first is not None and isinstance(first.value, Bad):
+            return f" ({path}: {first.place}: {first.value.why})".replace("text_column", "label_column")
+    return ""
 
 
 def _tokenised(

@@ -119,10 +119,15 @@ def _labels(data: Data, file: Path | None, where: str) -> Iterator[str | None]:
 
 
 def _label(row: Row, column: str, where: str) -> str | None:
-    """A row without the column, or with nothing in it, has no label."""
-    value = row.value
-    if value is None or isinstance(value, Bad) or value == "":
+    """A row without the column, or with nothing in it (NaN, in a table with gaps), has no label.
+
+    A whole number is one label however it is written: tables with gaps make 1.0 of 1.
+    """
+    value = row.value.strip() if isinstance(row.value, str) else row.value
+    if value is None or isinstance(value, Bad) or value == "" or value != value:
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, str | int | float):
         raise InputError(
             f"{where}: {row.place}: data.label_column: expected text or a number in {column!r}, found {value!r:.60}"

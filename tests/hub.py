@@ -3,30 +3,30 @@
 Written from huggingface_hub's own requests; it shows that our calls are right, not that the real hub agrees.
 """
 
+# ruff: noqa: N802 - http.server gives the names
+
 import base64
 import hashlib
 import json
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from urllib.parse import unquote, urlsplit
+
+from tests.servers import Handler, Loopback, serving
 
 TOKEN = "hf_onlyForThisTest"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 """A command of ours, started where the hub is this one."""
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Loopback):
     """`repos`: ("models/owner/name", or "datasets/...") -> path -> bytes; `commits` of each repository."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, list[str]] = defaultdict(list)
         self.blobs: dict[str, bytes] = {}
@@ -35,33 +35,16 @@ class Hub(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.unknown: list[str] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
     def sha(self, repo: str) -> str:
         return hashlib.sha1(f"{repo} {len(self.commits[repo])}".encode()).hexdigest()
 
 
-@contextmanager
-def running() -> Iterator[Hub]:
-    hub = Hub()
-    thread = Thread(target=hub.serve_forever)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()
+def running() -> AbstractContextManager[Hub]:
+    return serving(Hub())
 
 
-class Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -104,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         body = self._body()
         self.server.blobs[hashlib.sha256(body).hexdigest()] = body
-        self._send(200, b"")
+        self.send(200, b"")
 
     def _with_repo(self, repo: str, answer, *arguments: object) -> None:
         self.server.tokens.add(self.headers["Authorization"])
@@ -143,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = self.server.repos[repo][path]
         etag = f'"{_oid(data)}"'
-        self._send(200, data, {"ETag": etag, "X-Repo-Commit": self.server.sha(repo)})
+        self.send(200, data, {"ETag": etag, "X-Repo-Commit": self.server.sha(repo)})
 
     def _preupload(self, repo: str, body: bytes) -> None:
         """Files above 4 kB go by LFS, as large ones do on the real hub."""
@@ -202,16 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         headers: dict[str, str] | None = None,
         kind: str = "application/json",
     ) -> None:
-        self._send(status, json.dumps(value).encode(), {"Content-Type": kind} | (headers or {}))
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.send(status, json.dumps(value).encode(), {"Content-Type": kind} | (headers or {}))
 
 
 def _oid(data: bytes) -> str:

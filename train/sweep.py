@@ -120,13 +120,16 @@ def _runs_in(folder: Path) -> set[str]:
         return {str(file)}
 
 
-def keep_earlier(folder: Path, table: str) -> None:
-    """Move the files of `folder` to earlier/<date>-<digest> in it, the `table` last: after a kill the rest follows."""
+def keep_earlier(folder: Path, table: str, alone: bool = False) -> None:
+    """Move the files of `folder` to earlier/<date>-<digest> in it, the `table` last: after a kill the rest follows.
+
+    `alone`: the table, without what is beside it.
+    """
     file = folder / table
     date = datetime.fromtimestamp(file.stat().st_mtime).date()
     place = folder / "earlier" / f"{date}-{sha256(file)[:8]}"
     place.mkdir(parents=True, exist_ok=True)
-    for each in sorted(folder.iterdir(), key=lambda each: each == file):
+    for each in [file] if alone else sorted(folder.iterdir(), key=lambda each: each == file):
         if each.is_file():
             each.replace(place / each.name)
     print(f"the table that was here is kept: {place}", file=sys.stderr)

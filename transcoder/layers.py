@@ -8,3 +8,10 @@ def n_layers(settings: Settings) -> int:
     from transcoder.weights import n_layers
 
     return n_layers(settings)
+
+
+def chosen_run(settings: Settings, named: str | None) -> Settings:
+    """`transcoder.weights.chosen_run`, likewise."""
+    from transcoder.weights import chosen_run
+
+    return chosen_run(settings, named)

@@ -147,18 +147,18 @@ def refuse_another_model(run_dir: Path, settings: Settings) -> None:
         )
 
 
-def chosen_run(settings: Settings, named: str | None, every_layer: bool = False) -> Settings:
+def chosen_run(settings: Settings, named: str | None, every_layer: bool | None = None) -> Settings:
     """Settings of the run that a stage reads where none is `named`; a line on standard error says which it is.
 
     The run that profile and training settings name, if it is there; else the newest finished one of the layer, or,
-    with `every_layer`, the newest of those that all layers asked for have (none asked for: all there are; no run in
-    all: those in the most). With evaluate.checkpoint: the newest one that has a checkpoint. Where there is none of
-    them, the newest that was begun: what reads it says how far it is.
+    with `every_layer` (None: where several are asked for), the newest of those that all layers asked for have (none
+    asked for: all there are; no run in all: those in the most). With evaluate.checkpoint: the newest one that has a
+    checkpoint. Where there is none of them, the newest that was begun: what reads it says how far it is.
     """
     model = settings.paths.checkpoints / "transcoder" / settings.model_slug
     if named:
         return settings
-    if every_layer:
+    if len(settings.layers) > 1 if every_layer is None else every_layer:
         layers = [model / f"layer_{layer}" for layer in settings.layers] or _layers_in(model)
     else:
         layers = [settings.run_dir().parent]

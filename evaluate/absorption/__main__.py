@@ -9,7 +9,7 @@ from common.settings import Settings
 from common.terminal.table import console
 from evaluate.absorption import FILE
 from evaluate.absorption.records import Absorption
-from evaluate.compare import chosen_run_of
+from evaluate.compare import add_others, chosen_run_of
 from transcoder.layers import n_layers
 
 
@@ -17,14 +17,7 @@ def main() -> None:
     options = parser(
         "evaluate.absorption", "Measure absorption and splitting of latents; beside others, stability."
     )
-    options.add_argument(
-        "--with",
-        dest="others",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="other transcoders, as of make compare: a run of another seed, one without nesting, another tool's",
-    )
+    add_others(options)
     add_spread(options)
     asked = read(options)
     named, others = asked.arguments.run, asked.arguments.others

@@ -13,17 +13,25 @@ from common.files import sha256
 from common.numbers import number_or_dash
 from common.settings import Settings
 from evaluate.absorption import FILE
-from evaluate.absorption.directions import ENOUGH, Class, classes
+from evaluate.absorption.directions import (
+    ENOUGH,
+    LEAST_FITTED,
+    LEAST_MEASURED,
+    LEAST_WORDS,
+    Class,
+    classes,
+)
 from evaluate.absorption.measure import difference, estimate, of_transcoder, passed, stability
 from evaluate.absorption.records import Absorption, Estimate, ToldClass
 from evaluate.absorption.sample import Sample, sample
-from evaluate.compare import chosen, distinct_names, provenance_of_all
+from evaluate.compare import chosen, distinct_names, holds_all, provenance_of_all
 from evaluate.comparison.records import ComparisonProvenance
 from evaluate.files import write_record
 from evaluate.report.console import plain, rows_of, table_of
 from evaluate.run import prepare
 from evaluate.subject import read
 from shards import Store
+from train.sweep import keep_earlier
 from transcoder import Transcoder
 from transcoder.formats import weights_file
 
@@ -52,6 +60,8 @@ def absorption(settings: Settings, others: Sequence[str]) -> tuple[Absorption, P
     found = measured(job.store, job.n_rows, coders, provenance_of_all(job.provenance, digests))
     file = job.run_dir / FILE
     file.parent.mkdir(exist_ok=True)
+    if file.exists() and not holds_all(found.provenance, found.rows, file):
+        keep_earlier(file.parent, file.name)
     write_record(file, found)
     return found, file
 
@@ -116,6 +126,12 @@ def show(found: Absorption, file: Path, console: Console) -> None:
             firing = sum(group.firing for group in each.groups)
             table.add_row(each.other, "all", f"{firing:,}", _percent(each.partnered))
         console.print(table)
+    if not found.classes:
+        plain(
+            console,
+            f"no class has rows enough: {LEAST_FITTED} to fit probes on, and {LEAST_MEASURED} held-out ones of "
+            f"{LEAST_WORDS} other words; harvest more text",
+        )
     for said, each in (("count", True), ("do not", False)):
         names = [f"{one.family} {one.name}".strip() for one in found.classes if one.used == each]
         plain(

@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.tokens import TokenText
 from evaluate.metrics.rows import Split, blocks
 from evaluate.probe.classes import UNASKED, Task, token_tasks
-from evaluate.probe.rows import Places, by_separator, by_stretch, places
+from evaluate.probe.rows import Places, by_separator, by_stretch, places, separated
 from shards import Store
 from shards.manifest import Source
 from shards.store import StoreSplit
@@ -121,8 +121,7 @@ class _Side(NamedTuple):
 
 def _choose(split: StoreSplit, n_rows: int, source: Source, apart: bool, most: int) -> _Side:
     contexts = split.contexts
-    joined = source.pack == "concat" and source.separator_token_id is not None
-    document = by_separator(contexts, source) if joined else by_stretch(contexts.shape)
+    document = by_separator(contexts, source) if separated(source) else by_stretch(contexts.shape)
     found = places(split, n_rows, source, document)
     distinct, which = np.unique(found.token, return_inverse=True)
     word = np.array([_word(split.text.label(int(each))) for each in distinct], np.int64)[which]

@@ -76,7 +76,7 @@ def _options() -> argparse.ArgumentParser:
         "--from",
         dest="source",
         metavar="PATH",
-        help="read delphi's results, or Neuronpedia's explanations, instead",
+        help="read delphi's results, Neuronpedia's explanations, or a table (layer, latent, label, ...) instead",
     )
     return options
 
@@ -184,8 +184,8 @@ def _show(explained: "Explained") -> None:
     if requests.failed:
         reasons = ", ".join(f"{why}: {n:,}" for why, n in requests.failed.items())
         raise InputError(
-            f"{sum(requests.failed.values()):,} of {requests.sent:,} requests failed ({reasons}); all others are kept, "
-            "the same command asks these again"
+            f"{sum(requests.failed.values()):,} of {requests.sent:,} requests failed ({reasons}; see replies.jsonl); "
+            "all others are kept, the same command asks these again"
         )
 
 

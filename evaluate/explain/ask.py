@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from common.errors import InputError
 from common.progress import progress
 from evaluate.explain.endpoint import Answer, Endpoint, ask_all
 from evaluate.explain.prompts import Kind, read_explanation, read_verdicts, score_prompt
@@ -50,6 +51,7 @@ class Asked:
     replies: Replies
     sent: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    last_error: str = ""
 
     def cost(self, tokenizer: Tokenizer) -> Cost:
         """Before anything is sent. Prompts that wait for an explanation are counted with one of SENTENCE tokens."""
@@ -69,8 +71,14 @@ class Asked:
         return Cost(total, left, tokens_in, tokens_out)
 
     def explain(self, concurrency: int) -> None:
-        """Ask for the explanations that are lacking."""
-        self._send([self._explain(task) for task in self.tasks], concurrency, "explanations")
+        """Ask for the explanations that are lacking. Raises `InputError` where no request was ever answered."""
+        asked = [self._explain(task) for task in self.tasks]
+        self._send(asked, concurrency, "explanations")
+        if self.failed and not any(self._reply(each) is not None for each in asked):
+            raise InputError(
+                f"{self.endpoint.base_url}: none of {self.sent:,} requests was answered, the last one: "
+                f"{self.last_error}; the same command asks again"
+            )
 
     def score(self, concurrency: int) -> None:
         """Have the explanations judged, as far as they have not been."""
@@ -169,6 +177,7 @@ class Asked:
                 self.replies.add(self._line(lacking[number], answer))
                 self.sent += 1
                 if answer.error is not None:
+                    self.last_error = answer.error
                     self.failed[answer.error.partition(":")[0]] += 1
                 bar.update(1)
 

@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from common.errors import InputError, shown
+from common.tokens import printable
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
 OPENAI = "https://api.openai.com/v1"
 FIRST_FAILURES, FAILURES = 5, 20
@@ -66,26 +67,36 @@ class Answer(NamedTuple):
     tokens_out: int | None = None
 
 
+def _text_of(content: Any) -> Any:
+    """Of parts, as some servers have it, those that are text: others are what a model thought before."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
 class _Message(BaseModel):
-    content: str | None = None
+    content: Annotated[str | None, BeforeValidator(_text_of)] = None
     refusal: str | None = None
 
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    finish_reason: Any = None
 
 
 class _Completion(BaseModel):
-    """The part of a chat completion that is read."""
+    """The part of a chat completion that is read. What is beside the text decides nothing, so it may be anything."""
 
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Any = None
+
+    def counted(self) -> tuple[str | None, int | None, int | None]:
+        """Why the model stopped; tokens in and out. None for what the server does not say as it should."""
+        finish, usage = self.choices[0].finish_reason, self.usage if isinstance(self.usage, dict) else {}
+        counts = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+        tokens_in, tokens_out = (n if type(n) is int and 0 <= n < 1 << 53 else None for n in counts)
+        return finish if isinstance(finish, str) else None, tokens_in, tokens_out
 
 
 def endpoint_of(
@@ -108,6 +119,8 @@ def endpoint_of(
         raise InputError(
             "model: expected the language model that explains, found none; give MODEL=... (--model)"
         )
+    if not model.strip().isprintable():
+        raise InputError(f"model: expected a name of printable characters, found {shown(model)}")
     address = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
     try:
         parts = urlsplit(address)
@@ -115,7 +128,7 @@ def endpoint_of(
     except ValueError:
         host = None
         parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host or not address.isprintable():
         raise InputError(
             f"base_url: expected an address such as http://localhost:8000/v1, found {_safe(address)}; give --base-url "
             "or OPENAI_BASE_URL"
@@ -171,7 +184,8 @@ class _Asking:
             while not self.answered and (first := next(waiting, None)) is not None:
                 await self._one(client, *first)
             patient = client.with_options(max_retries=endpoint.retries)
-            workers = [asyncio.create_task(self._work(patient, waiting)) for _ in range(concurrency)]
+            least = min(concurrency, len(prompts))
+            workers = [asyncio.create_task(self._work(patient, waiting)) for _ in range(least)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -237,15 +251,14 @@ class _Asking:
 
     def _read(self, body: str) -> Answer:
         try:
-            completion = _Completion.model_validate(json.loads(body))
+            completion = _Completion.model_validate(json.loads(body.removeprefix("\ufeff")))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
             return Answer(None, f"no chat completion: {where}: {first['msg'][0].lower()}{first['msg'][1:]}")
         except (ValueError, RecursionError):
             return Answer(None, f"not JSON: {shown(self.endpoint.without_key(body[:60]))}")
-        choice, usage = completion.choices[0], completion.usage or _Usage()
-        counted = choice.finish_reason, usage.prompt_tokens, usage.completion_tokens
+        choice, counted = completion.choices[0], completion.counted()
         if choice.message.content and choice.message.content.strip():
             return Answer(self.endpoint.without_key(choice.message.content), None, *counted)
         why = NO_ANSWER
@@ -263,9 +276,9 @@ def _cause(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _said(error: "Exception") -> str:
+def _said(error: "APIStatusError") -> str:
     """The server's own message of a refusal, in one line; its body's beginning where it has none."""
-    body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    text = message if isinstance(message, str) and message else getattr(error, "message", str(error))
-    return " ".join(str(text).split())[:300]
+    body = error.body
+    told = [body, *(body.get(key) for key in ("message", "detail"))] if isinstance(body, dict) else [body]
+    text = next((each for each in told if isinstance(each, str) and each), error.response.text)
+    return " ".join(printable(text[:1000]).split())[:300] or "no more is said"

@@ -4,14 +4,16 @@ delphi: its results folder, explanations/<module>_latent<N>.txt, each a JSON str
 the same name, a JSON list of judged examples (delphi/__main__.py, delphi/scorers/classifier/sample.py).
 Neuronpedia: JSON or JSON lines, also .gz: objects with modelId, layer ("12-name"), index, description,
 explanationModelName and scores, or features that hold such objects in `explanations` (its API and its exports).
+Any other: a table of layer, latent, label, and score and source (evaluate/notes.py), of several layers too.
 """
 
 import gzip
+import itertools
 import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from common.files import sha256
 from common.settings import Settings
 from evaluate.explain.scores import mean_of, score_of
 from evaluate.explain.write import as_note, write_explanations
-from evaluate.notes import Note
+from evaluate.notes import Note, note_in, of_weights, table_rows, whole
 from evaluate.subject import refuse_missing
 from transcoder.weights import FILE_NAME, read_metadata
 
@@ -29,6 +31,8 @@ NAME = re.compile(r"(.*)_latent(\d{1,9})\.txt")
 LAYER = re.compile(r"(?:layers|h|blocks|layer)[._](\d+)(?!\d)")
 NONE_MADE = ("explanation could not be parsed.", "no explanation found")
 """What delphi writes where it has none."""
+Rows = Iterable[tuple[str, Mapping[str, Any]]]
+"""Where each object or line is, and its values."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,51 @@ def bring(settings: Settings, source: Path) -> Brought:
     n_latents = read_metadata(run_dir)["prefix_ends"][-1]
     if not source.exists():
         raise InputError(
-            f"{source}: not found; give delphi's results folder or a file of Neuronpedia's explanations"
+            f"{source}: not found; give delphi's results folder, a file of Neuronpedia's explanations, or a table "
+            "(.csv, .tsv, .json)"
         )
-    found = (_delphi if source.is_dir() else _neuronpedia)(source, layer, n_latents)
+    digest = sha256(run_dir / FILE_NAME)
+    if source.is_dir():
+        found = _delphi(source, layer, n_latents)
+    elif source.suffix.lower() in (".csv", ".tsv"):
+        found = _table(source, table_rows(source), layer, n_latents, digest)
+    else:
+        objects = _explanations(source)
+        first = [*itertools.islice(objects, 1)]
+        rows = itertools.chain(first, objects)
+        if first and {"latent", "label"} <= first[0][1].keys():
+            found = _table(source, rows, layer, n_latents, digest)
+        else:
+            found = _neuronpedia(source, rows, layer, n_latents)
     if not found.notes:
         raise InputError(f"{source}: holds no explanation of layer {layer} ({_reasons(found.left_out)})")
-    csv = write_explanations(run_dir, layer, n_latents, sha256(run_dir / FILE_NAME), found.notes)
+    csv = write_explanations(run_dir, layer, n_latents, digest, found.notes)
     scored = sum(note.score is not None for note in found.notes.values())
     return Brought(csv, len(found.notes), scored, +found.left_out)
 
 
 def _reasons(left_out: Counter[str]) -> str:
     return ", ".join(f"{n:,} {why}" for why, n in (+left_out).items()) or "none at all"
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, rows: Rows, layer: int, n_latents: int, weights_sha256: str) -> _Found:
+    found = _Found({}, Counter())
+    for place, values in rows:
+        try:
+            if whole("layer", values.get("layer")) != layer:
+                found.left_out["of other layers"] += 1
+                continue
+            latent, note = note_in(values, layer, n_latents)
+        except ValueError as error:
+            raise InputError(f"{path}: {place}: {error}") from error
+        if of_weights(values, lambda: weights_sha256):
+            found.add(latent, n_latents, f"{path}: {place}", note.label, note.score, note.source or path.stem)
+        else:
+            found.left_out["of other weights"] += 1
+    return found
 
 
 # -- delphi --------------------------------------------------------------------------------------------
@@ -96,6 +133,12 @@ def _delphi(folder: Path, layer: int, n_latents: int) -> _Found:
     files = [(path, match) for path in sorted(texts.glob("*.txt")) if (match := NAME.fullmatch(path.name))]
     if not files:
         raise InputError(f"{texts}: expected delphi's files <module>_latent<N>.txt, found none")
+    own = {match[1] for _, match in files if (number := LAYER.search(match[1])) and int(number[1]) == layer}
+    if len(own) > 1:
+        raise InputError(
+            f"{texts}: expected explanations of one module of layer {layer}, found {', '.join(sorted(own))}; give a "
+            "folder with those of one"
+        )
     source = _explainer(texts.parent)
     for path, match in files:
         number = LAYER.search(match[1])
@@ -134,23 +177,26 @@ def _delphi_score(path: Path) -> float | None:
     for each in examples:
         if not isinstance(each, dict) or "activating" not in each or "prediction" not in each:
             return None
-        if each["prediction"] is not None:
-            pairs.append((bool(each["activating"]), bool(each["prediction"])))
+        truth, said = each["activating"], each["prediction"]
+        if not isinstance(truth, bool) or not isinstance(said, bool | None):
+            return None
+        if said is not None:
+            pairs.append((truth, said))
     return score_of(pairs).score
 
 
 # -- Neuronpedia ---------------------------------------------------------------------------------------
 
 
-def _neuronpedia(path: Path, layer: int, n_latents: int) -> _Found:
+def _neuronpedia(path: Path, objects: Rows, layer: int, n_latents: int) -> _Found:
     found = _Found({}, Counter())
-    for place, each in _explanations(path):
+    for place, each in objects:
         where = f"{path}: {place}"
         lacking = [key for key in ("layer", "index", "description") if key not in each]
         if lacking:
             raise InputError(
-                f"{where}: no key {lacking[0]}; expected Neuronpedia's explanations, with layer, index and description "
-                "(a file with layer, latent, label goes into the run directory as it is)"
+                f"{where}: no key {lacking[0]}; expected Neuronpedia's explanations (layer, index, description) "
+                "or a table with layer, latent and label"
             )
         number = re.match(r"(\d{1,9})(?!\d)", str(each["layer"]))
         index = re.fullmatch(r"\d{1,9}", str(each["index"]))

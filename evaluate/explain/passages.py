@@ -13,6 +13,7 @@ import numpy as np
 
 from evaluate.metrics.contexts import REACH, lottery
 from evaluate.metrics.rows import ContextTable
+from evaluate.probe.rows import separated
 from evaluate.questions.firings import firings
 from shards import Store
 from shards.layout import kept_mask
@@ -46,9 +47,8 @@ def documents(tokens: np.ndarray, source: Source) -> np.ndarray:
     Exact where a token separates documents. Elsewhere (data.pack document, and chats, where that token also ends a
     message) a number stands for a block of contexts, whose first eighth is left out.
     """
-    separator = source.separator_token_id
-    if separator is not None and source.special_tokens == "text":
-        ends = tokens == separator
+    if separated(source):
+        ends = tokens == source.separator_token_id
         if source.bos_token_id is not None:
             ends[:, 0] = False
         after = np.cumsum(ends.ravel(), dtype=np.int32)

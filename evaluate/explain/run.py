@@ -21,6 +21,8 @@ from evaluate.explain.write import as_note, refuse_another_file, write_explanati
 from evaluate.files import finished, is_of, latents_of, write_record
 from evaluate.kept.evaluations import evaluation_on
 from evaluate.metrics.contexts import REACH
+from evaluate.notes import notes_of
+from evaluate.probe.rows import separated
 from evaluate.subject import read, run_of
 from shards import Store
 from shards.store import StoreSplit, read_tokenizer
@@ -57,8 +59,8 @@ class Subject:
 
     def folder(self, model: str) -> Path:
         """Where the explanations of a language model are kept."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", model).strip("._") or "model"
-        return self.run_dir / "explanations" / name[:100]
+        name = re.sub(r"[^\w.-]+", "_", model).strip("._") or "model"
+        return self.run_dir / "explanations" / name[:60]  # 240 bytes at most, in UTF-8
 
 
 @dataclass
@@ -180,9 +182,12 @@ class Explanations:
     def make(self) -> Explained:
         """Ask for what is lacking and write what came back, also where it stops early.
 
-        Raises `InputError` for an endpoint that cannot be used, and for two that explain one run at a time.
+        Raises `InputError` for an endpoint that cannot be used, and for two that explain one run at a time; before
+        anything is asked, for a file of labels in the run directory that cannot be read.
         """
-        refuse_another_file(self.subject.run_dir)
+        own = self.subject
+        refuse_another_file(own.run_dir)
+        notes_of(own.run_dir, own.settings.layer, own.n_latents)
         with locked(
             self.subject.run_dir / ".explanations", f"{self.folder}: other explanations are being written"
         ):
@@ -221,8 +226,7 @@ class Explanations:
                 reach=REACH,
                 split=own.settings.evaluate.split,
                 rows=own.rows,
-                documents=store.source.separator_token_id is not None
-                and store.source.special_tokens == "text",
+                documents=separated(store.source),
             ),
             requests=asked.requests(),
             groups=groups_of(latents),

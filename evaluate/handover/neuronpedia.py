@@ -249,14 +249,16 @@ def _activations(
 
 
 def _explanations(names: Names, block: Block, found: Evaluated) -> Iterator[tuple[int, list[Line]]]:
-    """Each latent's labels: a person's or another program's, and the automatic one."""
+    """Each latent's labels: a person's or another program's, a language model's, and the automatic one."""
     precision, recall = block.column("label_precision"), block.column("label_recall")
     words = block.words()
     for n, latent in enumerate(range(block.start, block.stop)):
         said = []
-        if (note := found.notes.get(latent)) and note.label:
-            score = "" if note.score is None else f"; score {note.score:g}"
-            said.append((note.label, (note.source or "notes") + score))
+        note = found.notes.get(latent)
+        for own in (note, note.explanation) if note else ():
+            if own and own.label:
+                score = "" if own.score is None else f"; score {own.score:g}"
+                said.append((own.label, (own.source or "notes") + score))
         if words[n]:
             measured = (
                 f"; precision {precision[n]:.2f}, recall {recall[n]:.2f}" if np.isfinite(precision[n]) else ""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
 from common.settings import Settings
 from common.terminal.table import console
 from evaluate.probe.console import show, table_lines
-from transcoder.layers import n_layers
+from transcoder.layers import chosen_run, n_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main() -> None:
@@ -16,24 +21,19 @@ def main() -> None:
     asked = read(options)
     named = asked.arguments.run
 
-    def chosen(settings: Settings) -> Settings:
-        from transcoder.weights import chosen_run
-
-        return chosen_run(settings, named, every_layer=len(settings.layers) > 1)
-
     def one(settings: Settings, _: bool) -> None:
         from evaluate.probe.run import probe  # imports torch and scikit-learn, which --help need not wait for
 
         show(*probe(settings), console())
 
-    over_layers(asked, one, n_layers=n_layers, chosen=chosen, lines=_lines)
+    over_layers(asked, one, n_layers=n_layers, chosen=lambda each: chosen_run(each, named), lines=_lines)
 
 
-def _lines(settings: Settings) -> list[dict[str, str]]:
-    """What the table of several layers says of one that is probed."""
-    from evaluate.probe.run import probe
+def _lines(settings: Settings) -> Sequence[dict[str, str]]:
+    """What the table of several layers says of one: as another process may have measured it, from its file."""
+    from evaluate.probe.run import written
 
-    return table_lines(probe(settings)[0])
+    return table_lines(written(settings))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from common.tokens import printable
 from evaluate.report.console import plain, rows_of, table_of
 
 if TYPE_CHECKING:  # --help does not wait for the records
@@ -17,6 +18,8 @@ K = 5
 """Latents of the probes by which prefixes are compared."""
 POINTS = 0.05
 """Accuracy below that of the dense probe on the raw outputs, up to which a probe is counted as near it."""
+TOLD, LONGEST = 26, 40
+"""Classes that are listed, and characters of each."""
 HOW = {
     "text": "the text read again",
     "separators": "the tokens between them",
@@ -80,8 +83,16 @@ def lines(probes: Probes) -> Iterator[str]:
             few.setdefault(each.family, [])
     if few:
         yield "too few rows: " + "; ".join(
-            f"{family} {' '.join(names)}".strip() for family, names in few.items()
+            f"{family} {_told(names)}".strip() for family, names in few.items()
         )
+
+
+def _told(names: Sequence[str]) -> str:
+    """The first ones: labels may be whole texts, and one of each document."""
+    short = [
+        name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in map(printable, names[:TOLD])
+    ]
+    return " ".join(short) + (f" and {len(names) - TOLD:,} more" if len(names) > TOLD else "")
 
 
 def table_lines(probes: Probes) -> list[dict[str, str]]:

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.settings import Settings
 from evaluate.probe.classes import UNASKED
-from evaluate.probe.rows import by_separator, by_stretch
+from evaluate.probe.rows import by_separator, by_stretch, separated
 from shards import Store
 from shards.store import StoreSplit, as_harvested, read_tokenizer
 
@@ -51,7 +51,11 @@ def documents_of(settings: Settings, store: Store, split: StoreSplit, name: str)
     there for labels. Otherwise, and where the files are not there any more, by the separating token, or by stretches.
     """
     source, why = store.manifest.source, None
-    if settings.data.label_column is not None or len(source.files) > 1 or (source.files and _hides(store)):
+    if (
+        settings.data.label_column is not None
+        or len(source.files) > 1
+        or (source.files and not separated(source))
+    ):
         try:
             return _read_again(settings, store, split, name)
         except InputError as error:
@@ -59,19 +63,13 @@ def documents_of(settings: Settings, store: Store, split: StoreSplit, name: str)
                 raise
             why = str(error)
     why = why if len(source.files) > 1 else None
-    if _hides(store):
+    if not separated(source):
         return Documents(by_stretch(split.contexts.shape), "stretches", None, None, why)
     return Documents(by_separator(split.contexts, source), "separators", None, None, why)
 
 
-def _hides(store: Store) -> bool:
-    """Whether the contexts do not tell where documents end: none is marked, or a chat's turns are marked alike."""
-    source = store.manifest.source
-    return source.pack != "concat" or source.separator_token_id is None or source.special_tokens == "parse"
-
-
 def _read_again(settings: Settings, store: Store, split: StoreSplit, name: str) -> Documents:
-    from harvest.replay import replay
+    from harvest.replay import lacks_column, replay
 
     source, column = store.manifest.source, settings.data.label_column
     tokenizer = as_harvested(read_tokenizer(store.tokenizer_path), source.special_tokens)
@@ -85,9 +83,10 @@ def _read_again(settings: Settings, store: Store, split: StoreSplit, name: str) 
     found = [each.label for each in origins.documents]
     labels = sorted({each for each in found if each is not None})
     if len(labels) < 2:
+        told = shown(labels[0]) if labels else f"none{lacks_column(origins.files, column)}"
         raise InputError(
             f"data.label_column: {column}: expected at least two labels among the {len(found):,} documents of split "
-            f"{name}, found {', '.join(labels) or 'none'}"
+            f"{name}, found {told}"
         )
     numbers = {each: number for number, each in enumerate(labels)}
     label = np.array([UNASKED if each is None else numbers[each] for each in found])

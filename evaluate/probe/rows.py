@@ -58,6 +58,13 @@ def places(split: StoreSplit, n_rows: int, source: Source, document: np.ndarray)
     return Places(*(np.concatenate(each).astype(np.int32) for each in zip(*parts, strict=True)))
 
 
+def separated(source: Source) -> bool:
+    """Whether a token stands between documents, and nowhere else: in chats it ends each turn too."""
+    return (
+        source.pack == "concat" and source.separator_token_id is not None and source.special_tokens == "text"
+    )
+
+
 def by_separator(contexts: ContextTable, source: Source) -> np.ndarray:
     """[C, T] int32 number of the document of each token, where documents were joined with a token between them.
 

@@ -16,6 +16,7 @@ from evaluate.probe.page import FILE, read_probes, show_probes
 from evaluate.probe.records import PROBES_VERSION, LeftOutClass, Probes, ProbesProvenance
 from evaluate.probe.rows import Places, places, values_of
 from evaluate.run import Job, load_coder, prepare
+from train.sweep import keep_earlier
 
 
 def probe(settings: Settings) -> tuple[Probes, Path, bool]:
@@ -30,9 +31,28 @@ def probe(settings: Settings) -> tuple[Probes, Path, bool]:
     with locked(job.run_dir / ".evaluation", None):
         path = beside(job.run_dir, job.provenance, job.own) / FILE  # an evaluation may have come meanwhile
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (there := read_probes(path)) and not answers_all(there.provenance, provenance):
+            keep_earlier(path.parent, FILE, alone=True)
         write_record(path, probes)
         show_probes(path.parent)
     return probes, path, True
+
+
+def written(settings: Settings) -> Probes:
+    """What `probe` has written for these settings, without reading the text again."""
+    job = prepare(settings, ce_tokens=0)
+    probes = read_probes(beside(job.run_dir, job.provenance, job.own) / FILE)
+    assert probes is not None, "probe() was called before"
+    return probes
+
+
+def answers_all(there: ProbesProvenance, new: ProbesProvenance) -> bool:
+    """Whether new probes say all that those of before do: on the same rows, with their labels if they had any."""
+    same = ("store_fingerprint", "split", "rows")
+    return all(getattr(there, key) == getattr(new, key) for key in same) and there.label_column in (
+        None,
+        new.label_column,
+    )
 
 
 def _provenance(job: Job, documents: Documents) -> ProbesProvenance:

@@ -122,6 +122,30 @@ def test_a_label_is_one_value(tmp_path: Path, label: str, line: str) -> None:
         replay(data, source, "train", contexts, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("1.0", "1"),
+        ("1", "1"),
+        ("1.5", "1.5"),
+        ("NaN", None),
+        ('" \\t"', None),
+        ('" a"', "a"),
+        ("1e400", "inf"),
+    ],
+)
+def test_a_label_is_the_same_however_it_is_written(tmp_path: Path, label: str, expected: str | None) -> None:
+    """Programs write 1.0 for 1, and NaN for nothing, where a column has gaps."""
+    data, source, tokenizer = harvested(tmp_path, pack="concat")
+    contexts = packed(source, tokenizer)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    lines[0] = f'{{"text": "u v w", "label": {label}}}\n'
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    source = source.model_copy(update={"files": [sha256(tmp_path / name) for name in TEXTS]})
+    origins = replay(data, source, "train", contexts, tokenizer)
+    assert origins.documents[0].label == expected
+
+
 def test_lines_of_plain_text_have_no_labels(tmp_path: Path) -> None:
     data, source, tokenizer = harvested(tmp_path, pack="concat")
     (tmp_path / "a.txt").write_text("u v w\n")

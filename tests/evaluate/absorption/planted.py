@@ -64,6 +64,32 @@ def coder(absorbing: bool, split: bool) -> Transcoder:
     return Transcoder(parameters, torch.tensor([0.5, 0.5]), (3, len(W_enc)), {"source": source})
 
 
+def stand_in(writes: float | None) -> Transcoder:
+    """Latents of the letters, of which a's is silent on its absorbed words, and one latent that fires on all of these
+    and writes so much of a; None: there is no such latent."""
+    n = 3 if writes is None else 4
+    W_enc, W_dec = torch.zeros(n, D), torch.zeros(n, D)
+    W_enc[[0, 1, 2], [0, 1, 2]], W_dec[[0, 1, 2], [0, 1, 2]] = 2, 1
+    W_enc[0, 4:-3] = -4
+    if writes is not None:
+        W_enc[3, 4:-3], W_dec[3, 0] = 2, writes
+    return _coder(W_enc, W_dec)
+
+
+def duplicated(each: float) -> Transcoder:
+    """Latents of the letters, and c's a second time; either of the two writes `each` of c."""
+    W_enc, W_dec = torch.zeros(4, D), torch.zeros(4, D)
+    W_enc[[0, 1, 2, 3], [0, 1, 2, 2]], W_dec[[0, 1, 2, 3], [0, 1, 2, 2]] = 2, 1
+    W_dec[2:, 2] = each
+    return _coder(W_enc, W_dec)
+
+
+def _coder(W_enc: torch.Tensor, W_dec: torch.Tensor) -> Transcoder:
+    parameters = Parameters(W_enc, torch.zeros(len(W_enc)), W_dec, torch.zeros(D))
+    source = {"input": "normalized", "layer": 0}
+    return Transcoder(parameters, torch.tensor([0.5]), (len(W_enc),), {"source": source})
+
+
 def plant(root: Path, **source: object) -> None:
     """A store, the run `tiny` which absorbs and splits, and `plain` and `split`, which do neither and only split."""
     settings = settings_of(root)

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.terminal.table import console
 from evaluate.absorption import FILE
 from evaluate.absorption.__main__ import main
+from evaluate.absorption.directions import classes
 from evaluate.absorption.records import Absorption, Estimate
 from evaluate.absorption.run import absorption, show
 from evaluate.absorption.sample import ENDINGS, PER_WORD, UNSEEN, endings, sample
@@ -23,11 +24,13 @@ from tests.evaluate.absorption.planted import (
     VOCABULARY,
     WORDS,
     coder,
+    duplicated,
     plant,
     planted,
+    stand_in,
     tokens_of,
 )
-from tests.evaluate.runs import arguments, settings_of
+from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.fixtures import make_store
 
 
@@ -134,6 +137,41 @@ def _value(each: Estimate | None) -> float:
     return each.value
 
 
+def test_planted_variants(root: Path) -> None:
+    """One latent for all of the words is a split, whatever it writes; none is silence alone; a duplicate is no split.
+
+    Its part of the fraction: m of the row's effect e is the main latent's, as much the duplicate's, which counts up to
+    what is missing, and not below 0.4 e.
+    """
+    settings = settings_of(root)
+    made = {"all": stand_in(1), "other": stand_in(0), "none": stand_in(None)}
+    made |= {"twice": duplicated(1), "halves": duplicated(0.5)}
+    for name, own in made.items():
+        folder = settings.run_dir().with_name(name)
+        folder.mkdir()
+        own.save(folder)
+    found, _ = absorption(settings, list(made))
+    rate = found.transcoders[0].prefixes[-1].classes[0].silent.value
+    full = {line.transcoder: line.prefixes[-1].classes for line in found.transcoders}
+    for name, n in {"all": 2, "other": 2, "none": 1}.items():
+        a = full[name][0]
+        assert (len(a.latents), a.absorbed.value, a.fraction) == (n, 0, 0)
+        assert a.f1 == pytest.approx([2 * (1 - rate) / (2 - rate), 1][:n])
+        assert a.silent.value == (rate if n == 1 else 0)
+    for name, part in {"twice": 1.0, "halves": 0.5}.items():
+        c = full[name][2]
+        assert (len(c.latents), c.f1, c.absorbed.value, c.silent.value) == (1, [1.0], 0, 0)
+        m = _share_of_c(root, part)
+        assert c.fraction == pytest.approx(min(m, 1 - m) / (min(m, 1 - m) + m) if m >= 0.4 else 0, abs=0.02)
+
+
+def _share_of_c(root: Path, part: float) -> float:
+    """Of the effect of a row of c, that of a latent which writes so much of it: the rest is that a and b are absent."""
+    rows = sample(Store.of(settings_of(root)), ROWS["heldout"])
+    c = next(each for each in classes(rows) if each.task.name == "c")
+    return float(np.mean(part * 2 * c.direction[2] / c.effect))
+
+
 def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Outputs that say nothing of the words: no class is left, and the table says so."""
     settings = settings_of(root, "--model.name", "tests/dumb")
@@ -166,6 +204,26 @@ def test_the_command_writes_and_prints(
     assert values["version"] == 1
     assert [each["transcoder"] for each in values["transcoders"]] == ["tiny", "plain"]
     assert set(values["provenance"]["weights_sha256"]) == {"tiny", "plain"}
+
+
+def test_a_table_of_fewer_transcoders_does_not_take_the_place_of_an_earlier_one(root: Path) -> None:
+    settings = settings_of(root)
+    whole, file = absorption(settings, ["plain", "split"])
+    absorption(settings, ["plain"])
+    kept = [json.loads(each.read_text()) for each in file.parent.glob("earlier/*/absorption.json")]
+    assert whole.written() in kept
+    n = len(kept)
+    absorption(settings, ["split", "plain"])  # says all that the one of `plain` does
+    assert len([*file.parent.glob("earlier/*/absorption.json")]) == n
+
+
+def test_a_store_with_too_few_rows_of_every_class_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path)
+    show(*absorption(settings_of(tmp_path), []), console())
+    said = capsys.readouterr().out
+    assert "no class has rows enough: 50 to fit probes on, and 20 held-out ones of 8 other words" in said
 
 
 def test_train_rows_as_the_measured_ones_are_refused(root: Path) -> None:

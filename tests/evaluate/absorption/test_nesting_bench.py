@@ -1,12 +1,15 @@
 """bench.nesting: what it compares, and its numbers on planted transcoders."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from bench import nesting
 from bench.nesting import Asked, asked, of_layer, table
+from common.errors import InputError
 from tests.evaluate.absorption.planted import coder, plant
 from tests.evaluate.runs import settings_of
 
@@ -34,6 +37,19 @@ def test_the_runs_differ_in_seed_and_nesting_only() -> None:
         ).settings.train.rows
         == 2048
     )
+
+
+def test_results_of_other_layers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nesting, "RESULTS", tmp_path / "results" / "nesting.json")
+    nesting.written({"12": {"a": 1}, "20": {"a": 1}})
+    nesting.written({"12": {"a": 2}})
+    assert json.loads(nesting.RESULTS.read_text()) == {"12": {"a": 2}, "20": {"a": 1}}
+
+
+def test_a_layer_that_is_not_one_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.nesting", "--layers", "12", "99"])
+    with pytest.raises(InputError, match=r"^layers: expected some of 2 3 .*, found 99$"):
+        nesting.main()
 
 
 def test_planted_transcoders(tmp_path: Path) -> None:

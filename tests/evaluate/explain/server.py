@@ -1,17 +1,19 @@
 """An OpenAI-compatible endpoint on loopback, and what may answer behind it."""
 
+# ruff: noqa: N802 - http.server gives the names
+
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tests.evaluate.explain.planted import class_of
+from tests.servers import Handler, Loopback, serving
 
 
 class Said(NamedTuple):
@@ -93,10 +95,7 @@ def by(answers: Callable[[str], str]) -> Answers:
     return lambda prompt, _: completion(answers(prompt))
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
+class Server(Loopback):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answers: Answers = by(oracle)
@@ -107,7 +106,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{super().url}/v1"
 
     @property
     def prompts(self) -> list[str]:
@@ -117,12 +116,8 @@ class Server(ThreadingHTTPServer):
         """A client that went away."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -139,22 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
-        self.send_response(said.status)
-        for name, value in ({"Content-Type": "application/json"} | dict(said.headers)).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(said.body)))
-        self.end_headers()
-        self.wfile.write(said.body)
+        self.send(said.status, said.body, {"Content-Type": "application/json"} | dict(said.headers))
 
 
-@contextmanager
-def running() -> Iterator[Server]:
-    server = Server()
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def running() -> AbstractContextManager[Server]:
+    return serving(Server())

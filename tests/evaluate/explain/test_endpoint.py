@@ -64,7 +64,11 @@ def test_a_limit_and_an_error_are_waited_out(server: Server) -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (BROKEN, "HTTP 500: Error code: 500"),
+        (BROKEN, "HTTP 500: oops"),
+        (Said(b"<html>\nno\x1b[2J", 405), "HTTP 405: <html>\\nno\\x1b[2J"),
+        (Said(b'{"detail": "Not Found"}', 405), "HTTP 405: Not Found"),
+        (Said(b'{"error": "pay"}', 402), "HTTP 402: pay"),
+        (Said(b"", 405), "HTTP 405: no more is said"),
         (BUSY, "HTTP 429: slow down"),
         (Said(b'{"error": {"message": "the prompt is too long"}}', 400), "HTTP 400: the prompt is too long"),
         (Said(b"<html>hello"), "not JSON: '<html>hello'"),
@@ -95,6 +99,33 @@ def test_one_bad_answer_is_counted_and_the_others_are_kept(server: Server, bad: 
     assert [each.text for each in found] == ["fine", None, "fine", "fine"]
     assert said in (found[1].error or "")
     assert "\n" not in (found[1].error or "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "counted"),
+    [
+        (b'"prompt_tokens": 100', b'"prompt_tokens": "many"', (None, 10)),
+        (b'"prompt_tokens": 100', b'"prompt_tokens": 1.5', (None, 10)),
+        (b'"usage": {', b'"usage": [1], "x": {', (None, None)),
+        (b'"stop"', b"3", (100, 10)),
+        (b'{"id"', b'\xef\xbb\xbf{"id"', (100, 10)),
+        (b'"fine"', b'[{"type": "thinking", "thinking": []}, {"type": "text", "text": "fine"}]', (100, 10)),
+    ],
+    ids=["words", "fraction", "list", "finish", "mark", "parts"],
+)
+def test_what_is_beside_the_text_decides_nothing(
+    server: Server, old: bytes, new: bytes, counted: tuple[int | None, int | None]
+) -> None:
+    """And a server may begin with a byte order mark, and tell its text in parts."""
+    assert old in FINE.body
+    (answer,) = asked(server, lambda *_: Said(FINE.body.replace(old, new)), 1)
+    assert (answer.text, answer.error) == ("fine", None)
+    assert (answer.tokens_in, answer.tokens_out) == counted
+
+
+def test_no_more_requests_are_made_ready_than_there_are(server: Server) -> None:
+    """A concurrency of many millions took all memory."""
+    assert [each.text for each in asked(server, lambda *_: FINE, 3, concurrency=10**12)] == ["fine"] * 3
 
 
 def test_half_of_a_surrogate_pair_can_be_written(server: Server) -> None:
@@ -182,6 +213,10 @@ def endpoint(**changes: object) -> Endpoint:
             "model: expected the language model that explains, found none; give MODEL=... (--model)",
         ),
         ({"model": " "}, "model: expected the language model"),
+        ({"model": "a\nb"}, "model: expected a name of printable characters, found 'a\\nb'"),
+        ({"model": "a\udcff"}, "model: expected a name of printable characters"),
+        ({"base_url": "http://a\nb/v1"}, "base_url: expected an address"),
+        ({"base_url": "http://a\udcff/v1"}, "base_url: expected an address"),
         ({}, "OPENAI_API_KEY: not set; give OpenAI's key in the environment"),
         ({"key_variable": "MINE"}, "MINE: not set"),
         (

@@ -245,8 +245,8 @@ def test_failures_are_told_at_the_end_and_asked_again(root: Path, server: Server
     assert failed == {"HTTP 400": len(server.asked) // 5}
     assert (code, "explanations.csv" in out) == (2, True)
     assert (
-        f"{failed['HTTP 400']} of {len(server.asked)} requests failed (HTTP 400: {failed['HTTP 400']}); all others"
-        in err
+        f"{failed['HTTP 400']} of {len(server.asked)} requests failed (HTTP 400: {failed['HTTP 400']}; see "
+        "replies.jsonl); all others" in err
     )
     server.answers = by(oracle)
     assert call(root, *few(server))[0] == 0
@@ -260,6 +260,41 @@ def test_a_run_stays_as_it_is_where_nobody_answers(root: Path, server: Server, c
     code, _, err = call(root, *few(server))
     assert (code, f"error: {server.url}: refuses the key (HTTP 401" in err) == (2, True)
     assert sorted(run_dir.rglob("*")) == before
+
+
+def test_few_requests_of_which_none_is_answered(root: Path, server: Server, call: Call) -> None:
+    """Fewer than stop it by their number: the last one is told in full, and no table of explanations is written."""
+    server.answers = lambda *_: Said(b"<html>hello")
+    code, _, err = call(root, *asking(server, "--latents", "0,1"))
+    said = f"error: {server.url}: none of 2 requests was answered, the last one: not JSON: '<html>hello'; the same"
+    assert (code, said in err) == (2, True)
+    assert not (settings_of(root).run_dir() / "explanations.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["explanations.csv", "notes.csv"])
+def test_labels_that_cannot_be_read_are_told_before_anything_is_asked(
+    root: Path, server: Server, call: Call, name: str
+) -> None:
+    file = settings_of(root).run_dir() / name
+    file.write_text("nonsense\n")
+    code, _, err = call(root, *few(server))
+    assert (code, f"{file}: line 1: no column layer" in err, server.asked) == (2, True, [])
+
+
+def test_names_of_models_in_any_alphabet(root: Path, server: Server, call: Call) -> None:
+    for model in ("模型/一", "模型/二"):
+        assert call(root, *asking(server, "--latents", "0", model=model))[0] == 0
+    assert summary_of(root, "模型_一")["model"] == "模型/一"
+    assert summary_of(root, "模型_二")["model"] == "模型/二"
+    assert call(root, *asking(server, "--latents", "0", model="型" * 300))[0] == 0
+
+
+def test_several_layers_without_a_run(root: Path, server: Server, call: Call) -> None:
+    """The run is chosen for all of them: none has been named."""
+    options = [*asking(server, "--latents", "0"), "--layer", "0 3", "--run", ""]
+    code, out, err = call(root, *options)
+    assert (code, "run planted, " in err, "layer 0 (1 of 2)" in out) == (2, True, True)
+    assert "error: layer 3: " in err
 
 
 def test_the_key_is_sent_and_written_nowhere(

@@ -1,6 +1,8 @@
 """Explanations of delphi and Neuronpedia, in the forms that they write, and one line for what is neither."""
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from evaluate.notes import notes_of
+from evaluate.notes import notes_of, read_notes
 from tests.evaluate.explain.planted import N, planted_transcoder, settings_of
 
 Call = Callable[..., tuple[int, str, str]]
@@ -66,6 +68,13 @@ def test_delphis_results(bare: Path, call: Call) -> None:
     assert "left out: 1 without text\n" in err
 
 
+def test_two_modules_of_one_layer_are_not_mixed(bare: Path, call: Call) -> None:
+    folder = delphi(bare / "results")
+    (folder / "explanations" / "layers.0.attn_latent3.txt").write_text('"of the attention"')
+    code, _, err = call(bare, "--from", str(folder))
+    assert (code, "one module of layer 0, found layers.0.attn, layers.0.mlp; give a" in err) == (2, True)
+
+
 def explanation(index: Any, description: str, layer: str = "0-planted", **more: Any) -> dict[str, Any]:
     return {"modelId": "tiny", "layer": layer, "index": str(index), "description": description} | more
 
@@ -110,14 +119,24 @@ def test_neuronpedias_explanations(bare: Path, call: Call, name: str, values: An
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("none.json", None, "none.json: not found; give delphi's results folder or a file of Neuronpedia's"),
+        ("none.json", None, "none.json: not found; give delphi's results folder, a file of Neuronpedia's"),
         ("a.json", "{", "a.json: not JSON: "),
         ("a.jsonl", '{"layer": 1}\n{', "a.jsonl: line 1: no key index; expected Neuronpedia's explanations"),
+        ("a.csv", "latent,label\n3,x\n", "a.csv: line 1: no column layer; expected layer, latent, label"),
+        ("a.csv", "layer,latent,label\n3,3,x\n", "holds no explanation of layer 0 (1 of other layers)"),
+        ("a.csv", "layer,latent,label\n0,99,x\n", "a.csv: line 2: latent: expected 0 to 11, found 99"),
+        (
+            "a.csv",
+            "layer,latent,label,score\n0,3,x,nan\n",
+            "score: expected a number or nothing, found 'nan'",
+        ),
+        ("a.csv", "", "a.csv: expected a first line with the columns layer, latent, label"),
         (
             "a.json",
-            '[{"layer": 0, "latent": 3, "label": "x"}]',
-            "no key index; expected Neuronpedia's explanations",
+            '[{"latent": 3, "label": "x"}]',
+            "object 1: layer: expected a whole number from 0, found None",
         ),
+        ("a.json", '[{"layer": 0, "latent": 3, "label": "a\\ud800"}]', "label: half of a surrogate pair"),
         ("a.json", "[3]", "object 1: expected an object, found 3"),
         (
             "a.json",
@@ -148,6 +167,68 @@ def test_what_is_no_file_of_explanations(
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
     assert not (settings_of(bare).run_dir() / "explanations.csv").exists()
+
+
+ROWS = [
+    {"layer": 0, "latent": 3, "label": 'three, "four"', "score": 0.5, "source": "me"},
+    {"layer": 0, "latent": 4, "label": "worse", "score": 0.1, "source": ""},
+    {"layer": 0, "latent": 4, "label": "better", "score": 0.2, "source": ""},
+    {"layer": 1, "latent": 99, "label": "elsewhere", "score": 0.5, "source": "me"},
+    {"layer": 0, "latent": 5, "label": "stale", "score": 0.5, "source": "me", "weights": "0" * 12},
+]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "semicolons.csv", "a.tsv", "a.json", "a.jsonl"])
+def test_a_table_of_several_layers(bare: Path, call: Call, name: str) -> None:
+    """Of any program, as spreadsheets write it too; latents of other layers are as many as those have."""
+    path = bare / name
+    if "json" in name:
+        text = "\n".join(map(json.dumps, ROWS)) if name.endswith("l") else json.dumps(ROWS)
+    else:
+        delimiter = {"a.csv": ",", "a.tsv": "\t"}.get(name, ";")
+        made = io.StringIO()
+        writer = csv.DictWriter(
+            made, ["layer", "latent", "label", "score", "source", "weights"], delimiter=delimiter
+        )
+        writer.writeheader()
+        writer.writerows(ROWS)
+        text = "\ufeff" + made.getvalue()
+        text = text.replace("0.5", "0,5") if delimiter == ";" else text
+    path.write_text(text, encoding="utf-8", newline="")
+    code, out, err = call(bare, "--from", str(path))
+    assert code == 0, err
+    said = notes_of(settings_of(bare).run_dir(), 0, N)
+    assert {latent: note.text for latent, note in said.items()} == {
+        3: 'three, "four" (me, score 0.5)',
+        4: f"better ({path.stem}, score 0.2)",
+    }
+    assert "2 explanations, 2 of them with a score" in out
+    for why in ("1 second explanations of a latent", "1 of other layers", "1 of other weights"):
+        assert f"left out: {why}\n" in err
+
+
+def test_text_that_could_not_be_written_or_read_again(bare: Path, call: Call) -> None:
+    """Half of a surrogate pair, what a terminal obeys, and names longer than a label may be."""
+    path = bare / "a.json"
+    values = [
+        explanation(3, "a\ud800b \x1b[2J", explanationModelName="c\ud800\nd"),
+        explanation(4, "x", explanationModelName="y" * 2000),
+    ]
+    path.write_text(json.dumps(values))
+    assert call(bare, "--from", str(path))[0] == 0
+    said = read_notes(settings_of(bare).run_dir() / "explanations.csv", 0, N)
+    assert (said[3].label, said[3].source) == ("a\\ud800b \\x1b[2J", "c\\ud800 d")
+    assert len(said[4].source) == 1000
+
+
+def test_a_scorer_whose_predictions_are_no_verdicts(bare: Path, call: Call) -> None:
+    """ "no" is not taken for a yes."""
+    folder = delphi(bare / "results")
+    judged = [{"activating": True, "prediction": "no"}, {"activating": False, "prediction": 0.2}]
+    for scorer in ("detection", "fuzz"):
+        (folder / "scores" / scorer / "layers.0.mlp_latent3.txt").write_text(json.dumps(judged))
+    assert call(bare, "--from", str(folder))[0] == 0
+    assert notes_of(settings_of(bare).run_dir(), 0, N)[3].text == "words of class 3 (llama)"
 
 
 def test_a_folder_that_is_not_delphis(bare: Path, call: Call) -> None:

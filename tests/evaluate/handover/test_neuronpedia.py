@@ -85,6 +85,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluate(settings_of(folder), ce_tokens=0)
     said = [{"layer": 0, "latent": 3, "label": "colours", "score": 0.75, "source": "gpt"}]
     (settings_of(folder).run_dir() / "labels.json").write_text(json.dumps(said))
+    explained = "layer,latent,label,score,source\n0,3,red and blue,0.5,llm\n0,4,names,,llm\n"
+    (settings_of(folder).run_dir() / "explanations.csv").write_text(explained)
     return folder
 
 
@@ -173,9 +175,12 @@ def test_labels_become_explanations(source: Path) -> None:
     explanations = lines(source, "explanations")
     own = [line for line in explanations if line["index"] == "3"]
     assert (own[0]["description"], own[0]["notes"]) == ("colours", "gpt; score 0.75")
-    assert own[1]["description"].startswith("fires on word")
-    assert re.fullmatch(r"the words it fires on; precision 0\.\d\d, recall 0\.\d\d", own[1]["notes"])
-    assert len(explanations) == ENDS[-1] + 1
+    assert (own[1]["description"], own[1]["notes"]) == ("red and blue", "llm; score 0.5")
+    assert own[2]["description"].startswith("fires on word")
+    assert re.fullmatch(r"the words it fires on; precision 0\.\d\d, recall 0\.\d\d", own[2]["notes"])
+    assert next(line["description"] for line in explanations if line["index"] == "4") == "names"
+    assert len(explanations) == ENDS[-1] + 3
+    assert len({line["id"] for line in explanations}) == len(explanations)
 
 
 def test_a_prefix_has_its_own_latents_and_frequencies(root: Path) -> None:

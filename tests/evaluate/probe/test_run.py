@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ from common.errors import InputError
 from common.files import sha256
 from common.settings import Settings
 from evaluate.probe import fit, measure, run
+from evaluate.probe.console import lines
 from evaluate.probe.documents import documents_of
 from evaluate.probe.page import show_probes
+from evaluate.probe.records import LeftOutClass, Probes
 from evaluate.probe.run import probe
 from harvest.run import harvest
 from shards import Store
 from tests.evaluate.fakes import random_coder
-from tests.evaluate.runs import make_run, settings_of
+from tests.evaluate.runs import arguments, make_run, settings_of
 from tests.models import WORDS
 
 VOCABULARY = ["<s>", "</s>", *(f"{a}{b}" for a in ("word", "Word") for b in "abcdefghijklmnopqrstuvwxy")]
@@ -134,6 +137,64 @@ def test_labels_and_files_of_a_harvested_text(labelled: Settings, monkeypatch: p
     assert (again.of == between.of).all()
     assert between.sources_unknown
     assert between.sources_unknown.startswith("data.files: is another text than the store was harvested from")
+
+
+def test_labels_that_are_not_there_are_told_with_the_columns_that_are(labelled: Settings) -> None:
+    def refused(column: str) -> str:
+        data = labelled.data.model_copy(update={"label_column": column})
+        with pytest.raises(InputError) as stopped:
+            probe(labelled.model_copy(update={"data": data}))
+        return str(stopped.value)
+
+    said = refused("topic")
+    assert "expected at least two labels among the " in said
+    assert "found none (" in said
+    assert said.endswith("line 1: no column 'topic'; expected data.label_column among text)")
+
+
+def test_other_rows_do_not_take_the_place_of_earlier_probes(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do they of labels that they are without; what says all of it does, and nothing is kept twice."""
+    _, path, _ = probe(settings_of(tiny))
+    whole = path.read_bytes()
+    probe(settings_of(tiny, "--evaluate.rows", "1400"))
+    (kept,) = path.parent.glob("earlier/*/probes.json")
+    assert kept.read_bytes() == whole
+    assert f"the table that was here is kept: {kept.parent}" in capsys.readouterr().err
+    assert run.written(settings_of(tiny, "--evaluate.rows", "1400")).provenance.rows == 1400
+    of = Probes.model_validate_json(whole).provenance
+    labelled = of.model_copy(update={"label_column": "topic", "labels_sha256": "x"})
+    assert run.answers_all(of, labelled)
+    assert not run.answers_all(labelled, of)
+    assert run.answers_all(of.model_copy(update={"weights_sha256": "x"}), of)
+
+
+def test_several_layers_are_read_once_each(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their table at the end is made of what was written."""
+    make_run(tiny, vocabulary=VOCABULARY, pack="document", separator_token_id=None, layer=1)
+    read = list[int]()
+
+    def counted(settings: Settings, *others: Any) -> Any:
+        read.append(settings.layer)
+        return documents_of(settings, *others)
+
+    monkeypatch.setattr(run, "documents_of", counted)
+    monkeypatch.setattr("sys.argv", ["evaluate.probe", *arguments(tiny, "--layer", "0 1")])
+    command.main()
+    assert read == [0, 1]
+    assert "│     1 │ capitalised │" in capsys.readouterr().out
+
+
+def test_a_label_of_each_document_is_not_told_whole(tiny: Path) -> None:
+    probes, _, _ = probe(settings_of(tiny))
+    left_out = [LeftOutClass(family="label", name=f"{n}\x1b[2J" + "y" * 5000, why="few") for n in range(300)]
+    *_, line = lines(probes.model_copy(update={"left_out": left_out}))
+    assert len(line) < 1200
+    assert line.startswith("too few rows: label 0\\x1b[2Jyyy")
+    assert line.endswith("… and 274 more")
 
 
 def test_in_the_page_of_the_evaluation_on_the_same_rows(tiny: Path) -> None:
