@@ -241,7 +241,7 @@ $(VENV_)/bin/python:
 	$(python) -m venv $(call quote,$(call home,$(VENV)))
 
 $(VENV_)/.installed: pyproject.toml constraints.txt | $(VENV_)/bin/python
-	@echo installing into $(call quote,$(VENV))
+	@echo installing into $(call quote,$(VENV)): some minutes, 3 GB
 	@$(PIP) install 'pip>=25.1'
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install "$$(grep '^torch==' constraints.txt)"
 	@grep -v '^torch==' constraints.txt > $(call quote,$(call home,$(VENV)))/.constraints

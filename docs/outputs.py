@@ -57,12 +57,16 @@ def tables() -> str:
     """
     lines: list[str] = []
     listed: dict[type[Record], str] = {}
+    first: dict[type[Record], str] = {}
     for file, whole in FILES.items():
         lines += [f"## {file}", ""]
         where: dict[type[Record], list[str]] = {}
+        again = []
         for path, record in places(whole):
             if record not in listed:
                 where.setdefault(record, []).append(path)
+            elif "." not in path:
+                again.append(f"`{path}` is as `{listed[record]}` of {first[record]}.")
         for record, paths in where.items():
             known = next((base for base in record.__mro__[1:] if base in listed), None)
             more = {key: text for key, text in keys(record).items() if not known or key not in keys(known)}
@@ -71,7 +75,8 @@ def tables() -> str:
             also = f" All of `{listed[known]}`, and:" if known else ""
             lines += [" ".join((record.__doc__ or "").split()) + also, "", "| key | |", "|---|---|"]
             lines += [*(f"| `{key}` | {text} |" for key, text in more.items()), ""]
-            listed[record] = paths[0]
+            listed[record], first[record] = paths[0], file
+        lines += [*again, ""] if again else []
     return "\n".join(lines)
 
 

@@ -381,6 +381,5 @@ def evaluated_of(settings: Settings, layer: int, run_dir: Path) -> Evaluated | s
 def mended_by(why: str, layers: str, settings: Settings) -> str:
     """The command that gives `evaluated_of` what it lacks in these layers."""
     if why.startswith(NO_STORE):
-        named = f" HARVEST={name}" if (name := settings.harvest_name) else ""
-        return f'make harvest LAYER="{layers}"{named}'
-    return f'make evaluate LAYER="{layers}" RUN={settings.run}'
+        return settings.command("harvest", layers, run=False)
+    return settings.command("evaluate", layers)

@@ -64,7 +64,11 @@ def commit_of(root: Path) -> Commit:
         others = sorted(
             str(path.relative_to(root.parent.parent)) for path in root.parent.parent.glob("*/*.zarr")
         )
-        there = f"; there are {', '.join(others[:9])}: see --model.name, LAYER, HARVEST" if others else ""
+        there = (
+            f"; there are {', '.join(others[:9])}: see PROFILE, LAYER, HARVEST, --model.name"
+            if others
+            else ""
+        )
         raise InputError(f"{root}: no such store; make harvest writes it{there}")
     if not path.is_file():
         raise InputError(

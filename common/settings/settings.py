@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ class Settings(BaseModel):
     def run_dir(self) -> Path:
         """Directory of the run of one layer; raises `InputError` when several were asked for."""
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
+
+    def command(self, target: str, layers: str = "", *, run: bool = True) -> str:
+        """`make target` for these layers (one: its own), profile, harvest and run: what an error tells the user to do."""
+        asked = {"LAYER": layers or f"{self.layer}", "PROFILE": self.profile, "HARVEST": self.harvest_name}
+        if run:
+            asked["RUN"] = self.run
+        given = (f"{name}={shlex.quote(value)}" for name, value in asked.items() if value)
+        return " ".join(["make", target, *given])
 
     def set_dir(self) -> Path:
         """Directory of what belongs to the runs of one name in all layers together."""

@@ -120,7 +120,7 @@ def evaluations(settings: Settings, weights: Mapping[int, str]) -> dict[int, Pat
     if without:
         print(
             f"layers without an evaluation of these weights: {' '.join(map(str, without))}; their latents are labelled "
-            f"by what they promote alone (make evaluate LAYER=... RUN={settings.run})",
+            f"by what they promote alone ({settings.command('evaluate', ' '.join(map(str, without)))})",
             file=sys.stderr,
         )
     return found

@@ -102,8 +102,8 @@ def subject_of(settings: Settings) -> Subject:
     ):
         raise InputError(
             f"{run_dir}: explanations are of evaluated latents, and there is no evaluation of these weights on the "
-            f"{settings.evaluate.split} rows of {store.path}; evaluate it first (make evaluate LAYER={settings.layer} "
-            f"RUN={settings.run})"
+            f"{settings.evaluate.split} rows of {store.path}; evaluate it first: "
+            f"{settings.command('evaluate')}"
         )
     split.refuse_removed()
     # Whole windows: their rows are in random order, so in a part of one hardly a passage is known from end to end.

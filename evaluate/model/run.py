@@ -88,9 +88,7 @@ def evaluations(settings: Settings, found: LayerSet, digests: Mapping[int, str])
         said = "; ".join(f"layer {' '.join(map(str, layers))} {why}" for why, layers in lacking.items())
         which = " ".join(map(str, sorted(layer for layers in lacking.values() for layer in layers)))
         more = f' ARGS="--evaluate.split {settings.evaluate.split}"' * (settings.evaluate.split != "heldout")
-        raise InputError(
-            f'run {found.name}: {said}; first: make evaluate LAYER="{which}" RUN={found.name}{more}'
-        )
+        raise InputError(f"run {found.name}: {said}; first: {settings.command('evaluate', which)}{more}")
     return metrics
 
 

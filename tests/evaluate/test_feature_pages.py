@@ -194,7 +194,7 @@ def test_a_layer_without_evaluation_says_so_and_how_it_gets_pages(
     folder = export(settings)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no feature")]
     assert said == [
-        'no feature pages of layers 1: not evaluated; make evaluate LAYER="1" RUN=tiny, and export again'
+        "no feature pages of layers 1: not evaluated; make evaluate LAYER=1 RUN=tiny, and export again"
     ]
     assert pages_of(folder)[0]["examples_quantiles"][0]["examples"]
     pages = pages_of(folder, 1)
@@ -234,7 +234,7 @@ def test_without_pages_the_set_is_exported_and_says_why(
     }.get(case, case)
     assert said.startswith("no feature pages of layers 0: ")
     assert words in said
-    remedy = 'make harvest LAYER="0"' if case == "no store" else 'make evaluate LAYER="0" RUN=tiny'
+    remedy = "make harvest LAYER=0" if case == "no store" else "make evaluate LAYER=0 RUN=tiny"
     assert said.endswith(f"; {remedy}, and export again")
 
 

@@ -217,7 +217,7 @@ def test_batches_have_1024_latents_each(tmp_path: Path) -> None:
 
 def test_what_was_not_evaluated_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     make_run(tmp_path)
-    expected = 'neuronpedia: layer 0: not evaluated; make evaluate LAYER="0" RUN=tiny, and export again'
+    expected = "neuronpedia: layer 0: not evaluated; make evaluate LAYER=0 RUN=tiny, and export again"
     with pytest.raises(InputError, match=re.escape(expected)):
         export_neuronpedia(settings_of(tmp_path))
     assert not (settings_of(tmp_path).run_dir() / "export").exists()

@@ -246,12 +246,12 @@ REFUSALS: dict[str, tuple[Callable[[Settings], None], tuple[str, ...], str]] = {
     "layers that are not evaluated": (
         lambda settings: [remove(one(settings, layer).run_dir() / "evaluation") for layer in (0, 2)] and None,
         (),
-        r'run tiny: layer 0 2 is not evaluated; first: make evaluate LAYER="0 2" RUN=tiny$',
+        r"run tiny: layer 0 2 is not evaluated; first: make evaluate LAYER='0 2' RUN=tiny$",
     ),
     "a layer trained again since its evaluation": (
         lambda settings: save_coder(settings, 1, seed=7),
         (),
-        r'run tiny: layer 1 was evaluated with other weights; first: make evaluate LAYER="1" RUN=tiny$',
+        r"run tiny: layer 1 was evaluated with other weights; first: make evaluate LAYER=1 RUN=tiny$",
     ),
     "a layer evaluated on other rows": (
         lambda settings: save_evaluation(settings, 1, split="train"),
