@@ -3,8 +3,7 @@
 import contextlib
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 WAITED = 0.1
 """Share of the time that the model's thread may wait for the others, and the model still be what takes longest."""
@@ -17,7 +16,7 @@ class Pace:
     """Seconds by what they are spent on: `waiting` of the thread that runs the model, STEPS of those that write."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds = dict.fromkeys((WAITING, *STEPS), 0.0)
         self._lock = threading.Lock()
         self._begun = time.perf_counter()
 
@@ -36,7 +35,7 @@ class Pace:
         return described(tokens, time.perf_counter() - self._begun, self.seconds)
 
 
-def described(tokens: int, total: float, seconds: Counter[str]) -> str:
+def described(tokens: int, total: float, seconds: Mapping[str, float]) -> str:
     """The summary line of `tokens` in `total` seconds."""
     waited = seconds[WAITING] / total
     slowest = max(STEPS, key=lambda step: seconds[step]) if waited > WAITED else "model"

@@ -156,8 +156,7 @@ def encode_rows(
 
     def one(start: int) -> tuple[bytes, Measured]:
         here = slice(start, start + size)
-        held = isinstance(rows, np.ndarray | Column)
-        chunk = measure(rows[here], storage) if held else rows.chunk(here)
+        chunk = measure(rows[here], storage) if isinstance(rows, np.ndarray | Column) else rows.chunk(here)
         data = encode_chunk(array, chunk.encoded.stored)
         done(here)
         return data, chunk._replace(encoded=chunk.encoded._replace(stored=None))

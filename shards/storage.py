@@ -173,7 +173,7 @@ def quantise(values: Any) -> Encoded:
     steps = values - offsets[..., None, :]
     row_scales = row_sizes(steps)
     steps /= row_scales[..., None]
-    scales = divided(_largest(steps), np.float32(127))
+    scales = divided(_largest(steps), 127)
     steps /= xp.where(scales == 0, xp.ones_like(scales), scales)[..., None, :]
     xp.clip(xp.round(steps, out=steps), -127, 127, out=steps)
     return Encoded(converted(steps, "int8"), scales, row_scales, offsets)
