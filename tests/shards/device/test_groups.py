@@ -12,7 +12,7 @@ from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.loader import DeviceGroup, Loader
 from tests.fixtures import make_store
 from tests.pretend import DEVICE, Pretend, pretend_device
-from tests.shards.device.late import LateCopies
+from tests.shards.device.late import LateCopies, LateMark
 from tests.shards.test_store import STORAGES, random_rows
 
 
@@ -131,3 +131,50 @@ def test_a_broken_thread_raises_when_its_group_is_wanted(
         for _ in whole.batches():
             got += 1
     assert got == whole.batches_per_group
+
+
+class HostMark(LateMark):
+    """Knows whether a thread of the host has waited for it, or only what the device computes."""
+
+    by_host = False
+
+    def wait(self) -> None:
+        self.by_host = True
+        super().wait()
+
+
+class HostCopies(LateCopies):
+    def start(self, pairs: Any, after: Any) -> HostMark:
+        pairs = list(pairs)
+        return HostMark(lambda: [to.copy_(source) for to, source in pairs])
+
+    def compute_after(self, mark: Any) -> None:
+        LateMark.wait(mark)
+
+
+def test_memory_is_written_again_or_given_back_only_once_it_was_copied(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host may be far ahead of the device: that batches were asked for of a copy does not say that it is made."""
+    decode, settle, waited = loader._Group.decode, DeviceGroup.settle, []
+    settled: list[Any] = []
+
+    def decodes(self: DeviceGroup, *rest: Any) -> None:
+        if isinstance(self._copied, HostMark):
+            waited.append(self._copied.by_host)
+        decode(self, *rest)
+
+    def settles(self: DeviceGroup) -> None:
+        settle(self)
+        settled.append(self._copied)
+
+    monkeypatch.setattr(loader, "Copies", HostCopies)
+    monkeypatch.setattr(loader._Group, "decode", decodes)
+    monkeypatch.setattr(DeviceGroup, "settle", settles)
+    with pretend_device():
+        stream = store.train.loader(2048, device=DEVICE, epochs=None).batches()
+        for _ in range(5 * 16 + 3):
+            next(stream)
+        stream.close()
+    assert waited == [True] * 5
+    assert [mark.by_host for mark in settled] == [True, True]
