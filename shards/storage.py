@@ -156,7 +156,7 @@ def _largest(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.maximum(values.max(axis=0, initial=0), -values.min(axis=0, initial=0))
     least, most = values.aminmax(dim=-2)
-    return torch.maximum(most, -least)
+    return torch.where(most > -least, most, -least)  # of zeros -0.0, as numpy on x86; a GPU's maximum is +0.0
 
 
 def quantise(values: Any) -> Encoded:
