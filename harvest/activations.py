@@ -3,7 +3,7 @@
 Shapes: b contexts of a forward pass, T positions, D width, n rows of a window.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from common.errors import InputError
 from common.hooks import BEFORE_NORM, layer_of
 from harvest.lm import LanguageModel
+from shards.device.column import DeviceColumn
+from shards.device.copies import sent
 from shards.encode import Column
 from shards.layout import kept_mask
 from shards.manifest import Source
@@ -76,12 +78,15 @@ class Positions:
 class Intake:
     """Takes in what a forward pass gives and puts each row into its window: no layer's tensors wait for the last one.
 
-    A layer whose activations are not finite is in `failed`, and is not taken in again.
+    A layer whose activations are not finite is in `failed`, and is not taken in again. Of rows that stay on the model's
+    device nothing is looked at here, which would take waiting for it: `refuse_unfinite` does it later.
     """
 
     def __init__(self) -> None:
         self.failed: dict[int, InputError] = {}
-        self._places: dict[str, tuple[Source, Column]] = {}
+        self._places: dict[str, tuple[Source, Column | DeviceColumn]] = {}
+        self._index: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        """On a device, of this batch: kept positions, and the places where their rows go."""
         self._before: dict[int, torch.Tensor] = {}
         """[m, D] by layer: what its norm has read."""
 
@@ -89,6 +94,7 @@ class Intake:
         """A forward pass over `batch` comes; its rows [m] go to `places` of the windows."""
         self._batch, self._to = batch, places
         self._before.clear()
+        self._index.clear()
         self._places = {
             name: (source, column)
             for source, rows in targets
@@ -109,10 +115,20 @@ class Intake:
         before = self._before.pop(source.layer, None) if name == source.input_hook else None
         if source.layer in self.failed:
             return
+        if isinstance(column, DeviceColumn):
+            kept, places = self._on(tensor.device)
+            column.put(places, tensor.flatten(0, 1).index_select(0, kept))
+            return
         try:
             column.put(self._to, *_held(_finite(tensor, name, self._batch, source), before))
         except InputError as error:
             self.failed[source.layer] = error
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._index:
+            kept = torch.from_numpy(_numbers(self._batch))
+            self._index[device] = sent(kept, device), sent(torch.from_numpy(self._to), device)
+        return self._index[device]
 
     def end(self) -> None:
         """The forward pass is over; raises `InputError` for a hook that did not fire."""
@@ -123,12 +139,14 @@ class Intake:
             )
 
 
-def hooks_for(model: LanguageModel, sources: Iterable[Source]) -> list[str]:
-    """The hook points that an `Intake` wants of a model for these sources."""
+def hooks_for(model: LanguageModel, sources: Iterable[Source], on_device: Container[int] = ()) -> list[str]:
+    """The hook points that an `Intake` wants of a model for these sources; `on_device`: layers that stay there."""
     names = {hook for source in sources for hook in (source.input_hook, source.output_hook)}
     if model.dtype.itemsize == 2:
         before = {
-            f"blocks.{source.layer}.{BEFORE_NORM}" for source in sources if source.input == "normalized"
+            f"blocks.{source.layer}.{BEFORE_NORM}"
+            for source in sources
+            if source.input == "normalized" and source.layer not in on_device
         }
         names |= {name for name in before if model.has_hook(name)}
     return sorted(names)
@@ -165,8 +183,28 @@ def fill_window(
 
 def _kept(tensor: torch.Tensor, batch: Positions) -> torch.Tensor:
     """[m, D] of [b, T, D]: the batch's kept positions."""
-    places = torch.from_numpy(batch.context * batch.tokens.shape[1] + batch.position).to(tensor.device)
+    places = torch.from_numpy(_numbers(batch)).to(tensor.device)
     return tensor.flatten(0, 1).index_select(0, places)
+
+
+def _numbers(batch: Positions) -> np.ndarray:
+    """[m] int64: the kept positions, counted through all contexts of the batch."""
+    return batch.context * batch.tokens.shape[1] + batch.position
+
+
+def refuse_unfinite(source: Source, rows: WindowRows) -> None:
+    """Raise `InputError` naming layer and context of NaN or infinity in rows that were quantised on a device."""
+    for name, column in ((source.input_hook, rows.inputs), (source.output_hook, rows.outputs)):
+        if isinstance(column, DeviceColumn) and len(found := column.unfinite()):
+            first = found[np.lexsort((rows.position[found], rows.context[found]))[0]]
+            raise _not_finite(source, name, int(rows.context[first]), int(rows.position[first]))
+
+
+def _not_finite(source: Source, name: str, context: int, position: int) -> InputError:
+    return InputError(
+        f"layer {source.layer}, {name}: NaN or infinity in context {context} position {position} "
+        f"with model.dtype {source.dtype}; {OVERFLOW[source.dtype]}"
+    )
 
 
 def _finite(tensor: torch.Tensor, name: str, batch: Positions, source: Source) -> torch.Tensor:
@@ -178,10 +216,7 @@ def _finite(tensor: torch.Tensor, name: str, batch: Positions, source: Source) -
         and not (finite := torch.isfinite(rows).all(dim=1)).all()
     ):
         row = int((~finite).nonzero()[0])
-        raise InputError(
-            f"layer {source.layer}, {name}: NaN or infinity in context {batch.first_context + batch.context[row]} "
-            f"position {batch.position[row]} with model.dtype {source.dtype}; {OVERFLOW[source.dtype]}"
-        )
+        raise _not_finite(source, name, batch.first_context + batch.context[row], batch.position[row])
     return rows
 
 

@@ -24,6 +24,7 @@ from common.settings import Model
 from harvest import gguf
 from harvest.embedded import MODELS, model_directory
 from harvest.sealed import sealed
+from shards.device.copies import sent
 from shards.store import as_harvested
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tiktoken.model", *TOKENIZERS)
@@ -99,11 +100,12 @@ class LanguageModel:
 
     def run_blocks(self, tokens: torch.Tensor, last_layer: int) -> None:
         """Forward pass [b, T] through block `last_layer` and no further; hooks see what they see."""
+        tokens = sent(tokens, self.device)
         with torch.inference_mode():
             if last_layer + 1 < self.n_layers:
-                self.bridge(tokens.to(self.device), return_type=None, stop_at_layer=last_layer + 1)
+                self.bridge(tokens, return_type=None, stop_at_layer=last_layer + 1)
             else:  # stop_at_layer=n_layers does not stop: keep one position's logits instead of all
-                self.bridge(tokens.to(self.device), return_type=None, logits_to_keep=1)
+                self.bridge(tokens, return_type=None, logits_to_keep=1)
 
     def check_hooks(self, names: Iterable[str]) -> None:
         """Raise `InputError` that lists the layer's hook points when one of these (blocks.L.name) is not there."""

@@ -6,14 +6,14 @@ Shapes: n rows of a window, d columns.
 import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from shards.codecs import crc32c
 from shards.layout import CHUNK_ROWS, FILE_CHUNKS, Array
 from shards.manifest import Moments
-from shards.storage import Storage, from_bfloat16
+from shards.storage import Encoded, Storage, column_squares, converted, from_bfloat16
 
 CONSTANT = 1e-10
 """Share of a dimension's mean square up to which its variance is float32's rounding of one number (1e-5 of it)."""
@@ -99,20 +99,46 @@ def _float32(values: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
     return wide if scales is None else wide * scales[:, None]
 
 
-class _Chunk(NamedTuple):
-    data: bytes
-    """What its file holds of it."""
-    scales: tuple[np.ndarray | None, ...]
-    """Of columns, of rows, and offsets."""
-    total: np.ndarray
+class Measured(NamedTuple):
+    """A chunk [n, d] as it is stored, and its sums. Arrays, or tensors where it was computed on a device."""
+
+    encoded: Encoded
+    total: Any
     """[d] float64 sum of each dimension"""
-    squares: np.ndarray
-    errors: np.ndarray
+    squares: Any
+    """[d] float64 sum of its squares"""
+    errors: Any
     """[d] float64 squared error of storing"""
 
 
+class Quantised(Protocol):
+    """Rows that were quantised where the model runs."""
+
+    shape: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    def chunk(self, rows: slice) -> Measured:
+        """A chunk of them."""
+        ...
+
+
+def measure(values: Any, storage: Storage) -> Measured:
+    """A chunk [n, d] of float32 values, stored; on a device also chunks [c, n, d]."""
+    encoded = storage.encode(values)
+    wide = converted(values, "float64")
+    total, squares = wide.sum(-2), column_squares(wide)
+    difference = storage.decode(encoded)
+    difference -= values
+    if isinstance(values, np.ndarray):
+        errors = np.square(difference, out=wide, dtype=np.float64).sum(axis=0)
+    else:
+        errors = wide.copy_(difference).square_().sum(-2)
+    return Measured(encoded, total, squares, errors)
+
+
 def encode_rows(
-    rows: np.ndarray | Column,
+    rows: np.ndarray | Column | Quantised,
     storage: Storage,
     arrays: dict[str, Array],
     side: str,
@@ -122,35 +148,28 @@ def encode_rows(
     """(files by array name, sums) of a window's rows [n, d] float32.
 
     Sums are float64, chunk by chunk in order: n; of each dimension sum, sum of squares, squared error of storing.
-    `mapped` of a pool takes the chunks side by side; the bytes and the sums are the same. `done` is told of every chunk
-    that will not be read again.
+    Of rows that were quantised on a device, only their compression is left. `mapped` of a pool takes the chunks side by
+    side; the bytes and the sums are the same. `done` is told of every chunk that will not be read again.
     """
     array = arrays[f"{side}s"]
     size = array.chunk[0]
 
-    def one(start: int) -> _Chunk:
+    def one(start: int) -> tuple[bytes, Measured]:
         here = slice(start, start + size)
-        chunk = rows[here]
-        encoded = storage.encode(chunk)
-        wide = chunk.astype(np.float64)
-        total, squares = wide.sum(axis=0), np.einsum("nd,nd->d", wide, wide)
-        difference = storage.decode(encoded)
-        difference -= chunk
-        errors = np.square(difference, out=wide, dtype=np.float64).sum(axis=0)
-        del wide, difference  # 28 MB at width 2,304, in each of the threads
-        data = encode_chunk(array, encoded.stored)
+        chunk = measure(rows[here], storage) if isinstance(rows, np.ndarray | Column) else rows.chunk(here)
+        data = encode_chunk(array, chunk.encoded.stored)
         done(here)
-        return _Chunk(data, encoded[1:], total, squares, errors)
+        return data, chunk._replace(encoded=chunk.encoded._replace(stored=None))
 
     scales, offsets = np.empty((2, math.ceil(len(rows) / size), rows.shape[1]), np.float32)
     row_scales = np.empty(len(rows), np.float32)
     total, squares, errors = np.zeros((3, rows.shape[1]))
     starts = range(0, len(rows), size)
     parts: list[bytes] = []
-    for number, (start, chunk) in enumerate(zip(starts, mapped(one, starts), strict=True)):
-        parts.append(chunk.data)
+    for number, (start, (data, chunk)) in enumerate(zip(starts, mapped(one, starts), strict=True)):
+        parts.append(data)
         if storage.scaled:
-            scales[number], row_scales[start : start + size], offsets[number] = chunk.scales
+            scales[number], row_scales[start : start + size], offsets[number] = chunk.encoded[1:]
         total += chunk.total
         squares += chunk.squares
         errors += chunk.errors

@@ -5,6 +5,9 @@ of its group, so it mixes the text of M windows, and every file is still read ch
 group (numcodecs releases the GIL) into one of two buffers that are reused. A group keeps the storage type until
 another thread cuts a batch from it.
 
+On a GPU a group is decoded into pinned memory, copied there whole while batches are cut from the one before, and cut
+and dequantised there by the caller's thread: three kernels a side, and no thread of Python's beside the decoders.
+
 Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D width.
 """
 
@@ -20,6 +23,7 @@ import torch
 
 from common.device import cores
 from common.errors import InputError
+from shards.device.copies import Copies
 from shards.layout import CHUNK_ROWS
 from shards.order import chunk_groups
 from shards.reader import ChunkReader
@@ -114,7 +118,34 @@ class Loader:
             yield batch.inputs, batch.outputs
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Yields batches. Threads decode the next group; others cut AHEAD batches from the current one."""
+        """Yields batches. Threads decode the next group."""
+        return self._on_cpu() if self.device.type == "cpu" else self._on_device()
+
+    def _on_device(self) -> Generator[Batch, None, None]:
+        copies = Copies(self.device)
+        current, following = DeviceGroup(self, copies), DeviceGroup(self, copies)
+        turns = self._schedule()
+        with ThreadPoolExecutor(min(4, cores())) as decoders:
+            try:
+                turn = next(turns, None)
+                if turn is not None:
+                    current.decode(decoders, turn.chunks)
+                while turn is not None:
+                    next_turn = next(turns, None)
+                    if next_turn is not None:
+                        following.decode(decoders, next_turn.chunks)
+                    current.arrive()
+                    for within in range(turn.first_batch, self.batches_per_group):
+                        yield self._cut(current, turn, within)
+                        following.send_if_decoded()
+                    current.leave()
+                    current, following, turn = following, current, next_turn
+            finally:
+                current.settle()
+                following.settle()
+
+    def _on_cpu(self) -> Generator[Batch, None, None]:
+        """Other threads cut AHEAD batches from the current group."""
         current, following = _Group(self), _Group(self)
         cut: deque[Future[Batch]] = deque()
         with (
@@ -148,12 +179,12 @@ class Loader:
                 yield _Turn(epoch, number, first, groups[number][self.rank :: self.world])
             epoch, batch = epoch + 1, 0
 
-    def _cut(self, group: "_Group", turn: "_Turn", within: int) -> Batch:
+    def _cut(self, group: "_Group | DeviceGroup", turn: "_Turn", within: int) -> Batch:
         rows = slice(within * self.rows_per_chunk, (within + 1) * self.rows_per_chunk)
         numbers = turn.chunks[:, None] * CHUNK_ROWS + np.arange(rows.start, rows.stop)
         return Batch(
-            group.values("input", rows, self.device),
-            group.values("output", rows, self.device),
+            group.values("input", rows),
+            group.values("output", rows),
             numbers.reshape(-1),
             turn.epoch,
             turn.group * self.batches_per_group + within,
@@ -197,38 +228,79 @@ class _Group:
         for future in pending:
             future.result()
 
-    def values(self, side: str, rows: slice, device: torch.device) -> torch.Tensor:
-        """[M * R, D] float32 on `device`. The copy to a GPU is in the storage type."""
-        stored = self._arrays[f"{side}s"][:, rows]
-        scales, offsets = [], self._arrays.get(f"{side}_offsets")  # of columns [M, 1, D]
-        if f"{side}_scales" in self._arrays:
-            scales = [self._arrays[f"{side}_scales"], self._arrays[f"{side}_row_scales"][:, rows, None]]
-        if device.type == "cpu":
-            return torch.from_numpy(self._on_cpu(stored, scales, offsets).reshape(-1, stored.shape[-1]))
-        values = _pinned(stored, device)
-        bits = self._split.storage.torch_bits
-        values = (values.view(getattr(torch, bits)) if bits else values).to(torch.float32)
-        for scale in scales:
-            values *= _pinned(scale, device)
-        if offsets is not None:
-            values += _pinned(offsets, device)
-        return values.reshape(-1, values.shape[-1])
-
-    def _on_cpu(self, stored: np.ndarray, scales: list[np.ndarray], offsets: np.ndarray | None) -> np.ndarray:
-        """[M, R, D] float32, computed in numpy: it takes one core in this thread. Torch would take all cores and spin
+    def values(self, side: str, rows: slice) -> torch.Tensor:
+        """[M * R, D] float32, computed in numpy: it takes one core in this thread. Torch would take all cores and spin
         (430 k rows/s on two cores, see docs/log.md).
         """
-        values = self._split.storage.widen(stored)
-        for scale in scales:
-            values *= scale
-        if offsets is not None:
-            values += offsets
-        return values
+        values = self._split.storage.widen(self._arrays[f"{side}s"][:, rows])
+        if f"{side}_scales" in self._arrays:  # of columns [M, 1, D]
+            values *= self._arrays[f"{side}_scales"]
+            values *= self._arrays[f"{side}_row_scales"][:, rows, None]
+        if f"{side}_offsets" in self._arrays:
+            values += self._arrays[f"{side}_offsets"]
+        return torch.from_numpy(values.reshape(-1, values.shape[-1]))
 
 
-def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on a GPU, through pinned memory."""
-    return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
+class DeviceGroup(_Group):
+    """The same group in pinned memory of the host, and on the device. Its methods are called by one thread."""
+
+    def __init__(self, loader: Loader, copies: Copies) -> None:
+        super().__init__(loader)
+        self._copies = copies
+        self._pinned = {n: copies.pinned(a.shape, _torch_type(a.dtype)) for n, a in self._arrays.items()}
+        self._there = {
+            n: torch.empty(t.shape, dtype=t.dtype, device=copies.device) for n, t in self._pinned.items()
+        }
+        self._arrays = {n: tensor.numpy().view(self._arrays[n].dtype) for n, tensor in self._pinned.items()}
+        self._cut = self._copied = copies.mark()
+
+    def decode(self, pool: ThreadPoolExecutor, chunks: np.ndarray) -> None:
+        """Into pinned memory, once it was copied: long ago, as batches were cut from the copy since."""
+        self._copied.wait()
+        super().decode(pool, chunks)
+
+    def send_if_decoded(self) -> None:
+        """Begin the copy, where every chunk is there and it was not begun."""
+        if self._pending and all(future.done() and not future.exception() for future in self._pending):
+            self._send()
+
+    def _send(self) -> None:
+        self.wait()
+        pairs = [(there, self._pinned[name]) for name, there in self._there.items()]
+        self._copied = self._copies.start(pairs, after=self._cut)
+
+    def arrive(self) -> None:
+        """What is cut from here on has the group: as a rule it is on the device by now."""
+        if self._pending:
+            self._send()
+        self._copies.compute_after(self._copied)
+
+    def leave(self) -> None:
+        """No more batches are cut: the device may overwrite the group once it has cut those that were asked for."""
+        self._cut = self._copies.mark()
+
+    def settle(self) -> None:
+        """Until no copy is under way: its memory may then be given back."""
+        self._copied.wait()
+
+    def values(self, side: str, rows: slice) -> torch.Tensor:
+        """[M * R, D] float32, the same as on the CPU, in memory of its own."""
+        stored = self._there[f"{side}s"][:, rows]
+        if bits := self._split.storage.torch_bits:
+            stored = stored.view(getattr(torch, bits))
+        if f"{side}_scales" not in self._there:
+            values = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+            return values.copy_(stored).flatten(0, 1)
+        values = stored * self._there[f"{side}_scales"]  # int8 * float32 is float32
+        values *= self._there[f"{side}_row_scales"][:, rows, None]
+        if f"{side}_offsets" in self._there:
+            values += self._there[f"{side}_offsets"]
+        return values.flatten(0, 1)
+
+
+def _torch_type(dtype: np.dtype) -> torch.dtype:
+    """Of the same size: the bits of bfloat16 come as int16."""
+    return torch.from_numpy(np.empty(0, np.int16 if dtype == np.uint16 else dtype)).dtype
 
 
 def _group_size(chunks: int, batch_size: int, world: int) -> int:

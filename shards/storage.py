@@ -1,13 +1,18 @@
 """Values <-> what a store keeps of them: one entry of STORAGES for each value of harvest.storage.
 
+int8's arithmetic is written once, for numpy arrays, and for torch tensors on the device where the model runs; there
+chunks may be stacked, [c, n, d]. numpy's bytes are those of the golden stores.
+
 Shapes: n rows of a chunk, d columns.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 LARGEST_BFLOAT16 = np.uint16(0x7F7F)
 
@@ -17,13 +22,13 @@ class Encoded(NamedTuple):
     ones, no offsets as zeros.
     """
 
-    stored: np.ndarray
-    """[n, d]"""
-    scales: np.ndarray | None = None
+    stored: Any
+    """[n, d], an array; a tensor where `quantise` was given one. The same of the others."""
+    scales: Any = None
     """[d] float32, one per column of this chunk"""
-    row_scales: np.ndarray | None = None
+    row_scales: Any = None
     """[n] float32, size of each row beside the others, see `row_sizes`"""
-    offsets: np.ndarray | None = None
+    offsets: Any = None
     """[d] float32, each column's mean in this chunk"""
 
 
@@ -33,9 +38,9 @@ class Storage:
 
     dtype: np.dtype
     """Of the stored values."""
-    encode: Callable[[np.ndarray], Encoded]
-    """A chunk of finite float32 values [n, d]."""
-    widen: Callable[[np.ndarray], np.ndarray]
+    encode: Callable[[Any], Encoded]
+    """A chunk of finite float32 values [n, d]; where `scaled` also chunks [c, n, d] on a device."""
+    widen: Callable[[Any], Any]
     """Stored values of any shape as fresh float32, before scales."""
     compressors: tuple[str, str]
     """Of inputs and outputs where harvest.compressor is auto: the measured best, docs/storage.md."""
@@ -46,15 +51,15 @@ class Storage:
     torch_bits: str | None = None
     """The torch dtype whose bits the stored values are, where it is not that of the same name."""
 
-    def decode(self, encoded: Encoded) -> np.ndarray:
+    def decode(self, encoded: Encoded) -> Any:
         """[n, d] float32."""
         values = self.widen(encoded.stored)
         if encoded.scales is not None:
-            values *= encoded.scales
+            values *= encoded.scales[..., None, :]
         if encoded.row_scales is not None:
-            values *= encoded.row_scales[:, None]
+            values *= encoded.row_scales[..., None]
         if encoded.offsets is not None:
-            values += encoded.offsets
+            values += encoded.offsets[..., None, :]
         return values
 
 
@@ -72,19 +77,42 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def column_offsets(values: np.ndarray) -> np.ndarray:
+def library(values: Any) -> ModuleType:
+    """numpy or torch: whose functions take these values."""
+    return torch if isinstance(values, torch.Tensor) else np
+
+
+def converted(values: Any, dtype: str) -> Any:
+    """A copy in another type."""
+    return values.astype(dtype) if isinstance(values, np.ndarray) else values.to(getattr(torch, dtype))
+
+
+def divided(values: Any, number: float) -> Any:
+    """values / number, rounded once. By a number of the host a GPU multiplies with its rounded reciprocal instead."""
+    return values / (number if isinstance(values, np.ndarray) else torch.full_like(values, number))
+
+
+def column_squares(wide: Any) -> Any:
+    """[d] sums over the rows of values [n, d] squared, in their precision."""
+    if isinstance(wide, np.ndarray):
+        return np.einsum("nd,nd->d", wide, wide)
+    return wide.square().sum(-2)  # torch's einsum would make [d] products of one row by one column
+
+
+def column_offsets(values: Any) -> Any:
     """[d] float32 means of values [n, d] that are above one standard deviation; 0 for the others.
 
     A small mean costs nothing, and may be that of a few huge rows alone: taken off the small ones, it would drown them.
     """
-    wide = values.astype(np.float64)
-    mean = wide.mean(axis=0)
-    wide -= mean
-    variance = np.einsum("nd,nd->d", wide, wide) / len(wide)
-    return np.where(np.square(mean) > variance, mean, 0).astype(np.float32)
+    wide, n = converted(values, "float64"), values.shape[-2]
+    mean = divided(wide.sum(-2), n)
+    wide -= mean[..., None, :]
+    variance = divided(column_squares(wide), n)
+    xp = library(values)
+    return converted(xp.where(xp.square(mean) > variance, mean, xp.zeros_like(mean)), "float32")
 
 
-def row_sizes(values: np.ndarray) -> np.ndarray:
+def row_sizes(values: Any) -> Any:
     """[n] float32 root mean square of each row of values [n, d], each column in units of its own; 1 for a zero row.
 
     In all they have the mean square of the values. Columns are weighed alike: by the plain RMS a dimension 1e4 times
@@ -92,26 +120,46 @@ def row_sizes(values: np.ndarray) -> np.ndarray:
     lost 70 % of their variance, now 5e-5. The second round (Sinkhorn's) is for a row 1e4 times the others, which alone
     decides the first round's columns.
 
-    einsum, not @: BLAS would start threads of its own in each of the threads that encode (docs/gpu.md). The sizes are
-    the same.
+    einsum, not @: numpy's would be BLAS, which starts threads of its own in each of the threads that encode
+    (docs/gpu.md). The sizes are the same.
     """
-    squares = np.square(values, dtype=np.float64)
-    rows = np.ones(len(values))
+    xp = library(values)
+    squares = _squares(values)
+    rows = xp.ones_like(squares[..., 0])
     for _ in range(2):
-        columns = np.einsum("n,nd->d", _inverse(rows), squares)
-        rows = np.einsum("nd,d->n", squares, _inverse(columns))
-    rows *= squares.mean(axis=1).sum() / (rows.sum() or 1)
-    sizes = np.minimum(np.sqrt(rows), np.finfo(np.float32).max).astype(np.float32)
-    sizes[sizes == 0] = 1
-    return sizes
+        columns = xp.einsum("...n,...nd->...d", _inverse(rows), squares)
+        rows = xp.einsum("...nd,...d->...n", squares, _inverse(columns))
+    total = rows.sum(-1)
+    total = xp.where(total == 0, xp.ones_like(total), total)
+    rows *= (divided(squares.sum(-1), values.shape[-1]).sum(-1) / total)[..., None]
+    sizes = converted(xp.clip(xp.sqrt(rows), None, float(np.finfo(np.float32).max)), "float32")
+    return xp.where(sizes == 0, xp.ones_like(sizes), sizes)
 
 
-def _inverse(sizes: np.ndarray) -> np.ndarray:
+def _squares(values: Any) -> Any:
+    """float64"""
+    if isinstance(values, np.ndarray):
+        return np.square(values, dtype=np.float64)  # without a second array
+    return converted(values, "float64").square_()
+
+
+def _inverse(sizes: Any) -> Any:
     """1 / size, 0 where there is none."""
-    return np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    xp = library(sizes)
+    there = sizes > 0
+    one = xp.ones_like(sizes)
+    return xp.where(there, one / xp.where(there, sizes, one), xp.zeros_like(sizes))
 
 
-def quantise(values: np.ndarray) -> Encoded:
+def _largest(values: Any) -> Any:
+    """[d] largest size in each column of values [n, d]."""
+    if isinstance(values, np.ndarray):
+        return np.maximum(values.max(axis=0, initial=0), -values.min(axis=0, initial=0))
+    least, most = values.aminmax(dim=-2)
+    return torch.where(most > -least, most, -least)  # of zeros -0.0, as numpy on x86; a GPU's maximum is +0.0
+
+
+def quantise(values: Any) -> Encoded:
     """A chunk [n, d] of finite float32 values, below 2^127, as int8 with column offsets, and row size times column
     absmax scales.
 
@@ -120,18 +168,19 @@ def quantise(values: np.ndarray) -> Encoded:
     to 114 standard deviations (Gemma-3-270M layer 3): without offsets 7 % of such a one's variance is lost, with them
     5e-4 at most.
     """
+    xp = library(values)
     offsets = column_offsets(values)
-    steps = values - offsets
+    steps = values - offsets[..., None, :]
     row_scales = row_sizes(steps)
-    steps /= row_scales[:, None]
-    scales = np.maximum(steps.max(axis=0, initial=0), -steps.min(axis=0, initial=0)) / np.float32(127)
-    steps /= np.where(scales == 0, np.float32(1), scales)
-    np.clip(np.rint(steps, out=steps), -127, 127, out=steps)
-    return Encoded(steps.astype(np.int8), scales, row_scales, offsets)
+    steps /= row_scales[..., None]
+    scales = divided(_largest(steps), 127)
+    steps /= xp.where(scales == 0, xp.ones_like(scales), scales)[..., None, :]
+    xp.clip(xp.round(steps, out=steps), -127, 127, out=steps)
+    return Encoded(converted(steps, "int8"), scales, row_scales, offsets)
 
 
-def _as_float32(stored: np.ndarray) -> np.ndarray:
-    return stored.astype(np.float32)
+def _as_float32(stored: Any) -> Any:
+    return converted(stored, "float32")
 
 
 FLOATS = ("blosc-zstd-3-bitshuffle", "blosc-zstd-3-shuffle")

@@ -13,6 +13,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 from common.errors import InputError, shown
 from common.files import locked, remove_asides, sha256, write_whole
 from shards.commit import commit_of, commit_text, store_files
+from shards.device.column import DeviceColumn, Landing
 from shards.encode import Column, Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
@@ -39,7 +41,7 @@ from shards.manifest import NAMES, SPLITS, Manifest, Source, Split, digest, read
 from shards.order import permutation
 from shards.reader import Contexts, MappedArray
 from shards.remote import LocalFiles
-from shards.storage import STORAGES
+from shards.storage import STORAGES, Storage
 
 VARIANCE_ROWS = 256
 """Rows of a window that tell a dimension's variance: in the few of a last one it may be small by chance."""
@@ -238,10 +240,12 @@ class StoreWriter:
         max_quantisation_fvu: float,
         max_dimension_fvu: float,
         mapped: Mapped = map,
+        during: Callable[[str], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
     ) -> None:
         """Compress and publish one window's rows, then its record. Called from background threads.
 
-        `mapped`: see `encode_rows`. The rows' memory is given back as they are encoded.
+        `mapped`: see `encode_rows`. The rows' memory is given back as they are encoded. `during` is told what comes:
+        "compression", "disk".
 
         Raises `InputError` when storing costs a larger share of the variance than `max_quantisation_fvu`, or a larger
         share of one dimension's own than `max_dimension_fvu`.
@@ -256,15 +260,18 @@ class StoreWriter:
 
         for side, rows in (("input", columns.inputs), ("output", columns.outputs)):
             done = partial(columns.let_go, rows)
-            files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped, done)
+            with during("compression"):
+                files, sums = encode_rows(rows, STORAGES[self.source.storage], arrays, side, mapped, done)
             moments[f"{side}s"] = sums
             self._check_cost(side, sums, max_quantisation_fvu, max_dimension_fvu)
-            for name, data in files.items():
-                publish(name, data)
-        for name, values in (("row_context", columns.context), ("row_position", columns.position)):
-            publish(name, encode_shard(arrays[name], values))
-        record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
-        write_whole(self._record_path(split, window), dumps(record))
+            with during("disk"):
+                for name, data in files.items():
+                    publish(name, data)
+        with during("disk"):
+            for name, values in (("row_context", columns.context), ("row_position", columns.position)):
+                publish(name, encode_shard(arrays[name], values))
+            record = {"rows": len(columns.inputs), "moments": moments, "files": digests}
+            write_whole(self._record_path(split, window), dumps(record))
 
     def _check_cost(self, side: str, sums: dict[str, Any], limit: float, dimension_limit: float) -> None:
         moments = reduce_moments([sums])
@@ -342,10 +349,10 @@ class StoreWriter:
 class WindowRows:
     """One window's rows in stored order; filled by the harvest, written by `StoreWriter.write_window`."""
 
-    inputs: Column
+    inputs: Column | DeviceColumn
     """[n, d_in]"""
-    outputs: Column
-    """[n, d_out]"""
+    outputs: Column | DeviceColumn
+    """[n, d_out]; of the same kind as the inputs"""
     context: np.ndarray
     """[n] uint32"""
     position: np.ndarray
@@ -356,27 +363,65 @@ class WindowRows:
     def __post_init__(self) -> None:
         self._held, self._lock = 0, threading.Lock()
 
+    @property
+    def on_device(self) -> list[DeviceColumn]:
+        """Both columns, or neither."""
+        return [column for column in (self.inputs, self.outputs) if isinstance(column, DeviceColumn)]
+
+    def quantise(self, storage: Storage) -> None:
+        """Have the device quantise its rows; those on the host are quantised as they are written."""
+        for column in self.on_device:
+            column.quantise(storage)
+
+    def fetch(self) -> None:
+        """Have them copied to the host, where the layer's window before is not needed any more."""
+        for column in self.on_device:
+            column.fetch()
+
+    def wait_computed(self) -> None:
+        """Until the device has quantised them."""
+        for column in self.on_device:
+            column.wait_computed()
+
+    def wait_copied(self) -> None:
+        """Until they are on the host."""
+        for column in self.on_device:
+            column.wait_copied()
+
     def expect(self, rows: int) -> int:
-        """Note that so many rows of both columns are put next; returns how many that are together."""
+        """Note that so many rows of both columns are put next; returns how many the host will hold of them together."""
+        if self.on_device:
+            return 0
         with self._lock:
             self._held += 2 * rows
         return 2 * rows
 
     @classmethod
     def empty(
-        cls, rows: int, source: Source, freed: Callable[[int], object] = lambda _: None
+        cls,
+        rows: int,
+        source: Source,
+        freed: Callable[[int], object] = lambda _: None,
+        landings: tuple[Landing, Landing] | None = None,
     ) -> "WindowRows":
-        """Uninitialised columns for `rows` rows."""
+        """Uninitialised columns for `rows` rows; on the device whose `landings` are given, of inputs and outputs."""
+        if landings is None:
+            inputs, outputs = Column(rows, source.d_in), Column(rows, source.d_out)
+        else:
+            inputs = DeviceColumn(rows, source.d_in, landings[0])
+            outputs = DeviceColumn(rows, source.d_out, landings[1])
         return cls(
-            Column(rows, source.d_in),
-            Column(rows, source.d_out),
+            inputs,
+            outputs,
             np.empty(rows, np.uint32),
             np.empty(rows, np.uint16),
             freed,
         )
 
-    def let_go(self, column: Column, rows: slice) -> None:
+    def let_go(self, column: Column | DeviceColumn, rows: slice) -> None:
         """Give back rows of a column that are encoded."""
+        if isinstance(column, DeviceColumn):
+            return  # the next window comes to the same place
         column.free(rows)
         count = min(rows.stop, len(column)) - rows.start
         with self._lock:

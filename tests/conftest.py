@@ -111,6 +111,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules["shards.writer"],
         sys.modules["shards.loader"],
         sys.modules["shards.store"],
+        sys.modules["shards.device.column"],
     ):
         if hasattr(module, "CHUNK_ROWS"):
             monkeypatch.setattr(module, "CHUNK_ROWS", 16)

@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from common.files import write_whole
 from shards import Store
 from shards.codecs import Compressor
+from shards.encode import Column
 from shards.layout import windows
 from shards.manifest import SPLITS, Source
 from shards.writer import ContextWriter, StoreWriter, Text, WindowRows, stored_order
@@ -101,7 +102,9 @@ def make_store(
                 rows = WindowRows.empty(len(window), origin)
                 order = stored_order(origin, name, number, len(window))
                 kept = np.arange(window.start, window.stop)
-                rows.inputs[order], rows.outputs[order] = inputs[kept], outputs[kept]
+                for column, values in ((rows.inputs, inputs), (rows.outputs, outputs)):
+                    assert isinstance(column, Column)
+                    column.put(order, values[kept])
                 rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1
                 writer.write_window(name, number, rows, max_quantisation_fvu, max_dimension_fvu)
         writer.finish()

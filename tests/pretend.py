@@ -116,6 +116,12 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _counts["waits"] += name in WAITS or masks or to_host
         _counts["kernels"] += name not in FREE
         _counts[name] += 1
+    if copies:
+        to_device = isinstance(args[0], Pretend) if name == "copy_" else on_device
+        if to_device != isinstance(args[1] if name == "copy_" else args[0], Pretend):
+            way = "to device" if to_device else "to host"
+            _counts[f"copies {way}"] += 1
+            _counts[f"bytes {way}"] += result.nbytes
     if name == "copy_":
         return args[0]
     if not on_device:

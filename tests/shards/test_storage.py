@@ -51,6 +51,21 @@ def test_int8_error_is_at_most_half_a_step(values: np.ndarray) -> None:
     assert (error <= step / 2 + slack).all()
 
 
+@given(BELOW_HALF)
+def test_a_device_computes_the_hosts_int8(values: np.ndarray) -> None:
+    """The same float32 operations, and float64 sums in another order: of small chunks they round to the same."""
+    with np.errstate(over="ignore"):
+        host, there = quantise(values), quantise(torch.from_numpy(values))
+        stacked = quantise(torch.from_numpy(np.stack([values, values])))
+        back = INT8.decode(host)
+    assert torch.equal(INT8.decode(there), torch.from_numpy(back))
+    for one, other, two in zip(host, there, stacked, strict=True):
+        assert one.dtype == other.numpy().dtype
+        assert np.array_equal(one, other.numpy())
+        assert torch.equal(two[0], other)
+        assert torch.equal(two[1], other)
+
+
 def test_values_that_int8_cannot_hold_are_refused(tmp_path: Path) -> None:
     """At the very end of float32's range: their difference is infinite."""
     rows = np.full((9, 1), 3.3953585e38, np.float32)
