@@ -80,7 +80,7 @@ class Settings(BaseModel):
         return self.paths.checkpoints / "transcoder" / self.model_slug / f"layer_{self.layer}" / self.run
 
     def command(self, target: str, layers: str = "", *, run: bool = True) -> str:
-        """`make target` for these layers (one: its own), profile, harvest and run: what an error tells the user to do."""
+        """`make target` for these layers (one: its own), profile, harvest and run: an error's remedy."""
         asked = {"LAYER": layers or f"{self.layer}", "PROFILE": self.profile, "HARVEST": self.harvest_name}
         if run:
             asked["RUN"] = self.run
