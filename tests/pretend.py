@@ -3,10 +3,15 @@
     with pretend_device() as counts:
         x = torch.randn(4, 3).to(DEVICE)
 
-A GPU runs each operator as at least one kernel, and the host waits where a result decides a shape or becomes a number.
+A GPU runs each operator as at least one kernel. The host waits where a result decides a shape or becomes a number, and
+for every copy between host and device that does not say `non_blocking`. Threads that start meanwhile (a loader's) see
+the device too; what they do is counted apart, as it does not stop the thread that trains.
 PyTorch ships what registers such a device (`PrivateUse1`, for a backend written in Python).
+
+Not covered: autograd, streams, collectives.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,33 +34,15 @@ WAITS = {
     "_unique2",
     "equal",
 }
-FREE = {
-    *(
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "expand",
-        "slice",
-        "select",
-        "transpose",
-        "t",
-        "permute",
-        "unsqueeze",
-    ),
-    *(
-        "squeeze",
-        "detach",
-        "alias",
-        "as_strided",
-        "empty",
-        "empty_like",
-        "new_empty",
-        "empty_strided",
-        "unbind",
-        "split",
-    ),
-}
+"""Operators that give a number to the host, or a shape that depends on values."""
+LOOKS = "view _unsafe_view reshape expand slice select transpose t permute unsqueeze squeeze detach alias as_strided"
+ALLOCATES = "empty empty_like new_empty empty_strided unbind split"
+FREE = {*LOOKS.split(), *ALLOCATES.split()}
 """Operators that only look at memory, or allocate it."""
+
+
+WIDE_PRODUCTS = {torch.ops.aten.mm.dtype, torch.ops.aten.mm.dtype_out}
+"""Products of bfloat16 matrices, summed and returned in float32."""
 
 
 class Pretend(Tensor):
@@ -81,7 +68,8 @@ class Pretend(Tensor):
         return _run(function, args, kwargs or {})
 
     def tolist(self) -> Any:  # PyTorch refuses it for subclasses
-        _counts["waits"] += 1
+        _count("waits", "tolist")
+        _count_bytes("bytes to host", self)
         return self.inner.tolist()
 
 
@@ -93,6 +81,19 @@ class _Mode(TorchDispatchMode):
 
 
 _counts: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+def _count(*names: str, n: int = 1) -> None:
+    """Names as they are where the training thread works, and with "threads: " before them elsewhere."""
+    elsewhere = "" if threading.current_thread() is threading.main_thread() else "threads: "
+    with _lock:
+        for name in names:
+            _counts[elsewhere + name] += n
+
+
+def _count_bytes(name: str, tensor: Tensor) -> None:
+    _count(name, n=tensor.numel() * tensor.element_size())
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -104,24 +105,17 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if ours and not copies and any(not isinstance(tensor, Pretend) and tensor.dim() for tensor in tensors):
         raise RuntimeError(f"{name}: tensors of the CPU and of the device meet")
     on_device = bool(ours)
-    if "device" in kwargs and kwargs["device"] is not None:
+    plain = kwargs
+    if kwargs.get("device") is not None:
         on_device = torch.device(kwargs["device"]).type == "pretend"
-        kwargs = kwargs | {"device": "cpu"}
-    result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        plain = kwargs | {"device": "cpu"}
+    inner = tree_map(_inner, (args, plain))
+    if function in WIDE_PRODUCTS:  # CUDA has it, the CPU does not
+        result = torch.mm(*(each.float() for each in inner[0][:2]), **inner[1])
+    else:
+        result = function(*inner[0], **inner[1])
     if on_device or ours:
-        masks = name in ("index", "index_put", "index_put_") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
-        )
-        to_host = copies and name == "_to_copy" and not on_device
-        _counts["waits"] += name in WAITS or masks or to_host
-        _counts["kernels"] += name not in FREE
-        _counts[name] += 1
-    if copies:
-        to_device = isinstance(args[0], Pretend) if name == "copy_" else on_device
-        if to_device != isinstance(args[1] if name == "copy_" else args[0], Pretend):
-            way = "to device" if to_device else "to host"
-            _counts[f"copies {way}"] += 1
-            _counts[f"bytes {way}"] += result.nbytes
+        _note(name, args, kwargs, on_device, bool(ours), result)
     if name == "copy_":
         return args[0]
     if not on_device:
@@ -135,26 +129,74 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(outer, result)
 
 
+def _note(name: str, args: Any, kwargs: dict[str, Any], on_device: bool, ours: bool, result: Any) -> None:
+    """Count one operator, whose `result` is on the device or not, and of whose arguments some are `ours`."""
+    masks = name in ("index", "index_put", "index_put_") and any(
+        isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+    )
+    if name == "copy_":
+        to_device, to_host = not isinstance(args[1], Pretend), not isinstance(args[0], Pretend)
+        waits = (to_device or to_host) and not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+    else:
+        to_device, to_host = name == "_to_copy" and not ours, name == "_to_copy" and not on_device
+        waits = (to_device or to_host) and not kwargs.get("non_blocking")
+    if to_device:
+        _count_bytes("bytes to device", result)
+    if to_host or name == "_local_scalar_dense":
+        _count_bytes("bytes to host", args[0] if name == "_local_scalar_dense" else result)
+    _count("sums in an open order", n=_is_open_sum(name, args, kwargs))
+    _count(
+        name,
+        *(["waits"] if waits or masks or name in WAITS else []),
+        *(["kernels"] if name not in FREE else []),
+    )
+
+
+def _is_open_sum(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether CUDA's kernel would add floating-point numbers to one place with atomic additions, in any order.
+
+    After the list at torch.use_deterministic_algorithms: of what adds by an index only where two indices are equal.
+    """
+    if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        return False
+    name, index = name.removesuffix("_"), None
+    if name in ("index_add", "scatter_add", "scatter_reduce"):
+        index = args[2]
+    elif name == "index_put" and (args[3] if len(args) > 3 else kwargs.get("accumulate")):
+        index = args[1][0]
+    elif name in ("cumsum", "put", "_embedding_bag_dense_backward", "embedding_dense_backward", "histc"):
+        return True
+    return index is not None and len(_inner(index).unique(dim=0)) < len(index)
+
+
 def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, Pretend) else value
 
 
 @contextmanager
 def pretend_device() -> Iterator[Counter[str]]:
-    """The device, and the counts of kernels, waits and operators since it began."""
+    """The device, and the counts of kernels, waits, bytes and operators since it began."""
     _counts.clear()
-    original = torch.tensor
+    originals = torch.tensor, Tensor.pin_memory, threading.Thread.run
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         """torch.tensor copies below every dispatch mode; a copy from the host makes it wait."""
         if device is None or torch.device(device).type != "pretend":
-            return original(data, *args, device=device, **kwargs)
-        _counts["waits"] += 1
-        return Pretend(original(data, *args, **kwargs))
+            return originals[0](data, *args, device=device, **kwargs)
+        made = Pretend(originals[0](data, *args, **kwargs))
+        _count("waits")
+        _count_bytes("bytes to device", made)
+        return made
+
+    def run(self: threading.Thread) -> None:
+        with _Mode():  # a mode is one thread's
+            originals[2](self)
 
     torch.tensor = tensor
+    Tensor.pin_memory = lambda self: self.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    threading.Thread.run = run
     try:
         with _Mode():
             yield _counts
     finally:
-        torch.tensor = original
+        torch.tensor, Tensor.pin_memory, threading.Thread.run = originals
