@@ -256,7 +256,8 @@ def load_coder(job: Job) -> Transcoder:
 def baselines_for(job: Job) -> Baselines:
     """The mean and the best linear map of the train rows; where those were removed, as they were measured before."""
     if not job.store.train.removed:
-        return Baselines(fit_ridge(job.store.train))
+        device = pick_device(job.settings.model.device)
+        return Baselines(fit_ridge(job.store.train, device=device))
     before = baselines_before(job.settings.run_dir().parent, job.provenance)
     if before is None:
         print(
@@ -289,8 +290,9 @@ def _measure(
     with progress("statistics", job.n_rows, "rows") as bar:
         first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
     measurement, words = first.measurement, Words(text, split.contexts)
-    firings = measurement.prefixes[-1].firing.firings.numpy()
-    measured = Measured(choose(first.sampled, firings, split, job.n_rows, words), split.contexts, words)
+    firings = measurement.prefixes[-1].firing.firings.cpu().numpy()
+    labels = choose(first.sampled, firings, split, job.n_rows, words)
+    measured = Measured(labels, split.contexts, words, coder.W_dec.device)
     with progress("contexts", job.n_rows, "rows") as bar:
         samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
     redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)

@@ -24,11 +24,29 @@ class Entries(NamedTuple):
 
     def only(self, mask: Bool[Tensor, " E"]) -> "Entries":
         """The entries that `mask` selects; `n_rows` stays."""
-        return Entries(self.rows[mask], self.latents[mask], self.values[mask], self.n_rows)
+        kept = mask.nonzero().squeeze(
+            1
+        )  # sync: how many; three selections by the mask would wait three times
+        return self.at(kept)
+
+    def at(self, kept: Int[Tensor, " m"]) -> "Entries":
+        """The entries at these ascending places; `n_rows` stays."""
+        return Entries(self.rows[kept], self.latents[kept], self.values[kept], self.n_rows)
+
+    def each(self, masks: Bool[Tensor, "G E"]) -> "list[Entries]":
+        """The entries that each of several masks selects. On a GPU the host waits twice, however many there are."""
+        if masks.is_cpu:
+            return [self.only(mask) for mask in masks]
+        kept = masks.nonzero()[:, 1]  # sync: how many of all
+        return [self.at(part) for part in kept.split(masks.sum(1).tolist())]  # sync: how many of each
 
     def l0(self) -> Int[Tensor, " n"]:
         """The number of active latents of each row (L0)."""
-        return torch.bincount(self.rows, minlength=self.n_rows)
+        return self.bounds().diff()
+
+    def bounds(self) -> Int[Tensor, " m"]:
+        """[n + 1]: row r's entries are [bounds[r], bounds[r + 1])."""
+        return torch.searchsorted(self.rows, torch.arange(self.n_rows + 1, device=self.rows.device))
 
 
 def entries_above(pre: Float[Tensor, "n F"], threshold: Tensor | float, k: int | None = None) -> Entries:
@@ -67,10 +85,12 @@ def decode(
     >>> decode(entries, W_dec=torch.tensor([[1.0], [10.0]]), base=torch.tensor([[0.0], [0.5], [0.0]])).tolist()
     [[21.0], [0.5], [30.0]]
     """
-    offsets = torch.zeros(entries.n_rows, dtype=torch.int64, device=entries.rows.device)
-    offsets[1:] = entries.l0().cumsum(0)[:-1]
     summed = embedding_bag(
-        entries.latents, W_dec, offsets, mode="sum", per_sample_weights=entries.values.to(W_dec.dtype)
+        entries.latents,
+        W_dec,
+        entries.bounds()[:-1],
+        mode="sum",
+        per_sample_weights=entries.values.to(W_dec.dtype),
     )
     return base + summed
 

@@ -20,18 +20,17 @@ class Deviation:
     where a dimension is constant, and the FVU of a constant output must be null.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.rows = 0
-        self.mean = torch.zeros(width, dtype=torch.float64)
-        self.squares = torch.zeros(width, dtype=torch.float64)
+        self.mean, self.squares = torch.zeros(2, width, dtype=torch.float64, device=device)
 
     def add(self, values: Tensor) -> None:
-        """`values` [B, D], B at least 1, of any device; the sums stay on the CPU."""
+        """`values` [B, D], B at least 1, of any device; the host waits only where the sums are on another."""
         block = values.double()
         mean = block.mean(0)
-        squares = (block - mean).square_().sum(0).cpu()
+        squares = (block - mean).square_().sum(0).to(self.mean.device)
         total = self.rows + len(block)
-        shift = mean.cpu() - self.mean
+        shift = mean.to(self.mean.device) - self.mean
         self.squares += squares + shift.square() * (self.rows * len(block) / total)
         self.mean += shift * (len(block) / total)
         self.rows = total

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evaluate.labels.words import READ
+from evaluate.metrics.firing import tally
 from evaluate.metrics.rows import ContextTable
 from evaluate.records import EffectMetrics
 
@@ -198,7 +199,7 @@ def _histograms(effects: Tensor, edges: Tensor) -> Tensor:
     width = ((high - low) / HISTOGRAM_BINS).clamp(min=1e-30)
     bins = ((effects - low) / width).long().clamp(0, HISTOGRAM_BINS - 1)
     bins += torch.arange(len(effects), device=effects.device)[:, None] * HISTOGRAM_BINS
-    return bins.flatten().bincount(minlength=len(effects) * HISTOGRAM_BINS).view(len(effects), -1)
+    return tally(bins.flatten(), len(effects) * HISTOGRAM_BINS).view(len(effects), -1)
 
 
 def effect_metrics(effects: LogitEffects, firings: np.ndarray, occurs: np.ndarray) -> EffectMetrics | None:

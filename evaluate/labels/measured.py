@@ -6,10 +6,14 @@ Shapes: F latents, B rows and E entries of a block, I words of all labels.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from evaluate.labels.choose import KINDS, Labels, for_measuring, keys_of
 from evaluate.labels.words import Words, windows
+from evaluate.metrics.firing import tally
 from evaluate.metrics.rows import ContextTable
+from transcoder.entries import Entries
 
 WEAK_RECALL = 0.25
 """A label with a lower recall is dimmed: of 88 measured labels judged by hand (docs/labels.md), 62 % of those below and
@@ -42,11 +46,16 @@ class Measured:
     of its words before.
     """
 
-    def __init__(self, labels: Labels, contexts: ContextTable, words: Words) -> None:
+    def __init__(
+        self, labels: Labels, contexts: ContextTable, words: Words, device: torch.device | str = "cpu"
+    ) -> None:
         self.contexts, self.words, self.labels = contexts, words, labels
         self.n_latents, self.rows = len(labels.kinds), 0
-        self.held, self.fired, self.both = (np.zeros(self.n_latents, np.int64) for _ in range(3))
-        self.activation, self.activation_both = (np.zeros(self.n_latents) for _ in range(2))
+        self.held = np.zeros(self.n_latents, np.int64)
+        self.fired, self.both = torch.zeros(2, self.n_latents, dtype=torch.int64, device=device)
+        self.activation, self.activation_both = torch.zeros(
+            2, self.n_latents, dtype=torch.float64, device=device
+        )
         self._tables = []
         """Of each kind: distinct keys [.], first of each in the next [. + 1], latents [I]."""
         kind, key, latent = (
@@ -63,22 +72,24 @@ class Measured:
         self,
         context: np.ndarray,
         position: np.ndarray,
-        row: np.ndarray,
-        latent: np.ndarray,
-        value: np.ndarray,
+        entries: Entries,
     ) -> None:
-        """Add a block: [B] where its rows stand, [E] entries of the full dictionary."""
-        measured = for_measuring(context)
+        """Add a block: [B] where its rows stand, and the entries of the full dictionary."""
+        measured, n = for_measuring(context), self.n_latents
         self.rows += int(measured.sum())
-        entry = measured[row]
-        row, latent, value = row[entry], latent[entry].astype(np.int64), value[entry]
         holds = self._holds(context, position, measured)
-        both = np.isin(row * np.int64(self.n_latents) + latent, holds, assume_unique=True)
-        self.held += np.bincount(holds % self.n_latents, minlength=self.n_latents)
-        self.fired += np.bincount(latent, minlength=self.n_latents)
-        self.both += np.bincount(latent[both], minlength=self.n_latents)
-        self.activation += np.bincount(latent, weights=value, minlength=self.n_latents)
-        self.activation_both += np.bincount(latent[both], weights=value[both], minlength=self.n_latents)
+        self.held += np.bincount(holds % n, minlength=n)
+        device = entries.rows.device
+        own = entries.only(torch.from_numpy(measured).to(device, non_blocking=True)[entries.rows])
+        both = own.at(
+            _shared(own.rows * n + own.latents, torch.from_numpy(holds).to(device, non_blocking=True))
+        )
+        for part, fired, activation in (
+            (own, self.fired, self.activation),
+            (both, self.both, self.activation_both),
+        ):
+            fired += tally(part.latents, n)
+            activation += tally(part.latents, n, part.values.double())
 
     def _holds(self, context: np.ndarray, position: np.ndarray, measured: np.ndarray) -> np.ndarray:
         """Distinct row * F + latent of the rows and labels that hold on them."""
@@ -104,11 +115,23 @@ class Measured:
             known = self.labels.measured & (whole > 0)
             return np.where(known, part / np.where(known, whole, 1), np.nan).astype(np.float32)
 
+        fired, both, activation, activation_both = (
+            counted.cpu().numpy()
+            for counted in (self.fired, self.both, self.activation, self.activation_both)
+        )
         return Quality(
             self.rows,
             self.held,
-            self.fired,
-            share(self.both, self.held),
-            share(self.both, self.fired),
-            share(self.activation_both, self.activation),
+            fired,
+            share(both, self.held),
+            share(both, fired),
+            share(activation_both, activation),
         )
+
+
+def _shared(ascending: Tensor, holds: Tensor) -> Tensor:
+    """Places in `ascending` [E] of the numbers that are among `holds` [.], ascending too."""
+    if not len(holds):
+        return ascending.new_zeros(0)
+    at = torch.searchsorted(holds, ascending).clamp_(max=len(holds) - 1)
+    return (holds[at] == ascending).nonzero().squeeze(1)  # sync: how many

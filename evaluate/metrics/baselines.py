@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from evaluate.metrics.reconstruction import Reconstruction
-from evaluate.metrics.rows import Split, blocks
+from evaluate.metrics.rows import Split, batches, blocks
 from evaluate.records import BaselineMetrics, FittedMetrics, LinearMetrics, OneGroupMetrics
 
+CPU = torch.device("cpu")
 FIT_ROWS = 65_536
 PENALTIES = (1e-6, 1e-4, 1e-2, 1e-1)
 """Ridge penalties tried, relative to the mean squared input."""
@@ -32,17 +33,18 @@ class LinearMap:
         return torch.addmm(self.mean_out, inputs - self.mean_in, self.W)
 
 
-def fit_ridge(split: Split, n_rows: int = FIT_ROWS) -> LinearMap:
+def fit_ridge(split: Split, n_rows: int = FIT_ROWS, device: torch.device = CPU) -> LinearMap:
     """argmin_W sum ||y - mean(y) - (x - mean(x)) W||^2 + penalty * N * E[x_j^2] * ||W||^2.
 
-    Fitted on the first rows of `split`; the last fifth of them chooses the penalty and is not fitted.
+    Fitted on the first rows of `split`; the last fifth of them chooses the penalty and is not fitted. The map is on
+    the device that it was fitted on.
     """
     n_rows = min(n_rows, len(split))
     n_fit = max(1, n_rows - n_rows // 5)
-    mean_in, mean_out = _means(split, n_fit)
+    mean_in, mean_out = _means(split, n_fit, device)
     gram, cross = _products(split, n_fit, mean_in, mean_out)
     scale = float(gram.diagonal().mean()) or 1.0
-    eye = torch.eye(len(gram), dtype=gram.dtype)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=device)
     maps = [
         LinearMap(
             mean_in,
@@ -55,27 +57,26 @@ def fit_ridge(split: Split, n_rows: int = FIT_ROWS) -> LinearMap:
     ]
     if n_fit == n_rows:
         return maps[-1]
-    errors = torch.zeros(len(maps), dtype=torch.float64)
-    for start, stop in blocks(n_rows - n_fit):
-        x, y = split.rows(n_fit + start, n_fit + stop)
+    errors = torch.zeros(len(maps), dtype=torch.float64, device=device)
+    rest = ((n_fit + start, n_fit + stop) for start, stop in blocks(n_rows - n_fit))
+    for _, _, x, y in batches(split, rest, device):
         errors += torch.stack([(linear_map(x) - y).double().square().sum() for linear_map in maps])
     return maps[int(errors.argmin())]
 
 
-def _means(split: Split, n_rows: int) -> tuple[Tensor, Tensor]:
+def _means(split: Split, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     sums: list[Tensor] = []
-    for start, stop in blocks(n_rows):
-        block = [values.double().sum(0) for values in split.rows(start, stop)]
+    for _, _, *values in batches(split, blocks(n_rows), device):
+        block = [side.double().sum(0) for side in values]
         sums = [old + new for old, new in zip(sums, block, strict=True)] if sums else block
     return (sums[0] / n_rows).float(), (sums[1] / n_rows).float()
 
 
 def _products(split: Split, n_rows: int, mean_in: Tensor, mean_out: Tensor) -> tuple[Tensor, Tensor]:
     """(x^T x [D_in, D_in], x^T y [D_in, D_out]) of centred rows: float32 products, float64 sums."""
-    gram = torch.zeros(len(mean_in), len(mean_in), dtype=torch.float64)
-    cross = torch.zeros(len(mean_in), len(mean_out), dtype=torch.float64)
-    for start, stop in blocks(n_rows):
-        x, y = split.rows(start, stop)
+    gram = mean_in.new_zeros(len(mean_in), len(mean_in), dtype=torch.float64)
+    cross = mean_in.new_zeros(len(mean_in), len(mean_out), dtype=torch.float64)
+    for _, _, x, y in batches(split, blocks(n_rows), mean_in.device):
         x, y = x - mean_in, y - mean_out
         gram += x.T @ x
         cross += x.T @ y
@@ -89,12 +90,12 @@ class Baselines:
     """
 
     def __init__(self, linear: LinearMap | None, before: BaselineMetrics | None = None) -> None:
-        width = 0 if linear is None else len(linear.mean_out)
+        width, device = (0, "cpu") if linear is None else (len(linear.mean_out), linear.W.device)
         self.linear, self._before = linear, before
-        self.of_mean, self.of_linear = Reconstruction(width), Reconstruction(width)
+        self.of_mean, self.of_linear = Reconstruction(width, device), Reconstruction(width, device)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out]."""
+        """A block of rows on the map's device: `inputs` [B, D_in], `outputs` [B, D_out]."""
         if self.linear is None:
             return
         self.of_mean.add(outputs, self.linear.mean_out.expand_as(outputs))

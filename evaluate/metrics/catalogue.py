@@ -17,6 +17,7 @@ from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weight
 from evaluate.metrics.passes import First
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import GroupMetrics, LabelMetrics, SplitPair
+from transcoder.entries import Entries
 
 HISTOGRAM_BINS = 24
 N_TOKENS = 5
@@ -75,22 +76,22 @@ def catalogue(
     firing = prefixes[-1].firing
     density = np.zeros((len(ends), n_latents), np.float32)
     for g, prefix in enumerate(prefixes):
-        density[g, : prefix.end] = prefix.firing.density.numpy()
+        density[g, : prefix.end] = prefix.firing.density.cpu().numpy()
     weights = token_weights(first.even)
     tokens, token_shares = top_tokens(weights, n_latents, N_TOKENS)
-    squares = firing.squared.numpy()
+    squares, largest = firing.squared.cpu().numpy(), firing.largest.cpu().numpy()
     return Catalogue(
         group=np.repeat(np.arange(len(ends)), np.diff((0, *ends))),
         density=density,
-        firings=firing.firings.numpy(),
-        largest=firing.largest.numpy(),
-        mean=firing.mean.numpy(),
+        firings=firing.firings.cpu().numpy(),
+        largest=largest,
+        mean=firing.mean.cpu().numpy(),
         energy=squares / max(float(squares.sum()), 1e-300),
         entropy=token_entropy(weights, n_latents),
         top_share=np.where(tokens[:, 0] >= 0, token_shares[:, 0], np.nan),
         tokens=tokens,
         token_shares=token_shares,
-        histogram=activation_histogram(first.even, firing.largest.numpy()),
+        histogram=activation_histogram(first.even, largest),
         percentiles=activation_percentiles(first.even),
         neighbours=neighbours,
         twins=twins,
@@ -117,9 +118,9 @@ def activation_percentiles(even: Best) -> np.ndarray:
 
     Of 1, 2, 3, 4 the first quarter is 1, the second 2:
 
-    >>> even = Best(1, 8)
-    >>> values = np.array([4, 1, 3, 2], np.float32)
-    >>> even.add(np.zeros(4, int), np.arange(4, dtype=np.uint32), np.arange(4), values, np.zeros(4, int))
+    >>> even, rows = Best(1, 8), torch.arange(4)
+    >>> entries = Entries(rows, torch.zeros(4).long(), torch.tensor([4.0, 1.0, 3.0, 2.0]), n_rows=4)
+    >>> even.add(entries, ranks=rows, places=rows, tokens=rows)
     >>> even.finish()
     >>> activation_percentiles(even)[0, [0, 24, 25, 49, 99]].tolist()
     [1.0, 1.0, 2.0, 2.0, 4.0]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from transcoder.entries import Entries
 
@@ -31,7 +33,7 @@ class Coactivation:
     """The active (row, latent) pairs of at most `SAMPLE_ROWS` rows, spread evenly over the pass.
 
     All rows are kept when there are no more than that; else the first few of every block, which are a
-    fair sample because stored rows are shuffled within their window.
+    fair sample because stored rows are shuffled within their window. They stay on the entries' device.
     """
 
     def __init__(self, n_latents: int, n_rows: int) -> None:
@@ -39,16 +41,19 @@ class Coactivation:
         self.share = min(1.0, SAMPLE_ROWS / n_rows)
         self.rows = 0
         self._owed = 0.0
-        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows: list[Tensor] = []
+        self._latents: list[Tensor] = []
 
     def add(self, entries: Entries) -> None:
         """The active entries of a pass's next block."""
         self._owed += self.share * entries.n_rows
         take = min(entries.n_rows, round(self._owed))
         self._owed -= take
-        kept = entries.only(entries.rows < take)
-        rows = (kept.rows + self.rows).cpu().numpy().astype(np.int32)
-        self._pairs.append((rows, kept.latents.cpu().numpy().astype(np.int32)))
+        n = (
+            len(entries.rows) if take == entries.n_rows else int((entries.rows < take).sum())
+        )  # sync: how many
+        self._rows.append((entries.rows[:n] + self.rows).int())
+        self._latents.append(entries.latents[:n].int())
         self.rows += take
 
     def partners(self, prefix_ends: Sequence[int], n: int = 4) -> tuple[Partners, Partners]:
@@ -58,8 +63,7 @@ class Coactivation:
         coarser groups with the highest P(parent | latent) - P(parent): how much more often the parent
         fires where the latent does than it does anywhere, so that one that always fires is nobody's.
         """
-        rows = np.concatenate([pair[0] for pair in self._pairs])
-        latents = np.concatenate([pair[1] for pair in self._pairs])
+        rows, latents = (torch.cat(parts).cpu().numpy() for parts in (self._rows, self._latents))
         firings = np.bincount(latents, minlength=self.n_latents)
         enough = firings >= MIN_FIRINGS
         group_start = np.repeat((0, *prefix_ends[:-1]), np.diff((0, *prefix_ends)))

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shards.order import GOLDEN, mix
-from transcoder.entries import strongest
+from transcoder.entries import Entries, strongest
 
 N_TOP = 32
 """Strongest rows kept per latent. The page shows one of each context."""
@@ -24,65 +25,78 @@ REACH = 16
 """Tokens shown on either side of a sample."""
 BUFFER = 1 << 20
 """Entries collected before a merge. Sorting so many takes about 0.3 s, once in hundreds of blocks."""
+Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Ranks, latents, places, values and tokens of entries, on one device."""
 
 
 class Best:
-    """The `capacity` entries of highest rank (uint32) of each latent so far. Of equal ranks the lower place counts.
+    """The `capacity` entries of highest rank (below 2^32) of each latent so far. Of equal ranks the lower place counts.
+
+    Row 0 stands at place 7, row 1 at place 8. Latent 0 fires on both, latent 1 on row 1:
 
     >>> best = Best(n_latents=2, capacity=1)
-    >>> values = np.array([0.5, 2.0, 1.0], np.float32)  # of latent 0, 0 and 1
-    >>> best.add(np.array([0, 0, 1]), strength(values), np.array([7, 8, 8]), values, np.array([3, 4, 4]))
+    >>> entries = Entries(*map(torch.tensor, ([0, 1, 1], [0, 0, 1], [0.5, 2.0, 1.0])), n_rows=2)
+    >>> best.add(entries, strength(entries.values), places=torch.tensor([7, 8]), tokens=torch.tensor([3, 4]))
     >>> best.finish()
     >>> best.places.tolist(), best.values.tolist(), best.bounds().tolist()
     ([8, 8], [2.0, 1.0], [0, 1, 2])
     """
 
-    def __init__(self, n_latents: int, capacity: int) -> None:
+    ranks: np.ndarray
+    """[m] uint32: this and the four below are there once it is finished, sorted by latent, then rank, highest first."""
+    latents: np.ndarray
+    """[m] int32."""
+    places: np.ndarray
+    """[m] int64."""
+    values: np.ndarray
+    """[m] float32."""
+    tokens: np.ndarray
+    """[m] int32."""
+
+    def __init__(self, n_latents: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
         self.n_latents = n_latents
-        self.ranks = np.zeros(0, np.uint32)
-        self.latents = np.zeros(0, np.int32)
-        self.places = np.zeros(0, np.int64)
-        self.values = np.zeros(0, np.float32)
-        self.tokens = np.zeros(0, np.int32)
-        self._floor = np.zeros(n_latents, np.int64)
-        self._waiting: list[tuple[np.ndarray, ...]] = []
+        self._floor = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        """[F] rank below which an entry is not kept."""
+        none = self._floor[:0]
+        self._kept: Columns = (none, none.int(), none, none.float(), none.int())
+        self._waiting: list[Columns] = []
         self._n_waiting = 0
 
-    def add(
-        self,
-        latents: np.ndarray,
-        ranks: np.ndarray,
-        places: np.ndarray,
-        values: np.ndarray,
-        tokens: np.ndarray,
-    ) -> None:
-        """Add a block's entries, [E] each. Those below their latent's lowest kept rank are dropped at once."""
-        high = ranks >= self._floor[latents]
-        self._waiting.append(
-            (ranks[high], latents[high].astype(np.int32), places[high], values[high], tokens[high])
-        )
-        self._n_waiting += int(high.sum())
+    def add(self, entries: Entries, ranks: Tensor, places: Tensor, tokens: Tensor) -> None:
+        """Add a block's entries, with `ranks` [E] int64, and `places`, `tokens` [B] int64 of its rows.
+
+        Those below their latent's lowest kept rank are dropped at once.
+        """
+        high = (ranks >= self._floor[entries.latents]).nonzero().squeeze(1)  # sync: how many
+        rows, latents, values, _ = entries.at(high)
+        self._waiting.append((ranks[high], latents.int(), places[rows], values.float(), tokens[rows].int()))
+        self._n_waiting += len(high)
         if self._n_waiting > BUFFER:
             self._merge()
 
     def finish(self) -> None:
-        """Merge what is left. Then the arrays hold the result, sorted by latent, then rank, highest first."""
+        """Merge what is left, and copy the result to the host."""
         self._merge()
+        ranks, self.latents, self.places, self.values, self.tokens = (
+            column.cpu().numpy() for column in self._kept
+        )
+        self.ranks = ranks.astype(np.uint32)
+        self._kept = tuple(column[:0] for column in self._kept)
 
     def _merge(self) -> None:
-        state = (self.ranks, self.latents, self.places, self.values, self.tokens)
-        columns = [np.concatenate(parts) for parts in zip(state, *self._waiting, strict=True)]
-        by_place = np.argsort(columns[2], kind="stable")
-        ranks, latents = (torch.from_numpy(column[by_place].astype(np.int64)) for column in columns[:2])
-        order = by_place[strongest(latents, ranks, self.capacity).numpy()]
-        self.ranks, self.latents, self.places, self.values, self.tokens = (
-            column[order] for column in columns
-        )
-        bounds = self.bounds()
-        full = np.flatnonzero(np.diff(bounds) == self.capacity)
-        self._floor[full] = self.ranks[bounds[full + 1] - 1]  # the last entry of a latent has its lowest rank
+        columns = [torch.cat(parts) for parts in zip(self._kept, *self._waiting, strict=True)]
+        ranks, latents, places, *_ = columns
+        by_place = places.sort(stable=True).indices
+        order = by_place[strongest(latents[by_place], ranks[by_place], self.capacity)]
+        ranks, latents, places, values, tokens = (column[order] for column in columns)
+        self._kept = ranks, latents, places, values, tokens
         self._waiting, self._n_waiting = [], 0
+        if len(ranks):
+            every = torch.arange(self.n_latents + 1, dtype=torch.int32, device=ranks.device)
+            bounds = torch.searchsorted(latents, every)
+            lowest = ranks[(bounds[1:] - 1).clamp_min(0)]  # the last entry of a latent has its lowest rank
+            self._floor = torch.where(bounds.diff() == self.capacity, lowest, self._floor)
 
     def first(self, capacity: int) -> "Best":
         """Those `capacity` entries of highest rank of each latent, once this is finished."""
@@ -97,17 +111,17 @@ class Best:
         return np.searchsorted(self.latents, np.arange(self.n_latents + 1))
 
 
-def strength(values: np.ndarray) -> np.ndarray:
-    """[E] uint32 rank of positive float32 `values`: their bits, which have the same order.
+def strength(values: Tensor) -> Tensor:
+    """[E] int64 rank of positive `values`: the bits of their float32, which have the same order.
 
-    >>> strength(np.array([0.5, 1.0, 2.0])).tolist()
+    >>> strength(torch.tensor([0.5, 1.0, 2.0])).tolist()
     [1056964608, 1065353216, 1073741824]
     """
-    return np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return values.float().contiguous().view(torch.int32).long()
 
 
 def lottery(rows: np.ndarray) -> np.ndarray:
-    """[E] uint32 rank of each row, an arbitrary but fixed function of it: the upper half of SplitMix64.
+    """[B] uint32 rank of each row, an arbitrary but fixed function of it: the upper half of SplitMix64.
 
     The rows of highest rank are an even sample, the same on every machine and for any blocks.
 
@@ -115,6 +129,11 @@ def lottery(rows: np.ndarray) -> np.ndarray:
     [3793791033, 2433363436, 2539140574]
     """
     return (mix(rows.astype(np.uint64) + GOLDEN) >> np.uint64(32)).astype(np.uint32)
+
+
+def on_device(device: torch.device, *of_rows: np.ndarray) -> Tensor:
+    """[n, B] int64: what is known on the host of a block's rows, in one copy for which the host does not wait."""
+    return torch.from_numpy(np.stack(of_rows).astype(np.int64)).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -179,8 +198,8 @@ def _distinct_contexts(best: Best, context_length: int, n: int) -> np.ndarray:
     Places 41, 43 and 12 are in contexts 4, 4 and 1 of ten tokens. Entry 1 is the second of context 4:
 
     >>> best = Best(1, 8)
-    >>> values = np.array([3, 2, 1], np.float32)
-    >>> best.add(np.zeros(3, int), strength(values), np.array([41, 43, 12]), values, np.zeros(3, int))
+    >>> entries = Entries(torch.arange(3), torch.zeros(3).long(), torch.tensor([3.0, 2.0, 1.0]), n_rows=3)
+    >>> best.add(entries, strength(entries.values), torch.tensor([41, 43, 12]), tokens=torch.zeros(3).long())
     >>> best.finish()
     >>> _distinct_contexts(best, context_length=10, n=2).tolist()
     [0, 2]
@@ -196,9 +215,9 @@ def _evenly_spaced(even: Best, n: int) -> tuple[np.ndarray, np.ndarray]:
 
     Of 6 entries 2 are the middles of the two halves, ranks 1 and 4; 4.5 and 1.5 of the 6 are weaker:
 
-    >>> even = Best(1, 8)
-    >>> values = np.array([10, 60, 30, 20, 50, 40], np.float32)
-    >>> even.add(np.zeros(6, int), lottery(np.arange(6)), np.arange(6), values, np.zeros(6, int))
+    >>> even, rows = Best(1, 8), torch.arange(6)
+    >>> values = torch.tensor([10.0, 60, 30, 20, 50, 40])
+    >>> even.add(Entries(rows, torch.zeros(6).long(), values, 6), ranks=rows, places=rows, tokens=rows)
     >>> even.finish()
     >>> indices, quantiles = _evenly_spaced(even, n=2)
     >>> even.values[indices].tolist(), quantiles.tolist()
@@ -223,29 +242,42 @@ class Shader:
 
     >>> shades = np.zeros((1, 2 * REACH + 1), np.float16)
     >>> samples = Samples(*map(np.array, ([0], [5], [2.0], [np.nan])), shades)
-    >>> Shader(samples, n_contexts=2, context_length=10).add(*map(np.array, ([0, 0, 0], [5, 6, 15], [2.0, 0.5, 9.0])))
+    >>> entries = Entries(torch.arange(3), torch.zeros(3).long(), torch.tensor([2.0, 0.5, 9.0]), n_rows=3)
+    >>> Shader(samples, n_contexts=2, context_length=10).add(entries, places=torch.tensor([5, 6, 15]))
     >>> shades[0, REACH - 1 : REACH + 3].tolist()  # place 15 is of the next context
     [0.0, 2.0, 0.5, 0.0]
     """
 
-    def __init__(self, samples: Samples, n_contexts: int, context_length: int) -> None:
+    def __init__(
+        self, samples: Samples, n_contexts: int, context_length: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.samples, self.context_length, self.n_contexts = samples, context_length, n_contexts
         # A key is a (latent, context) pair. Several samples can have the same, at most self._most.
         keys = samples.latents * np.int64(n_contexts) + samples.places // context_length
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
+        self._sought = torch.from_numpy(self._keys.astype(np.int64)).to(device)
         self._most = int(np.unique(keys, return_counts=True)[1].max(initial=0))
 
-    def add(self, latents: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
-        """Add a block's entries, [E] each."""
-        keys = latents * np.int64(self.n_contexts) + places // self.context_length
-        first = np.searchsorted(self._keys, keys)
+    def add(self, entries: Entries, places: Tensor) -> None:
+        """Add a block's entries; `places` [B] int64 of its rows. Only those of a sample's context go to the host."""
+        if not len(self._keys):
+            return
+        of = places[entries.rows]
+        keys = entries.latents * self.n_contexts + of // self.context_length
+        first = torch.searchsorted(self._sought, keys)
+        found = self._sought[first.clamp(max=len(self._sought) - 1)] == keys
+        near = found.nonzero().squeeze(1)  # sync: how many
+        columns = [
+            column[near].double() for column in (first, of, entries.values)
+        ]  # it has places up to 2^53
+        first, of, values = torch.stack(columns).cpu().numpy()  # sync: the copy
+        first, of = first.astype(np.int64), of.astype(np.int64)
         for nth in range(self._most):  # the nth sample of an entry's latent and context; usually there is one
-            index = first + nth
-            inside = index < len(self._keys)
-            entry = np.flatnonzero(inside & (self._keys[np.minimum(index, len(self._keys) - 1)] == keys))
+            index = np.minimum(first + nth, len(self._keys) - 1)
+            entry = np.flatnonzero((self._keys[index] == self._keys[first]) & (index == first + nth))
             sample = self._order[index[entry]]
-            offset = places[entry] - self.samples.places[sample] + REACH
+            offset = of[entry] - self.samples.places[sample] + REACH
             near = (offset >= 0) & (offset <= 2 * REACH)
             self.samples.shades[sample[near], offset[near]] = values[entry[near]]
 
@@ -267,9 +299,9 @@ def token_weights(even: Best) -> TokenWeights:
 
     Of latent 0 token 4 has two firings of together 3, token 9 one of 1:
 
-    >>> even = Best(1, 8)
-    >>> values = np.array([1, 1, 2], np.float32)
-    >>> even.add(np.zeros(3, int), lottery(np.arange(3)), np.arange(3), values, np.array([4, 9, 4]))
+    >>> even, rows = Best(1, 8), torch.arange(3)
+    >>> entries = Entries(rows, torch.zeros(3).long(), torch.tensor([1.0, 1.0, 2.0]), n_rows=3)
+    >>> even.add(entries, ranks=rows, places=rows, tokens=torch.tensor([4, 9, 4]))
     >>> even.finish()
     >>> weights = token_weights(even)
     >>> weights.tokens.tolist(), weights.counts.tolist(), weights.shares.tolist()

@@ -5,7 +5,7 @@ the share of the total squared error, and the FVU within it: error over squared 
 split's mean output, so that the shares of all classes add up to the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ class Table:
         self.deviation = np.zeros(n_classes)
         self.errors = np.zeros((n_prefixes, n_classes))
 
-    def add(self, classes: np.ndarray, deviation: np.ndarray, errors: np.ndarray) -> None:
-        """`classes` [B] int64, `deviation` [B], `errors` [G, B]."""
+    def add(self, classes: np.ndarray, deviation: np.ndarray, errors: Sequence[np.ndarray]) -> None:
+        """`classes` [B] int64, `deviation` [B], `errors` G times [B]."""
         n = len(self.rows)
         self.rows += np.bincount(classes, minlength=n)
         self.deviation += np.bincount(classes, weights=deviation, minlength=n)
@@ -69,10 +69,11 @@ class ErrorMap:
         n_prefixes: int,
         vocabulary: int,
         positions: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.typical = typical
+        self.typical = typical.to(device)
         self.by_weight = Table(2, n_prefixes)
-        self.mean = torch.from_numpy(mean)
+        self.mean = torch.from_numpy(mean).to(device)
         self.scale = variance**0.5
         self.positions = positions
         self.bins = min(N_POSITION_BINS, positions)
@@ -81,25 +82,30 @@ class ErrorMap:
         self.by_size = Table(len(SIZE_BINS) - 1, n_prefixes)
 
     def add(self, y: Tensor, errors: Tensor, tokens: np.ndarray, positions: np.ndarray) -> None:
-        """`y` [B, D] outputs, `errors` [G, B] squared error of each row, `tokens`, `positions` [B]."""
-        deviation = (y.double().cpu() - self.mean).square().sum(1).numpy()
-        own = errors.numpy()
+        """`y` [B, D] outputs, `errors` [G, B] squared error of each row, on one device; `tokens`, `positions` [B]."""
+        deviation, distances, heavy, *own = self._of_rows(y, errors)
         size = np.log2(np.maximum(np.sqrt(deviation), 1e-300) / max(self.scale, 1e-300))
         size_bin = np.clip(np.searchsorted(SIZE_BINS, size, side="right") - 1, 0, len(SIZE_BINS) - 2)
         self.by_token.add(tokens.astype(np.int64), deviation, own)
         self.by_position.add(positions.astype(np.int64) * self.bins // self.positions, deviation, own)
         self.by_size.add(size_bin, deviation, own)
-        distances = self.typical.distances(y.cpu())
-        heavy = (distances > self.typical.limit).long().numpy()
-        self.by_weight.add(heavy, distances.double().numpy(), own)
+        self.by_weight.add(heavy.astype(np.int64), distances, own)
+
+    def _of_rows(self, y: Tensor, errors: Tensor) -> np.ndarray:
+        """[3 + G, B] float64: squared deviation from the mean, from the typical mean, whether heavy, errors."""
+        deviation = (y.double() - self.mean).square().sum(1)
+        distances = self.typical.distances(y)
+        heavy = distances > self.typical.limit
+        rows = torch.stack([deviation, distances.double(), heavy.double(), *errors])
+        return rows.cpu().numpy()  # sync: the only copy of a block
 
     def result(self, squared: list[Tensor], squares: Tensor, label: Callable[[int], str]) -> ErrorMetrics:
         """`squared`: per prefix the squared error of each dimension [D]; `squares` [D] deviations; `label`: a
         token's text."""
         dimensions = Table(len(squares), len(squared))
         dimensions.rows += 1
-        dimensions.deviation += squares.numpy()
-        dimensions.errors += torch.stack(squared).numpy()
+        dimensions.deviation += squares.cpu().numpy()
+        dimensions.errors += torch.stack(squared).cpu().numpy()
         edges = [-(-p * self.positions // self.bins) for p in range(self.bins + 1)]
         tokens = self.by_token.largest(N_TOKENS)
         typical, heavy = self.by_weight.lines(np.arange(2))

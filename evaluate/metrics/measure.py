@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.device import constant
 from evaluate.metrics.firing import Firing
 from evaluate.metrics.reconstruction import Reconstruction, Sparsity
-from evaluate.metrics.rows import Split, blocks
+from evaluate.metrics.rows import Split, batches, blocks
 from evaluate.records import LanguageMetrics, PrefixMetrics, TrainingSelection
 from transcoder import Transcoder
 from transcoder.entries import Entries, decode, entries_above
@@ -69,32 +70,32 @@ class Prefix:
 
 
 class Measurement:
-    """Everything the pass accumulates; `add` takes blocks, `result` gives a record of each prefix.
+    """Everything the pass accumulates, on the coder's device; `add` takes blocks, `result` gives a record of each prefix.
 
     `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
     """
 
     def __init__(self, coder: Transcoder, select: Select | None) -> None:
         self.coder, self.select = coder, select
-        width = coder.W_dec.shape[1]
-        self.deviation = Deviation(width)
+        width, device = coder.W_dec.shape[1], coder.W_dec.device
+        self.deviation = Deviation(width, device)
         self.prefixes = [
             Prefix(
                 end,
                 float(threshold.double().mean()),
-                Reconstruction(width),
-                Sparsity(),
-                Firing(end),
-                Reconstruction(width),
-                Sparsity(),
+                Reconstruction(width, device),
+                Sparsity(end, device),
+                Firing(end, device),
+                Reconstruction(width, device),
+                Sparsity(end, device),
             )
             for end, threshold in zip(coder.prefix_ends, coder.thresholds, strict=True)
         ]
 
     def add(self, inputs: Tensor, outputs: Tensor) -> tuple[list[Entries], Tensor]:
-        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out].
+        """A block of rows: `inputs` [B, D_in], `outputs` [B, D_out], on the coder's device.
 
-        Returns each prefix's entries, and the squared error of each row [G, B] float64, on the CPU.
+        Returns each prefix's entries, and the squared error of each row [G, B] float64, on that device too.
         """
         pre = self.coder.pre_activations(inputs)
         base = self.coder.base_output(inputs)
@@ -110,8 +111,8 @@ class Measurement:
         return active, torch.stack(errors)
 
     def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
-        for prefix in self.prefixes:
-            entries = kept.only(kept.latents < prefix.end)
+        ends = constant(self.coder.prefix_ends, torch.int64, kept.latents.device)
+        for prefix, entries in zip(self.prefixes, kept.each(kept.latents < ends[:, None]), strict=True):
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
             prefix.training_sparsity.add(entries)
 
@@ -132,11 +133,9 @@ def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
         return [coder.entries(pre, g) for g in range(len(coder.prefix_ends))]
     thresholds = coder.thresholds
     loose = entries_above(pre, thresholds.amin(0))
-    nested = []
-    for end, threshold in zip(coder.prefix_ends, thresholds, strict=True):
-        own = threshold if threshold.ndim == 0 else threshold[loose.latents]
-        nested.append(loose.only((loose.latents < end) & (loose.values > own)))
-    return nested
+    ends = constant(coder.prefix_ends, torch.int64, pre.device)
+    own = thresholds[:, None] if thresholds.ndim == 1 else thresholds[:, loose.latents]
+    return loose.each((loose.latents < ends[:, None]) & (loose.values > own))
 
 
 @torch.inference_mode()
@@ -145,9 +144,7 @@ def measure(
 ) -> Measurement:
     """Pass over the first `n_rows` rows of `split`; `tick` is called with the rows of each block."""
     measurement = Measurement(coder, select)
-    device = coder.W_dec.device
-    for start, stop in blocks(n_rows):
-        inputs, outputs = split.rows(start, stop)
-        measurement.add(inputs.to(device), outputs.to(device))
+    for start, stop, inputs, outputs in batches(split, blocks(n_rows), coder.W_dec.device):
+        measurement.add(inputs, outputs)
         tick(stop - start)
     return measurement

@@ -12,15 +12,25 @@ import torch
 from evaluate.labels.measured import Measured
 from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.coactivation import Coactivation
-from evaluate.metrics.contexts import N_EVEN, N_LABEL, N_TOP, Best, Samples, Shader, choose, lottery, strength
+from evaluate.metrics.contexts import (
+    N_EVEN,
+    N_LABEL,
+    N_TOP,
+    Best,
+    Samples,
+    Shader,
+    choose,
+    lottery,
+    on_device,
+    strength,
+)
 from evaluate.metrics.error_map import ErrorMap
 from evaluate.metrics.measure import Measurement, Select
-from evaluate.metrics.rows import TextSplit, blocks
+from evaluate.metrics.rows import TextSplit, batches, blocks
 from evaluate.records import ErrorMetrics
 from shards.manifest import Moments
 from shards.text.tokens import tokens_at
 from transcoder import Transcoder
-from transcoder.entries import Entries
 from transcoder.heavy import typical_rows
 
 Tick = Callable[[int], object]
@@ -70,24 +80,25 @@ def first_pass(
             len(coder.prefix_ends),
             vocabulary,
             positions,
+            device,
         ),
         coactivation=Coactivation(n_latents, n_rows),
-        top=Best(n_latents, N_TOP),
+        top=Best(n_latents, N_TOP, device),
         even=Best(n_latents, N_EVEN),
-        sampled=Best(n_latents, N_LABEL),
+        sampled=Best(n_latents, N_LABEL, device),
     )
-    for start, stop in blocks(n_rows):
-        inputs, outputs = split.rows(start, stop)
+    for start, stop, inputs, outputs in batches(split, blocks(n_rows), device):
         context, position = split.provenance(start, stop)
         token = tokens_at(split.contexts, context, position)
-        entries, errors = first.measurement.add(inputs.to(device), outputs.to(device))
+        nested, errors = first.measurement.add(inputs, outputs)
         first.baselines.add(inputs, outputs)
         first.error_map.add(outputs, errors, token, position)
-        first.coactivation.add(entries[-1])
-        row, latent, value = _arrays(entries[-1])
-        place = _places(context, position, positions)[row]
-        first.top.add(latent, strength(value), place, value, token[row])
-        first.sampled.add(latent, lottery(row + start), place, value, token[row])
+        entries = nested[-1]
+        first.coactivation.add(entries)
+        numbers = lottery(np.arange(start, stop)), _places(context, position, positions), token
+        drawn, place, tokens = on_device(device, *numbers)
+        first.top.add(entries, strength(entries.values), place, tokens)
+        first.sampled.add(entries, drawn[entries.rows], place, tokens)
         tick(stop - start)
     first.top.finish()
     first.sampled.finish()
@@ -102,20 +113,16 @@ def second_pass(
     """The samples of every living latent with its activations on the tokens around them; labels are `measured`."""
     n_contexts, positions = split.contexts.shape
     samples = choose(first.top, first.even, positions)
-    shader, device = Shader(samples, n_contexts, positions), coder.W_dec.device
-    for start, stop in blocks(n_rows):
-        inputs, _ = split.rows(start, stop)
-        row, latent, value = _arrays(coder.entries(coder.pre_activations(inputs.to(device))))
+    device = coder.W_dec.device
+    shader = Shader(samples, n_contexts, positions, device)
+    for start, stop, inputs, _ in batches(split, blocks(n_rows), device):
+        entries = coder.entries(coder.pre_activations(inputs))
         context, position = split.provenance(start, stop)
-        shader.add(latent, _places(context, position, positions)[row], value)
-        measured.add(context, position, row, latent, value)
+        shader.add(entries, on_device(device, _places(context, position, positions))[0])
+        measured.add(context, position, entries)
         tick(stop - start)
     return samples
 
 
 def _places(context: np.ndarray, position: np.ndarray, positions: int) -> np.ndarray:
     return context.astype(np.int64) * positions + position
-
-
-def _arrays(entries: Entries) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return entries.rows.cpu().numpy(), entries.latents.cpu().numpy(), entries.values.float().cpu().numpy()

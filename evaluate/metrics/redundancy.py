@@ -41,24 +41,21 @@ def decoder_similarity(
     n_latents = len(W_dec)
     rows = normalize(W_dec.float(), dim=1)
     n_neighbours = min(n_neighbours, n_latents - 1)
-    close_by_larger = torch.zeros(n_latents, dtype=torch.int64)
-    nearest, cosines = [], []
+    close_by_larger, nearest, cosines = [], [], []
     for start in range(0, n_latents, BLOCK):
         block = rows[start : start + BLOCK] @ rows.T
-        own = torch.arange(start, start + len(block))
-        block[torch.arange(len(block)), own] = -torch.inf
+        block[:, start : start + len(block)].fill_diagonal_(-torch.inf)
         if n_neighbours:
             top = block.topk(n_neighbours, dim=1)
-            nearest.append(top.indices.cpu())
-            cosines.append(top.values.cpu())
-        i, j = (block[:, : start + len(block)].abs() > LIMIT).nonzero(as_tuple=True)
-        below = j < i + start
-        close_by_larger += torch.bincount(i[below].cpu() + start, minlength=n_latents)
-    close = close_by_larger.cumsum(0)
-    shares = [_share(int(close[end - 1]), end) for end in prefix_ends]
+            nearest.append(top.indices)
+            cosines.append(top.values)
+        close = block[:, : start + len(block)].abs_() > LIMIT
+        close_by_larger.append(close.tril_(start - 1).sum(1))
+    close = torch.cat(close_by_larger).cumsum(0).tolist()
+    shares = [_share(close[end - 1], end) for end in prefix_ends]
     neighbours = Neighbours(
-        torch.cat(nearest) if nearest else torch.zeros(n_latents, 0, dtype=torch.int64),
-        torch.cat(cosines) if cosines else torch.zeros(n_latents, 0),
+        torch.cat(nearest).cpu() if nearest else torch.zeros(n_latents, 0, dtype=torch.int64),
+        torch.cat(cosines).cpu() if cosines else torch.zeros(n_latents, 0),
     )
     histogram, _ = np.histogram(neighbours.cosines[:, :1].clamp(0, 1).numpy().ravel(), bins=COSINE_BINS)
     metrics = RedundancyMetrics(

@@ -15,7 +15,7 @@ from evaluate.metrics.baselines import Baselines
 from evaluate.metrics.error_map import Table
 from evaluate.metrics.measure import Measurement
 from evaluate.metrics.redundancy import decoder_similarity
-from evaluate.metrics.rows import blocks
+from evaluate.metrics.rows import batches, blocks
 from evaluate.records import AblationLosses, PrefixMetrics
 from shards.store import StoreSplit
 from transcoder import Transcoder
@@ -92,19 +92,25 @@ def _less(a: float | None, b: float | None) -> float | None:
 def side_by_side(
     coders: dict[str, Transcoder], split: StoreSplit, n_rows: int, baselines: Baselines, typical: Typical
 ) -> tuple[list[Measured], float | None, int]:
-    """One pass: every coder's prefixes, the FVU of the best linear map, and how many rows are heavy by `typical`."""
+    """One pass: every coder's prefixes, the FVU of the best linear map, and how many rows are heavy by `typical`.
+
+    The coders and the baselines' map are on one device.
+    """
     by_weight = {name: Table(2, len(coder.prefix_ends)) for name, coder in coders.items()}
     measurements = {name: Measurement(coder, select=None) for name, coder in coders.items()}
+    device = next(iter(coders.values())).W_dec.device
+    typical = typical.to(device)
     with progress("compare", n_rows, "rows") as bar:
-        for start, stop in blocks(n_rows):
-            inputs, outputs = split.rows(start, stop)
+        for start, stop, inputs, outputs in batches(split, blocks(n_rows), device):
             baselines.add(inputs, outputs)
             distances = typical.distances(outputs)
-            heavy = (distances > typical.limit).long().numpy()
-            for name, measurement in measurements.items():
-                device = measurement.coder.W_dec.device
-                _, errors = measurement.add(inputs.to(device), outputs.to(device))
-                by_weight[name].add(heavy, distances.double().numpy(), errors.numpy())
+            told = [distances.double(), (distances > typical.limit).double()]
+            for measurement in measurements.values():
+                told += measurement.add(inputs, outputs)[1]
+            of_rows, heavy, *errors = torch.stack(told).cpu().numpy()  # sync: the only copy of a block
+            for table, measurement in zip(by_weight.values(), measurements.values(), strict=True):
+                own, errors = errors[: len(measurement.prefixes)], errors[len(measurement.prefixes) :]
+                table.add(heavy.astype(np.int64), of_rows, own)
             bar.update(stop - start)
     lines: list[Measured] = []
     for name, measurement in measurements.items():

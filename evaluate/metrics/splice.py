@@ -59,13 +59,21 @@ class Loss:
         self.cross_entropy += float(torch.from_numpy(nats).double().sum())
 
     def add(self, clean: Clean, logits: Tensor, tokens: Tensor) -> None:
-        """`logits` [b, T, V], `tokens` [b, T]: position t predicts token t + 1. One context at a time."""
+        """`logits` [b, T, V], `tokens` [b, T]: position t predicts token t + 1. One context at a time; the numbers of
+        all are one copy to the host.
+        """
+        columns = []
         said = zip(clean.p, clean.negative_entropy, clean.top, logits, tokens, strict=True)
         for p, negative_entropy, top, q, own in said:
             log_q = log_softmax(q[:-1].float(), -1)
-            self.add_context(-log_q.gather(1, own[1:, None])[:, 0].cpu().numpy())
-            self.divergence += float((negative_entropy - torch.linalg.vecdot(p, log_q)).double().sum())
-            self.agreed += int((q[:-1].argmax(-1) == top).sum())
+            nats = -log_q.gather(1, own[1:, None])[:, 0]
+            divergence = (negative_entropy - torch.linalg.vecdot(p, log_q)).double().sum(0, keepdim=True)
+            agreed = (q[:-1].argmax(-1) == top).sum(0, keepdim=True)
+            columns.append(torch.cat([divergence, agreed.double(), nats.double()]))
+        for divergence, agreed, *nats in torch.stack(columns).tolist():  # sync: the copy
+            self.add_context(np.array(nats, np.float32))
+            self.divergence += divergence
+            self.agreed += int(agreed)
 
 
 @torch.inference_mode()
@@ -89,11 +97,12 @@ def splice(
         with model.capturing([before, source.input_hook]) as caught:
             logits = model.bridge(tokens, return_type="logits")
             residual, inputs = caught[before], caught[source.input_hook].float()
-        clean = Clean(logits)
+        where, clean = kept.nonzero(as_tuple=True), Clean(logits)  # sync: how many rows
+        rows = inputs[where]
         losses["clean"].add(clean, logits, tokens)
         for name, replacement in replacements.items():
-            outputs = replacement(inputs[kept])
-            with model.bridge.hooks(fwd_hooks=[(source.output_hook, writer(kept, outputs))]):
+            outputs = replacement(rows)
+            with model.bridge.hooks(fwd_hooks=[(source.output_hook, writer(where, outputs))]):
                 logits = continued(model, residual, source.layer)
             losses[name].add(clean, logits, tokens)
         tick(tokens.numel())
@@ -129,12 +138,12 @@ def skipped(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
             del vars(block)["forward"]
 
 
-def writer(kept: Tensor, replacement: Tensor) -> Callable[..., Tensor]:
-    """A hook that puts the rows of `replacement` [n, D] at the n positions of `kept` [b, T]."""
+def writer(where: tuple[Tensor, ...], replacement: Tensor) -> Callable[..., Tensor]:
+    """A hook that puts the rows of `replacement` [n, D] at n places (context, position) of [b, T]."""
 
     def write(output: Tensor, hook: object) -> Tensor:
         changed = output.clone()
-        changed[kept] = replacement.to(output.dtype)
+        changed[where] = replacement.to(output.dtype)
         return changed
 
     return write

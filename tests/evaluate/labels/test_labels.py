@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import WordLevel
@@ -14,7 +15,8 @@ from evaluate.labels.choose import Labels, choose, for_measuring
 from evaluate.labels.measured import Measured, Quality
 from evaluate.labels.read import label_texts
 from evaluate.labels.words import Words, windows
-from evaluate.metrics.contexts import N_LABEL, Best, lottery
+from evaluate.metrics.contexts import N_LABEL, Best, lottery, on_device
+from transcoder.entries import entries_above
 
 PIECES = [
     "<bos>",
@@ -101,19 +103,20 @@ def planted(text: TokenText) -> Planted:
     order = rng.permutation(C * (T - 1))
     split = Split(tokens, order // (T - 1), 1 + order % (T - 1))
     best = Best(acts.shape[-1], N_LABEL)
-    row, latent = np.nonzero(acts[split.context, split.position])
-    value = acts[split.context, split.position][row, latent]
-    place = split.context[row] * T + split.position[row]
-    best.add(latent, lottery(row), place, value, tokens.ravel()[place])
+    entries = entries_above(torch.from_numpy(acts[split.context, split.position]), 0.0)
+    place = split.context * T + split.position
+    drawn, places, token = on_device(
+        torch.device("cpu"), lottery(np.arange(len(order))), place, tokens.ravel()[place]
+    )
+    best.add(entries, drawn[entries.rows], places, token)
     best.finish()
-    firings = np.bincount(latent, minlength=acts.shape[-1])
+    firings = np.bincount(entries.latents.numpy(), minlength=acts.shape[-1])
     words = Words(text, tokens)
     labels = choose(best, firings, split, len(order), words)  # type: ignore[arg-type]
     measured = Measured(labels, tokens, words)
     for start in range(0, len(order), 1000):
-        own = (row >= start) & (row < start + 1000)
         where = split.provenance(start, start + 1000)
-        measured.add(*where, row[own] - start, latent[own], value[own])
+        measured.add(*where, entries_above(torch.from_numpy(acts[where]), 0.0))
     return Planted(labels, measured.result(), label_texts(labels.tokens, labels.kinds, text), acts, tokens)
 
 
@@ -201,11 +204,15 @@ def planted_again(planted: Planted, text: TokenText) -> Labels:
     order = np.arange(C * (T - 1))
     split = Split(planted.tokens, order // (T - 1), 1 + order % (T - 1))
     acts = planted.acts[split.context, split.position]
-    row, latent = np.nonzero(acts)
+    entries = entries_above(torch.from_numpy(acts), 0.0)
     best = Best(acts.shape[-1], 1 << 20)
-    best.add(latent, lottery(row), split.context[row] * T + split.position[row], acts[row, latent], row)
+    drawn, places = on_device(
+        torch.device("cpu"), lottery(np.arange(len(order))), split.context * T + split.position
+    )
+    best.add(entries, drawn[entries.rows], places, places)
     best.finish()
-    return choose(best, np.bincount(latent, minlength=10), split, len(order), Words(text, planted.tokens))  # type: ignore[arg-type]
+    firings = np.bincount(entries.latents.numpy(), minlength=10)
+    return choose(best, firings, split, len(order), Words(text, planted.tokens))  # type: ignore[arg-type]
 
 
 def test_a_character_cut_in_two_is_shown_in_hexadecimal(text: TokenText) -> None:

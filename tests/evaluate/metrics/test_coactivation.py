@@ -71,7 +71,7 @@ def test_the_sample_is_bounded_and_spread(monkeypatch: pytest.MonkeyPatch) -> No
         kept.append(counter.rows - before)
     assert counter.rows == 50
     assert kept == [5] * 10
-    assert sum(len(rows) for rows, _ in counter._pairs) == 100
+    assert sum(map(len, counter._latents)) == 100
 
 
 def test_partners_of_fewer_latents_than_asked_for() -> None:

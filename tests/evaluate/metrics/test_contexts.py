@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from evaluate.metrics import contexts
 from evaluate.metrics.contexts import (
@@ -11,11 +13,13 @@ from evaluate.metrics.contexts import (
     Shader,
     choose,
     lottery,
+    on_device,
     strength,
     token_entropy,
     token_weights,
     top_tokens,
 )
+from transcoder.entries import Entries, entries_above
 
 F, T, CONTEXTS = 7, 20, 15
 
@@ -31,15 +35,20 @@ def dense(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return acts, rng.integers(0, 9, CONTEXTS * T).astype(np.int32)
 
 
+def block(acts: np.ndarray, *of_rows: np.ndarray) -> tuple[Entries, Tensor]:
+    """The entries of dense activations, and what is known of their rows, as a pass has them."""
+    return entries_above(torch.from_numpy(acts), 0.0), on_device(torch.device("cpu"), *of_rows)
+
+
 def collect(
     best: Best, acts: np.ndarray, tokens: np.ndarray, by_value: bool, order: np.ndarray, step: int
 ) -> Best:
     for start in range(0, len(order), step):
         place = order[start : start + step]
-        row, latent = np.nonzero(acts[place])
-        value = acts[place][row, latent]
-        rank = strength(value) if by_value else lottery(row + start)
-        best.add(latent, rank, place[row], value, tokens[place][row])
+        entries, (drawn, places, token) = block(
+            acts[place], lottery(np.arange(start, start + len(place))), place, tokens[place]
+        )
+        best.add(entries, strength(entries.values) if by_value else drawn[entries.rows], places, token)
     best.finish()
     return best
 
@@ -72,8 +81,8 @@ def test_the_even_sample_does_not_depend_on_blocks_and_is_even() -> None:
 
 
 def test_strength_keeps_the_order_of_floats() -> None:
-    values = np.array([1e-40, 1e-30, 0.5, 1.0, 1.0000001, 3e38], np.float32)
-    assert (np.diff(strength(values).astype(np.int64)) > 0).all()
+    values = torch.tensor([1e-40, 1e-30, 0.5, 1.0, 1.0000001, 3e38])
+    assert (strength(values).diff() > 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +94,8 @@ def sampled() -> tuple[np.ndarray, np.ndarray, Best, contexts.Samples]:
     samples = choose(top, even, T)
     shader = Shader(samples, CONTEXTS, T)
     for place in np.array_split(order, 4):
-        row, latent = np.nonzero(acts[place])
-        shader.add(latent, place[row], acts[place][row, latent])
+        entries, (places,) = block(acts[place], place)
+        shader.add(entries, places)
     return acts, tokens, even, samples
 
 
@@ -146,6 +155,6 @@ def test_latents_that_never_fire_have_no_samples_and_no_tokens() -> None:
     best.finish()
     samples = choose(best, best, T)
     assert len(samples.latents) == 0
-    Shader(samples, 5, T).add(np.array([1]), np.array([7]), np.array([1.0], np.float32))
+    Shader(samples, 5, T).add(entries_above(torch.ones(1, 2), 0.0), torch.tensor([7]))
     assert np.isnan(token_entropy(token_weights(best), 3)).all()
     assert (top_tokens(token_weights(best), 3, 2)[0] == -1).all()

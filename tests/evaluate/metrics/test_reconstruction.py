@@ -94,7 +94,7 @@ def test_one_row_has_no_fvu() -> None:
 
 
 def test_l0_by_hand() -> None:
-    sparsity = Sparsity()
+    sparsity = Sparsity(12)
     sparsity.add(entries_of([0, 2, 2], value=0.5))
     sparsity.add(entries_of([5], value=2.0))
     result = sparsity.result()
@@ -108,7 +108,7 @@ def test_l0_by_hand() -> None:
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 29))
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_l0_equals_numpy(counts: list[int], cut: int) -> None:
-    sparsity = Sparsity()
+    sparsity = Sparsity(12)
     for part in (counts[:cut], counts[cut:]):
         if part:
             sparsity.add(entries_of(part))
@@ -119,7 +119,7 @@ def test_l0_equals_numpy(counts: list[int], cut: int) -> None:
 
 
 def test_rows_without_an_active_latent_count_as_zero() -> None:
-    sparsity = Sparsity()
+    sparsity = Sparsity(12)
     sparsity.add(entries_of([0, 0, 0]))
     assert sparsity.result().written() == {
         "l0": 0.0,
