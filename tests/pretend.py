@@ -177,7 +177,7 @@ def _inner(value: Any) -> Any:
 def pretend_device() -> Iterator[Counter[str]]:
     """The device, and the counts of kernels, waits, bytes and operators since it began."""
     _counts.clear()
-    originals = torch.tensor, Tensor.pin_memory, threading.Thread.run
+    originals = torch.tensor, Tensor.pin_memory, threading.Thread.run, torch.inference_mode.__enter__
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         """torch.tensor copies below every dispatch mode; a copy from the host makes it wait."""
@@ -192,11 +192,15 @@ def pretend_device() -> Iterator[Counter[str]]:
         with _Mode():  # a mode is one thread's
             originals[2](self)
 
-    torch.tensor = tensor
+    def enter(self: Any) -> None:  # views of tensors made in inference mode need more than a Python backend has
+        self._inference_mode_context = torch.no_grad()
+        self._inference_mode_context.__enter__()
+
+    torch.tensor, torch.inference_mode.__enter__ = tensor, enter
     Tensor.pin_memory = lambda self: self.clone()  # pyright: ignore[reportAttributeAccessIssue]
     threading.Thread.run = run
     try:
         with _Mode():
             yield _counts
     finally:
-        torch.tensor, Tensor.pin_memory, threading.Thread.run = originals
+        torch.tensor, Tensor.pin_memory, threading.Thread.run, torch.inference_mode.__enter__ = originals
