@@ -22,7 +22,9 @@ LR = 1e-4
 def sparsify(x: torch.Tensor, y: torch.Tensor, latents: int, k: int, ends: list[int]) -> Callable[[], None]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=latents, k=k, transcode=True), device=x.device)
+    coder = SparseCoder(
+        x.shape[1], SparseCoderConfig(num_latents=latents, k=k, transcode=True), device=x.device
+    )
     optimizer = torch.optim.Adam(coder.parameters(), lr=LR)
 
     def once() -> None:

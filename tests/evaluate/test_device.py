@@ -1,9 +1,6 @@
 """Evaluation on a device that is no CPU (tests/pretend.py): the CPU's results, and how seldom the host waits."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from common.tokens import TokenText
 from evaluate.labels.choose import choose
-from evaluate.labels.effects import logit_effects
+from evaluate.labels.effects import LogitEffects, logit_effects
 from evaluate.labels.measured import Measured
 from evaluate.labels.words import Words
 from evaluate.metrics import rows as rows_of
@@ -25,7 +22,6 @@ from evaluate.metrics.passes import First, first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.side_by_side import side_by_side
 from evaluate.metrics.splice import Clean, Loss, writer
-from evaluate.labels.effects import LogitEffects
 from shards import Store
 from shards.store import read_tokenizer
 from tests.evaluate.fakes import random_coder
@@ -180,7 +176,9 @@ def test_redundancy_and_side_by_side_give_the_cpus_numbers(store: Store) -> None
         assert_close(measured(DEVICE), expected)
         before = Counter(counts)
         decoder_similarity(coders["one"].to(DEVICE).W_dec, ENDS)
-    assert (counts - before)["waits"] <= 3 + len(coders["one"].parameters.named()) + 1  # results; the coder's move
+    assert (counts - before)["waits"] <= 3 + len(
+        coders["one"].parameters.named()
+    ) + 1  # results; the coder's move
 
 
 def test_losses_give_the_cpus_numbers_and_one_wait_a_batch() -> None:
@@ -211,7 +209,9 @@ def test_a_replacement_is_written_where_rows_are() -> None:
     assert torch.equal(expected[..., 0], kept.float())
     with pretend_device():
         where = kept.to(DEVICE).nonzero(as_tuple=True)
-        assert torch.equal(writer(where, torch.ones(3, 4).to(DEVICE))(output.to(DEVICE), hook=None).cpu(), expected)
+        assert torch.equal(
+            writer(where, torch.ones(3, 4).to(DEVICE))(output.to(DEVICE), hook=None).cpu(), expected
+        )
 
 
 def test_effects_give_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,10 @@ def test_effects_give_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def effects(device: torch.device) -> LogitEffects:
         held = unembedding.to(device)
-        bridge = SimpleNamespace(unembed=lambda rows: rows @ held, ln_final=lambda rows: rows / (1 + rows.norm(dim=-1, keepdim=True)))
+        bridge = SimpleNamespace(
+            unembed=lambda rows: rows @ held,
+            ln_final=lambda rows: rows / (1 + rows.norm(dim=-1, keepdim=True)),
+        )
         model: Any = SimpleNamespace(bridge=bridge, dtype=torch.float32)
         return logit_effects(model, coder.W_dec.to(device), ranked, n=3)
 
