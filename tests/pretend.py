@@ -11,12 +11,14 @@ PyTorch ships what registers such a device (`PrivateUse1`, for a backend written
 Not covered: autograd, streams, collectives.
 """
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.utils.backend_registration as registration
 from torch import Tensor
@@ -24,7 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 registration._setup_privateuseone_for_python_backend("pretend")
-DEVICE = torch.device("pretend:0")
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "pretend:0"))
+"""With TEST_DEVICE=cuda a GPU takes the place of the fake device (make gpu PART=tests)."""
+counted = pytest.mark.skipif(DEVICE.type != "pretend", reason="a GPU counts neither kernels nor waits")
+"""For tests that look at counts."""
 WAITS = {
     "_local_scalar_dense",
     "nonzero",
@@ -177,6 +182,9 @@ def _inner(value: Any) -> Any:
 def pretend_device() -> Iterator[Counter[str]]:
     """The device, and the counts of kernels, waits, bytes and operators since it began."""
     _counts.clear()
+    if DEVICE.type != "pretend":
+        yield _counts
+        return
     originals = torch.tensor, Tensor.pin_memory, threading.Thread.run, torch.inference_mode.__enter__
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -192,7 +200,9 @@ def pretend_device() -> Iterator[Counter[str]]:
         with _Mode():  # a mode is one thread's
             originals[2](self)
 
-    def enter(self: Any) -> None:  # views of tensors made in inference mode need more than a Python backend has
+    def enter(
+        self: Any,
+    ) -> None:  # views of tensors made in inference mode need more than a Python backend has
         self._inference_mode_context = torch.no_grad()
         self._inference_mode_context.__enter__()
 

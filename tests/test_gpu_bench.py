@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as gpu
+from bench.gpu import parts
 from bench.gpu.parts import PARTS, SMALL
 from common.errors import InputError
 from common.settings import ROOT
@@ -45,7 +46,8 @@ def test_a_part_runs_to_its_end_and_prints_its_table(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ON_DEVICE)
-def test_a_part_runs_to_its_end_on_a_device(part: str) -> None:
+def test_a_part_runs_to_its_end_on_a_device(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "REPEATS", 1)
     with pretend_device() as counts:
         figures = PARTS[part](DEVICE, SMALL)
         assert counts["kernels"] > 0

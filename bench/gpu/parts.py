@@ -54,6 +54,7 @@ PEER = Path(__file__).with_name("peer.py")
 GROUPS = (1, 2, 4, 9)
 """In proportion: Gemma-2-2B's layer 17 of docs/training.md has 1152, 2304, 4608 and 10368 latents."""
 PRECISIONS = ("float32", "tfloat32", "bfloat16")
+REPEATS = 10
 TESTS = ("tests/evaluate/test_device.py", "tests/train/step/test_device.py")
 
 
@@ -116,10 +117,10 @@ SMALL = Sizes(
 Part = Callable[[torch.device, Sizes], dict[str, Any]]
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Median of `repeats` runs, each waited for; two before them warm up."""
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of `REPEATS` runs, each waited for; two before them warm up."""
     taken = []
-    for _ in range(repeats + 2):
+    for _ in range(REPEATS + 2):
         wait(device)
         begun = time.perf_counter()
         run()
@@ -408,7 +409,7 @@ def peers(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         results[f"ours, {precision}, batch {batch:,}"] = {"step, ms": ours["step, ms"]}
         ends = ",".join(map(str, objective.prefix_ends))
         for tool in ("sparsify", "saelens") if python.exists() else ():
-            numbers = (batch, sizes.d, objective.d_sae, sizes.k, ends, 10)
+            numbers = (batch, sizes.d, objective.d_sae, sizes.k, ends, REPEATS)
             command = [python, "-P", PEER, tool, device, precision, *numbers]
             process = subprocess.run(
                 [*map(str, command)], cwd=PEER.parent, capture_output=True, encoding="utf-8", check=False,

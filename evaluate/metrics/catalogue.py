@@ -17,7 +17,6 @@ from evaluate.metrics.contexts import Best, Samples, token_entropy, token_weight
 from evaluate.metrics.passes import First
 from evaluate.metrics.redundancy import Neighbours
 from evaluate.records import GroupMetrics, LabelMetrics, SplitPair
-from transcoder.entries import Entries
 
 HISTOGRAM_BINS = 24
 N_TOKENS = 5
@@ -118,6 +117,7 @@ def activation_percentiles(even: Best) -> np.ndarray:
 
     Of 1, 2, 3, 4 the first quarter is 1, the second 2:
 
+    >>> from transcoder.entries import Entries
     >>> even, rows = Best(1, 8), torch.arange(4)
     >>> entries = Entries(rows, torch.zeros(4).long(), torch.tensor([4.0, 1.0, 3.0, 2.0]), n_rows=4)
     >>> even.add(entries, ranks=rows, places=rows, tokens=rows)

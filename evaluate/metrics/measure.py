@@ -70,8 +70,9 @@ class Prefix:
 
 
 class Measurement:
-    """Everything the pass accumulates, on the coder's device; `add` takes blocks, `result` gives a record of each prefix.
+    """Everything the pass accumulates, on the coder's device.
 
+    `add` takes blocks, `result` gives a record of each prefix.
     `select` is how training chose the active latents of a batch, None for a coder of which that is unknown.
     """
 

@@ -26,12 +26,15 @@ from shards import Store
 from shards.store import read_tokenizer
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, make_run
-from tests.pretend import DEVICE, pretend_device
+from tests.pretend import DEVICE, counted, pretend_device
 from transcoder import Transcoder
 from transcoder.heavy import typical_rows
 
 CPU = torch.device("cpu")
 ROWS, BLOCK = 300, 50
+COUNTS = DEVICE.type == "pretend"
+CLOSE = 1e-6 if COUNTS else 1e-4
+"""Relative: a GPU's products round differently."""
 WAITS = {"first pass": 11, "second pass": 5}
 """A block. First: entries above the lowest threshold; of all prefixes, and of each; candidates and entries of the
 training selection, and its prefixes' two; coactivation's share; strongest rows; the even sample; numbers of rows.
@@ -83,7 +86,7 @@ def test_the_passes_give_the_cpus_numbers(
     assert pairs[-1][0].l0 > 1
     found = tensors(on_device)
     for name, tensor in tensors(known).items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, equal_nan=True, msg=name)
+        torch.testing.assert_close(found[name], tensor, rtol=CLOSE, atol=CLOSE, equal_nan=True, msg=name)
     for name in ("latents", "places", "values", "quantiles", "shades"):
         assert np.array_equal(
             getattr(on_device.samples, name), getattr(known.samples, name), equal_nan=name == "quantiles"
@@ -100,9 +103,10 @@ def assert_close(computed: Any, expected: Any) -> None:
         for one, other in zip(computed, expected, strict=True):
             assert_close(one, other)
     else:
-        assert computed == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected)
+        assert computed == (pytest.approx(expected, rel=CLOSE) if isinstance(expected, float) else expected)
 
 
+@counted
 def test_the_host_waits_seldom(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pass over eight blocks counts and one over six does not, whatever the number of prefixes."""
     monkeypatch.setattr(rows_of, "BLOCK_ROWS", BLOCK)
@@ -197,10 +201,11 @@ def test_losses_give_the_cpus_numbers_and_one_wait_a_batch() -> None:
     assert expected[1].divergence > 0.1
     with pretend_device() as counts:
         computed = losses(DEVICE)
-        assert counts["waits"] == 5 + 2  # copies to the device; one a batch
-    assert computed == expected
+        assert counts["waits"] == (7 if COUNTS else 0)  # five copies to the device; one a batch
+    assert [each.agreed for each in computed] == [each.agreed for each in expected]
     for one, two in zip(computed, expected, strict=True):
-        assert np.array_equal(one.contexts, two.contexts)
+        assert one.divergence == pytest.approx(two.divergence, rel=CLOSE, abs=CLOSE)
+        np.testing.assert_allclose(one.contexts, two.contexts, rtol=CLOSE)
 
 
 def test_a_replacement_is_written_where_rows_are() -> None:
@@ -221,10 +226,11 @@ def test_effects_give_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def effects(device: torch.device) -> LogitEffects:
         held = unembedding.to(device)
-        bridge = SimpleNamespace(
-            unembed=lambda rows: rows @ held,
-            ln_final=lambda rows: rows / (1 + rows.norm(dim=-1, keepdim=True)),
-        )
+
+        def norm(rows: Tensor) -> Tensor:
+            return rows / (1 + rows.norm(dim=-1, keepdim=True))
+
+        bridge = SimpleNamespace(unembed=lambda rows: rows @ held, ln_final=norm)
         model: Any = SimpleNamespace(bridge=bridge, dtype=torch.float32)
         return logit_effects(model, coder.W_dec.to(device), ranked, n=3)
 
@@ -232,4 +238,4 @@ def test_effects_give_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend_device():
         computed = effects(DEVICE).arrays()
     for name, array in expected.items():
-        np.testing.assert_allclose(computed[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(computed[name], array, rtol=10 * CLOSE, atol=CLOSE, err_msg=name)
