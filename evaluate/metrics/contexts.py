@@ -25,7 +25,7 @@ REACH = 16
 """Tokens shown on either side of a sample."""
 BUFFER = 1 << 20
 """Entries collected before a merge. Sorting so many takes about 0.3 s, once in hundreds of blocks."""
-Columns = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Columns = tuple[Tensor, ...]
 """Ranks, latents, places, values and tokens of entries, on one device."""
 
 
