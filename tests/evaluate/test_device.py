@@ -1,6 +1,7 @@
 """Evaluation on a device that is no CPU (tests/pretend.py): the CPU's results, and how seldom the host waits."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,14 @@ from evaluate.metrics.measure import training_selection
 from evaluate.metrics.passes import First, first_pass, second_pass
 from evaluate.metrics.redundancy import decoder_similarity
 from evaluate.metrics.side_by_side import side_by_side
-from evaluate.metrics.splice import Clean, Loss, writer
+from evaluate.metrics.splice import Clean, Loss, splice, writer
+from evaluate.run import evaluate
 from shards import Store
 from shards.store import read_tokenizer
 from tests.evaluate.fakes import random_coder
-from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, make_run
+from tests.evaluate.metrics.test_splice import contexts, language_model, source_of
+from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, make_run, settings_of
+from tests.models import save_model
 from tests.pretend import DEVICE, counted, pretend_device
 from transcoder import Transcoder
 from transcoder.heavy import typical_rows
@@ -239,3 +243,38 @@ def test_effects_give_the_cpus_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         computed = effects(DEVICE).arrays()
     for name, array in expected.items():
         np.testing.assert_allclose(computed[name], array, rtol=10 * CLOSE, atol=CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_splicing_a_tiny_model_gives_the_cpus_losses(family: str, tmp_path: Path) -> None:
+    directory = save_model(tmp_path / family, family, initializer_range=0.2)
+    coder, ids = random_coder(32, 32, (8, 20)), contexts()
+
+    def losses(device: torch.device) -> dict[str, Loss]:
+        model = language_model(directory)
+        for module in model.bridge.modules():
+            for table in (module._parameters, module._buffers):
+                table |= {name: held.data.to(device) for name, held in table.items() if held is not None}
+        model.device = device
+        replacements = {"zero": torch.zeros_like, "0": coder.to(device)}
+        return splice(model, source_of(1), ids, replacements, lambda _: None)
+
+    expected = losses(CPU)
+    with pretend_device():
+        computed = losses(DEVICE)
+    for name, loss in expected.items():
+        assert computed[name].agreed == loss.agreed
+        assert computed[name].cross_entropy == pytest.approx(loss.cross_entropy, rel=CLOSE)
+        assert computed[name].divergence == pytest.approx(loss.divergence, rel=CLOSE, abs=100 * CLOSE)
+
+
+def test_the_whole_stage_writes_the_cpus_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {}
+    monkeypatch.setattr("evaluate.run.draw", lambda *_: [])  # plots take seconds
+    for device in (CPU, DEVICE):
+        make_run(tmp_path / device.type)
+        monkeypatch.setattr("evaluate.run.pick_device", lambda name, there=device: there)
+        with pretend_device():
+            metrics, _ = evaluate(settings_of(tmp_path / device.type), ce_tokens=0)
+        written[device] = metrics.written() | {"provenance": None}
+    assert_close(written[DEVICE], written[CPU])
