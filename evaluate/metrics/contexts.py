@@ -256,7 +256,8 @@ class Shader:
         keys = samples.latents * np.int64(n_contexts) + samples.places // context_length
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
-        self._sought = torch.from_numpy(self._keys.astype(np.int64)).to(device)
+        sought = self._keys.astype(np.int64)
+        self._sought = torch.from_numpy(sought).to(device)
         self._most = int(np.unique(keys, return_counts=True)[1].max(initial=0))
 
     def add(self, entries: Entries, places: Tensor) -> None:
