@@ -146,7 +146,9 @@ def _note(name: str, args: Any, kwargs: dict[str, Any], on_device: bool, ours: b
         to_device, to_host = name == "_to_copy" and not ours, name == "_to_copy" and not on_device
         waits = (to_device or to_host) and not kwargs.get("non_blocking")
     if to_device:
+        _count("copies to device")
         _count_bytes("bytes to device", result)
+    _count("copies to host", n=to_host)
     if to_host or name == "_local_scalar_dense":
         _count_bytes("bytes to host", args[0] if name == "_local_scalar_dense" else result)
     _count("sums in an open order", n=_is_open_sum(name, args, kwargs))
