@@ -38,7 +38,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
     take, decide = Intake.take, windows.on_the_device
 
     def takes(self: Intake, name: str, tensor: torch.Tensor) -> None:
-        take(self, name, tensor.to(DEVICE))
+        take(self, name, tensor.to(DEVICE, non_blocking=True))
 
     def decides(model: LanguageModel, *rest: Any) -> Any:
         there: Any = SimpleNamespace(device=DEVICE, dtype=model.dtype)

@@ -40,7 +40,7 @@ def filled(landing: Landing, rows: torch.Tensor) -> DeviceColumn:
     column = DeviceColumn(len(rows), WIDTH, landing)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
     for part in order.split(len(rows) // 2 + 1):
-        column.put(part.to(DEVICE), rows[part].to(DEVICE))
+        column.put(*(each.to(DEVICE, non_blocking=True) for each in (part, rows[part])))
     column.quantise(INT8)
     return column
 
