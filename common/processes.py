@@ -4,10 +4,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from common.errors import InputError, first_line
 
+CPU = torch.device("cpu")
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,14 +47,21 @@ def _number(name: str, default: int, allowed: range) -> int:
     return int(text)
 
 
-def meet(backend: str) -> None:
-    """Meet the other processes, if there are any; raises `InputError` when they do not come."""
+def meet(device: torch.device) -> None:
+    """Meet the other processes, if there are any: gloo on CPU, nccl on CUDA, bound to this process's device.
+
+    Raises `InputError` when they do not come.
+    """
     if world() == 1 or dist.is_initialized():
         return
     rank()
+    backend, own = "gloo", None
+    if device.type == "cuda":
+        backend, own = "nccl", torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(own)
     try:
         with waiting():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, device_id=own)
     except (dist.DistError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
@@ -104,6 +111,8 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    device: torch.device = CPU
+    """Where the tensors are that they exchange."""
 
     @property
     def leads(self) -> bool:
@@ -115,6 +124,12 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def total_later(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin `total` of a tensor; it is done when the function that is returned has been called."""
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        return work.wait
 
     def gathered(self, values: Tensor) -> Tensor:
         """All processes' one-dimensional values, of any lengths, in order of rank."""
@@ -132,30 +147,30 @@ class Processes:
         dist.all_gather(parts, tensor)
         return parts
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether any process says so."""
         if self.world == 1:
             return flag
-        return bool(self.total(torch.tensor(float(flag), device=device)))
+        return bool(self.total(torch.tensor(float(flag), device=self.device)))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Until every process is here. A barrier of nccl would choose a device itself."""
         if self.world > 1:
             with waiting():
-                dist.barrier()
+                self.any(False)
 
 
 ALONE = Processes()
 
 
 @contextmanager
-def joined(device: torch.device | Literal["cpu"] = "cpu") -> Iterator[Processes]:
-    """The processes of this run (gloo on CPU, nccl on CUDA), or this one alone."""
+def joined(device: torch.device = CPU) -> Iterator[Processes]:
+    """The processes of this run, or this one alone."""
     if world() == 1:
         yield ALONE
         return
-    meet("nccl" if torch.device(device).type == "cuda" else "gloo")
+    meet(device)
     try:
-        yield Processes(dist.get_rank(), world())
+        yield Processes(dist.get_rank(), world(), device)
     finally:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ from common.numbers import marked_fvu, number_or_dash
 from common.settings import Settings
 from common.terminal.table import Table
 from shards import Store
-from train import activation_samples, record
+from train import activation_samples, memory, record
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.normalisation import fold
 from train.recipe import Recipe
@@ -36,6 +36,7 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         activation_samples.write(
             settings.run_dir(), state.samples, store, transcoder.prefix_ends, recipe.scaling.scale_out
         )
+    transcoder.metadata["training"]["peak_memory_bytes"] = memory.peak(transcoder.W_enc.device)
     transcoder.save(settings.run_dir())
 
 
@@ -96,7 +97,8 @@ def summary(metadata: dict[str, Any]) -> Table:
         dead = 100 * heldout["dead"] / ends[-1]
         title = f"{heldout['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
-    table = Table(*columns, title=title, caption=_caption(heldout) or "")
+    lines = [_caption(heldout), _peak(metadata["training"].get("peak_memory_bytes"))]
+    table = Table(*columns, title=title, caption="\n".join(filter(None, lines)))
     for g, end in enumerate(ends):
         table.add_row(
             str(g),
@@ -127,6 +129,11 @@ def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
     if not heldout["rows"] or "dead_fraction" not in heldout:
         return "-", "-"
     return f"{100 * heldout['dead_fraction'][g]:.1f}", f"{100 * heldout['over_10_percent_fraction'][g]:.1f}"
+
+
+def _peak(size: int | None) -> str | None:
+    """Not known of older runs, and outside Linux without a GPU."""
+    return f"peak memory {size / memory.GIB:.1f} GiB" if size else None
 
 
 def _caption(heldout: dict[str, Any]) -> str | None:

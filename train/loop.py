@@ -3,6 +3,7 @@
 Shapes: B rows, D_in, D_out, F latents, G prefixes.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -41,18 +42,17 @@ RESTRAINT = 3.0
 """Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""
 DEAD_WARNED = 0.1
 """Share of dead latents after a quarter of a run above which it says so."""
-DENSE_SHARE = 1 / 8
-"""Share of active latents above which the dense step is the faster one."""
 
 
 def step_for(
     objective: Objective, device: torch.device, peers: Processes = ALONE, buffers: Buffers | None = None
 ) -> Step:
     """The one place that decides between the steps; all give the same gradients, to their precision."""
-    if device.type == "cuda" and objective.precision != "float32":
+    if device.type == "cpu":
+        return DenseStep(objective, peers) if objective.dense else SparseStep(objective, peers, buffers)
+    if objective.dense or objective.precision != "float32":
         return MatrixStep(objective, peers)
-    dense = objective.k > DENSE_SHARE * objective.d_sae
-    return DenseStep(objective, peers) if dense else SparseStep(objective, peers, buffers)
+    return SparseStep(objective, peers, buffers)
 
 
 @torch.no_grad()
@@ -68,14 +68,15 @@ def train_step(
     dead = state.dead(recipe.train.dead_after_rows)
     weights = recipe.typical.weights(outputs)
     values, gradients = step(state.parameters, x, y, dead, recipe.active_latents(state.step), weights)
-    state.adam.skip = state.note_failure(values.loss, values.squared_errors)
-    lift = revival(dead, recipe.objective.d_sae, y.shape[1])
-    lr = recipe.learning_rate(state.step)
-    apply(state.adam, gradients.over(peers).plus(lift), lr, recipe.train.clip_norm)
+    state.note_failure(values.loss)
+    lr, gradients = recipe.learning_rate(state.step), gradients.over(peers, recipe.objective.d_sae)
+    if len(dead):
+        gradients = gradients.plus(revival(dead, recipe.objective.d_sae, y.shape[1]))
+    apply(state.adam, gradients, lr, recipe.train.clip_norm)
     if recipe.train.density_limit is not None:
         restrain(state, recipe.train.density_limit, lr)
 
-    fired, rows = peers.total(values.fired.clone()), len(x) * peers.world
+    fired, rows = peers.total(values.fired), len(x) * peers.world
     state.n_dead = len(dead)
     state.count(values.cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
     return values
@@ -87,9 +88,7 @@ def restrain(state: State, limit: float, lr: float) -> None:
     In proportion to the excess: a bias settles where the reconstruction pulls up as strongly as this pulls down, near
     the limit, a little above it where the pull is strong.
     """
-    excess = (state.density / (0.9 * limit) - 1).clamp_(0, 2)
-    if state.adam.skip is not None:
-        excess *= 1 - state.adam.skip
+    excess = (state.density / (0.9 * limit) - 1).clamp_(0, 2).mul_(1 - state.adam.skip)
     state.parameters.b_enc.sub_(excess, alpha=RESTRAINT * lr * state.adam.rates["b_enc"])
 
 
@@ -128,8 +127,8 @@ class Run:
         }
         total = self.recipe.steps * settings.train.batch_size
         self.log = Log(self.dir, settings, config, rows=self.state.rows, total=total) if peers.leads else None
-        self._unchecked: list[tuple[int, int]] = []
-        """(step, its first row) of the steps since the last check for a failure."""
+        self._unchecked: list[tuple[int, int, Tensor, Tensor]] = []
+        """(step, its first row, squared errors, auxiliary loss) of the steps since the last check for a failure."""
         self._clock, self._waited, self._logged_rows = time.perf_counter(), 0.0, self.state.rows
 
     @property
@@ -141,11 +140,11 @@ class Run:
         """Train on one batch; log and checkpoint when their step has come."""
         state, train = self.state, self.settings.train
         values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.peers)
-        self._unchecked.append((state.step, int(batch.rows[0])))
+        self._unchecked.append((state.step, int(batch.rows[0]), values.squared_errors, values.aux_loss))
         probes = state.step % train.heldout_every == 0 or self.done
         logs = state.step % train.log_every == 0 or probes
         saves = state.step % train.checkpoint_every == 0 or self.done
-        if logs or values.loss.is_cpu:  # where it saves, `save` looks
+        if logs or state.failed.is_cpu:  # where it saves, `save` looks
             self._check()
         over = batch.index + 1 == batches_per_epoch
         state.epoch, state.batch = (batch.epoch + 1, 0) if over else (batch.epoch, batch.index + 1)
@@ -163,18 +162,21 @@ class Run:
 
     def _check(self) -> None:
         """Raise `InputError` if the loss of a step since the last look was not finite. On a GPU the host waits here."""
-        step, prefix = self.state.failed.tolist()
-        if step:
-            row = dict(self._unchecked)[step]
+        if math.isnan(self.state.failed.item()):
+            step, row, what = next(self._failures())
             chunk = row // self.store.manifest.source.chunk_rows
-            what = (
-                "auxiliary loss" if prefix == len(self.recipe.objective.prefix_ends) else f"prefix {prefix}"
-            )
             raise InputError(
                 f"{self.dir}: loss is not finite at step {step} ({what}; rows from chunk {chunk} "
                 "of train on); lower train.lr, or check the store with make verify"
             )
         self._unchecked.clear()
+
+    def _failures(self) -> Iterator[tuple[int, int, str]]:
+        """(step, its first row, which loss) of the losses since the last look that are not finite."""
+        for step, row, errors, aux in self._unchecked:
+            losses = {f"prefix {g}": error for g, error in enumerate(errors.tolist())}
+            losses["auxiliary loss"] = aux.item()
+            yield from ((step, row, name) for name, loss in losses.items() if not math.isfinite(loss))
 
     def _warn(self, values: StepValues) -> None:
         """One line when a quarter of the run shows that its end will be poor."""
@@ -215,7 +217,7 @@ class Run:
             "loss": values.loss.item(),
             "l2_loss": values.l2_loss.item(),
             "aux_loss": values.aux_loss.item(),
-            "l0_norm": None if state.newest_l0 is None else float(state.newest_l0),
+            "l0_norm": None if state.newest is None else float(state.newest[0][-1]) / state.newest[1],
             "fvu": fvu[-1],
             **{f"fvu/prefix_{g}": value for g, value in enumerate(fvu)},
             "dead_features_percentage": 100 * state.n_dead / recipe.objective.d_sae,
@@ -299,7 +301,7 @@ def _check_memory(recipes: list[Recipe], wanted: list[Settings], store: Store, d
     for recipe, settings in zip(recipes, wanted, strict=True):
         objective, transcoder, train = recipe.objective, settings.transcoder, settings.train
         state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
-        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size, device))
+        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size, device, world()))
     memory.check(state, on_top, device)
 
 
@@ -326,7 +328,7 @@ def _feed_all(runs: list[Run], store: Store, peers: Processes) -> None:
                 if run.state.step == step:  # a run whose checkpoint is later waits for the others
                     run.feed(batch, loader.batches_per_epoch, waited)
             step += 1
-            if peers.any(interrupted(), batch.inputs.device):
+            if peers.any(interrupted()):
                 for run in runs:
                     run.save()
                 raise KeyboardInterrupt(f"step {step} is saved; the same command continues")

@@ -7,6 +7,7 @@ import torch
 from common import container
 from common.errors import InputError
 from train.activation_samples import PER_LATENT
+from train.step.gradients import PARTS
 from train.step.losses import Objective
 from train.step.schedule import DENSER
 
@@ -24,14 +25,16 @@ def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, sam
     return 3 * 4 * parameters + 12 * objective.d_sae + (12 * PER_LATENT * objective.d_sae if samples else 0)
 
 
-def passing(objective: Objective, d_in: int, d_out: int, batch: int, device: torch.device = CPU) -> int:
+def passing(
+    objective: Objective, d_in: int, d_out: int, batch: int, device: torch.device = CPU, processes: int = 1
+) -> int:
     """Bytes that a step or a measurement takes on top, once for all runs of a sweep.
 
     A step: pre-activations and their flags [B, F], S and its blocks [B, G, D], rows in both spaces,
     about six numbers of 8 bytes for each of 1.25 K*B candidates, K at its highest; in bfloat16 a copy of W_enc.
     On a GPU also the gradients of all latents. Its matrix step has a second array of flags, the gradient of the
     activations and its parts, every prefix's error, and one product of the decoder's size; in bfloat16 copies of the
-    activations and both matrices.
+    activations and both matrices. With several processes the sums of all gradients, and a part of them once more.
     A measurement: W_enc folded to raw activations.
     """
     groups, d_sae = len(objective.prefix_ends), objective.d_sae
@@ -45,9 +48,25 @@ def passing(objective: Objective, d_in: int, d_out: int, batch: int, device: tor
         step += 4 * d_sae * (d_in + d_out)
         if bfloat16:
             step += acts * (1 + 3 * 2) + errors * (4 + 2) + 2 * d_sae * (d_in + d_out) + 4 * d_sae * d_out
-        elif objective.precision == "tfloat32":
+        elif objective.dense or objective.precision == "tfloat32":
             step += acts * (1 + 2 * 4) + errors * 4 + 4 * d_sae * d_out
+    if processes > 1:
+        step += 4 * d_sae * (d_in + d_out) * (PARTS + 1) // PARTS
     return step + 4 * d_sae * d_in
+
+
+def peak(device: torch.device) -> int | None:
+    """Most bytes that this process has had at a time: a GPU's as PyTorch allocated them, else the resident ones.
+
+    None where that cannot be told: Linux only. Unlike getrusage's, VmHWM is this program's alone.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def available(device: torch.device) -> int | None:

@@ -33,8 +33,8 @@ class State:
     density: Tensor
     """[F] float32: share of the rows on which each latent fires, a moving average over batches."""
     failed: Tensor
-    """[2] int64: the first step whose loss was not finite (0: none), and the first prefix whose error was not (G: only
-    the auxiliary loss). From that step on Adam changes nothing. Not saved: a failed run ends."""
+    """[1] float64: 0, and NaN from the first step on whose loss was not finite: then Adam changes nothing. Not saved: a
+    failed run ends."""
     kept: Tensor
     """[G] float64: number of activations that the selection kept in each prefix, in the last tenth of training."""
     kept_rows: int = 0
@@ -51,8 +51,8 @@ class State:
 
     samples: Samples | None = None
     """Strongest rows of each latent; None if the run collects none."""
-    newest_l0: Tensor | None = None
-    """Active latents per row in the newest step."""
+    newest: tuple[Tensor, int] | None = None
+    """Of the newest step: number of activations kept in each prefix [G] int64, and of rows."""
     n_dead: int = 0
     """Dead latents in the newest step."""
 
@@ -64,16 +64,13 @@ class State:
         density = torch.zeros(len(parameters.b_enc), device=device)
         kept = torch.zeros(len(prefix_ends), dtype=torch.float64, device=device)
         samples = Samples(len(parameters.b_enc), device) if sampled else None
-        failed, adam = torch.zeros(2, dtype=torch.int64, device=device), Adam(parameters, prefix_ends)
+        failed, adam = torch.zeros(1, dtype=torch.float64, device=device), Adam(parameters, prefix_ends)
         return cls(parameters, adam, last_fired, density, failed, kept, samples=samples)
 
-    def note_failure(self, loss: Tensor, squared_errors: Tensor) -> Tensor:
-        """Record in `failed` if this step's is the first loss that is not finite; [1] float32, 1 after a failure."""
-        bad = ~torch.isfinite(torch.cat([squared_errors, loss.view(1)]))
-        prefix = bad.int().argmax()  # the loss alone: G
-        now = torch.stack([torch.full_like(prefix, self.step + 1), prefix])
-        self.failed = torch.where(bad.any() & (self.failed[0] == 0), now, self.failed)
-        return (self.failed[:1] > 0).float()
+    def note_failure(self, loss: Tensor) -> None:
+        """Let Adam change nothing from here on if the loss is not finite. The host does not wait to know."""
+        self.failed.add_(loss, alpha=0)  # 0 times infinity or NaN is NaN, and stays
+        torch.ne(self.failed, self.failed, out=self.adam.skip)
 
     def count(
         self, cut: Tensor, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
@@ -83,13 +80,12 @@ class State:
         `kept` adds up from step `counting` on. Nothing here makes the host wait for a GPU.
         """
         last = constant(tuple(end - 1 for end in prefix_ends), torch.int64, fired.device)
-        kept = fired.double().cumsum(0)[last]
+        kept = fired.cumsum(0)[last]
         self.density.lerp_((fired / rows).to(self.density), DENSITY_AVERAGE)
-        self.last_fired = torch.where(fired > 0, self.rows + rows, self.last_fired)
+        self.last_fired.masked_fill_(fired > 0, self.rows + rows)
         cut = cut.double()
-        old = cut if self.threshold is None else self.threshold
-        self.threshold = old + THRESHOLD_AVERAGE * (cut - old)
-        self.newest_l0 = kept[-1] / rows
+        self.threshold = cut if self.threshold is None else self.threshold.lerp(cut, THRESHOLD_AVERAGE)
+        self.newest = kept, rows
         if self.step == counting:
             self.kept.zero_()
             self.kept_rows = 0

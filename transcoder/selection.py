@@ -51,7 +51,8 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     if rank >= len(sample):
         return _above(values, values.new_zeros(()))
     guess = kth_largest(sample, rank).clamp_min(0)
-    guess = peers.total(guess.float() / peers.world)
+    if peers.world > 1:
+        guess = peers.total(guess.float() / peers.world)
     positions = _above(values, guess)
     for cut in (guess / 4, torch.zeros_like(guess)):
         if _total(len(positions), values.device, peers) >= k:
@@ -113,7 +114,8 @@ def select_batch(
 ) -> tuple[Entries, Tensor]:
     """Batch top-k (Bussmann et al. 2024): every positive pre-activation at least as large as the (k*B)-th largest.
 
-    Ties at the cut all stay. Also returns the cut, 0 when there are fewer positive values.
+    Ties at the cut all stay (on a GPU those that come first). Also returns the cut, 0 when there are fewer positive
+    values.
     With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
     The batch is that of all `peers`.
 
@@ -123,8 +125,17 @@ def select_batch(
     >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
     ([0, 0], [0, 2], 0.800000011920929)
     """
-    positions, values, cut = _ranked(pre, k, exact, peers)
-    return _entries(positions, values, (values >= cut) & (values > 0), pre), cut
+    if pre.is_cpu or peers.world > 1 or exact is not None:
+        positions, values, cut = _ranked(pre, k, exact, peers)
+        kept = ((values >= cut) & (values > 0)).nonzero().squeeze(1)  # sync: how many values
+    else:  # as many as are wanted, in order: to count those above the cut, the host would wait
+        n = k * len(pre)
+        positions = candidates(pre.view(-1), n)
+        values = pre.view(-1)[positions]
+        ranked = values.sort(descending=True, stable=True)
+        kept = ranked.indices[:n].sort().values
+        cut = ranked.values[n - 1] if len(values) >= n else values.new_zeros(())
+    return _entries(positions[kept], values[kept], pre), cut
 
 
 def batch_cut(pre: Float[Tensor, "B F"], k: int, peers: Processes = ALONE) -> Float[Tensor, ""]:
@@ -157,7 +168,10 @@ def select_rows(
     cut = row_cuts(pre, k)
     positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)  # sync: how many values
     values = pre.view(-1)[positions] if exact is None else exact(positions)
-    entries = _entries(positions, values, values > 0, pre)
+    if exact is not None:
+        kept = (values > 0).nonzero().squeeze(1)  # sync: how many values
+        positions, values = positions[kept], values[kept]
+    entries = _entries(positions, values, pre)
     everyones = peers.gathered(entries.values)
     return entries, everyones.min() if len(everyones) else values.new_zeros(())
 
@@ -172,15 +186,12 @@ CUTS = {"batch_topk": batch_cut, "topk": row_cuts}
 """The same rules as cuts, one of all rows [] or one a row [B, 1], for the step that keeps whole matrices."""
 
 
-def _entries(positions: Tensor, values: Tensor, kept: Tensor, pre: Tensor) -> Entries:
-    """The entries at the positions that `kept` [m] marks.
+def _entries(positions: Tensor, values: Tensor, pre: Tensor) -> Entries:
+    """The entries at some positions of [B, F].
 
-    >>> positions, values = torch.tensor([0, 2, 5]), torch.tensor([0.9, 0.1, 0.3])
-    >>> _entries(positions, values, values > 0.2, pre=torch.ones(2, 3))  # position 5 = 1 * 3 + 2
+    >>> _entries(torch.tensor([0, 5]), torch.tensor([0.9, 0.3]), pre=torch.ones(2, 3))  # position 5 = 1 * 3 + 2
     Entries(rows=tensor([0, 1]), latents=tensor([0, 2]), values=tensor([0.9000, 0.3000]), n_rows=2)
     """
-    kept = kept.nonzero().squeeze(1)  # sync: how many values
-    positions = positions[kept]
     n_rows, width = pre.shape
     rows = positions.div(width, rounding_mode="floor")
-    return Entries(rows, positions - rows * width, values[kept], n_rows)
+    return Entries(rows, positions.sub(rows, alpha=width), values, n_rows)

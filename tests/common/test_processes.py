@@ -57,7 +57,22 @@ def test_what_torchrun_would_not_set(
     for name, value in (ALL | changes).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=line):
-        processes.meet("gloo")
+        processes.meet(torch.device("cpu"))
+
+
+def test_a_gpu_is_chosen_before_its_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl would guess one, the first for all."""
+    called: list[tuple[object, ...]] = []
+    for name, value in ALL.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("set_device", device)))
+    monkeypatch.setattr(
+        processes.dist, "init_process_group", lambda backend, device_id: called.append((backend, device_id))
+    )
+    processes.meet(torch.device("cuda:1"))
+    processes.meet(torch.device("cpu"))
+    own = torch.device("cuda:1")
+    assert called == [("set_device", own), ("nccl", own), ("gloo", None)]
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, "0"), (signal.SIGINT, "1")])
@@ -66,8 +81,8 @@ def test_a_signal_ends_the_wait_for_processes_that_never_come(number: signal.Sig
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = (
-        "from common import cli\nfrom common.processes import meet\n"
-        "def main():\n    print('waits', flush=True)\n    meet('gloo')\ncli.run_stage(main)\n"
+        "import torch\nfrom common import cli\nfrom common.processes import meet\n"
+        "def main():\n    print('waits', flush=True)\n    meet(torch.device('cpu'))\ncli.run_stage(main)\n"
     )
     env = os.environ | ALL | {"RANK": rank, "MASTER_PORT": port}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,30 @@ def test_a_gpu_must_hold_the_step_and_the_host_the_loader(monkeypatch: pytest.Mo
     free["cpu"] = memory.GIB // 2
     with pytest.raises(InputError, match=r"needs about 0\.9 GiB on cpu \(loader and program\)"):
         memory.check(memory.GIB, memory.GIB, gpu)
+
+
+def test_several_processes_hold_all_gradients_and_a_part_of_them_twice() -> None:
+    alone, together = (memory.passing(OBJECTIVE, D, D, BATCH, processes=n) for n in (1, 2))
+    gradients = 4 * 16384 * (2 * D + 2)
+    assert gradients < together - alone < 1.4 * gradients
+
+
+def test_many_active_latents_on_a_gpu_take_the_matrix_steps_memory() -> None:
+    gpu, many = torch.device("cuda"), replace(OBJECTIVE, k=3000)
+    plans = [
+        memory.passing(replace(many, precision=precision), D, D, BATCH, gpu)
+        for precision in ("float32", "tfloat32")
+    ]
+    assert plans[0] == plans[1] > memory.passing(replace(many, k=1), D, D, BATCH, gpu) + 8 * BATCH * 16384
+
+
+def test_the_peak_is_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123)
+    assert memory.peak(torch.device("cuda:0")) == 123
+    before = memory.peak(torch.device("cpu"))
+    assert before is not None
+    torch.ones(before // 4 + 2**24).sum()  # 64 MiB more than there ever was
+    assert memory.peak(torch.device("cpu")) >= before + 2**26
 
 
 def test_a_gpus_plan_holds_what_an_h100_measured() -> None:

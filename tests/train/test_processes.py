@@ -11,22 +11,33 @@ import torch
 
 from common.settings import ROOT, Settings
 from shards import Store
-from tests.train.runs import command, tensors, tiny_settings
+from tests.train.runs import D_IN, D_OUT, command, tensors, tiny_settings
 from train.loop import train
+from train.step.sparse import LATENTS
 
 
-def run_two(settings: Settings) -> None:
+def run_two(settings: Settings, noted: Path | None = None) -> None:
+    """Train in two processes; `noted`: see tests/train/collectives.py."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [*torchrun, "-m", "--", *command(settings)[2:]]  # "--": torchrun would take --run for its own
+    _, _, stage, *options = command(settings)
+    program = [stage] if noted is None else ["tests.train.collectives", str(noted)]
+    arguments = [*torchrun, "-m", "--", *program, *options]  # "--": torchrun would take --run for its own
     process = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
 
 
-@pytest.mark.parametrize("selection", ["batch_topk", "topk"])
-def test_two_processes_equal_one(selection: str, store: Store, store_root: Path, tmp_path: Path) -> None:
-    """20 steps with dead latents from the third on, a clip norm and a skip connection."""
+@pytest.mark.parametrize(("selection", "groups"), [("batch_topk", (200, 400, 600)), ("topk", (8, 16, 40))])
+def test_two_processes_equal_one(
+    selection: str, groups: tuple[int, ...], store: Store, store_root: Path, tmp_path: Path
+) -> None:
+    """20 steps with dead latents from the third on, a clip norm and a skip connection; three blocks of latents, or one.
+
+    The gradients are sent in four collectives at most, and each number once.
+    """
     changes = {
+        "transcoder__d_sae": sum(groups),
+        "transcoder__group_sizes": groups,
         "train__rows": 64 * 20,
         "train__dead_after_rows": 100,
         "train__clip_norm": 0.05,
@@ -36,7 +47,19 @@ def test_two_processes_equal_one(selection: str, store: Store, store_root: Path,
     one = tiny_settings(store_root, tmp_path, run="one", **changes)
     two = tiny_settings(store_root, tmp_path, run="two", **changes)
     train(one, store)
-    run_two(two)
+    run_two(two, noted=tmp_path / "collectives.json")
+    steps = json.loads((tmp_path / "collectives.json").read_text())
+    assert len(steps) == 20
+    shared, a_latent = D_OUT + D_IN * D_OUT, D_IN + 1 + D_OUT + 1
+    for number, step in enumerate(steps, 1):
+        sent = [
+            size for name, kind, size in step if (name, kind) == ("all_reduce", "torch.float32") and size > 4
+        ]
+        assert len(sent) == (4 if sum(groups) > LATENTS else 2)
+        assert sum(sent) == 4 * (shared + sum(groups) * a_latent)
+        assert "barrier" not in {name for name, _, _ in step}
+        samples = 6 if number % 5 == 0 else 0
+        assert len(step) <= (15 if sum(groups) > LATENTS else 12) + samples, step
     expected, actual = tensors(one.run_dir()), tensors(two.run_dir())
     for name, tensor in expected.items():
         assert float((actual[name] - tensor).norm() / tensor.norm()) < 1e-4, name

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, aux_loss, firings, nested_loss, weighted
+from train.step.losses import Objective, StepValues, aux_loss, nested_loss, weighted
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
 
@@ -64,6 +64,5 @@ class DenseStep:
         d_enc, d_bias, d_dec = (gradients.pop(name) for name in ("W_enc", "b_enc", "W_dec"))
         block = Block(0, d_enc, d_bias, d_dec, (d_dec * parameters.W_dec).sum(1))
         errors, l2, aux = (peers.total(part.detach()) for part in (squared_errors, l2, aux))
-        fired = firings(entries, objective.d_sae)
-        values = StepValues(errors, l2, aux, fired, lambda: entries, cut)
+        values = StepValues(errors, l2, aux, kept.sum(0), lambda: entries, cut)
         return values, Gradients(gradients, lambda: iter([block.copy()]))

@@ -4,7 +4,7 @@ A step allocates nothing of the size of a weight matrix. A block is computed, us
 while it is in the cache, and freed. (At 18,432 x 2,304 the allocation of a gradient alone takes 0.1 s.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from common.processes import Processes
 from train.step.losses import StepValues
 from transcoder.transcoder import Parameters
+
+PARTS = 3
+"""Collectives that sum the gradients of all latents over several processes. A GPU has one block, so one."""
 
 
 class Block(NamedTuple):
@@ -41,29 +44,34 @@ class Gradients(NamedTuple):
     shared: dict[str, Tensor]
     """b_dec, and W_skip if the transcoder has one."""
     blocks: Callable[[], Iterator[Block]]
-    """Yields every latent once, in order, in blocks that the caller may change. Can be called again until a block has
-    changed the parameters."""
+    """Yields every latent once, in order. Can be called again until a block or the parameters have been changed."""
 
-    def over(self, peers: Processes) -> "Gradients":
-        """These gradients summed over all processes."""
+    def over(self, peers: Processes, d_sae: int) -> "Gradients":
+        """These gradients, of `d_sae` latents, summed over all processes in at most PARTS + 1 collectives.
+
+        The sums of all latents are kept until the step has used them.
+        """
         if peers.world == 1:
             return self
+        flat = peers.total(_flat(self.shared.values()))
+        parts = flat.split([gradient.numel() for gradient in self.shared.values()])
+        named = zip(self.shared.items(), parts, strict=True)
+        summed: list[Block] = []
 
         def blocks() -> Iterator[Block]:
-            for block in self.blocks():
-                for gradient in block[1:]:
-                    peers.total(gradient)
-                yield block
+            if not summed:
+                summed.extend(_summed(self.blocks(), d_sae, peers))
+            yield from summed
 
-        return Gradients({name: peers.total(gradient) for name, gradient in self.shared.items()}, blocks)
+        return Gradients({name: part.view_as(gradient) for (name, gradient), part in named}, blocks)
 
     def plus(self, b_enc: Tensor) -> "Gradients":
         """These gradients with `b_enc` [F] added to the biases'."""
 
         def blocks() -> Iterator[Block]:
             for block in self.blocks():
-                block.b_enc.add_(b_enc[block.rows])
-                yield block
+                yield block._replace(b_enc=block.b_enc + b_enc[block.rows])
+                del block  # the next one takes its memory
 
         return Gradients(self.shared, blocks)
 
@@ -72,6 +80,28 @@ class Gradients(NamedTuple):
         blocks = list(self.blocks())
         names = ("W_enc", "b_enc", "W_dec")
         return {name: torch.cat([getattr(block, name) for block in blocks]) for name in names} | self.shared
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _summed(blocks: Iterator[Block], d_sae: int, peers: Processes) -> Iterator[Block]:
+    """The sums of all processes' blocks, in PARTS parts: each is sent while the next one is computed."""
+    sent: list[tuple[list[tuple[int, list[torch.Size]]], Tensor, Callable[[], object]]] = []
+    part: list[Block] = []
+    for block in blocks:
+        part.append(block)
+        if PARTS * block.rows.stop >= (len(sent) + 1) * d_sae:
+            shapes = [(each.start, [gradient.shape for gradient in each[1:]]) for each in part]
+            flat = _flat(gradient for each in part for gradient in each[1:])
+            sent.append((shapes, flat, peers.total_later(flat)))
+            part = []
+    for shapes, flat, wait in sent:
+        wait()
+        pieces = iter(flat.split([shape.numel() for _, block in shapes for shape in block]))
+        for start, block in shapes:
+            yield Block(start, *(next(pieces).view(shape) for shape in block))
 
 
 @runtime_checkable

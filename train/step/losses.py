@@ -18,6 +18,9 @@ from common.device import constant
 from common.processes import ALONE, Processes
 from transcoder.entries import Entries
 
+DENSE_SHARE = 1 / 8
+"""Share of active latents above which a step is `dense`."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -39,6 +42,11 @@ class Objective:
         """F, the last prefix end."""
         return self.prefix_ends[-1]
 
+    @property
+    def dense(self) -> bool:
+        """Whether so many latents are active that a step on all of them is the faster one."""
+        return self.k > DENSE_SHARE * self.d_sae
+
 
 def prefix_weights(n: int) -> tuple[float, ...]:
     """Weights of the losses of n prefixes, coarsest first; they sum to 1.
@@ -59,7 +67,7 @@ class StepValues(NamedTuple):
     aux_loss: Tensor
     """With its coefficient."""
     fired: Tensor
-    """[F] int64: number of this process's rows on which each latent is active."""
+    """[F] int: number of this process's rows on which each latent is active."""
     active: Callable[[], Entries]
     """Gives the active latents of this process's rows. The host waits for them."""
     cut: Tensor
@@ -90,18 +98,6 @@ def revival(dead: Tensor, d_sae: int, d_out: int) -> Float[Tensor, " F"]:
     ends when the latent fires.
     """
     return torch.zeros(d_sae, device=dead.device).index_fill_(0, dead, -REVIVAL / d_out)
-
-
-def firings(entries: Entries, d_sae: int) -> Tensor:
-    """[F] int64 number of rows on which each latent is active. bincount would make the host wait.
-
-    >>> firings(Entries(torch.tensor([0, 1]), torch.tensor([2, 2]), torch.ones(2), n_rows=2), d_sae=3)
-    tensor([0, 0, 2])
-    """
-    latents = entries.latents.long()
-    return torch.zeros(d_sae, dtype=torch.int64, device=latents.device).index_add_(
-        0, latents, torch.ones_like(latents)
-    )
 
 
 def nested_loss(

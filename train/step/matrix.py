@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, nested_loss, weighted
+from train.step.losses import Objective, StepValues, nested_loss
 from train.step.sparse import aux_gradients
 from transcoder.entries import Entries
 from transcoder.selection import CUTS
@@ -46,7 +46,8 @@ class MatrixStep:
         objective, peers = self.objective, self.peers
         x_low, W_dec_low = self._low(x), self._low(parameters.W_dec)
         pre = _product(x_low, self._low(parameters.W_enc).T).add_(parameters.b_enc)
-        dead_pre = pre[:, dead]
+        wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
+        dead_pre = pre[:, dead] if wants_aux else None
         cut, kept = self._kept(pre, k)
         acts = pre.mul_(kept)
         acts_low = self._low(acts)
@@ -59,19 +60,22 @@ class MatrixStep:
         for group in groups:
             r = r + _product(acts_low[:, group], W_dec_low[group])
             residuals.append(r)
-        root = None if weights is None else weights.sqrt()
-        parts = [torch.linalg.vector_norm(weighted(r, root)).double().square() for r in residuals]
-        squared_errors = peers.total(torch.stack(parts))
+        of_rows = torch.stack([torch.linalg.vector_norm(r, dim=1) for r in residuals]).double().square()
+        squared_errors = peers.total(of_rows.sum(1) if weights is None else of_rows @ weights.double())
         n_values = y.numel() * peers.world
         l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
 
         # S[g] = 2 / (B D_out) * sum over h >= g of w_h r[h]: the loss's gradient by group g's part of y_hat
         S, above = [], torch.zeros_like(y)
         for weight, r in zip(reversed(objective.prefix_weights), reversed(residuals), strict=True):
-            above = torch.add(above, weighted(r, weights), alpha=2 * weight / n_values)
+            scale = 2 * weight / n_values
+            if weights is None:
+                above = torch.add(above, r, alpha=scale)
+            else:
+                above = torch.addcmul(above, r, weights[:, None], value=scale)
             S.insert(0, above)
         aux, extras = l2.new_zeros(()), None
-        if len(dead) and objective.aux_k and objective.aux_coefficient:
+        if dead_pre is not None:
             aux, extras = aux_gradients(
                 parameters, dead_pre, x, -residuals[-1], dead, objective, peers, weights
             )
@@ -139,9 +143,9 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right, summed and returned in float32 where they are bfloat16 (float64 where they are float64)."""
     if left.dtype != torch.bfloat16:
         return torch.mm(left, right, out=out)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32, out=out)
-    return torch.mm(left.float(), right.float(), out=out)  # products of bfloat16 are exact in float32
+    if left.is_cpu:
+        return torch.mm(left.float(), right.float(), out=out)  # products of bfloat16 are exact in float32
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
 @contextmanager

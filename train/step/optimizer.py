@@ -62,8 +62,10 @@ class Adam:
         self.square = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
         self.steps = torch.zeros((), device=parameters.W_enc.device)
 
-        self.skip: Tensor | None = None
-        """[1] float32: 1 makes the kernel change nothing, without a wait of the host."""
+        self.skip = torch.zeros(1, device=parameters.W_enc.device)
+        """1 makes the kernel change nothing, without a wait of the host."""
+        self.divisor: Tensor | None = None
+        """[1] float32 by which the kernel divides every gradient; None: 1."""
 
     def update(self, name: str, gradient: Tensor, lr: float) -> None:
         """Adam's step for the whole of parameter `name`, whose gradient this is; `lr` before `rates`."""
@@ -96,25 +98,25 @@ class Adam:
             eps=EPSILON,
             amsgrad=False,
             maximize=False,
+            grad_scale=self.divisor,
             found_inf=self.skip,
         )
 
 
 def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None = None) -> None:
     """One optimizer step: clip, project the decoder's gradient, Adam, renormalise the decoder."""
-    scale = 1.0 if clip_norm is None else clip_scale(adam.parameters, gradients, clip_norm)
+    adam.divisor = None if clip_norm is None else clip_divisor(gradients, clip_norm)
     adam.steps += 1
     W_dec = adam.parameters.W_dec
     for block in gradients.blocks():
         rows = W_dec[block.rows]
         project(block.W_dec, block.along, rows)
         for name in ("W_enc", "b_enc", "W_dec"):
-            gradient = getattr(block, name)
-            adam.update_latents(name, gradient if scale == 1.0 else gradient.mul_(scale), lr, block.rows)
+            adam.update_latents(name, getattr(block, name), lr, block.rows)
         renormalise(rows)
-        del block, gradient  # the next block takes their memory
+        del block  # the next one takes its memory
     for name, gradient in gradients.shared.items():
-        adam.update(name, gradient if scale == 1.0 else gradient * scale, lr)
+        adam.update(name, gradient, lr)
 
 
 def project(gradient: Tensor, along: Tensor, rows: Tensor) -> None:
@@ -127,14 +129,15 @@ def renormalise(rows: Tensor) -> None:
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def clip_scale(parameters: Parameters, gradients: Gradients, clip_norm: float) -> float:
-    """min(1, clip_norm / norm of all gradients), the decoder's after projection.
+def clip_divisor(gradients: Gradients, clip_norm: float) -> Tensor:
+    """[1] max(1, norm of all gradients / clip_norm), the decoder's after projection.
 
-    Computes every block twice instead of keeping all: few runs clip, and all blocks need much memory.
+    Computes every block twice instead of keeping all: few runs clip, and all blocks need much memory. The projection
+    takes `along` of a row's gradient, whose square is what is left out here: the decoder's rows have unit norm.
     """
     squares = [gradient.double().square().sum() for gradient in gradients.shared.values()]
     for block in gradients.blocks():
-        project(block.W_dec, block.along, parameters.W_dec[block.rows])
         squares += [gradient.double().square().sum() for gradient in block[1:4]]
-    norm = torch.stack(squares).sum().sqrt().item()  # sync: only with clipping
-    return min(1.0, clip_norm / norm) if norm > 0 else 1.0
+        squares.append(-block.along.double().square().sum())
+    norm = torch.stack(squares).sum().clamp_min(0).sqrt()
+    return (norm / clip_norm).clamp_min(1).float().view(1)

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 from common.device import constant
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
-from train.step.losses import Objective, StepValues, firings, nested_loss, weighted
+from train.step.losses import Objective, StepValues, nested_loss, weighted
 from transcoder.entries import Entries
 from transcoder.selection import SELECT
 from transcoder.transcoder import Parameters
@@ -96,7 +96,7 @@ class SparseStep:
             shared["W_skip"] = S_first.T @ x
         entries_of = bags.by_latent(objective.d_sae)
         blocks = partial(_blocks, entries_of, parameters.W_dec, x, S, dead, dead_gradients)
-        fired = firings(entries, objective.d_sae)
+        fired = entries_of.offsets.diff()
         return StepValues(squared_errors, l2, aux, fired, lambda: entries, cut), Gradients(shared, blocks)
 
     def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class Bags(NamedTuple):
         groups = len(prefix_ends)
         ends = constant(prefix_ends, torch.int64, entries.rows.device)
         # right=True: a latent equal to an end is the first of the next group
-        bag = entries.rows * groups + torch.bucketize(entries.latents, ends, right=True)
-        first = torch.arange(n_rows * groups + 1, device=bag.device)
+        bag = torch.bucketize(entries.latents, ends, right=True).add_(entries.rows, alpha=groups).int()
+        first = torch.arange(n_rows * groups + 1, device=bag.device, dtype=torch.int32)
         offsets = torch.searchsorted(bag, first, out_int32=True)
-        return cls(entries.latents.int(), entries.values, bag.int(), offsets, groups)
+        return cls(entries.latents.int(), entries.values, bag, offsets, groups)
 
     def by_latent(self, d_sae: int) -> "LatentEntries":
         """The same entries sorted by latent, then row.
@@ -241,13 +241,13 @@ def _decode(
     bounds = _bounds(bags.offsets, size * groups, len(bags.values))
     for i, row in enumerate(range(0, n, size)):
         rows, entries = slice(row, min(row + size, n)), slice(bounds[i], bounds[i + 1])
-        offsets = bags.offsets[rows.start * groups : rows.stop * groups + 1] - bounds[i]
+        offsets = _from(bags.offsets[rows.start * groups : rows.stop * groups + 1], bounds[i])
         latents = bags.latents[entries]
         # r[:, g] becomes y_g - y: the running sum over groups, which starts at b_dec + skip - y
         r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
-        r[:, 0] -= target[rows]
+        r[:, 0].sub_(target[rows])  # with -= Python would assign the slice to itself: a copy
         for g in range(1, groups):
-            r[:, g] += r[:, g - 1]
+            r[:, g].add_(r[:, g - 1])
         if residual is not None:
             torch.neg(r[:, -1], out=residual[rows])
         errors = torch.linalg.vector_norm(r, dim=2).double().square()
@@ -274,6 +274,11 @@ def _bounds(offsets: Tensor, size: int, n_entries: int) -> list[int]:
     return [*offsets[:-1:size].tolist(), n_entries]  # sync: on a GPU there is one block
 
 
+def _from(numbers: Tensor, start: int) -> Tensor:
+    """The numbers counted from `start`; as they are where that is 0, which on a GPU is everywhere."""
+    return numbers - start if start else numbers
+
+
 def aux_gradients(
     parameters: Parameters,
     pre: Tensor,
@@ -297,9 +302,9 @@ def aux_gradients(
     share = objective.aux_coefficient * min(1.0, len(dead) / objective.aux_k)
     c = torch.where(size > 0, share / size, 0.0)
     loss = c * torch.linalg.vector_norm(d).square()
-    d = weighted(d, root)
-    d_pre = (d @ W_dec.T).mul_(2 * c).masked_fill_(z == 0, 0.0)
-    d_dec = (z.T @ d).mul_(2 * c)
+    twice, d = 2 * c, weighted(d, root)
+    d_pre = (d @ W_dec.T).mul_(twice).masked_fill_(z == 0, 0.0)
+    d_dec = (z.T @ d).mul_(twice)
     return peers.total(loss.double()), (d_pre.T @ x, d_pre.sum(0), d_dec, (d_dec * W_dec).sum(1))
 
 
@@ -350,12 +355,14 @@ def _blocks(
     starts = range(0, d_sae, size)
     # Block i has the entries [bounds[i], bounds[i + 1]) and the dead latents [dead_bounds[i], dead_bounds[i + 1]).
     bounds = _bounds(entries.offsets, size, len(entries.rows))
-    edges = constant((*starts, d_sae), torch.int64, dead.device)
-    dead_bounds = _bounds(torch.searchsorted(dead, edges), 1, len(dead))
+    dead_bounds = [0] * (len(starts) + 1)
+    if dead_gradients is not None:
+        edges = constant((*starts, d_sae), torch.int64, dead.device)
+        dead_bounds = _bounds(torch.searchsorted(dead, edges), 1, len(dead))
     for i, start in enumerate(starts):
         stop, part = min(start + size, d_sae), slice(bounds[i], bounds[i + 1])
-        offsets = entries.offsets[start : stop + 1] - bounds[i]
-        latents, bag, values = entries.latents[part] - start, entries.bag[part], entries.values[part]
+        offsets = _from(entries.offsets[start : stop + 1], bounds[i])
+        latents, bag, values = _from(entries.latents[part], start), entries.bag[part], entries.values[part]
         d_acts = _products(W_dec[start:stop], S, latents, bag)
         block = Block(
             start,
@@ -367,7 +374,7 @@ def _blocks(
         revived = slice(dead_bounds[i], dead_bounds[i + 1])
         if dead_gradients is not None and revived.start < revived.stop:
             for gradient, extra in zip(block[1:], dead_gradients, strict=True):
-                gradient.index_add_(0, dead[revived] - start, extra[revived])
+                gradient.index_add_(0, _from(dead[revived], start), extra[revived])
         yield block
         del block, d_acts  # the next block then takes the same memory: 0.99 against 1.03 s a step
 

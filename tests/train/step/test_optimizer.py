@@ -11,7 +11,7 @@ from train.step.dense import DenseStep
 from train.step.gradients import Gradients
 from train.step.losses import revival
 from train.step.matrix import MatrixStep
-from train.step.optimizer import BETAS, DECAY, Adam, apply, clip_scale, group_rates
+from train.step.optimizer import BETAS, DECAY, Adam, apply, clip_divisor, group_rates
 from train.step.sparse import SparseStep
 
 
@@ -77,14 +77,14 @@ def test_decoder_rows_keep_unit_norm_whatever_the_rate() -> None:
     torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-12, atol=0)
 
 
-def test_clip_scale_by_hand() -> None:
+def test_clip_divisor_by_hand() -> None:
     case = problem(rows=20)
     whole = gradients_of(case).whole()
     W = case.parameters.W_dec
     whole["W_dec"] -= (whole["W_dec"] * W).sum(1, keepdim=True) * W
     norm = float(sum(g.square().sum() for g in whole.values()) ** 0.5)
-    assert clip_scale(case.parameters, gradients_of(case), norm / 4) == pytest.approx(0.25)
-    assert clip_scale(case.parameters, gradients_of(case), norm * 4) == 1.0
+    assert clip_divisor(gradients_of(case), norm / 4).tolist() == pytest.approx([4.0])
+    assert clip_divisor(gradients_of(case), norm * 4).tolist() == [1.0]
 
 
 def test_group_rates_by_hand() -> None:

@@ -60,7 +60,7 @@ def test_every_step_equals_the_dense_one_in_float64(chosen: dict[str, Any]) -> N
         values, gradients = run(step, case)
         assert torch.equal(dense.entries.rows, values.entries.rows)
         assert torch.equal(dense.entries.latents, values.entries.latents)
-        assert torch.equal(dense.fired, values.fired)
+        assert torch.equal(dense.fired, values.fired.long())
         torch.testing.assert_close(values.cut, dense.cut, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(values.entries.values, dense.entries.values, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(values.loss, dense.loss, rtol=1e-12, atol=1e-14)
