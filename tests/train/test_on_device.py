@@ -79,9 +79,7 @@ def test_a_run_on_a_device_is_the_cpus(
     _, on_device = both(make_settings, **changes)
     expected, computed = train(on_cpu, store), train(on_device, store)
     assert type(loop.step_for(recipe.Recipe.of(on_device, store, DEVICE).objective, DEVICE)) is step
-    assert counts["threads: bytes to device"] > 64 * 24 * (
-        12 + 10
-    )  # the batches, in the storage type or wider
+    assert counts["bytes to device"] > 64 * 24 * (12 + 10)  # the batches among them, a byte a value or more
     for name, tensor in tensors(on_cpu.run_dir()).items():
         torch.testing.assert_close(tensors(on_device.run_dir())[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     assert computed.metadata["heldout"]["fvu"] == pytest.approx(expected.metadata["heldout"]["fvu"], rel=1e-4)
