@@ -55,7 +55,11 @@ GROUPS = (1, 2, 4, 9)
 """In proportion: Gemma-2-2B's layer 17 of docs/training.md has 1152, 2304, 4608 and 10368 latents."""
 PRECISIONS = ("float32", "tfloat32", "bfloat16")
 REPEATS = 10
-TESTS = ("tests/evaluate/test_device.py", "tests/train/step/test_device.py")
+TESTS = (
+    "tests/evaluate/test_device.py",
+    "tests/train/step/test_device.py",
+    "tests/train/test_on_device.py",
+)
 
 
 @dataclass(frozen=True)
