@@ -183,8 +183,8 @@ def fill_window(
 
 def _kept(tensor: torch.Tensor, batch: Positions) -> torch.Tensor:
     """[m, D] of [b, T, D]: the batch's kept positions."""
-    places = torch.from_numpy(_numbers(batch)).to(tensor.device)
-    return tensor.flatten(0, 1).index_select(0, places)
+    places = torch.from_numpy(_numbers(batch))
+    return tensor.flatten(0, 1).index_select(0, places.to(tensor.device))
 
 
 def _numbers(batch: Positions) -> np.ndarray:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.files import size_of
 from common.settings import Harvest
@@ -12,7 +13,9 @@ from shards.commit import store_files
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import read_manifest
 from shards.storage import STORAGES
-from shards.writer import StoreWriter
+
+if TYPE_CHECKING:  # it imports torch, which the tables do not wait for
+    from shards.writer import StoreWriter
 
 PROVENANCE = 3.5
 """Bytes a row for row_context, row_position and the row's own token, compressed."""
@@ -87,7 +90,9 @@ def manifest_bytes(width: int) -> int:
     return 4 * width * MANIFEST_BYTES_PER_DIMENSION
 
 
-def plan_of(writer: StoreWriter, width: int, storage: str, expected: Mapping[str, int] | None = None) -> Plan:
+def plan_of(
+    writer: "StoreWriter", width: int, storage: str, expected: Mapping[str, int] | None = None
+) -> Plan:
     """What a store takes: from its windows and its text as far as they are there, else as is to be expected.
 
     `width` is d_in + d_out; `expected`: rows of both splits where no text was read, or one that is read anew.

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 LARGEST_BFLOAT16 = np.uint16(0x7F7F)
 
@@ -79,17 +78,23 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def library(values: Any) -> ModuleType:
     """numpy or torch: whose functions take these values."""
-    return torch if isinstance(values, torch.Tensor) else np
+    if isinstance(values, np.ndarray):
+        return np
+    import torch  # seconds; the tables of runs and stores, which have no tensors, do not wait for it
+
+    return torch
 
 
 def converted(values: Any, dtype: str) -> Any:
     """A copy in another type."""
-    return values.astype(dtype) if isinstance(values, np.ndarray) else values.to(getattr(torch, dtype))
+    return (
+        values.astype(dtype) if isinstance(values, np.ndarray) else values.to(getattr(library(values), dtype))
+    )
 
 
 def divided(values: Any, number: float) -> Any:
     """values / number, rounded once. By a number of the host a GPU multiplies with its rounded reciprocal instead."""
-    return values / (number if isinstance(values, np.ndarray) else torch.full_like(values, number))
+    return values / (number if isinstance(values, np.ndarray) else library(values).full_like(values, number))
 
 
 def column_squares(wide: Any) -> Any:
@@ -156,7 +161,9 @@ def _largest(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.maximum(values.max(axis=0, initial=0), -values.min(axis=0, initial=0))
     least, most = values.aminmax(dim=-2)
-    return torch.where(most > -least, most, -least)  # of zeros -0.0, as numpy on x86; a GPU's maximum is +0.0
+    return library(values).where(
+        most > -least, most, -least
+    )  # of zeros -0.0, as numpy on x86; a GPU's maximum is +0.0
 
 
 def quantise(values: Any) -> Encoded:

@@ -147,7 +147,7 @@ def main() -> None:
     settings, arguments = load(options)
     from transcoder import weights  # with torch, which --help need not wait for
 
-    settings = weights.chosen_run(settings, arguments.run)
+    settings = weights.chosen_run(settings, arguments.run, every_layer=False)
     run_dir, requested = settings.run_dir(), numbers(arguments.latents)
     weights.refuse_another_model(run_dir, settings)
     total = sum(1 for _ in read(run_dir))
