@@ -86,7 +86,7 @@ def compare(settings: Settings, others: Sequence[str]) -> tuple[Comparison, Path
 def refuse_none(others: Sequence[str]) -> None:
     """Raise `InputError` where nothing is to be compared with."""
     if not others:
-        raise InputError('compare: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
+        raise InputError('with: expected other transcoders; give WITH="<run> <dir>" (--with <run> <dir>)')
 
 
 class Evaluated(NamedTuple):
@@ -196,7 +196,7 @@ def chosen(run_dir: Path, others: Sequence[str]) -> list[Path]:
         else:
             transcoders.setdefault(path.resolve(), path)
     if not transcoders:
-        raise InputError(f"compare: nothing is left to compare with: {'; '.join(left)}")
+        raise InputError(f"with: nothing is left to compare with: {'; '.join(left)}")
     for line in left:
         print(f"left out: {line}", file=sys.stderr)
     return [*transcoders.values()]
@@ -223,7 +223,7 @@ def _paths(run_dir: Path, other: str) -> list[Path]:
     if is_name and (matched := sorted(each for each in runs.glob(other) if each.is_dir())):
         return matched
     there = " ".join(sorted(each.parent.name for each in runs.glob(f"*/{FILE_NAME}")))
-    raise InputError(f"compare: {other}: neither a run of this layer ({there}) nor a path")
+    raise InputError(f"with: {other}: neither a run of this layer ({there}) nor a path")
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -233,7 +233,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-n:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise InputError(f"compare: {max(paths, key=paths.count)} is given twice")
+    raise InputError(f"with: {max(paths, key=paths.count)} is given twice")
 
 
 def holds_all(of: ComparisonProvenance, n_rows: int, file: Path) -> bool:
@@ -299,7 +299,7 @@ def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) 
     paths = [other for other in others if not _is_name(other)]
     if paths and len(settings.layers) > 1:
         raise InputError(
-            f"compare: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
+            f"with: {paths[0]}: belongs to one layer; for several, WITH takes names of runs that every layer has"
         )
     settings = chosen_run(settings, named)
     for other in others if len(settings.layers) > 1 else ():
@@ -308,9 +308,7 @@ def chosen_run_of(settings: Settings, named: str | None, others: Sequence[str]) 
             there = " ".join(
                 sorted({each.parent.name for layer in layers for each in layer.glob(f"*/{FILE_NAME}")})
             )
-            raise InputError(
-                f"compare: {other}: no layer asked for has a run of this name ({there or 'none'})"
-            )
+            raise InputError(f"with: {other}: no layer asked for has a run of this name ({there or 'none'})")
     return settings
 
 

@@ -101,7 +101,7 @@ class StableGroup(Record):
 
 
 class Stability(Record):
-    """The run's latents that another transcoder has too, one of another seed say; anywhere in it."""
+    """The run's latents that are found in another transcoder too, for example a run with another seed."""
 
     other: str
     """the transcoder"""

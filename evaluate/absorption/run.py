@@ -35,6 +35,10 @@ from train.sweep import keep_earlier
 from transcoder import Transcoder
 from transcoder.formats import weights_file
 
+FEW = 10
+"""Classes that count, below which the terminal says that they are few."""
+LOW_F1 = 0.5
+"""Of the main latents, mean over the classes, below which the terminal says what that means."""
 VERSION = 1
 """Of absorption.json: raised with every change of what is measured."""
 
@@ -115,11 +119,20 @@ def show(found: Absorption, file: Path, console: Console) -> None:
     for each in found.differences:
         shares = (_percent(one, "+") for one in (each.absorbed, each.fraction, each.silent))
         rest = (_estimate(each.latents, 2, "+"), _estimate(each.f1, 3, "+"))
-        table.add_row(f"{each.other}, less the run", "", number_or_dash(each.fvu, "+.3f"), "", *shares, *rest)
-    table.caption = "means over classes ± standard errors; split: latents a class is split over"
+        table.add_row(
+            f"{each.other}, minus {found.transcoders[0].transcoder}",
+            "",
+            number_or_dash(each.fvu, "+.3f"),
+            "",
+            *shares,
+            *rest,
+        )
+    table.caption = (
+        "means over classes ± standard errors over classes, not over seeds; split: latents per class"
+    )
     console.print(table)
     if found.stability:
-        table = table_of("latents that the other transcoder has too", ("other", "group", "firing", "share %"))
+        table = table_of("latents found in the other transcoder too", ("other", "group", "firing", "share %"))
         for each in found.stability:
             for group in each.groups:
                 table.add_row(each.other, str(group.group), f"{group.firing:,}", _percent(group.partnered))
@@ -132,12 +145,21 @@ def show(found: Absorption, file: Path, console: Console) -> None:
             f"no class has rows enough: {LEAST_FITTED} to fit probes on, and {LEAST_MEASURED} held-out ones of "
             f"{LEAST_WORDS} other words; harvest more text",
         )
-    for said, each in (("count", True), ("do not", False)):
-        names = [f"{one.family} {one.name}".strip() for one in found.classes if one.used == each]
+    if 0 < len(used) < FEW:
+        plain(console, f"only {len(used)} classes count: one of them can decide a difference")
+    f1 = found.transcoders[0].prefixes[-1].f1
+    if f1 is not None and f1.value < LOW_F1:
         plain(
             console,
-            f"classes that {said} (probes right on {ENOUGH:.0%} of unseen words): {', '.join(names) or 'none'}",
+            f"F1 {f1.value:.2f}: most of these classes have no latents of their own; silent and absorbed rows are those "
+            "where something else was at work (docs/absorption.md)",
         )
+    for said, each in (
+        ("that count: both probes are right on", True),
+        ("left out: a probe is right on less than", False),
+    ):
+        names = [f"{one.family} {one.name}".strip() for one in found.classes if one.used == each]
+        plain(console, f"classes {said} {ENOUGH:.0%} of rows with unseen words: {', '.join(names) or 'none'}")
     plain(console, f"written {file}")
 
 

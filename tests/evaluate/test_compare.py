@@ -182,8 +182,8 @@ def test_other_runs_are_named_or_matched(
     assert chosen(own, ["b-k*"]) == both
     assert chosen(own, ["b-k4", str(layer / "b-k4"), "b-k8"]) == both
     for words, message in (
-        (["absent"], r"compare: absent: neither a run of this layer \(a b-k4 b-k8\) nor a path"),
-        (["b-k4", "c*"], r"compare: c\*: neither a run"),
+        (["absent"], r"with: absent: neither a run of this layer \(a b-k4 b-k8\) nor a path"),
+        (["b-k4", "c*"], r"with: c\*: neither a run"),
         (["b-sweep"], "nothing is left to compare with: .*b-sweep: it is the table of a sweep"),
         (["b-begun"], "nothing is left to compare with: .*b-begun: interrupted"),
     ):

@@ -89,14 +89,14 @@ def test_all_layers_are_evaluated_and_compared(root: Path, call: Call) -> None:
     assert [row[:2] for row in cells(out)] == [[n, run] for n in "01" for run in ("tiny", "other")]
     code, out, err = call(compare.main, "--layer", "0-1", "--with", "othr")
     assert (code, out) == (2, [])
-    assert err == ["error: compare: othr: no layer asked for has a run of this name (newer other tiny)"]
+    assert err == ["error: with: othr: no layer asked for has a run of this name (newer other tiny)"]
     code, out, err = call(compare.main, "--layer", "0-1")
     assert (code, out, len(err)) == (2, [], 1)
     assert "give WITH=" in err[0]
     code, _, err = call(compare.main, "--layer", "0-1", "--with", str(root / "other"))
     assert code == 2
     assert err == [
-        f"error: compare: {root}/other: belongs to one layer; for several, WITH takes names of runs that every "
+        f"error: with: {root}/other: belongs to one layer; for several, WITH takes names of runs that every "
         "layer has"
     ]
 

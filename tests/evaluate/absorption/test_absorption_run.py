@@ -188,7 +188,10 @@ def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.C
     prefix = found.transcoders[0].prefixes[-1]
     assert (prefix.absorbed, prefix.latents, prefix.classes) == (None, None, [])
     show(found, file, console())
-    assert "classes that count (probes right on 80% of unseen words): none" in capsys.readouterr().out
+    assert (
+        "classes that count: both probes are right on 80% of rows with unseen words: none"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_command_writes_and_prints(
