@@ -189,15 +189,23 @@ def of_kind(
         line |= {key: _written(over_seeds(each, key)) for key in MEANS}
         lines.append(line | {"probes": _written(Estimate(value=probes.value, error=probes.error))})
     both = [
-        stability(coders[a], held[a], "", coders[b], held[b]).partnered
+        stability(coders[a], held[a], "", coders[b], held[b])
         for pair in combinations([one.path for one in ones], 2)
         for a, b in (pair, pair[::-1])
     ]
-    known = [each for each in both if each is not None]
-    if known:
-        error = max(each.error or 0.0 for each in known)  # of both directions: about the same latents
-        lines[-1]["stable"] = {"value": float(np.mean([each.value for each in known])), "error": error}
+    for g, line in enumerate(lines):
+        line["stable_group"] = of_both([each.groups[g].partnered for each in both])
+    lines[-1]["stable"] = of_both([each.partnered for each in both])
     return lines
+
+
+def of_both(shares: Sequence[Estimate | None]) -> dict[str, float] | None:
+    """Mean of the shares of stable latents in both directions."""
+    known = [each for each in shares if each is not None]
+    if not known:
+        return None
+    error = max(each.error or 0.0 for each in known)  # of both directions: about the same latents
+    return {"value": float(np.mean([each.value for each in known])), "error": error}
 
 
 def over_seeds(prefixes: Sequence[AbsorbedPrefix], key: str) -> Estimate | None:
@@ -244,6 +252,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         "F1",
         f"k = {K} %",
         "stable %",
+        "of the group",
     )
     for column in columns:
         shown.add_column(column, justify="left" if not column else "right")
@@ -254,13 +263,19 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
                 shares = (_cell(line[key], 100, 1) for key in ("absorbed", "fraction", "silent"))
                 rest = (_cell(line["latents"], 1, 2), _cell(line["f1"], 1, 3), _cell(line["probes"], 100, 1))
                 shown.add_row(
-                    layer, kind, f"{line['end']:,}", fvu, *shares, *rest, _cell(line.get("stable"), 100, 1)
+                    layer,
+                    kind,
+                    f"{line['end']:,}",
+                    fvu,
+                    *shares,
+                    *rest,
+                    *(_cell(line.get(key), 100, 1) for key in ("stable", "stable_group")),
                 )
         for kind, line in numbers["less_one_group"].items():
             fvu = " ".join(f"{100 * each:+.1f} %" for each in line["fvu"])
             shares = (_cell(line[key], 100, 1, "+") for key in ("absorbed", "fraction", "silent"))
             rest = (_cell(line["latents"], 1, 2, "+"), _cell(line["f1"], 1, 3, "+"))
-            shown.add_row(layer, f"{kind}, less one group", "", fvu, *shares, *rest, "", "")
+            shown.add_row(layer, f"{kind}, less one group", "", fvu, *shares, *rest, "", "", "")
         shown.add_section()
     return shown
 

@@ -151,8 +151,8 @@ def show(found: Absorption, file: Path, console: Console) -> None:
     if f1 is not None and f1.value < LOW_F1:
         plain(
             console,
-            f"F1 {f1.value:.2f}: most of these classes have no latents of their own; silent and absorbed rows are those "
-            "where something else was at work (docs/absorption.md)",
+            f"F1 {f1.value:.2f}: most of these classes have no latents of their own; on silent and absorbed rows "
+            "something else was at work (docs/absorption.md)",
         )
     for said, each in (
         ("that count: both probes are right on", True),

@@ -80,6 +80,7 @@ def test_planted_transcoders(tmp_path: Path) -> None:
     assert difference["absorbed"]["error"] == pytest.approx(rate)  # one class of three
     assert difference["latents"]["value"] == pytest.approx((1 / 3 + 0) / 2)
     assert full["stable"] == {"value": 1.0, "error": 0.0}
+    assert full["stable_group"] == {"value": 1.0, "error": 0.0}
     assert 0 < flat["stable"]["value"] < 1
     assert full["probes"]["value"] > coarse["probes"]["value"] - 0.01 > 0.9
     shown = Console(file=io.StringIO(), width=200)
