@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from evaluate.absorption.directions import classes
 from evaluate.absorption.measure import MEANS, Passed, mean_of, of_transcoder, passed, stability, value_of
 from evaluate.absorption.records import AbsorbedPrefix, Estimate
 from evaluate.absorption.sample import sample
+from evaluate.absorption.stability import partnered
 from evaluate.probe.classes import token_tasks
 from evaluate.probe.documents import documents_of, sides
 from evaluate.probe.fit import Accuracy, accuracy, fit_probe, forward, mean_accuracy
@@ -170,6 +171,9 @@ def of_layer(ones: Sequence[Asked]) -> dict[str, Any]:
             kind: of_kind([one for one in ones if one.kind == kind], numbers, coders, held) for kind in kinds
         },
         "less_one_group": less(ones, numbers),
+        "most_firing": {
+            kind: most_firing([one.path for one in ones if one.kind == kind], coders, held) for kind in kinds
+        },
     }
 
 
@@ -190,13 +194,28 @@ def of_kind(
         lines.append(line | {"probes": _written(Estimate(value=probes.value, error=probes.error))})
     both = [
         stability(coders[a], held[a], "", coders[b], held[b])
-        for pair in combinations([one.path for one in ones], 2)
-        for a, b in (pair, pair[::-1])
+        for a, b in permutations([one.path for one in ones], 2)
     ]
     for g, line in enumerate(lines):
         line["stable_group"] = of_both([each.groups[g].partnered for each in both])
     lines[-1]["stable"] = of_both([each.partnered for each in both])
     return lines
+
+
+def most_firing(
+    paths: Sequence[Path], coders: Mapping[Path, Transcoder], held: Mapping[Path, Passed]
+) -> dict[str, float] | None:
+    """Share of stable latents among as many as the nested runs' first group has: those that fire on the most rows.
+
+    Frequent latents are more stable than rare ones in any dictionary; the first group's are frequent.
+    """
+    n = min(coder.prefix_ends[0] for coder in coders.values())
+    shares = []
+    for a, b in permutations(paths, 2):
+        own = held[a].fired
+        marks = partnered(own, coders[a].W_dec, held[b].fired, coders[b].W_dec)
+        shares.append(mean_of(marks[np.argsort(-own.counts, kind="stable")[:n]].astype(float).tolist()))
+    return of_both(shares)
 
 
 def of_both(shares: Sequence[Estimate | None]) -> dict[str, float] | None:
@@ -276,6 +295,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             shares = (_cell(line[key], 100, 1, "+") for key in ("absorbed", "fraction", "silent"))
             rest = (_cell(line["latents"], 1, 2, "+"), _cell(line["f1"], 1, 3, "+"))
             shown.add_row(layer, f"{kind}, less one group", "", fvu, *shares, *rest, "", "", "")
+        for kind, share in numbers["most_firing"].items():
+            shown.add_row(layer, f"{kind}, as many that fire most", *[""] * 9, _cell(share, 100, 1))
         shown.add_section()
     return shown
 

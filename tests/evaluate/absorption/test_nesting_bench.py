@@ -82,6 +82,8 @@ def test_planted_transcoders(tmp_path: Path) -> None:
     assert full["stable"] == {"value": 1.0, "error": 0.0}
     assert full["stable_group"] == {"value": 1.0, "error": 0.0}
     assert 0 < flat["stable"]["value"] < 1
+    assert found["most_firing"]["nested"] == {"value": 1.0, "error": 0.0}
+    assert found["most_firing"]["one group"]["value"] > flat["stable"]["value"]
     assert full["probes"]["value"] > coarse["probes"]["value"] - 0.01 > 0.9
     shown = Console(file=io.StringIO(), width=200)
     shown.print(table({"0": found}))
