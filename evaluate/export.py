@@ -86,6 +86,11 @@ def _refuse_options(arguments: Namespace) -> None:
         raise InputError(
             f"command line: {given[0]}: is of the format circuit_tracer, found {arguments.format}; leave it out"
         )
+    rows = [f"evaluate.{key}" for key in ("split", "rows") if vars(arguments)[f"evaluate.{key}"] is not None]
+    if arguments.format == "neuronpedia" and rows:
+        raise InputError(
+            f"command line: --{rows[0]}: FORMAT=neuronpedia takes the rows of the run's evaluation; leave it out"
+        )
 
 
 def _together(settings: Settings, arguments: Namespace) -> Path:

@@ -181,7 +181,8 @@ class Asked:
                     self.failed[answer.error.partition(":")[0]] += 1
                 bar.update(1)
 
-            ask_all(self.endpoint, [each.prompt for each in lacking], concurrency, take)
+            known = self.replies.answered(self.endpoint.base_url)
+            ask_all(self.endpoint, [each.prompt for each in lacking], concurrency, take, known)
 
     def _line(self, request: Request, answer: Answer) -> Reply:
         return Reply(

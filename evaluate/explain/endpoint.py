@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 OPENAI = "https://api.openai.com/v1"
 FIRST_FAILURES, FAILURES = 5, 20
-"""Requests that fail in a row, before one was answered and after: then the stage stops, others would fail too."""
+"""Requests that fail in a row, while none was ever answered and later: then the stage stops, others would fail too."""
+OWN_STATUS = (400, 413, 422)
+"""HTTP statuses of a request that a server will not have, as content filters do; others may be answered."""
 FIRST_RETRIES = 2
 """Tries again, at most, of a request before one was answered: an address that is wrong is told soon."""
 LONGEST_WAIT = 120
@@ -65,6 +67,8 @@ class Answer(NamedTuple):
     finish: str | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
+    own: bool = False
+    """Whether it failed for what was asked (a filter, a limit), and not because the server cannot answer."""
 
 
 def _text_of(content: Any) -> Any:
@@ -155,20 +159,25 @@ def _safe(address: str) -> str:
 
 
 def ask_all(
-    endpoint: Endpoint, prompts: Sequence[str], concurrency: int, take: Callable[[int, Answer], None]
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    concurrency: int,
+    take: Callable[[int, Answer], None],
+    known: bool = False,
 ) -> None:
     """Send the prompts, `concurrency` at a time, and hand each answer to `take` with the prompt's number.
 
-    The first ones go alone until one is answered. Raises `InputError` where going on makes no sense: no connection, a
-    key that is refused, an unknown model, or many failures in a row.
+    `known`: whether the endpoint has answered before; if not, the first ones go alone until one is answered. Raises
+    `InputError` where going on makes no sense: no connection, a key that is refused, an unknown model, or many failures
+    in a row. An endpoint that has answered is not stopped by prompts that it will not have, however many.
     """
     if prompts:
-        asyncio.run(_Asking(endpoint, take).all(prompts, concurrency))
+        asyncio.run(_Asking(endpoint, take, known).all(prompts, concurrency))
 
 
 class _Asking:
-    def __init__(self, endpoint: Endpoint, take: Callable[[int, Answer], None]) -> None:
-        self.endpoint, self.take = endpoint, take
+    def __init__(self, endpoint: Endpoint, take: Callable[[int, Answer], None], known: bool) -> None:
+        self.endpoint, self.take, self.known = endpoint, take, known
         self.answered, self.failed_in_a_row = 0, 0
 
     async def all(self, prompts: Sequence[str], concurrency: int) -> None:
@@ -181,8 +190,10 @@ class _Asking:
             timeout=endpoint.timeout,
             max_retries=min(endpoint.retries, FIRST_RETRIES),
         ) as client:
-            while not self.answered and (first := next(waiting, None)) is not None:
-                await self._one(client, *first)
+            for number, prompt in waiting:
+                await self._one(client, number, prompt)
+                if self.answered or self.known:
+                    break
             patient = client.with_options(max_retries=endpoint.retries)
             least = min(concurrency, len(prompts))
             workers = [asyncio.create_task(self._work(patient, waiting)) for _ in range(least)]
@@ -203,8 +214,11 @@ class _Asking:
         if answer.text is not None:
             self.answered, self.failed_in_a_row = self.answered + 1, 0
             return
+        answers = self.known or self.answered > 0
+        if answers and answer.own:
+            return
         self.failed_in_a_row += 1
-        if self.failed_in_a_row >= (FAILURES if self.answered else FIRST_FAILURES):
+        if self.failed_in_a_row >= (FAILURES if answers else FIRST_FAILURES):
             raise InputError(
                 f"{self.endpoint.base_url}: {self.failed_in_a_row} requests in a row failed, the last one: "
                 f"{answer.error}; what was answered is kept, the same command continues"
@@ -246,7 +260,7 @@ class _Asking:
                     f"{own.base_url}: does not know model {shown(own.model)} or is no address of an API (HTTP 404: "
                     f"{said}); give MODEL=... as the server lists it, and an address that ends before /chat/completions"
                 ) from error
-            return Answer(None, f"HTTP {error.status_code}: {said}")
+            return Answer(None, f"HTTP {error.status_code}: {said}", own=error.status_code in OWN_STATUS)
         return self._read(raw.text)
 
     def _read(self, body: str) -> Answer:
@@ -266,7 +280,7 @@ class _Asking:
             why = f"refused: {self.endpoint.without_key(' '.join(choice.message.refusal.split())[:200])}"
         elif choice.finish_reason == "length":
             why = "cut off before any text: a model that reasons first needs more (--max-tokens)"
-        return Answer(None, why, *counted)
+        return Answer(None, why, *counted, own=True)
 
 
 def _cause(error: BaseException) -> str:

@@ -87,6 +87,10 @@ class Replies:
             counts[reply.endpoint] = counts.get(reply.endpoint, 0) + 1
         return counts
 
+    def answered(self, address: str) -> bool:
+        """Whether this endpoint has answered any request, in this run or an earlier one."""
+        return any(each.reply is not None and each.endpoint == address for each in self._known.values())
+
     def add(self, reply: Reply) -> None:
         """Keep a reply: it is on the disk when this returns."""
         make_folder(self.path.parent)

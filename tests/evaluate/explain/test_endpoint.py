@@ -175,6 +175,38 @@ def test_a_key_that_is_refused_later_and_a_server_that_breaks_stop_it_too(server
         asked(server, lambda prompt, _: BROKEN if number_of(prompt) >= 3 else FINE, 99, retries=0)
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Said(b"{}", 400),
+        Said(b"{}", 413),
+        Said(b"{}", 422),
+        completion(None),
+        completion(None, refusal="no"),
+        completion(None, "length"),
+    ],
+    ids=["400", "413", "422", "empty", "refused", "cut off"],
+)
+def test_prompts_that_it_will_not_have_do_not_stop_an_endpoint_that_answers(
+    server: Server, bad: Said
+) -> None:
+    found = asked(server, lambda prompt, _: bad if number_of(prompt) >= 2 else FINE, 30)
+    assert [each.text for each in found] == ["fine"] * 2 + [None] * 28
+
+
+def test_an_endpoint_that_answered_in_an_earlier_run(server: Server) -> None:
+    """Prompts that it will not have are all asked, and others follow; if it breaks, 20 in a row stop it, not 5."""
+    endpoint = Endpoint("m", server.url, "none", 5, 0, 0, 50)
+    prompts = [f"prompt {i}" for i in range(30)]
+    found: dict[int, Answer] = {}
+    server.answers = lambda prompt, _: FINE if number_of(prompt) == 29 else Said(b"{}", 400)
+    ask_all(endpoint, prompts, 2, found.__setitem__, known=True)
+    assert [i for i in range(30) if found[i].text == "fine"] == [29]
+    server.answers = lambda *_: BROKEN
+    with pytest.raises(InputError, match="20 requests in a row failed"):
+        ask_all(endpoint, prompts, 1, found.__setitem__, known=True)
+
+
 def test_nobody_at_the_address() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -253,6 +253,38 @@ def test_failures_are_told_at_the_end_and_asked_again(root: Path, server: Server
     assert summary_of(root)["groups"][0]["score"] == {"mean": 1.0, "error": 0.0, "latents": 4}
 
 
+def test_explanations_that_always_fail_do_not_keep_a_rerun_from_the_scores(
+    root: Path, server: Server, call: Call
+) -> None:
+    """A filter refuses the prompts of more latents than stop an endpoint that answers nothing; then a Ctrl-C."""
+    filtered = Said(b'{"error": {"message": "content filter"}}', 400)
+    scores: list[str] = []
+    refused: set[str] = set()
+
+    def answers(prompt: str, _: int) -> Said:
+        said = oracle(prompt)
+        if kind_of(prompt) == "explanation":
+            if int(said.split()[-1]) >= DEAD - 4:
+                return completion(said)
+            refused.add(prompt)
+            return filtered
+        scores.append(prompt)
+        if len(scores) == 3:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return completion(said)._replace(seconds=0.3 * (len(scores) == 3))
+
+    server.answers = by(oracle)
+    assert call(root, *asking(server, "--latents", str(DEAD - 1)))[0] == 0  # so that it has answered
+    server.answers = answers
+    assert call(root, *every(server, "--concurrency", "1"))[0] == 130
+    assert len(refused) == DEAD - 4 >= 5
+    code, _, err = call(root, *every(server))
+    assert (code, f"{DEAD - 4} of " in err, "in a row" in err) == (2, True, False)
+    summary = summary_of(root)
+    assert summary["requests"]["failed"] == {"HTTP 400": DEAD - 4}
+    assert summary["groups"][0]["score"] == {"mean": 1.0, "error": 0.0, "latents": 4}
+
+
 def test_a_run_stays_as_it_is_where_nobody_answers(root: Path, server: Server, call: Call) -> None:
     run_dir = settings_of(root).run_dir()
     before = sorted(run_dir.rglob("*"))
