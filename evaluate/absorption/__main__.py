@@ -15,7 +15,8 @@ from transcoder.layers import n_layers
 
 def main() -> None:
     options = parser(
-        "evaluate.absorption", "Measure absorption and splitting of latents; beside others, stability."
+        "evaluate.absorption",
+        "Measure absorption and splitting of a run's latents; with --with, also how many of them others have.",
     )
     add_others(options)
     add_spread(options)

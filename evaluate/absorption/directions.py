@@ -24,7 +24,7 @@ ENOUGH = 0.8
 
 @dataclass(frozen=True)
 class Class:
-    """A class that has rows enough, and what two probes say of its measured rows."""
+    """A class that has enough rows, and what two probes say of its measured rows."""
 
     task: Task
     inputs: Accuracy
@@ -50,7 +50,7 @@ class Class:
 
 
 def classes(rows: Sample) -> list[Class]:
-    """Those of the sample's tasks that have rows enough."""
+    """Those of the sample's tasks that have enough rows."""
     lottery = np.random.default_rng(1).permutation(len(rows.place))
     sides = rows.inputs.numpy(), rows.outputs.numpy()
     tasks = [task for task in rows.tasks if _enough(task, rows)]

@@ -149,7 +149,7 @@ class Absorption(Record):
     rows: int
     """held-out rows that FVU and L0 are of; classes have a sample of them"""
     classes: list[ToldClass]
-    """each class that has rows enough"""
+    """each class that has enough rows"""
     transcoders: list[AbsorbedTranscoder]
     """each transcoder; the run that the command names comes first"""
     differences: list[AbsorptionDifference]

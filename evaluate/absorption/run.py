@@ -108,7 +108,7 @@ def show(found: Absorption, file: Path, console: Console) -> None:
     """A line for each transcoder and prefix; what differs from the run; stability; which classes count."""
     used = [each for each in found.classes if each.used]
     columns = ("transcoder", "latents", "FVU", "L0", "absorbed %", "fraction %", "silent %", "split", "F1")
-    title = f"{len(used)} classes of tokens, {rows_of(found.rows, found.provenance.split)}"
+    title = f"{len(used)} classes of tokens; FVU and L0 on {rows_of(found.rows, found.provenance.split)}"
     table = table_of(title, columns)
     for line in found.transcoders:
         for prefix in line.prefixes:
@@ -127,12 +127,12 @@ def show(found: Absorption, file: Path, console: Console) -> None:
             *shares,
             *rest,
         )
-    table.caption = (
-        "means over classes ± standard errors over classes, not over seeds; split: latents per class"
-    )
+    table.caption = "means ± standard errors over classes, not over seeds; split: main latents per class"
     console.print(table)
     if found.stability:
-        table = table_of("latents found in the other transcoder too", ("other", "group", "firing", "share %"))
+        table = table_of(
+            "latents found again in the other transcoder", ("other", "group", "firing", "found again %")
+        )
         for each in found.stability:
             for group in each.groups:
                 table.add_row(each.other, str(group.group), f"{group.firing:,}", _percent(group.partnered))
@@ -142,24 +142,24 @@ def show(found: Absorption, file: Path, console: Console) -> None:
     if not found.classes:
         plain(
             console,
-            f"no class has rows enough: {LEAST_FITTED} to fit probes on, and {LEAST_MEASURED} held-out ones of "
+            f"no class has enough rows: {LEAST_FITTED} to fit probes on, and {LEAST_MEASURED} held-out ones on "
             f"{LEAST_WORDS} other words; harvest more text",
         )
     if 0 < len(used) < FEW:
-        plain(console, f"only {len(used)} classes count: one of them can decide a difference")
+        plain(console, f"only {len(used)} classes count, so a single one can decide a difference")
     f1 = found.transcoders[0].prefixes[-1].f1
     if f1 is not None and f1.value < LOW_F1:
         plain(
             console,
-            f"F1 {f1.value:.2f}: most of these classes have no latents of their own; on silent and absorbed rows "
-            "something else was at work (docs/absorption.md)",
+            f"F1 {f1.value:.2f}: most of these classes have no latents of their own, so absorbed % says little "
+            "(docs/absorption.md)",
         )
     for said, each in (
-        ("that count: both probes are right on", True),
-        ("left out: a probe is right on less than", False),
+        ("that count (both probes are right on at least", True),
+        ("left out (a probe is right on less than", False),
     ):
         names = [f"{one.family} {one.name}".strip() for one in found.classes if one.used == each]
-        plain(console, f"classes {said} {ENOUGH:.0%} of rows with unseen words: {', '.join(names) or 'none'}")
+        plain(console, f"classes {said} {ENOUGH:.0%} of rows on unseen words): {', '.join(names) or 'none'}")
     plain(console, f"written {file}")
 
 

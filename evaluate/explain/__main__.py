@@ -24,15 +24,20 @@ if TYPE_CHECKING:
 SAMPLE, N_SHOWN, N_SCORED = 50, 20, 20
 CONCURRENCY, TIMEOUT, RETRIES, MAX_TOKENS = 8, 60.0, 5, 2000
 NUMBERS = {
-    "sample": (SAMPLE, 1, "latents, drawn by lot in equal parts of all groups"),
-    "shown": (N_SHOWN, 4, "passages that an explanation is made from, at most"),
+    "sample": (SAMPLE, 1, "latents, drawn at random, as many from each group"),
+    "shown": (
+        N_SHOWN,
+        4,
+        "passages (a token with its context) that the model is shown to explain a latent, at most",
+    ),
     "scored": (
         N_SCORED,
         4,
-        "passages in which a latent fires that a score is measured on, at most; as many others",
+        "passages of other documents in which the latent fires that its explanation is scored on, at most; as many in "
+        "which it does not",
     ),
     "concurrency": (CONCURRENCY, 1, "requests at a time"),
-    "retries": (RETRIES, 0, "times that a request is tried again when the endpoint is busy or fails"),
+    "retries": (RETRIES, 0, "retries of a request when the endpoint is busy or fails"),
 }
 """Option -> default, least value, what it is."""
 
@@ -40,10 +45,10 @@ NUMBERS = {
 def _options() -> argparse.ArgumentParser:
     options = parser(
         "evaluate.explain",
-        "Have a language model explain latents, and score how well the explanations predict.",
+        "Have a language model explain latents, and score how well the explanations predict where they fire.",
     )
     options.add_argument(
-        "--model", metavar="NAME", help="language model, as its server names it [OPENAI_MODEL]"
+        "--model", metavar="NAME", help="language model, by its name on the server [OPENAI_MODEL]"
     )
     options.add_argument(
         "--base-url", metavar="URL", help="OpenAI-compatible endpoint [OPENAI_BASE_URL, else OpenAI's own]"
@@ -63,15 +68,20 @@ def _options() -> argparse.ArgumentParser:
         "--timeout", metavar="S", default=f"{TIMEOUT:g}", help="seconds to wait for an answer [%(default)s]"
     )
     options.add_argument(
-        "--temperature", metavar="T", default="0", help="of the answers; none: the server's own [%(default)s]"
+        "--temperature",
+        metavar="T",
+        default="0",
+        help="sampling temperature; none: the server's own [%(default)s]",
     )
     options.add_argument(
         "--max-tokens",
         metavar="N",
         default=str(MAX_TOKENS),
-        help="of an answer; none: no limit [%(default)s]",
+        help="tokens of an answer, at most; none: no limit [%(default)s]",
     )
-    options.add_argument("--plan", action="store_true", help="say what it would cost, and ask nothing")
+    options.add_argument(
+        "--plan", action="store_true", help="print the number of requests and tokens, and send nothing"
+    )
     options.add_argument(
         "--from",
         dest="source",
@@ -88,7 +98,7 @@ def main() -> None:
     latents = _latents(arguments)
     endpoint = None if arguments.source is not None else _endpoint(arguments, numbers["retries"])
     if endpoint is None and (arguments.plan or latents is not None):
-        raise InputError("from: all explanations that are there are read; leave --plan and --latents out")
+        raise InputError("from: reads all explanations that are there; leave --plan and --latents out")
     from evaluate.explain.run import Options, planned, told  # with torch, which --help need not wait for
     from transcoder import weights
 
@@ -151,8 +161,8 @@ def _read_from(settings: Settings, source: Path) -> None:
 def _print_cost(cost: "Cost", latents: int, endpoint: Endpoint) -> None:
     before = f" ({cost.requests - cost.left:,} answered before)" if cost.left < cost.requests else ""
     print(
-        f"{latents:,} latents, {cost.requests:,} requests{before}; to send: {cost.left:,} requests of about "
-        f"{cost.tokens_in:,} tokens, for about {cost.tokens_out:,} tokens of answers (by the store's tokenizer)"
+        f"{latents:,} latents, {cost.requests:,} requests{before}; to send: {cost.left:,} requests with about "
+        f"{cost.tokens_in:,} tokens, for answers of about {cost.tokens_out:,} tokens (by the store's tokenizer)"
     )
     if cost.left:
         where = f"model {endpoint.model} at {endpoint.base_url}"
@@ -177,7 +187,7 @@ def _show(explained: "Explained") -> None:
     )
     if requests.unreadable:
         kinds = ", ".join(f"{n:,} of {kind}" for kind, n in requests.unreadable.items())
-        print(f"answers that could not be read, and are in no score: {kinds}")
+        print(f"unreadable answers, counted in no score: {kinds}")
     print(f"replies      {explained.folder / 'replies.jsonl'}")
     print(f"summary      {explained.folder / 'summary.json'}")
     print(f"explanations {explained.csv}")
@@ -190,7 +200,7 @@ def _show(explained: "Explained") -> None:
 
 
 def _title(summary: "Summary") -> str:
-    return f"{summary.model}: accuracy ± standard error over latents (0.5: a guess)"
+    return f"{summary.model}: balanced accuracy ± standard error over latents (chance: 0.5)"
 
 
 def _mean(score: "MeanScore") -> str:

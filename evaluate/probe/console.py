@@ -21,9 +21,9 @@ POINTS = 0.05
 TOLD, LONGEST = 26, 40
 """Classes that are listed, and characters of each."""
 HOW = {
-    "text": "the text read again",
-    "separators": "the tokens between them",
-    "stretches": "stretches of the text, as its documents are not known",
+    "text": "reading the text again",
+    "separators": "the tokens that separate them",
+    "stretches": "cutting the text into stretches, as it does not say where they end",
 }
 
 
@@ -46,14 +46,14 @@ def show(probes: Probes, path: Path, fresh: bool, console: Console) -> None:
     of = probes.provenance
     ends = [prefix.end for prefix in probes.families[0].prefixes]
     table = table_of(
-        f"{rows_of(of.rows, of.split)}, {probes.test_documents:,} documents tested on: accuracy in %",
-        ("asked", "inputs", "outputs", *(f"k = {k}" for k in _ks(probes)), f"random {K}"),
+        f"{rows_of(of.rows, of.split)}, tested on {probes.test_documents:,} documents: accuracy in %",
+        ("question", "inputs", "outputs", *(f"k = {k}" for k in _ks(probes)), f"random {K}"),
     )
     for family in probes.families:
         table.add_row(*_cells(family))
     console.print(table)
     if len(ends) > 1:
-        by_prefix = table_of(f"k = {K} latents of each prefix", ("asked", *(f"{end:,}" for end in ends)))
+        by_prefix = table_of(f"k = {K} latents of each prefix", ("question", *(f"{end:,}" for end in ends)))
         for family in probes.families:
             found = [of_k(family, g) for g in range(len(ends))]
             by_prefix.add_row(name_of(family), *(percent(each.accuracy, each.error) for each in found))
@@ -72,7 +72,7 @@ def lines(probes: Probes) -> Iterator[str]:
         f"{K} latents are within {100 * POINTS:.0f} points of the raw outputs in {near[0]} of {len(probes.families)} "
         f"questions, {near[1]} of {len(probes.classes)} classes"
     )
-    yield f"documents: {probes.train_documents:,} to fit on; told apart by {HOW[probes.provenance.documents]}"
+    yield f"fitted on {probes.train_documents:,} other documents, found by {HOW[probes.provenance.documents]}"
     few: dict[str, list[str]] = {}
     for each in probes.left_out:
         if each.name:
@@ -82,7 +82,7 @@ def lines(probes: Probes) -> Iterator[str]:
         else:
             few.setdefault(each.family, [])
     if few:
-        yield "too few rows: " + "; ".join(
+        yield "left out, too few rows: " + "; ".join(
             f"{family} {_told(names)}".strip() for family, names in few.items()
         )
 
@@ -97,7 +97,7 @@ def _told(names: Sequence[str]) -> str:
 
 def table_lines(probes: Probes) -> list[dict[str, str]]:
     """What the table of several layers says of one."""
-    heads = ("asked", "inputs", "outputs", *(f"k = {k}" for k in _ks(probes)), f"random {K}")
+    heads = ("question", "inputs", "outputs", *(f"k = {k}" for k in _ks(probes)), f"random {K}")
     return [dict(zip(heads, _cells(family), strict=True)) for family in probes.families]
 
 

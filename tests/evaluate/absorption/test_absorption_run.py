@@ -189,7 +189,7 @@ def test_what_the_probes_cannot_tell_does_not_count(root: Path, capsys: pytest.C
     assert (prefix.absorbed, prefix.latents, prefix.classes) == (None, None, [])
     show(found, file, console())
     assert (
-        "classes that count: both probes are right on 80% of rows with unseen words: none"
+        "classes that count (both probes are right on at least 80% of rows on unseen words): none"
         in capsys.readouterr().out
     )
 
@@ -226,7 +226,7 @@ def test_a_store_with_too_few_rows_of_every_class_says_so(
     make_run(tmp_path)
     show(*absorption(settings_of(tmp_path), []), console())
     said = capsys.readouterr().out
-    assert "no class has rows enough: 50 to fit probes on, and 20 held-out ones of 8 other words" in said
+    assert "no class has enough rows: 50 to fit probes on, and 20 held-out ones on 8 other words" in said
 
 
 def test_train_rows_as_the_measured_ones_are_refused(root: Path) -> None:

@@ -67,9 +67,9 @@ def test_in_the_terminal(
     command.show(*probe(settings_of(tiny)), command.console())
     shown = capsys.readouterr().out
     assert max(len(line) for line in shown.splitlines() if line[0] in "┏┃┡│└") <= 80
-    assert "1,500 held-out rows, 15 documents tested on: accuracy in %" in shown
+    assert "1,500 held-out rows, tested on 15 documents: accuracy in %" in shown
     assert "within 5 points of the raw outputs in 1 of 1 questions, 1 of 1 classes" in shown
-    assert "told apart by stretches of the text, as its documents are not known" in shown
+    assert "found by cutting the text into stretches, as it does not say where they end" in shown
     assert "too few rows: " in shown
 
 
@@ -193,7 +193,7 @@ def test_a_label_of_each_document_is_not_told_whole(tiny: Path) -> None:
     left_out = [LeftOutClass(family="label", name=f"{n}\x1b[2J" + "y" * 5000, why="few") for n in range(300)]
     *_, line = lines(probes.model_copy(update={"left_out": left_out}))
     assert len(line) < 1200
-    assert line.startswith("too few rows: label 0\\x1b[2Jyyy")
+    assert line.startswith("left out, too few rows: label 0\\x1b[2Jyyy")
     assert line.endswith("… and 274 more")
 
 
