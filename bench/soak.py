@@ -42,7 +42,7 @@ from train.loop import train
 from transcoder import weights
 from transcoder.weights import FILE_NAME
 
-TIMING = ("rows_per_second", "data_wait_seconds")
+TIMING = ("rows_per_second", "data_wait_seconds", "peak_memory_bytes")
 STEPS = 1000
 SLOPE = 1.0
 """MB a cycle above which memory counts as growing."""

@@ -48,7 +48,11 @@ def _train(settings: Settings, of_several: bool) -> None:
         share_cores()
         train(settings, store or Store.of(settings))
 
-    console().print(summary(read_metadata(run_dir)))
+    from train.log import log_lines
+
+    lines = log_lines(run_dir / "metrics.jsonl")
+    peak = lines[-1][1].get("peak_memory_bytes") if lines else None
+    console().print(summary(read_metadata(run_dir), peak and int(peak)))
     print(
         f"store {store_path}\nrun   {run_dir}",
         *(where(run_dir) if settings.wandb.mode != "disabled" else ()),

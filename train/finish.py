@@ -36,7 +36,6 @@ def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> No
         activation_samples.write(
             settings.run_dir(), state.samples, store, transcoder.prefix_ends, recipe.scaling.scale_out
         )
-    transcoder.metadata["training"]["peak_memory_bytes"] = memory.peak(transcoder.W_enc.device)
     transcoder.save(settings.run_dir())
 
 
@@ -89,15 +88,15 @@ def heldout_rows(
         yield inputs.to(device), outputs.to(device)
 
 
-def summary(metadata: dict[str, Any]) -> Table:
-    """The held-out numbers of every prefix, as a table."""
+def summary(metadata: dict[str, Any], peak: int | None = None) -> Table:
+    """The held-out numbers of every prefix, as a table; below it `peak`, the most bytes that training has taken."""
     heldout, ends = metadata["heldout"], metadata["prefix_ends"]
     title = "the store has no held-out rows: nothing was measured"
     if heldout["rows"]:
         dead = 100 * heldout["dead"] / ends[-1]
         title = f"{heldout['rows']:,} held-out rows; {dead:.1f} % of the latents never fire"
     columns = ("prefix", "latents", "FVU", "L0", "L0 train", "threshold", "dead %", ">10 %")
-    lines = [_caption(heldout), _peak(metadata["training"].get("peak_memory_bytes"))]
+    lines = [_caption(heldout), f"peak memory {peak / memory.GIB:.1f} GiB" if peak else None]
     table = Table(*columns, title=title, caption="\n".join(filter(None, lines)))
     for g, end in enumerate(ends):
         table.add_row(
@@ -129,11 +128,6 @@ def _shares(heldout: dict[str, Any], g: int) -> tuple[str, str]:
     if not heldout["rows"] or "dead_fraction" not in heldout:
         return "-", "-"
     return f"{100 * heldout['dead_fraction'][g]:.1f}", f"{100 * heldout['over_10_percent_fraction'][g]:.1f}"
-
-
-def _peak(size: int | None) -> str | None:
-    """Not known of older runs, and outside Linux without a GPU."""
-    return f"peak memory {size / memory.GIB:.1f} GiB" if size else None
 
 
 def _caption(heldout: dict[str, Any]) -> str | None:

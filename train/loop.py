@@ -225,6 +225,7 @@ class Run:
             "threshold": float(state.threshold or 0.0) * recipe.scaling.scale_out,
             "rows_per_second": round(speed, 1),
             "data_wait_seconds": round(waited, 4),
+            "peak_memory_bytes": memory.peak(state.last_fired.device),
         }
 
     @torch.no_grad()

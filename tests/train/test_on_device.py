@@ -85,7 +85,7 @@ def test_a_run_on_a_device_is_the_cpus(
     assert computed.metadata["heldout"]["fvu"] == pytest.approx(expected.metadata["heldout"]["fvu"], rel=1e-4)
     lines = metrics(on_cpu.run_dir()), metrics(on_device.run_dir())
     for mine, theirs in zip(*lines, strict=True):
-        for name in set(mine) - {"rows_per_second", "data_wait_seconds"}:
+        for name in set(mine) - {"rows_per_second", "data_wait_seconds", "peak_memory_bytes"}:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6), (name, mine["step"])
     dead = max(line["dead_features_percentage"] for line in lines[0])
     assert (dead > 0) == ("transcoder__k" not in changes)

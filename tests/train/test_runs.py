@@ -30,7 +30,7 @@ from transcoder import Transcoder
 from transcoder.heavy import Typical, typical_rows
 from transcoder.weights import read_metadata
 
-TIMING = ("rows_per_second", "data_wait_seconds")
+TIMING = ("rows_per_second", "data_wait_seconds", "peak_memory_bytes")
 Make = Callable[..., Settings]
 
 
@@ -64,6 +64,7 @@ def test_what_a_run_writes(finished: Path, store: Store) -> None:
     names = {
         "step", "rows", "loss", "l2_loss", "aux_loss", "l0_norm", "fvu", "fvu/prefix_0", "fvu/prefix_2",
         "dead_features_percentage", "learning_rate", "threshold", "rows_per_second", "data_wait_seconds",
+        "peak_memory_bytes",
     }  # fmt: skip
     assert all(names <= set(line) for line in lines)
     probed = [line["step"] for line in lines if "heldout_fvu/prefix_2" in line]
@@ -74,9 +75,10 @@ def test_what_a_run_writes(finished: Path, store: Store) -> None:
     assert metadata["harvest_fingerprint"] == store.manifest.fingerprint
     assert metadata["settings"]["train"]["lr"] == 3e-3
     assert set(metadata["versions"]) >= {"torch", "safetensors"}
-    peak = metadata["training"]["peak_memory_bytes"]
+    peak = lines[-1]["peak_memory_bytes"]
     assert 2**26 < peak < 2**36
-    assert str(summary(read_metadata(finished)).caption).endswith(f"peak memory {peak / 2**30:.1f} GiB")
+    assert "peak_memory_bytes" not in metadata["training"]  # a run that was killed has the same file
+    assert str(summary(read_metadata(finished), peak).caption).endswith(f"peak memory {peak / 2**30:.1f} GiB")
     states = [path.name for path in (finished / "state").iterdir()]
     assert sorted(states) == ["latest", "step_96"]
     assert not [path for path in finished.rglob("*") if path.suffix in {".tmp", ".pt", ".pkl", ".npy"}]
