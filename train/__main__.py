@@ -52,7 +52,7 @@ def _train(settings: Settings, of_several: bool) -> None:
 
     lines = log_lines(run_dir / "metrics.jsonl")
     peak = lines[-1][1].get("peak_memory_bytes") if lines else None
-    console().print(summary(read_metadata(run_dir), peak and int(peak)))
+    console().print(summary(read_metadata(run_dir), int(peak) if peak else None))
     print(
         f"store {store_path}\nrun   {run_dir}",
         *(where(run_dir) if settings.wandb.mode != "disabled" else ()),
