@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 WAITED = 0.1
 """Share of the time that the model's thread may wait for the others, and the model still be what takes longest."""
+LEAST = 0.05
+"""Seconds that are mentioned."""
 WAITING = "waiting"
 STEPS = {"model": "model", "copy": "copies", "compression": "compression", "disk": "disk"}
 """What a window that is written waits for, or takes, one after the other; and as the line names it."""
@@ -39,8 +41,9 @@ def described(tokens: int, total: float, seconds: Mapping[str, float]) -> str:
     """The summary line of `tokens` in `total` seconds."""
     waited = seconds[WAITING] / total
     slowest = max(STEPS, key=lambda step: seconds[step]) if waited > WAITED else "model"
-    writing = ", ".join(f"{name} {seconds[step]:,.1f} s" for step, name in STEPS.items())
+    spent = {name: seconds[step] for step, name in STEPS.items() if seconds[step] >= LEAST}
+    writing = ", ".join(f"{name} {each:,.1f} s" for name, each in spent.items())
     return (
         f"harvest: {tokens:,} tokens in {total:,.1f} s, {tokens / total:,.0f} a second; bottleneck: {STEPS[slowest]} "
-        f"(the model's thread waited {waited:.0%} of the time for those that write; these: {writing})"
+        f"(the model waited {waited:.0%} of the time for the threads that write; they took {writing or 'no time'})"
     )
