@@ -9,7 +9,6 @@ errors over classes (over documents for probes, over latents for stability). JSO
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
@@ -23,10 +22,9 @@ from rich.table import Table
 from scipy.sparse import csc_matrix, csr_matrix
 
 from bench.against_sparsify import python_of_peers, rows_of, theirs
-from bench.recipe import SMOLLM2, WORK, not_nested, subjects
+from bench.recipe import SMOLLM2, WORK, keep, not_nested, subjects
 from common.cli import run_stage
 from common.errors import InputError
-from common.files import write_whole
 from common.settings import ROOT, Settings
 from evaluate.absorption.directions import classes
 from evaluate.absorption.measure import MEANS, Passed, mean_of, of_transcoder, passed, stability, value_of
@@ -308,13 +306,6 @@ def _cell(each: dict[str, float | None] | None, times: float, decimals: int, sig
     return f"{times * each['value']:{sign}.{decimals}f}{error}"
 
 
-def written(results: dict[str, dict[str, Any]]) -> None:
-    """Into the file of results; those of other layers, which were not asked for, stay in it."""
-    there = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_whole(RESULTS, (json.dumps(there | results, indent=1) + "\n").encode())
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description="Nested, one group and sparsify's class on the same rows.")
     options.add_argument("--layers", nargs="+", type=int, default=LAYERS, help="[%(default)s]")
@@ -349,7 +340,7 @@ def main() -> None:
     for layer in arguments.layers:
         if own := [one for one in ones if one.layer == layer and is_trained(one)]:
             results[str(layer)] = of_layer(own)
-            written(results)
+            keep(RESULTS, results)
     console.print(table(results))
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.cli import load, parser, run_stage
+from common.files import write_whole
 from common.numbers import number_or_dash, percent_or_dash
 from common.progress import progress
 from common.settings import ROOT, Settings
@@ -211,9 +212,10 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def keep(file: Path, results: dict[str, Any]) -> None:
-    """Writes the results of some stores into a file that keeps those of the others."""
-    others = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.write_text(json.dumps(others | results, indent=1) + "\n", encoding="utf-8")
+    """Writes the results of some stores (layers) into a file that keeps those of the others."""
+    others = json.loads(file.read_bytes()) if file.exists() else {}
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, (json.dumps(others | results, indent=1) + "\n").encode())
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def _train(settings: Settings, of_several: bool) -> None:
     from shards.remote import is_url
     from train import record
     from train.finish import summary
-    from train.log import where
+    from train.log import log_lines, where
     from transcoder.weights import read_metadata
 
     run_dir, store_path = settings.run_dir(), settings.store_path(settings.layer)
@@ -47,8 +47,6 @@ def _train(settings: Settings, of_several: bool) -> None:
 
         share_cores()
         train(settings, store or Store.of(settings))
-
-    from train.log import log_lines
 
     lines = log_lines(run_dir / "metrics.jsonl")
     peak = lines[-1][1].get("peak_memory_bytes") if lines else None

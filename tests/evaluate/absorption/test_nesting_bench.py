@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bench import nesting
 from bench.nesting import Asked, asked, of_layer, table
+from bench.recipe import keep
 from common.errors import InputError
 from tests.evaluate.absorption.planted import coder, plant
 from tests.evaluate.runs import settings_of
@@ -41,8 +42,8 @@ def test_the_runs_differ_in_seed_and_nesting_only() -> None:
 
 def test_results_of_other_layers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nesting, "RESULTS", tmp_path / "results" / "nesting.json")
-    nesting.written({"12": {"a": 1}, "20": {"a": 1}})
-    nesting.written({"12": {"a": 2}})
+    keep(nesting.RESULTS, {"12": {"a": 1}, "20": {"a": 1}})
+    keep(nesting.RESULTS, {"12": {"a": 2}})
     assert json.loads(nesting.RESULTS.read_text()) == {"12": {"a": 2}, "20": {"a": 1}}
 
 
