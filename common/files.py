@@ -70,6 +70,11 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def aside_of(folder: Path) -> Path:
+    """Where `whole_folder` has the new `folder` until it is whole: other processes may add to it until then."""
+    return folder.with_name(f".{folder.name}.new.tmp")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty directory that takes the place of `folder` when the block ends without an error, and is gone after one.
@@ -77,7 +82,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Of one process at a time: the caller holds the lock, or does not share the folder. A kill leaves the old folder,
     the new one, or, between two renames, none; then the next call brings the old one back first.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{end}.tmp") for end in ("new", "old"))
+    aside, old = aside_of(folder), folder.with_name(f".{folder.name}.old.tmp")
     if old.is_dir() and not folder.exists():
         old.replace(folder)
     for left_over in (aside, old):

@@ -113,6 +113,8 @@ class Processes:
     world: int = 1
     device: torch.device = CPU
     """Where the tensors are that they exchange."""
+    group: dist.ProcessGroup | None = None
+    """torch.distributed's name of them; None: all processes of the run."""
 
     @property
     def leads(self) -> bool:
@@ -122,12 +124,12 @@ class Processes:
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over the processes, in place; the same bits on each."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def total_later(self, tensor: Tensor) -> Callable[[], object]:
         """Begin `total` of a tensor; it is done when the function that is returned has been called."""
-        work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work.wait
 
@@ -142,10 +144,20 @@ class Processes:
         parts = self._everyone(padded)
         return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """[world, ...] all processes' tensors, of one shape, in order of rank."""
+        return tensor[None] if self.world == 1 else torch.stack(self._everyone(tensor))
+
     def _everyone(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor, group=self.group)
         return parts
+
+    def count(self, number: int) -> int:
+        """The sum of all processes' numbers. On a GPU the host waits here."""
+        if self.world == 1:
+            return number
+        return int(self.total(torch.tensor(number, device=self.device)))  # sync: all must decide the same
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from common.files import whole
+from common.processes import Processes
 from common.tokens import TokenText
 from shards import Store
 from shards.layout import SHARD_ROWS
@@ -32,6 +33,15 @@ class Samples:
         """Activations as they were when the row was seen, in normalised space; 0 where there is none."""
         self.rows: Int[Tensor, "F N"] = torch.full((d_sae, PER_LATENT), -1, device=device)
         """Numbers of the rows in the train split; -1 where there is none."""
+
+    def of_all(self, holders: Processes) -> "Samples":
+        """The samples of the latents of all holders, in their order."""
+        if holders.world == 1:
+            return self
+        everyones = Samples(0, self.values.device)
+        everyones.values = holders.gathered(self.values.flatten()).view(-1, PER_LATENT)
+        everyones.rows = holders.gathered(self.rows.flatten()).view(-1, PER_LATENT)
+        return everyones
 
     def collect(self, entries: Entries, row_numbers: Int[Tensor, " B"]) -> None:
         """Take in a batch's active entries. A row that was sampled before takes its new value."""

@@ -2,46 +2,75 @@
 
 A checkpoint is written aside, flushed and renamed; then `latest` names it; then older ones go.
 So a process killed at any instant leaves a whole checkpoint behind, the last one or the one before.
+
+Where several processes share the latents, each writes those that it holds, into tensors-<first>-<end>.safetensors, all
+at the same time; state.json, written when all have, lists them. Any number of processes goes on from either form.
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from common.errors import InputError, first_line
-from common.files import whole_folder, write_whole
+from common.files import aside_of, flush, whole_folder, write_whole
+from common.mesh import ONE, Mesh
 from train.log import log_lines
 from train.record import afresh, latest
-from train.state import State
+from train.state import SHARED, State
 from transcoder.weights import CHECKPOINT, save_tensors
 
+Slices = Sequence[tuple[int, int]]
+"""First latent and end of each file of a checkpoint."""
 VERSION = 5
 """1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step.
 4: all rows weighed the same."""
 
 
-def save(run_dir: Path, state: State) -> None:
-    """Make the state's checkpoint the newest and only one; nothing to do where that step has one already."""
-    folder = run_dir / "state"
-    final = folder / f"step_{state.step}"
-    if final.exists():
+def save(run_dir: Path, state: State, latents: slice, mesh: Mesh = ONE) -> None:
+    """Make the state's checkpoint the newest and only one; nothing to do where that step has one already.
+
+    Called by all processes of the `mesh`; `latents`: those that this one holds.
+    """
+    final, holders = run_dir / "state" / f"step_{state.step}", mesh.latents
+    if not mesh.rows.leads or holders.any(final.exists()):
         return  # Ctrl-C right after a regular checkpoint
+    own = torch.tensor([latents.start, latents.stop], device=holders.device)
+    slices = [tuple(pair) for pair in holders.stacked(own).tolist()]
+    if not holders.leads:
+        holders.wait()  # until the folder is there
+        file = aside_of(final) / _file(slices, holders.rank)
+        save_tensors(
+            file, {name: each for name, each in state.tensors().items() if not name.endswith(SHARED)}
+        )
+        flush(file)
+        holders.wait()
+        return
     with whole_folder(final) as aside:
-        save_tensors(aside / "tensors.safetensors", state.tensors())
-        text = json.dumps({"version": VERSION, **state.scalars()}, indent=1)
-        write_whole(aside / "state.json", text.encode())
+        holders.wait()
+        save_tensors(aside / _file(slices, 0), state.tensors())
+        holders.wait()  # until all have written
+        record = {"version": VERSION, **state.scalars()} | ({"slices": slices} if len(slices) > 1 else {})
+        write_whole(aside / "state.json", json.dumps(record, indent=1).encode())
     write_whole(run_dir / CHECKPOINT, f"{final.name}\n".encode())
-    for old in folder.iterdir():
+    for old in final.parent.iterdir():
         if old.is_dir() and old != final:
             shutil.rmtree(old)
 
 
-def restore(run_dir: Path, state: State) -> bool:
-    """Bring `state` to the newest checkpoint; False when there is none.
+def _file(slices: Slices, number: int) -> str:
+    """Name of the file of the latents [first, end) that is `number` in the list."""
+    first, end = slices[number]
+    return "tensors.safetensors" if len(slices) == 1 else f"tensors-{first}-{end}.safetensors"
+
+
+def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
+    """Bring `state`, which holds these `latents` of `d_sae`, to the newest checkpoint; False when there is none.
 
     Raises `InputError` when the checkpoint is damaged or of another version.
     """
@@ -55,13 +84,33 @@ def restore(run_dir: Path, state: State) -> bool:
             raise InputError(
                 f"{folder}: expected checkpoint version {VERSION}, found {version}; {afresh(run_dir)}"
             )
-        state.restore(load_file(folder / "tensors.safetensors"), scalars)
+        slices = [(int(first), int(end)) for first, end in scalars.pop("slices", [(0, d_sae)])]
+        state.restore(_read(folder, slices, latents), scalars)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         what = f"not a readable checkpoint: {first_line(error)}"
         raise InputError(f"{folder}: {what}; {afresh(run_dir)}") from error
     return True
+
+
+def _read(folder: Path, slices: Slices, latents: slice) -> dict[str, Tensor]:
+    """All tensors, of those that belong to latents these `latents`; no more is read. `slices`: those of the files."""
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for number, (first, end) in enumerate(slices):
+        rows = slice(max(latents.start, first) - first, min(latents.stop, end) - first)
+        with safe_open(folder / _file(slices, number), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name.endswith(SHARED):
+                    tensors[name] = file.get_tensor(name)
+                elif rows.start < rows.stop:
+                    stored = file.get_slice(name)
+                    if (found := stored.get_shape()[0]) != end - first:
+                        raise ValueError(f"tensor {name}: expected {end - first} latents, found {found}")
+                    parts.setdefault(name, []).append(stored[rows])
+    whole = {name: each[0] if len(each) == 1 else torch.cat(each) for name, each in parts.items()}
+    return tensors | whole
 
 
 def cut_metrics(run_dir: Path, step: int) -> None:

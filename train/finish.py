@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.numbers import marked_fvu, number_or_dash
+from common.processes import ALONE, Processes
 from common.settings import Settings
 from common.terminal.table import Table
 from shards import Store
@@ -21,22 +22,32 @@ from transcoder.public import public_name
 from transcoder.transcoder import Transcoder
 
 
-def raw_transcoder(state: State, recipe: Recipe) -> Transcoder:
-    """The present state as a transcoder of raw activations, its thresholds still zero."""
-    ends = recipe.objective.prefix_ends
+def raw_transcoder(state: State, recipe: Recipe, prefix_ends: tuple[int, ...]) -> Transcoder:
+    """The present state as a transcoder of raw activations, its thresholds still zero.
+
+    `prefix_ends`: among the latents that the state holds.
+    """
     folded = fold(state.parameters, recipe.scaling)
-    return Transcoder(folded, torch.zeros(len(ends), device=folded.b_dec.device), ends)
+    return Transcoder(folded, torch.zeros(len(prefix_ends), device=folded.b_dec.device), prefix_ends)
 
 
 @torch.no_grad()
-def finish(settings: Settings, store: Store, recipe: Recipe, state: State) -> None:
-    """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors."""
-    transcoder = calibrated(settings, store, recipe, state, (state.kept / state.kept_rows).tolist())
+def finish(
+    settings: Settings, store: Store, recipe: Recipe, state: State, latents: slice, holders: Processes = ALONE
+) -> None:
+    """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors.
+
+    Called by all `holders` of the latents; `latents`: those of this process.
+    """
+    run_dir, ends, scale = settings.run_dir(), recipe.objective.prefix_ends, recipe.scaling.scale_out
+    kept_per_row = (state.kept / state.kept_rows).tolist()
+    transcoder = calibrated(settings, store, recipe, state, kept_per_row, latents, holders)
     if state.samples is not None:
-        activation_samples.write(
-            settings.run_dir(), state.samples, store, transcoder.prefix_ends, recipe.scaling.scale_out
-        )
-    transcoder.save(settings.run_dir())
+        samples = state.samples.of_all(holders)
+        if holders.leads:
+            activation_samples.write(run_dir, samples, store, ends, scale)
+    if holders.leads:
+        transcoder.save(run_dir)
 
 
 def calibrated(
@@ -45,13 +56,20 @@ def calibrated(
     recipe: Recipe,
     state: State,
     kept_per_row: list[float],
+    latents: slice | None = None,
+    holders: Processes = ALONE,
     more: dict[str, Any] | None = None,
 ) -> Transcoder:
-    """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata."""
-    raw = raw_transcoder(state, recipe)
-    thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, raw.W_enc.device), kept_per_row)
-    rows = heldout_rows(store, MEASURED_ROWS, raw.W_enc.device)
-    heldout = measure(raw, rows, lambda _: thresholds, recipe.typical)
+    """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata.
+
+    With several `holders`, the part of it that these `latents` are, and what is said of the whole.
+    """
+    own = recipe.objective.of(latents or slice(0, recipe.objective.d_sae))
+    raw = raw_transcoder(state, recipe, own.prefix_ends)
+    device = raw.W_enc.device
+    thresholds = calibrate(raw, lambda: calibration_inputs(store, recipe, device), kept_per_row, holders)
+    rows = heldout_rows(store, MEASURED_ROWS, device)
+    heldout = measure(raw, rows, lambda _: thresholds, recipe.typical, holders)
     metadata = {
         "settings": record.trained_with(settings, store.manifest.source),
         "harvest_fingerprint": store.manifest.fingerprint,

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from common.device import pick_device
 from common.errors import InputError
 from common.files import locked, remove_asides
-from common.processes import ALONE, Processes, joined, world
+from common.mesh import ONE, Mesh, mesh_of, row_shards
+from common.processes import Processes, joined, world
 from common.settings import Settings
 from shards import Batch, Store
 from train import checkpoint, log, memory, record
@@ -45,40 +46,46 @@ DEAD_WARNED = 0.1
 
 
 def step_for(
-    objective: Objective, device: torch.device, peers: Processes = ALONE, buffers: Buffers | None = None
+    objective: Objective, device: torch.device, mesh: Mesh = ONE, buffers: Buffers | None = None
 ) -> Step:
-    """The one place that decides between the steps; all give the same gradients, to their precision."""
+    """The one place that decides between the steps; all give the same gradients, to their precision.
+
+    `objective` is the run's; the step gets that of the latents which this process holds.
+    """
+    own = objective.of(mesh.part(objective.d_sae))
     if device.type == "cpu":
-        return DenseStep(objective, peers) if objective.dense else SparseStep(objective, peers, buffers)
+        dense = objective.dense and mesh.latents.world == 1
+        return DenseStep(own, mesh) if dense else SparseStep(own, mesh, buffers)
     if objective.dense or objective.precision != "float32":
-        return MatrixStep(objective, peers)
-    return SparseStep(objective, peers, buffers)
+        return MatrixStep(own, mesh)
+    return SparseStep(own, mesh, buffers)
 
 
 @torch.no_grad()
 def train_step(
-    state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor, peers: Processes = ALONE
+    state: State, step: Step, recipe: Recipe, inputs: Tensor, outputs: Tensor, mesh: Mesh = ONE
 ) -> StepValues:
     """One optimizer step on raw inputs [B, D_in] and outputs [B, D_out]; changes `state` in place.
 
-    B counts this process's rows; with `peers` the step is that of all processes' rows together. A loss that is not
-    finite is noted in `state.failed`, and changes no parameter.
+    B counts this process's rows, and `state` holds its latents; the step is that of the whole `mesh`. A loss that is
+    not finite is noted in `state.failed`, and changes no parameter.
     """
     x, y = recipe.scaling.inputs(inputs), recipe.scaling.outputs(outputs)
     dead = state.dead(recipe.train.dead_after_rows)
     weights = recipe.typical.weights(outputs)
     values, gradients = step(state.parameters, x, y, dead, recipe.active_latents(state.step), weights)
     state.note_failure(values.loss)
-    lr, gradients = recipe.learning_rate(state.step), gradients.over(peers, recipe.objective.d_sae)
+    own = step.objective
+    lr, gradients = recipe.learning_rate(state.step), gradients.over(mesh.rows, own.d_sae)
     if len(dead):
-        gradients = gradients.plus(revival(dead, recipe.objective.d_sae, y.shape[1]))
-    apply(state.adam, gradients, lr, recipe.train.clip_norm)
+        gradients = gradients.plus(revival(dead, own.d_sae, y.shape[1]))
+    apply(state.adam, gradients, lr, recipe.train.clip_norm, mesh.latents)
     if recipe.train.density_limit is not None:
         restrain(state, recipe.train.density_limit, lr)
 
-    fired, rows = peers.total(values.fired), len(x) * peers.world
-    state.n_dead = len(dead)
-    state.count(values.cut, fired, recipe.objective.prefix_ends, rows, counting=recipe.counting_from)
+    fired, rows = mesh.rows.total(values.fired), len(x) * mesh.rows.world
+    state.n_dead = values.n_dead
+    state.count(values.cut, fired, own.prefix_ends, rows, recipe.counting_from, mesh.latents)
     return values
 
 
@@ -100,19 +107,21 @@ class Run:
         settings: Settings,
         store: Store,
         device: torch.device,
-        peers: Processes = ALONE,
+        mesh: Mesh = ONE,
         buffers: Buffers | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        self.settings, self.store, self.peers = settings, store, peers
+        self.settings, self.store, self.mesh, peers = settings, store, mesh, mesh.everyone
         self.dir = settings.run_dir()
         self.recipe = recipe or Recipe.of(settings, store, device)
         record.refuse_another(self.dir, settings, store.manifest.fingerprint)
-        self.step = step_for(self.recipe.objective, device, peers, buffers)
-        parameters = initial(settings, self.recipe, store, device)
+        self.step = step_for(self.recipe.objective, device, mesh, buffers)
+        d_sae, ends = self.recipe.objective.d_sae, self.recipe.objective.prefix_ends
+        self.latents = mesh.part(d_sae)
+        parameters = initial(settings, self.recipe, store, device, self.latents)
         sampled = settings.train.sample_every > 0
-        self.state = State.start(parameters, self.recipe.objective.prefix_ends, sampled)
-        continued, used = checkpoint.restore(self.dir, self.state), self.recipe.used()
+        self.state = State.start(parameters, ends, sampled, self.latents)
+        continued, used = checkpoint.restore(self.dir, self.state, self.latents, d_sae), self.recipe.used()
         if continued and peers.leads:
             before, now = record.read(self.dir).used.get("precision"), used["precision"]
             if before not in (None, now):
@@ -139,7 +148,7 @@ class Run:
     def feed(self, batch: Batch, batches_per_epoch: int, waited: float) -> None:
         """Train on one batch; log and checkpoint when their step has come."""
         state, train = self.state, self.settings.train
-        values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.peers)
+        values = train_step(state, self.step, self.recipe, batch.inputs, batch.outputs, self.mesh)
         self._unchecked.append((state.step, int(batch.rows[0]), values.squared_errors, values.aux_loss))
         probes = state.step % train.heldout_every == 0 or self.done
         logs = state.step % train.log_every == 0 or probes
@@ -152,11 +161,12 @@ class Run:
         if self.log is not None and state.step == max(1, self.recipe.steps // 4):
             self._warn(values)
         if state.samples is not None and train.sample_every and state.step % train.sample_every == 0:
-            state.samples.collect(*_everyones(values.entries, batch, self.peers))
+            state.samples.collect(*_everyones(values.entries, batch, self.mesh.rows))
+        probed = self._probed() if probes and self.mesh.rows.leads else {}
         if self.log is not None:
             self.log.step(train.batch_size)
             if logs:
-                self.log.metrics(self._metrics(values, batch.epoch) | (self._probed() if probes else {}))
+                self.log.metrics(self._metrics(values, batch.epoch) | probed)
         if saves:
             self.save()
 
@@ -198,9 +208,8 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint; every process has the same state. Raises `InputError` after a failed step."""
         self._check()
-        if self.peers.leads:
-            checkpoint.save(self.dir, self.state)
-        self.peers.wait()
+        checkpoint.save(self.dir, self.state, self.latents, self.mesh)
+        self.mesh.everyone.wait()
 
     def _metrics(self, values: StepValues, epoch: int) -> dict[str, Any]:
         state, recipe = self.state, self.recipe
@@ -230,18 +239,20 @@ class Run:
 
     @torch.no_grad()
     def _probed(self) -> dict[str, float | None]:
-        objective = self.recipe.objective
-        cuts = training_cut(objective.k, len(objective.prefix_ends))
+        holders, own = self.mesh.latents, self.step.objective
+        cuts = training_cut(own.k, len(own.prefix_ends), holders)
         pairs = heldout_rows(self.store, PROBE_ROWS, self.state.last_fired.device)
-        heldout = measure(raw_transcoder(self.state, self.recipe), pairs, cuts, self.recipe.typical)
+        raw = raw_transcoder(self.state, self.recipe, own.prefix_ends)
+        heldout = measure(raw, pairs, cuts, self.recipe.typical, holders)
         return {f"heldout_fvu/prefix_{g}": fvu for g, fvu in enumerate(heldout.fvu)}
 
     def finish(self) -> None:
         """Write the finished weights, and give them to W&B."""
+        if self.mesh.rows.leads:
+            finish(self.settings, self.store, self.recipe, self.state, self.latents, self.mesh.latents)
         if self.log is not None:
-            finish(self.settings, self.store, self.recipe, self.state)
             self.log.artifact(self.dir / FILE_NAME)
-        self.peers.wait()
+        self.mesh.everyone.wait()
 
 
 def _everyones(entries: Entries, batch: Batch, peers: Processes) -> tuple[Entries, Tensor]:
@@ -269,9 +280,11 @@ def train_together(wanted: list[Settings], store: Store) -> None:
         check_precision(device, settings.train.precision)
     first = Recipe.of(wanted[0], store, device)  # it reads 8,192 rows of the store
     recipes = [first, *(Recipe.of(settings, store, device, first.typical) for settings in wanted[1:])]
+    _check_shards(recipes, wanted)
     _check_memory(recipes, wanted, store, device)
     log.check(wanted[0].wandb)
     with joined(device) as peers, ExitStack() as locks:
+        mesh = mesh_of(peers, wanted[0].train.latent_shards)
         for folder in [settings.run_dir() for settings in wanted] if peers.leads else ():
             locks.enter_context(locked(folder / ".lock", f"{folder}: another training is writing it"))
             remove_asides(folder, folder / "state", folder / "activation_samples")
@@ -279,8 +292,8 @@ def train_together(wanted: list[Settings], store: Store) -> None:
         try:
             buffers = Buffers()
             pairs = zip(wanted, recipes, strict=True)
-            runs += [Run(settings, store, device, peers, buffers, recipe) for settings, recipe in pairs]
-            _feed_all(runs, store, peers)
+            runs += [Run(settings, store, device, mesh, buffers, recipe) for settings, recipe in pairs]
+            _feed_all(runs, store, mesh)
             for run in runs:
                 run.finish()
         finally:
@@ -292,7 +305,16 @@ def train_together(wanted: list[Settings], store: Store) -> None:
 def _check_store(settings: Settings, store: Store) -> None:
     """Refuse a store of another model or layer, or one that cannot give such batches to all processes."""
     store.check_asked(settings)
-    store.train.loader(settings.train.batch_size, world=world())
+    store.train.loader(settings.train.batch_size, world=row_shards(world(), settings.train.latent_shards))
+
+
+def _check_shards(recipes: list[Recipe], wanted: list[Settings]) -> None:
+    for recipe, settings in zip(recipes, wanted, strict=True):
+        if settings.train.latent_shards > recipe.objective.d_sae:
+            raise InputError(
+                f"train.latent_shards: expected at most as many as there are latents ({recipe.objective.d_sae}), found "
+                f"{settings.train.latent_shards}; lower it"
+            )
 
 
 def _check_memory(recipes: list[Recipe], wanted: list[Settings], store: Store, device: torch.device) -> None:
@@ -300,13 +322,16 @@ def _check_memory(recipes: list[Recipe], wanted: list[Settings], store: Store, d
     widths = source.d_in, source.d_out
     state, on_top = 0, 0
     for recipe, settings in zip(recipes, wanted, strict=True):
-        objective, transcoder, train = recipe.objective, settings.transcoder, settings.train
-        state += memory.kept(objective, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
-        on_top = max(on_top, memory.passing(objective, *widths, train.batch_size, device, world()))
+        transcoder, train = settings.transcoder, settings.train
+        shards, d_sae = train.latent_shards, recipe.objective.d_sae
+        own = recipe.objective.of(slice(d_sae * (shards - 1) // shards, d_sae))  # none has more latents
+        rows = row_shards(world(), shards)
+        state += memory.kept(own, *widths, skip=transcoder.skip, samples=train.sample_every > 0)
+        on_top = max(on_top, memory.passing(own, *widths, train.batch_size // rows, device, rows))
     memory.check(state, on_top, device)
 
 
-def _feed_all(runs: list[Run], store: Store, peers: Processes) -> None:
+def _feed_all(runs: list[Run], store: Store, mesh: Mesh) -> None:
     first = min(runs, key=lambda run: run.state.step)
     train, state = first.settings.train, first.state
     loader = store.train.loader(
@@ -316,8 +341,8 @@ def _feed_all(runs: list[Run], store: Store, peers: Processes) -> None:
         batch=state.batch,
         epochs=None,
         device=state.last_fired.device,
-        rank=peers.rank,
-        world=peers.world,
+        rank=mesh.rows.rank,
+        world=mesh.rows.world,
     )
     step = state.step
     with closing(loader.batches()) as batches, interruptions() as interrupted:
@@ -329,7 +354,7 @@ def _feed_all(runs: list[Run], store: Store, peers: Processes) -> None:
                 if run.state.step == step:  # a run whose checkpoint is later waits for the others
                     run.feed(batch, loader.batches_per_epoch, waited)
             step += 1
-            if peers.any(interrupted()):
+            if mesh.everyone.any(interrupted()):
                 for run in runs:
                     run.save()
                 raise KeyboardInterrupt(f"step {step} is saved; the same command continues")

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.mesh import Mesh
+from common.processes import ALONE, Processes
 from transcoder.entries import decode, entries_above
 from transcoder.frequent import FREQUENT
 from transcoder.fvu import Deviation, ratio
@@ -45,11 +47,17 @@ class Measured(NamedTuple):
 
 
 def measure(
-    transcoder: Transcoder, pairs: Pairs, thresholds: Callable[[Tensor], Tensor], typical: Typical
+    transcoder: Transcoder,
+    pairs: Pairs,
+    thresholds: Callable[[Tensor], Tensor],
+    typical: Typical,
+    holders: Processes = ALONE,
 ) -> Measured:
     """FVU and L0 of each prefix over (inputs, outputs) pairs.
 
-    `thresholds` gives [G] cuts for a batch of pre-activations [n, F]. `typical`: tells heavy rows.
+    `thresholds` gives [G] cuts for a batch of pre-activations [n, F]. `typical`: tells heavy rows. Where several
+    `holders` have the latents, `transcoder` is the part of this one, all see the same pairs, and the numbers are those
+    of the whole.
     """
     groups = len(transcoder.prefix_ends)
     active = torch.zeros(groups, dtype=torch.float64)
@@ -58,10 +66,12 @@ def measure(
     firings = torch.zeros(groups, transcoder.d_sae, dtype=torch.int64)
     for inputs, outputs in pairs:
         pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
+        if not holders.leads:
+            base = torch.zeros_like(base)  # of the sum it is one part
         kept = typical.distances(outputs) <= typical.limit
         for g, cut in enumerate(thresholds(pre).tolist()):
             entries = entries_above(pre[:, : transcoder.prefix_ends[g]], cut)
-            y_g = decode(entries, transcoder.W_dec, base)
+            y_g = holders.total(decode(entries, transcoder.W_dec, base))
             of_rows = (y_g - outputs).double().square().sum(1)
             errors[g] += of_rows.sum().cpu()
             of_typical[g] += of_rows[kept].sum().cpu()
@@ -72,44 +82,62 @@ def measure(
             typical_deviation.add(outputs[kept])
     n = deviation.rows
     own = [firings[g, :end] for g, end in enumerate(transcoder.prefix_ends)]
+    counts = [[len(each), int((each == 0).sum()), int((each > FREQUENT * n).sum())] for each in own]
+    latents, dead, frequent = _total(torch.tensor(counts), holders).T.double()
     return Measured(
         [ratio(error, deviation.total) for error in errors.tolist()],
-        (active / max(n, 1)).tolist(),
-        dead=int((own[-1] == 0).sum()),
+        (_total(active, holders) / max(n, 1)).tolist(),
+        dead=int(dead[-1]),
         rows=n,
-        dead_fraction=[float((each == 0).double().mean()) for each in own],
-        over_10_percent_fraction=[float((each > FREQUENT * n).double().mean()) for each in own],
+        dead_fraction=(dead / latents).tolist(),
+        over_10_percent_fraction=(frequent / latents).tolist(),
         heavy_rows=n - typical_deviation.rows,
         fvu_typical=[ratio(error, typical_deviation.total) for error in of_typical.tolist()],
     )
 
 
-def training_cut(k: int, groups: int) -> Callable[[Tensor], Tensor]:
-    """Cuts at which k latents per row are active on average over the batch, for all prefixes the same."""
+def _total(counts: Tensor, holders: Processes) -> Tensor:
+    """The sum over the holders of what is counted on the CPU."""
+    return holders.total(counts.to(holders.device)).cpu()
+
+
+def training_cut(k: int, groups: int, holders: Processes = ALONE) -> Callable[[Tensor], Tensor]:
+    """Cuts at which k latents per row are active on average over the batch, for all prefixes the same.
+
+    The latents are those of all `holders`, the rows the same in each.
+    """
+    mesh = Mesh(everyone=holders, latents=holders)
 
     def cuts(pre: Tensor) -> Tensor:
-        _, cut = select_batch(pre, k)
+        _, cut = select_batch(pre, k, mesh=mesh)
         return torch.nextafter(cut, torch.zeros_like(cut)).repeat(groups)  # kept are those above
 
     return cuts
 
 
 def calibrate(
-    transcoder: Transcoder, inputs: Callable[[], Iterator[Tensor]], kept_per_row: list[float]
+    transcoder: Transcoder,
+    inputs: Callable[[], Iterator[Tensor]],
+    kept_per_row: list[float],
+    holders: Processes = ALONE,
 ) -> Tensor:
     """Thresholds [G] at which each prefix has as many active latents per row as it had in training.
 
     theta_g is the midpoint of the (n * K_g)-th and the next largest positive activation of prefix g
     over the n rows of `inputs`; 0 when there are fewer. `inputs` is called again when a first guess
-    of what can be ignored was too high.
+    of what can be ignored was too high. Where several `holders` have the latents, `transcoder` is the part of this one.
     """
     first = transcoder.pre_activations(next(inputs()))
-    guess_rank = min(first.numel(), max(1, int(2 * max(kept_per_row) * len(first))))
-    guess = max(0.0, kth_largest(first.view(-1), guess_rank).item())
+    guess_rank = max(1, int(2 * max(kept_per_row) * len(first)))
+    values = first.view(-1)
+    if holders.world > 1:
+        values = holders.gathered(values.topk(min(guess_rank, len(values)), sorted=False).values)
+    guess = max(0.0, kth_largest(values, min(guess_rank, len(values))).item())
     thresholds: list[float] = []
     for floor in (guess, guess / 4, 0.0):
         candidates = [
-            _threshold(*values, floor) for values in _largest(transcoder, inputs(), kept_per_row, floor)
+            _threshold(*values, floor)
+            for values in _largest(transcoder, inputs(), kept_per_row, floor, holders)
         ]
         thresholds = [theta for theta in candidates if theta is not None]
         if len(thresholds) == len(kept_per_row):
@@ -118,7 +146,11 @@ def calibrate(
 
 
 def _largest(
-    transcoder: Transcoder, inputs: Iterator[Tensor], kept_per_row: list[float], floor: float
+    transcoder: Transcoder,
+    inputs: Iterator[Tensor],
+    kept_per_row: list[float],
+    floor: float,
+    holders: Processes,
 ) -> list[tuple[Tensor, int]]:
     """For each prefix its activations above `floor`, and how many of them belong above its threshold."""
     starts = (0, *transcoder.prefix_ends[:-1])
@@ -130,7 +162,7 @@ def _largest(
         for parts, start, end in zip(groups, starts, transcoder.prefix_ends, strict=True):
             part = pre[:, start:end]
             parts.append(part[part > floor])
-    values = [torch.cat(parts) for parts in groups]
+    values = [holders.gathered(torch.cat(parts)) for parts in groups]
     return [(torch.cat(values[: g + 1]), round(n * kept)) for g, kept in enumerate(kept_per_row)]
 
 

@@ -23,6 +23,9 @@ from transcoder.transcoder import Parameters, Transcoder
 ENCODER_SCALE = 0.1
 """Scale of the initial encoder. FVU after 800 steps: 0.424 with 0.1, 0.453 with 1, 0.456 Kaiming-uniform."""
 
+BLOCK = 4096
+"""Latents whose initial values are drawn at a time, a multiple of 16."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -135,12 +138,19 @@ def check_precision(device: torch.device, name: str) -> None:
         )
 
 
-def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.device) -> Parameters:
-    """Parameters before the first step, in normalised space: random, or those of the run `train.init_from`."""
+def initial(
+    settings: Settings, recipe: Recipe, store: Store, device: torch.device, latents: slice | None = None
+) -> Parameters:
+    """Parameters before the first step, in normalised space: random, or those of the run `train.init_from`.
+
+    Of these `latents`, or of all.
+    """
     source, objective, skip = store.manifest.source, recipe.objective, settings.transcoder.skip
     if settings.train.init_from is None:
         mean = recipe.typical.mean.double().cpu() / recipe.scaling.scale_out
-        fresh = initialise(source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed)
+        fresh = initialise(
+            source.d_in, objective.d_sae, mean, skip=skip, seed=settings.train.seed, latents=latents
+        )
         return fresh.map(lambda tensor: tensor.to(device))
     try:
         other = Transcoder.load(fetched(settings.train.init_from, settings.layer), device)
@@ -159,25 +169,48 @@ def initial(settings: Settings, recipe: Recipe, store: Store, device: torch.devi
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(errors)}")
     name, option = f"train.init_from: {settings.train.init_from}", "--train.init_mismatch true"
     fed = bind(other, store, name, settings.train.init_mismatch, option)
-    return unfold(fed.parameters, recipe.scaling)
+    return unfold(fed.parameters.of(latents or slice(None)), recipe.scaling)
 
 
 def initialise(
-    d_in: int, d_sae: int, mean_output: Float[Tensor, " D_out"], *, skip: bool, seed: int
+    d_in: int,
+    d_sae: int,
+    mean_output: Float[Tensor, " D_out"],
+    *,
+    skip: bool,
+    seed: int,
+    latents: slice | None = None,
 ) -> Parameters:
-    """Random parameters, in normalised space, on the CPU.
+    """Random parameters, in normalised space, on the CPU; of these `latents` of d_sae, or of all.
 
     b_dec is the mean output. W_dec has random unit rows. W_enc is normal with standard deviation
     ENCODER_SCALE / sqrt(d_in). b_enc and W_skip are zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    W_enc = torch.randn(d_sae, d_in, generator=generator).mul_(ENCODER_SCALE / d_in**0.5)
-    W_dec = torch.randn(d_sae, len(mean_output), generator=generator)
+    generator, own = torch.Generator().manual_seed(seed), latents or slice(0, d_sae)
+    W_enc = _normal_rows(d_sae, d_in, own, generator).mul_(ENCODER_SCALE / d_in**0.5)
+    W_dec = _normal_rows(d_sae, len(mean_output), own, generator)
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return Parameters(
         W_enc=W_enc,
-        b_enc=torch.zeros(d_sae),
+        b_enc=torch.zeros(len(W_enc)),
         W_dec=W_dec,
         b_dec=mean_output.to(torch.float32).clone(),
         W_skip=torch.zeros(len(mean_output), d_in) if skip else None,
     )
+
+
+def _normal_rows(
+    n: int, width: int, kept: slice, generator: torch.Generator
+) -> Float[Tensor, "rows {width}"]:
+    """Rows `kept` of torch.randn(n, width): the same numbers, however few are kept.
+
+    PyTorch draws them 16 at a time, and the last 16 of a tensor anew where its size is no multiple of 16: so blocks of
+    a multiple of 16 rows, and the rest with the last of them, give what one call would.
+    """
+    blocks = max(1, n // BLOCK)
+    ends = [BLOCK * (i + 1) for i in range(blocks - 1)] + [n]
+    rows = []
+    for start, end in zip((0, *ends), ends, strict=False):
+        block = torch.randn(end - start, width, generator=generator)
+        rows.append(block[max(0, kept.start - start) : max(0, kept.stop - start)])
+    return torch.cat(rows)

@@ -44,13 +44,13 @@ def snapshot(run_dir: Path, store: Store, device: torch.device) -> Path:
     folder = folder_of(run_dir, state.step)
     if _is_written(folder):  # a training that goes on has written the next checkpoint
         return folder
-    raw = raw_transcoder(state, recipe)
+    raw = raw_transcoder(state, recipe, recipe.objective.prefix_ends)
     if state.kept_rows and state.step > recipe.counting_from:
         kept = (state.kept / state.kept_rows).tolist()
     else:  # training counts them over its last tenth
         kept = kept_per_row(raw, calibration_inputs(store, recipe, device), recipe)
     more = {"checkpoint": {"step": state.step, "of": recipe.steps}, "used": recipe.used() | used}
-    calibrated(settings, store, recipe, state, kept, more).save(folder)
+    calibrated(settings, store, recipe, state, kept, more=more).save(folder)
     return folder
 
 
@@ -80,7 +80,7 @@ def _restored(run_dir: Path, settings: Settings, recipe: Recipe, store: Store, d
     while True:
         before = record.latest(run_dir)
         try:
-            if checkpoint.restore(run_dir, state):
+            if checkpoint.restore(run_dir, state, slice(0, objective.d_sae), objective.d_sae):
                 return state
         except InputError:
             if record.latest(run_dir) == before:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from common.device import constant
+from common.processes import ALONE, Processes
 from train.activation_samples import Samples
 from train.step.optimizer import Adam
 from transcoder.transcoder import Parameters
@@ -21,6 +23,10 @@ DENSITY_AVERAGE = 0.02
 """Weight of the newest batch in a latent's density: an average over about 50 batches."""
 
 
+SHARED = ("b_dec", "W_skip", "adam.steps", "kept")
+"""How the names end of tensors that every process has whole; of the others it has the rows of its latents."""
+
+
 @dataclass
 class State:
     """All that changes while a run trains."""
@@ -29,7 +35,7 @@ class State:
     """In normalised space, changed in place."""
     adam: Adam
     last_fired: Tensor
-    """[F] int64: number of rows seen when each latent last fired."""
+    """[F] int64: number of rows seen when each latent last fired. F counts the latents that this process holds."""
     density: Tensor
     """[F] float32: share of the rows on which each latent fires, a moving average over batches."""
     failed: Tensor
@@ -57,14 +63,21 @@ class State:
     """Dead latents in the newest step."""
 
     @classmethod
-    def start(cls, parameters: Parameters, prefix_ends: Sequence[int], sampled: bool = False) -> "State":
-        """The state before the first step."""
+    def start(
+        cls,
+        parameters: Parameters,
+        prefix_ends: Sequence[int],
+        sampled: bool = False,
+        latents: slice | None = None,
+    ) -> "State":
+        """The state before the first step; `latents`: which of those below the last prefix end it holds; None: all."""
         device = parameters.W_enc.device
         last_fired = torch.zeros(len(parameters.b_enc), dtype=torch.int64, device=device)
         density = torch.zeros(len(parameters.b_enc), device=device)
         kept = torch.zeros(len(prefix_ends), dtype=torch.float64, device=device)
         samples = Samples(len(parameters.b_enc), device) if sampled else None
-        failed, adam = torch.zeros(1, dtype=torch.float64, device=device), Adam(parameters, prefix_ends)
+        failed = torch.zeros(1, dtype=torch.float64, device=device)
+        adam = Adam(parameters, prefix_ends, latents)
         return cls(parameters, adam, last_fired, density, failed, kept, samples=samples)
 
     def note_failure(self, loss: Tensor) -> None:
@@ -73,14 +86,21 @@ class State:
         torch.ne(self.failed, self.failed, out=self.adam.skip)
 
     def count(
-        self, cut: Tensor, fired: Tensor, prefix_ends: tuple[int, ...], rows: int, counting: int
+        self,
+        cut: Tensor,
+        fired: Tensor,
+        prefix_ends: tuple[int, ...],
+        rows: int,
+        counting: int,
+        holders: Processes = ALONE,
     ) -> None:
         """Record one step: its cut, how often each latent fired [F], the number of rows.
 
-        `kept` adds up from step `counting` on. Nothing here makes the host wait for a GPU.
+        `kept` adds up from step `counting` on, over the latents of all `holders`. Nothing here makes the host wait for
+        a GPU.
         """
-        last = constant(tuple(end - 1 for end in prefix_ends), torch.int64, fired.device)
-        kept = fired.cumsum(0)[last]
+        ends = constant(prefix_ends, torch.int64, fired.device)
+        kept = holders.total(pad(fired.cumsum(0), (1, 0))[ends])
         self.density.lerp_((fired / rows).to(self.density), DENSITY_AVERAGE)
         self.last_fired.masked_fill_(fired > 0, self.rows + rows)
         cut = cut.double()

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from common.mesh import ONE, Mesh
 from common.processes import ALONE, Processes
 from transcoder.entries import Entries
 
@@ -38,7 +39,8 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     """Ascending positions of positive values, among them all that are at least the k-th largest positive one.
 
     A strided sample guesses a cut that about 1.25 k values exceed. If fewer than k do, a quarter of the guess is
-    tried, then zero. So the result holds for any sample. k counts over all `peers`, which use the same cut.
+    tried, then zero. So the result holds for any sample. k counts over all `peers`, which guess from all their samples
+    together: those that hold the latents of a coarse group have more of the large values than others.
 
     Of so few values the sample is all, and 1.25 k + 8 of them are more than there are: the cut is 0.
 
@@ -47,25 +49,18 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     """
     stride = _stride(len(values))
     sample = values[::stride]
-    rank = min(len(sample), math.ceil(1.25 * k / stride / peers.world) + 8)
-    if rank >= len(sample):
-        return _above(values, values.new_zeros(()))
-    guess = kth_largest(sample, rank).clamp_min(0)
+    rank = math.ceil(1.25 * k / stride) + 8
     if peers.world > 1:
-        guess = peers.total(guess.float() / peers.world)
+        sample = peers.gathered(sample.topk(min(rank, len(sample)), sorted=False).values.float())
+    elif rank >= len(sample):
+        return _above(values, values.new_zeros(()))
+    guess = kth_largest(sample, min(rank, len(sample))).clamp_min(0)
     positions = _above(values, guess)
     for cut in (guess / 4, torch.zeros_like(guess)):
-        if _total(len(positions), values.device, peers) >= k:
+        if peers.count(len(positions)) >= k:  # sync: all processes must decide the same
             break
         positions = _above(values, cut)
     return positions
-
-
-def _total(count: int, device: torch.device, peers: Processes) -> int:
-    """The sum of all peers' counts."""
-    if peers.world == 1:
-        return count
-    return int(peers.total(torch.tensor(count, device=device)))  # sync: all processes must decide the same
 
 
 def _above(values: Tensor, cut: Tensor) -> Tensor:
@@ -110,14 +105,14 @@ Values = Callable[[Tensor], Tensor]
 
 
 def select_batch(
-    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Processes = ALONE
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, mesh: Mesh = ONE
 ) -> tuple[Entries, Tensor]:
     """Batch top-k (Bussmann et al. 2024): every positive pre-activation at least as large as the (k*B)-th largest.
 
     Ties at the cut all stay (on a GPU those that come first). Also returns the cut, 0 when there are fewer positive
     values.
     With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
-    The batch is that of all `peers`.
+    `pre` holds this process's rows and latents of a batch whose others the `mesh` has.
 
     k = 1 and two rows: the two largest of all, which here lie in one row.
 
@@ -125,8 +120,8 @@ def select_batch(
     >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
     ([0, 0], [0, 2], 0.800000011920929)
     """
-    if pre.is_cpu or peers.world > 1 or exact is not None:
-        positions, values, cut = _ranked(pre, k, exact, peers)
+    if pre.is_cpu or mesh.everyone.world > 1 or exact is not None:
+        positions, values, cut = _ranked(pre, k, exact, mesh)
         kept = ((values >= cut) & (values > 0)).nonzero().squeeze(1)  # sync: how many values
     else:  # as many as are wanted, in order: to count those above the cut, the host would wait
         n = k * len(pre)
@@ -138,23 +133,23 @@ def select_batch(
     return _entries(positions[kept], values[kept], pre), cut
 
 
-def batch_cut(pre: Float[Tensor, "B F"], k: int, peers: Processes = ALONE) -> Float[Tensor, ""]:
+def batch_cut(pre: Float[Tensor, "B F"], k: int, mesh: Mesh = ONE) -> Float[Tensor, ""]:
     """The cut of `select_batch` alone, which needs one wait of the host less."""
-    return _ranked(pre, k, None, peers)[2]
+    return _ranked(pre, k, None, mesh)[2]
 
 
-def _ranked(pre: Tensor, k: int, exact: Values | None, peers: Processes) -> tuple[Tensor, Tensor, Tensor]:
-    """(positions of the candidates, their values, the (k*B)-th largest value of all peers or 0)."""
-    n = k * len(pre) * peers.world
-    positions = candidates(pre.view(-1), n, peers)
+def _ranked(pre: Tensor, k: int, exact: Values | None, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
+    """(positions of the candidates, their values, the (k*B)-th largest value of the whole mesh or 0)."""
+    n = k * len(pre) * mesh.rows.world
+    positions = candidates(pre.view(-1), n, mesh.everyone)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
-    everyones = peers.gathered(values)
+    everyones = mesh.everyone.gathered(values)
     cut = kth_largest(everyones, n).clamp_min(0) if len(everyones) >= n else values.new_zeros(())
     return positions, values, cut
 
 
 def select_rows(
-    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, peers: Processes = ALONE
+    pre: Float[Tensor, "B F"], k: int, exact: Values | None = None, mesh: Mesh = ONE
 ) -> tuple[Entries, Tensor]:
     """Per-row top-k (Gao et al. 2024): in each row every positive value at least as large as its k-th largest.
 
@@ -165,20 +160,24 @@ def select_rows(
     >>> entries.rows.tolist(), entries.latents.tolist(), float(cut)
     ([0, 1], [0, 0], 0.25)
     """
-    cut = row_cuts(pre, k)
+    cut = row_cuts(pre, k, mesh)
     positions = ((pre >= cut) & (pre > 0)).view(-1).nonzero().squeeze(1)  # sync: how many values
     values = pre.view(-1)[positions] if exact is None else exact(positions)
     if exact is not None:
         kept = (values > 0).nonzero().squeeze(1)  # sync: how many values
         positions, values = positions[kept], values[kept]
     entries = _entries(positions, values, pre)
-    everyones = peers.gathered(entries.values)
+    everyones = mesh.everyone.gathered(entries.values)
     return entries, everyones.min() if len(everyones) else values.new_zeros(())
 
 
-def row_cuts(pre: Float[Tensor, "B F"], k: int, peers: Processes = ALONE) -> Float[Tensor, "B 1"]:
-    """The k-th largest value of each row; `peers` have other rows."""
-    return pre.topk(min(k, pre.shape[1]), dim=1).values[:, -1:]
+def row_cuts(pre: Float[Tensor, "B F"], k: int, mesh: Mesh = ONE) -> Float[Tensor, "B 1"]:
+    """The k-th largest value of each row, over the latents of the whole `mesh`; the smallest where there are fewer."""
+    top = pre.topk(min(k, pre.shape[1]), dim=1).values
+    if mesh.latents.world > 1:
+        padded = torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-torch.inf)
+        top = mesh.latents.stacked(padded).transpose(0, 1).flatten(1).topk(k, dim=1).values
+    return top[:, -1:]
 
 
 SELECT = {"batch_topk": select_batch, "topk": select_rows}

@@ -36,6 +36,11 @@ class Parameters:
         """The tensors by name, without W_skip if there is none."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
+    def of(self, latents: slice) -> "Parameters":
+        """The parameters of these latents alone; b_dec and W_skip belong to all. Nothing is copied."""
+        own = {name: getattr(self, name)[latents] for name in ("W_enc", "b_enc", "W_dec")}
+        return replace(self, **own)
+
     def map(self, change: Any) -> "Parameters":
         """These parameters with `change` applied to every tensor."""
         return Parameters(**{name: change(tensor) for name, tensor in self.named().items()})

@@ -7,8 +7,9 @@ from typing import Any
 
 from common.settings.settings import Settings
 
-FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every")
-"""Settings of train that may change during a run and are not part of its name: they do not affect the weights."""
+FREE = ("checkpoint_every", "log_every", "heldout_every", "sample_every", "latent_shards")
+"""Settings of train that may change during a run and are not part of its name: they do not affect the weights, or only
+their rounding."""
 SHORT = {
     "group_sizes": "groups",
     "warmup_steps": "warmup",

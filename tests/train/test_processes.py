@@ -59,7 +59,7 @@ def test_two_processes_equal_one(
         assert sum(sent) == 4 * (shared + sum(groups) * a_latent)
         assert "barrier" not in {name for name, _, _ in step}
         samples = 6 if number % 5 == 0 else 0
-        assert len(step) <= (15 if sum(groups) > LATENTS else 12) + samples, step
+        assert len(step) <= (16 if sum(groups) > LATENTS else 13) + samples, step
     expected, actual = tensors(one.run_dir()), tensors(two.run_dir())
     for name, tensor in expected.items():
         assert float((actual[name] - tensor).norm() / tensor.norm()) < 1e-4, name

@@ -6,7 +6,7 @@ Shapes: B rows, D_in, D_out, F latents, G groups.
 import torch
 from torch import Tensor
 
-from common.processes import ALONE, Processes
+from common.mesh import ONE, Mesh
 from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, aux_loss, nested_loss, weighted
 from transcoder.selection import SELECT
@@ -14,10 +14,11 @@ from transcoder.transcoder import Parameters
 
 
 class DenseStep:
-    """Forward and backward over all latents of all rows."""
+    """Forward and backward over all latents of all rows. The process has all latents: `mesh` is of rows alone."""
 
-    def __init__(self, objective: Objective, peers: Processes = ALONE) -> None:
-        self.objective, self.peers = objective, peers
+    def __init__(self, objective: Objective, mesh: Mesh = ONE) -> None:
+        assert mesh.latents.world == 1
+        self.objective, self.mesh = objective, mesh
 
     def __call__(
         self,
@@ -29,11 +30,11 @@ class DenseStep:
         weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
         """See `Step`."""
-        objective, peers = self.objective, self.peers
+        objective, peers = self.objective, self.mesh.rows
         with torch.enable_grad():
             leaves = parameters.map(lambda tensor: tensor.detach().requires_grad_())
             pre = torch.addmm(leaves.b_enc, x, leaves.W_enc.T)
-            entries, cut = SELECT[objective.selection](pre.detach(), k, peers=peers)
+            entries, cut = SELECT[objective.selection](pre.detach(), k, mesh=self.mesh)
             kept = torch.zeros_like(pre, dtype=torch.bool)
             kept[entries.rows, entries.latents] = True
             acts = torch.relu(pre) * kept
@@ -64,5 +65,5 @@ class DenseStep:
         d_enc, d_bias, d_dec = (gradients.pop(name) for name in ("W_enc", "b_enc", "W_dec"))
         block = Block(0, d_enc, d_bias, d_dec, (d_dec * parameters.W_dec).sum(1))
         errors, l2, aux = (peers.total(part.detach()) for part in (squared_errors, l2, aux))
-        values = StepValues(errors, l2, aux, kept.sum(0), lambda: entries, cut)
+        values = StepValues(errors, l2, aux, kept.sum(0), lambda: entries, cut, len(dead))
         return values, Gradients(gradients, lambda: iter([block.copy()]))

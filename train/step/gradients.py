@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.processes import Processes
-from train.step.losses import StepValues
+from train.step.losses import Objective, StepValues
 from transcoder.transcoder import Parameters
 
 PARTS = 3
@@ -108,6 +108,9 @@ def _summed(blocks: Iterator[Block], d_sae: int, peers: Processes) -> Iterator[B
 class Step(Protocol):
     """The forward and backward pass of a training step; dense.py, sparse.py and matrix.py have one each."""
 
+    objective: Objective
+    """Of the latents that this process holds."""
+
     def __call__(
         self,
         parameters: Parameters,
@@ -119,7 +122,8 @@ class Step(Protocol):
     ) -> tuple[StepValues, Gradients]:
         """Values and gradients on rows x [B, D_in], y [B, D_out]; `dead` holds the dead latents' indices.
 
-        `k`: active latents per row. `weights` [B]: of each row's squared error in both losses; None: all 1. The values
-        cover all peers' rows, the gradients this process's part of them.
+        `parameters` and `dead` are those of the latents that this process holds. `k`: active latents per row.
+        `weights` [B]: of each row's squared error in both losses; None: all 1. The values cover the rows and latents of
+        all processes, the gradients this process's part of them.
         """
         ...

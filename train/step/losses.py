@@ -6,8 +6,8 @@ is that of Gao et al. 2024 (arXiv:2406.04093), with another scale.
 Shapes: B rows, D_in, D_out, F latents, G prefixes, N dead latents.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,10 +42,23 @@ class Objective:
         """F, the last prefix end."""
         return self.prefix_ends[-1]
 
+    def of(self, latents: slice) -> "Objective":
+        """The same of these latents alone, numbered from 0. A group may be empty there."""
+        return replace(self, prefix_ends=ends_within(self.prefix_ends, latents))
+
     @property
     def dense(self) -> bool:
         """Whether so many latents are active that a step on all of them is the faster one."""
         return self.k > DENSE_SHARE * self.d_sae
+
+
+def ends_within(prefix_ends: Sequence[int], latents: slice) -> tuple[int, ...]:
+    """The prefix ends as the latents [start, stop) see them, which are numbered from 0.
+
+    >>> ends_within((4, 10, 20), slice(6, 12))  # none of the first group, 6 to 9 of the second, 10 and 11 of the third
+    (0, 4, 6)
+    """
+    return tuple(min(max(end, latents.start), latents.stop) - latents.start for end in prefix_ends)
 
 
 def prefix_weights(n: int) -> tuple[float, ...]:
@@ -67,11 +80,13 @@ class StepValues(NamedTuple):
     aux_loss: Tensor
     """With its coefficient."""
     fired: Tensor
-    """[F] int: number of this process's rows on which each latent is active."""
+    """[F] int: number of this process's rows on which each of its latents is active."""
     active: Callable[[], Entries]
-    """Gives the active latents of this process's rows. The host waits for them."""
+    """Gives the active latents of this process's rows, those that it holds. The host waits for them."""
     cut: Tensor
     """Smallest activation that the selection kept (tau)."""
+    n_dead: int
+    """Latents that were dead, of the whole transcoder."""
 
     @property
     def entries(self) -> Entries:

@@ -8,11 +8,12 @@ Shapes: B rows, D_in, D_out, F latents, G groups, N dead latents.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from common.processes import ALONE, Processes
+from common.mesh import ONE, Mesh
 from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, nested_loss
 from train.step.sparse import aux_gradients
@@ -24,8 +25,8 @@ from transcoder.transcoder import Parameters
 class MatrixStep:
     """Forward and backward with dense products, in float32, TF32 or bfloat16; sums are float32."""
 
-    def __init__(self, objective: Objective, peers: Processes = ALONE) -> None:
-        self.objective, self.peers = objective, peers
+    def __init__(self, objective: Objective, mesh: Mesh = ONE) -> None:
+        self.objective, self.mesh = objective, mesh
 
     def __call__(
         self,
@@ -43,26 +44,24 @@ class MatrixStep:
     def _step(
         self, parameters: Parameters, x: Tensor, y: Tensor, dead: Tensor, k: int, weights: Tensor | None
     ) -> tuple[StepValues, Gradients]:
-        objective, peers = self.objective, self.peers
+        objective, mesh = self.objective, self.mesh
         x_low, W_dec_low = self._low(x), self._low(parameters.W_dec)
         pre = _product(x_low, self._low(parameters.W_enc).T).add_(parameters.b_enc)
-        wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
+        n_dead = mesh.latents.count(len(dead))  # sync: of all processes
+        wants_aux = n_dead > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         dead_pre = pre[:, dead] if wants_aux else None
         cut, kept = self._kept(pre, k)
         acts = pre.mul_(kept)
         acts_low = self._low(acts)
 
-        # r[g] = y_g - y: a running sum over groups, which starts at b_dec + skip - y
-        r = parameters.b_dec - y
+        base = parameters.b_dec - y
         if parameters.W_skip is not None:
-            r.addmm_(x, parameters.W_skip.T)
-        residuals, groups = [], self._groups()
-        for group in groups:
-            r = r + _product(acts_low[:, group], W_dec_low[group])
-            residuals.append(r)
+            base.addmm_(x, parameters.W_skip.T)
+        groups = self._groups()
+        residuals = self._residuals(base, acts_low, W_dec_low, groups)
         of_rows = torch.stack([torch.linalg.vector_norm(r, dim=1) for r in residuals]).double().square()
-        squared_errors = peers.total(of_rows.sum(1) if weights is None else of_rows @ weights.double())
-        n_values = y.numel() * peers.world
+        squared_errors = mesh.rows.total(of_rows.sum(1) if weights is None else of_rows @ weights.double())
+        n_values = y.numel() * mesh.rows.world
         l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
 
         # S[g] = 2 / (B D_out) * sum over h >= g of w_h r[h]: the loss's gradient by group g's part of y_hat
@@ -77,7 +76,7 @@ class MatrixStep:
         aux, extras = l2.new_zeros(()), None
         if dead_pre is not None:
             aux, extras = aux_gradients(
-                parameters, dead_pre, x, -residuals[-1], dead, objective, peers, weights
+                parameters, dead_pre, x, -residuals[-1], dead, objective, n_dead, mesh, weights
             )
         S_low = [self._low(s) for s in S]
 
@@ -92,7 +91,7 @@ class MatrixStep:
         if parameters.W_skip is not None:
             shared["W_skip"] = S[0].T @ x
         fired = kept.sum(0)
-        values = StepValues(squared_errors, l2, aux, fired, lambda: _entries(acts), cut)
+        values = StepValues(squared_errors, l2, aux, fired, lambda: _entries(acts), cut, n_dead)
         return values, Gradients(shared, blocks)
 
     def _low(self, matrix: Tensor) -> Tensor:
@@ -103,15 +102,32 @@ class MatrixStep:
         ends = self.objective.prefix_ends
         return [slice(start, end) for start, end in zip((0, *ends[:-1]), ends, strict=True)]
 
+    def _residuals(
+        self, base: Tensor, acts_low: Tensor, W_dec_low: Tensor, groups: list[slice]
+    ) -> list[Tensor]:
+        """[B, D_out] y_g - y of each prefix: a running sum over groups, which starts at `base` = b_dec + skip - y.
+
+        Where several processes hold the latents, each adds what its own give to each group, and one the base: one sum
+        of [G, B, D_out] over them.
+        """
+        parts = (_product(acts_low[:, group], W_dec_low[group]) for group in groups)
+        holders = self.mesh.latents
+        if holders.world == 1:
+            return list(accumulate(parts, initial=base))[1:]
+        stacked = torch.stack(list(parts))
+        if holders.leads:
+            stacked[0] += base
+        return list(accumulate(holders.total(stacked)))
+
     def _kept(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(the smallest activation that the selection keeps, [B, F] which ones it keeps)."""
         tiny = torch.finfo(pre.dtype).smallest_normal  # zero is no activation
-        cuts = CUTS[self.objective.selection](pre, k, self.peers)
+        cuts = CUTS[self.objective.selection](pre, k, self.mesh)
         kept = pre >= cuts.clamp_min(tiny)
         if cuts.dim() == 0:
             return cuts, kept
         lowest = torch.where(kept, pre, torch.inf).amin()
-        lowest = self.peers.gathered(lowest[None]).amin()
+        lowest = self.mesh.everyone.gathered(lowest[None]).amin()
         return torch.where(lowest.isinf(), 0.0, lowest), kept
 
     def _block(

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.processes import ALONE, Processes
 from train.step.gradients import Gradients
+from train.step.losses import ends_within
 from transcoder.transcoder import Parameters
 
 BETAS = (0.9, 0.99)
@@ -51,11 +53,17 @@ class Adam:
     changes the kernel's private function.
     """
 
-    def __init__(self, parameters: Parameters, prefix_ends: Sequence[int] | None = None) -> None:
-        """`prefix_ends`: of the groups of latents; None: one group."""
+    def __init__(
+        self,
+        parameters: Parameters,
+        prefix_ends: Sequence[int] | None = None,
+        latents: slice | None = None,
+    ) -> None:
+        """`prefix_ends`: of the groups of latents; None: one group. `latents`: which of them these are; None: all."""
         self.parameters, self.rates = parameters, rates(parameters)
-        ends = prefix_ends or (len(parameters.b_enc),)
-        self.groups = list(zip((0, *ends[:-1]), ends, group_rates(ends), strict=True))
+        whole = prefix_ends or (len(parameters.b_enc),)
+        ends = ends_within(whole, latents or slice(0, whole[-1]))
+        self.groups = list(zip((0, *ends[:-1]), ends, group_rates(whole), strict=True))
         """(first latent, end, factor of the learning rate) of each group."""
         named = parameters.named()
         self.mean = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
@@ -103,9 +111,18 @@ class Adam:
         )
 
 
-def apply(adam: Adam, gradients: Gradients, lr: float, clip_norm: float | None = None) -> None:
-    """One optimizer step: clip, project the decoder's gradient, Adam, renormalise the decoder."""
-    adam.divisor = None if clip_norm is None else clip_divisor(gradients, clip_norm)
+def apply(
+    adam: Adam,
+    gradients: Gradients,
+    lr: float,
+    clip_norm: float | None = None,
+    holders: Processes = ALONE,
+) -> None:
+    """One optimizer step: clip, project the decoder's gradient, Adam, renormalise the decoder.
+
+    The gradients' norm is that of all latents, which the `holders` have.
+    """
+    adam.divisor = None if clip_norm is None else clip_divisor(gradients, clip_norm, holders)
     adam.steps += 1
     W_dec = adam.parameters.W_dec
     for block in gradients.blocks():
@@ -129,15 +146,16 @@ def renormalise(rows: Tensor) -> None:
     rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
-def clip_divisor(gradients: Gradients, clip_norm: float) -> Tensor:
+def clip_divisor(gradients: Gradients, clip_norm: float, holders: Processes = ALONE) -> Tensor:
     """[1] max(1, norm of all gradients / clip_norm), the decoder's after projection.
 
     Computes every block twice instead of keeping all: few runs clip, and all blocks need much memory. The projection
     takes `along` of a row's gradient, whose square is what is left out here: the decoder's rows have unit norm.
     """
-    squares = [gradient.double().square().sum() for gradient in gradients.shared.values()]
+    shared = gradients.shared.values() if holders.leads else ()
+    squares = [gradient.double().square().sum() for gradient in shared]
     for block in gradients.blocks():
         squares += [gradient.double().square().sum() for gradient in block[1:4]]
         squares.append(-block.along.double().square().sum())
-    norm = torch.stack(squares).sum().clamp_min(0).sqrt()
+    norm = holders.total(torch.stack(squares).sum()).clamp_min(0).sqrt()
     return (norm / clip_norm).clamp_min(1).float().view(1)

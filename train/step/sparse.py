@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from common.device import constant
+from common.mesh import ONE, Mesh
 from common.processes import ALONE, Processes
 from train.step.gradients import Block, Gradients
 from train.step.losses import Objective, StepValues, nested_loss, weighted
 from transcoder.entries import Entries
-from transcoder.selection import SELECT
+from transcoder.selection import SELECT, row_cuts
 from transcoder.transcoder import Parameters
 
 ROWS = 128
@@ -56,10 +57,8 @@ class Buffers:
 class SparseStep:
     """Forward and backward with one dense product, the encoder's."""
 
-    def __init__(
-        self, objective: Objective, peers: Processes = ALONE, buffers: Buffers | None = None
-    ) -> None:
-        self.objective, self.peers = objective, peers
+    def __init__(self, objective: Objective, mesh: Mesh = ONE, buffers: Buffers | None = None) -> None:
+        self.objective, self.mesh = objective, mesh
         self._buffers = buffers or Buffers()
 
     def __call__(
@@ -72,23 +71,25 @@ class SparseStep:
         weights: Tensor | None = None,
     ) -> tuple[StepValues, Gradients]:
         """See `Step`."""
-        objective, peers = self.objective, self.peers
+        objective, mesh = self.objective, self.mesh
         pre = self._encode(parameters, x)
         entries, cut = self._select(parameters, x, pre, k)
         bags = Bags.of(entries, objective.prefix_ends, len(x))
-        wants_aux = len(dead) > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
+        n_dead = mesh.latents.count(len(dead))  # sync: how many are dead
+        wants_aux = n_dead > 0 and objective.aux_k > 0 and objective.aux_coefficient > 0
         residual = self._buffers.get("residual", y.shape, y) if wants_aux else None
         S = self._buffers.get("S", (len(x) * bags.groups, y.shape[1]), y)
-        n_values = y.numel() * peers.world
+        n_values = y.numel() * mesh.rows.world
         scale = [2 * weight / n_values for weight in objective.prefix_weights]
-        squared_errors = peers.total(_decode(parameters, x, y, bags, scale, S, residual, weights))
+        errors = _decode(parameters, x, y, bags, scale, S, residual, weights, mesh.latents)
+        squared_errors = mesh.rows.total(errors)
         l2 = nested_loss(squared_errors, objective.prefix_weights, n_values)
 
         aux, dead_gradients = l2.new_zeros(()), None
         if residual is not None:
             dead_pre = _dead(parameters, x, pre, dead)
             aux, dead_gradients = aux_gradients(
-                parameters, dead_pre, x, residual, dead, objective, peers, weights
+                parameters, dead_pre, x, residual, dead, objective, n_dead, mesh, weights
             )
         S_first = S.view(len(x), bags.groups, -1)[:, 0]
         shared = {"b_dec": S_first.sum(0)}
@@ -97,7 +98,8 @@ class SparseStep:
         entries_of = bags.by_latent(objective.d_sae)
         blocks = partial(_blocks, entries_of, parameters.W_dec, x, S, dead, dead_gradients)
         fired = entries_of.offsets.diff()
-        return StepValues(squared_errors, l2, aux, fired, lambda: entries, cut), Gradients(shared, blocks)
+        values = StepValues(squared_errors, l2, aux, fired, lambda: entries, cut, n_dead)
+        return values, Gradients(shared, blocks)
 
     def _encode(self, parameters: Parameters, x: Tensor) -> Tensor:
         """[B, F] pre-activations: the one dense product, in the objective's precision."""
@@ -115,7 +117,7 @@ class SparseStep:
         bfloat16 ties (231 of 32,768 values were equal to the cut).
         """
         exact = None if pre.dtype == x.dtype else partial(_pre_activations, parameters, x)
-        return SELECT[self.objective.selection](pre, k, exact, self.peers)
+        return SELECT[self.objective.selection](pre, k, exact, self.mesh)
 
 
 def _dead(parameters: Parameters, x: Tensor, pre: Tensor, dead: Tensor) -> Tensor:
@@ -215,11 +217,13 @@ def _decode(
     S: Tensor,
     residual: Tensor | None,
     weights: Tensor | None = None,
+    holders: Processes = ALONE,
 ) -> Tensor:
     """Reconstruct every prefix, ROWS rows at a time. Fills S, and `residual` = y - y_G unless it is None.
 
     `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64. A
-    row's part of both is multiplied by its weight.
+    row's part of both is multiplied by its weight. Where several `holders` have the latents, each adds what its own
+    give to each group: one sum of [B, G, D_out] over them.
 
     One row, y = 10, no bias. Latent 0 (group 0) adds 3, latent 1 (group 1) adds 4:
 
@@ -237,15 +241,29 @@ def _decode(
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
     size = ROWS if y.is_cpu else n
+    blocks = [slice(row, min(row + size, n)) for row in range(0, n, size)]
     # Block i has the entries [bounds[i], bounds[i + 1]): every size * groups-th offset begins one.
     bounds = _bounds(bags.offsets, size * groups, len(bags.values))
-    for i, row in enumerate(range(0, n, size)):
-        rows, entries = slice(row, min(row + size, n)), slice(bounds[i], bounds[i + 1])
-        offsets = _from(bags.offsets[rows.start * groups : rows.stop * groups + 1], bounds[i])
-        latents = bags.latents[entries]
+
+    def sums(i: int) -> Tensor:
+        """What each group's latents of this process add to the rows of block i; of one process b_dec + skip - y too."""
+        first, last = blocks[i].start * groups, blocks[i].stop * groups
+        offsets, entries = _from(bags.offsets[first : last + 1], bounds[i]), slice(bounds[i], bounds[i + 1])
+        r = _sums(parameters.W_dec, bags.latents[entries], offsets, bags.values[entries])
+        r = r.view(-1, groups, d_out)
+        if holders.leads:
+            r[:, 0].sub_(target[blocks[i]])  # with -= Python would assign the slice to itself: a copy
+        return r
+
+    by_block = S.view(n, groups, d_out)
+    if holders.world > 1:
+        for i, rows in enumerate(blocks):
+            by_block[rows] = sums(i)
+        holders.total(S)
+    for i, rows in enumerate(blocks):
+        s = by_block[rows]
         # r[:, g] becomes y_g - y: the running sum over groups, which starts at b_dec + skip - y
-        r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
-        r[:, 0].sub_(target[rows])  # with -= Python would assign the slice to itself: a copy
+        r = s if holders.world > 1 else sums(i)
         for g in range(1, groups):
             r[:, g].add_(r[:, g - 1])
         if residual is not None:
@@ -256,7 +274,6 @@ def _decode(
             r *= weights[rows, None, None]
         squared_errors += errors.sum(0)
         # S_g = scale_g (y_g - y) + S_(g + 1): a running sum from the last group down
-        s = S[rows.start * groups : rows.stop * groups].view_as(r)
         torch.mul(r[:, -1], scale[-1], out=s[:, -1])
         for g in range(groups - 2, -1, -1):
             torch.add(s[:, g + 1], r[:, g], alpha=scale[g], out=s[:, g])
@@ -286,36 +303,45 @@ def aux_gradients(
     residual: Tensor,
     dead: Tensor,
     objective: Objective,
-    peers: Processes,
+    n_dead: int,
+    mesh: Mesh = ONE,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, DeadGradients]:
     """`aux_loss` (Gao et al. 2024) on the dead latents' pre-activations [B, N], and its gradients by their rows.
+
+    These are the dead latents that this process holds of `n_dead`; the reconstruction is that of all.
 
     With z their activations, W their decoder rows and d = z W - residual: loss = c |d|^2, dW_dec = 2c z^T d,
     dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: `pre` is known already.
     With weights of the rows, d and the residual are multiplied by their roots, and dz by the root again.
     """
-    z, W_dec = _strongest(pre, objective.aux_k), parameters.W_dec[dead]
+    z, W_dec = _strongest(pre, objective.aux_k, n_dead, mesh), parameters.W_dec[dead]
     root = None if weights is None else weights.sqrt()
-    d = weighted(torch.addmm(residual, z, W_dec, beta=-1), root)
-    size = peers.total(weighted(residual, root).square().sum())
-    share = objective.aux_coefficient * min(1.0, len(dead) / objective.aux_k)
+    # of those that hold the latents one subtracts the residual
+    difference = mesh.latents.total(torch.addmm(residual, z, W_dec, beta=-1 if mesh.latents.leads else 0))
+    d = weighted(difference, root)
+    size = mesh.rows.total(weighted(residual, root).square().sum())
+    share = objective.aux_coefficient * min(1.0, n_dead / objective.aux_k)
     c = torch.where(size > 0, share / size, 0.0)
     loss = c * torch.linalg.vector_norm(d).square()
     twice, d = 2 * c, weighted(d, root)
     d_pre = (d @ W_dec.T).mul_(twice).masked_fill_(z == 0, 0.0)
     d_dec = (z.T @ d).mul_(twice)
-    return peers.total(loss.double()), (d_pre.T @ x, d_pre.sum(0), d_dec, (d_dec * W_dec).sum(1))
+    return mesh.rows.total(loss.double()), (d_pre.T @ x, d_pre.sum(0), d_dec, (d_dec * W_dec).sum(1))
 
 
-def _strongest(pre: Tensor, k: int) -> Tensor:
+def _strongest(pre: Tensor, k: int, n: int, mesh: Mesh = ONE) -> Tensor:
     """The k largest of each row of relu(pre) [B, N], zero elsewhere. Only rows with more positive values are searched.
 
-    >>> _strongest(torch.tensor([[3.0, -1.0, 5.0], [2.0, -4.0, -1.0]]), k=1)  # row 1 has one positive value
+    The largest are those of `n` columns, of which this process has N and the rest of the `mesh` the others.
+
+    >>> _strongest(torch.tensor([[3.0, -1.0, 5.0], [2.0, -4.0, -1.0]]), k=1, n=3)  # row 1 has one positive value
     tensor([[0., 0., 5.],
             [2., 0., 0.]])
     """
     z = torch.relu(pre)
+    if mesh.latents.world > 1:
+        return z if k >= n else z.masked_fill_(z < row_cuts(z, k, mesh), 0.0)
     if not z.is_cpu:  # all rows: to search costs less than to wait
         if k >= z.shape[1]:
             return z
