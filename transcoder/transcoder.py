@@ -17,6 +17,7 @@ from torch import Tensor
 from common.errors import InputError
 from transcoder import formats, weights
 from transcoder.entries import Entries, decode, entries_above, largest_of_rows
+from transcoder.tensor_files import blocks
 
 ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
 
@@ -197,15 +198,19 @@ class Transcoder:
 
     def save(self, path: str | Path) -> None:
         """Write to `path` if it ends in .safetensors, else to transcoder.safetensors in that directory."""
-        path = Path(path)
-        file = path if path.suffix == ".safetensors" else path / weights.FILE_NAME
-        weights.write(file, *self.saved())
+        weights.write(Path(path), *self.saved())
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Transcoder":
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", latents: slice | None = None
+    ) -> "Transcoder":
         """Read a run directory or .safetensors file of ours, or a file or directory of SAELens, Gemma Scope (1 and 2),
         circuit-tracer or sparsify (transcoder/formats/); each also at hf://owner/name[@revision]/path.
 
+        On the CPU its tensors are maps of a .safetensors file: a dictionary may be larger than the memory.
+        `latents`: of slice(a, b) only latents a to b - 1, whose rows alone are read. Prefix g is then those of them
+        that lie in prefix g of the whole, perhaps none. Each slice has all of b_dec and W_skip, which are added once
+        where the outputs of several are added up.
         Raises `InputError` that names the file, the tensor, what was expected and what was found.
         """
         path = formats.fetched(path)
@@ -218,14 +223,30 @@ class Transcoder:
             tensors.setdefault("thresholds", torch.zeros(len(ends)))
         shapes = _shapes(path, tensors, ends)
         checked = {
-            name: weights.check_shape(path, name, tensors.get(name), shape).to(device)
-            for name, shape in shapes.items()
+            name: weights.check_shape(path, name, tensors.get(name), shape) for name, shape in shapes.items()
         }
-        for name, tensor in checked.items():
-            if not tensor.isfinite().all():
+        if latents is not None:
+            checked, ends = _sliced(checked, ends, latents)
+        placed = {name: tensor.to(device) for name, tensor in checked.items()}
+        for name, tensor in placed.items():
+            if not all(bool(rows.isfinite().all()) for rows in blocks(tensor)):
                 raise InputError(f"{path}: tensor {name}: expected finite numbers, found NaN or infinity")
-        thresholds = checked.pop("thresholds")
-        return cls(Parameters(**checked), thresholds, ends, metadata, k)
+        thresholds = placed.pop("thresholds")
+        return cls(Parameters(**placed), thresholds, ends, metadata, k)
+
+
+def _sliced(
+    tensors: Mapping[str, Tensor], ends: tuple[int, ...], latents: slice
+) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """(tensors, prefix ends) of some latents, as views."""
+    first, last, _ = latents.indices(ends[-1])
+    own = {
+        name: tensor[first:last] if name in ("W_enc", "b_enc", "W_dec") else tensor
+        for name, tensor in tensors.items()
+    }
+    if own["thresholds"].ndim == 2:
+        own["thresholds"] = own["thresholds"][:, first:last]
+    return own, tuple(min(max(end, first), last) - first for end in ends)
 
 
 def _span(thresholds: Tensor) -> str:

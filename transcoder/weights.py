@@ -1,25 +1,44 @@
-"""The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header."""
+"""The file `transcoder.safetensors`: named tensors, and metadata as JSON strings in its header.
 
+Above `MAX_FILE` the large tensors have files of their own beside it, as on the Hugging Face hub:
+
+    transcoder-00001-of-00002.safetensors   W_dec; its header has a digest of the transcoder's metadata, `part_of`
+    transcoder-00002-of-00002.safetensors   W_enc
+    transcoder.safetensors.index.json       which tensor is in which file, for other tools; we do not read it
+    transcoder.safetensors                  the rest, and the metadata: `parts` are those files' names and sha256
+
+transcoder.safetensors appears last, and its own digest stands for all of them.
+"""
+
+import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import obey_umask, publish
+from common.files import inside, obey_umask, publish, sha256, write_whole
 from common.identity import differs
 from common.settings import Settings
+from transcoder import tensor_files
 
 FILE_NAME = "transcoder.safetensors"
+MAX_FILE = 5 * 10**9
+"""Bytes of tensors in one file; the Hugging Face hub's tools split above."""
+LARGE = 10
+"""Where they are split, tensors of more than `MAX_FILE` / `LARGE` have a file of their own: none of the others then
+comes near the limit."""
+PARTS = "transcoder-?????-of-?????.safetensors"
+"""Names of such files, as a pattern."""
 CHECKPOINT = "state/latest"
 """What a run has from its first checkpoint on (train/checkpoint.py)."""
 BEGUN = "settings.json"
@@ -31,18 +50,132 @@ RECORDS = {"settings", "source", "versions", "heldout", "training"}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write whole: aside, flushed to disk, then renamed; a reader never sees half a file."""
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    """Write whole: aside, flushed to disk, then renamed; a reader never sees half a file.
+
+    `path`: the file, or the directory it belongs in, here and in the functions below. A tensor is converted to float32
+    and taken to the host in blocks of rows.
+    """
     try:
-        save_tensors(
-            aside, tensors, {key: json.dumps(value, sort_keys=True) for key, value in header.items()}
-        )
-        publish(aside, path)
+        begin(path, tensor_files.shapes_of(tensors), metadata)
+        for name, tensor in tensors.items():
+            put(path, name, 0, tensor, flushed=False)
+        commit(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        for aside in _asides(_file(path)):
+            aside.unlink(missing_ok=True)
         raise
+
+
+def begin(path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> None:
+    """Make the files aside, at their full size, their float32 tensors all zero.
+
+    Of one process; then each `put`s rows into them, and when all have, one `commit`s. They lie on a file system that
+    all of these see. What a killed process has left there goes.
+    """
+    path = _file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in _asides(path):
+        left.unlink()
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **metadata}
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in header.items()}
+    parts, own = _split(path, shapes)
+    if parts:
+        texts["parts"] = json.dumps(dict.fromkeys(parts, "0" * 64))  # `commit` knows the digests
+    for name, tensors in parts.items():
+        tensor_files.create(_aside(path.with_name(name)), tensors, {"part_of": _identity(texts)})
+    tensor_files.create(_aside(path), own, texts)
+
+
+def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -> None:
+    """Write `rows` as rows [start, start + len(rows)) of tensor `name`, and have them on disk.
+
+    Of any process, between `begin` and `commit`. Raises `ValueError` for rows that do not fit, `OSError` naming the
+    file where the disk refuses.
+    """
+    path = _file(path)
+    _, _, texts = tensor_files.contents(_aside(path))
+    for each in (path, *(path.with_name(part) for part in _parts(texts))):
+        if name in tensor_files.contents(_aside(each))[1]:
+            tensor_files.put(_aside(each), name, start, rows, flushed)
+            return
+    raise ValueError(f"{path}: no tensor {name} was begun")
+
+
+def commit(path: Path) -> None:
+    """Rename the files in their places, the one that marks a finished run last.
+
+    Of one process, when all rows are there. A run in several files that takes the place of another one is unfinished
+    between the first and the last rename.
+    """
+    path = _file(path)
+    aside = _aside(path)
+    _, entries, texts = tensor_files.contents(aside)
+    files = [path.with_name(name) for name in _parts(texts)]
+    index = path.with_name(f"{path.name}.index.json")
+    if files:
+        with ThreadPoolExecutor(len(files)) as threads:
+            digests = list(threads.map(sha256, map(_aside, files)))
+        texts["parts"] = json.dumps({file.name: digest for file, digest in zip(files, digests, strict=True)})
+        tensor_files.set_metadata(aside, texts)
+        where = dict.fromkeys(entries, path.name)
+        for file in files:
+            where |= dict.fromkeys(tensor_files.contents(_aside(file))[1], file.name)
+        size = sum(_data_size(each) for each in map(_aside, (path, *files)))
+        path.unlink(missing_ok=True)
+        for file in files:
+            publish(_aside(file), file)
+        listed = {"metadata": {"total_size": size}, "weight_map": where}
+        write_whole(index, (json.dumps(listed, indent=2, sort_keys=True) + "\n").encode())
+    publish(aside, path)
+    for old in [*_beside(path), *([] if files else [index])]:
+        if old not in files:
+            old.unlink(missing_ok=True)
+
+
+def _file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _asides(path: Path) -> list[Path]:
+    return [each for each in (_aside(path), *_beside(path, ".tmp")) if each.exists()]
+
+
+def _beside(path: Path, ending: str = "") -> list[Path]:
+    """The files of large tensors beside `path`, whoever has left them."""
+    name = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors" + re.escape(ending))
+    return sorted(each for each in path.parent.iterdir() if name.fullmatch(each.name))
+
+
+def _split(
+    path: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]:
+    """(tensors of each file beside `path`, tensors of `path` itself)."""
+    sizes = {name: tensor_files.size_of(shape) for name, shape in shapes.items()}
+    whole = sum(sizes.values()) <= MAX_FILE
+    large = [] if whole else [name for name in sorted(sizes) if sizes[name] > MAX_FILE / LARGE]
+    parts = {
+        f"{path.stem}-{i:05d}-of-{len(large):05d}.safetensors": {name: shapes[name]}
+        for i, name in enumerate(large, 1)
+    }
+    return parts, {name: shape for name, shape in shapes.items() if name not in large}
+
+
+def _parts(texts: Mapping[str, str]) -> list[str]:
+    """Names of the files that a file we are writing has beside it."""
+    return [*json.loads(texts.get("parts", "{}"))]
+
+
+def _identity(texts: Mapping[str, str]) -> str:
+    """Digest of a transcoder's metadata, by which its files know each other."""
+    return hashlib.sha256(json.dumps({**texts, "parts": ""}, sort_keys=True).encode()).hexdigest()
+
+
+def _data_size(path: Path) -> int:
+    return path.stat().st_size - tensor_files.contents(path)[0]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -60,22 +193,33 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file or of the run directory that holds it.
+    """(tensors, metadata) of a file or of the run directory that holds it; the tensors are maps of the files on disk.
 
-    Raises `InputError` when the file is missing, damaged, foreign or of another version.
+    Raises `InputError` when one of its files is missing, damaged, foreign or of another version.
     """
-    with _opened(path) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    file = _present(path)
+    tensors, texts = tensor_files.mapped(file)
+    metadata, digests = _checked(file, tensors, texts)
+    for name in digests:
+        part = inside(file.parent, name)
+        if not part.is_file():
+            raise InputError(
+                f"{part}: not found; it is one of the {len(digests) + 1} files of {file}: copy all of them"
+            )
+        more, told = tensor_files.mapped(part)
+        if told.get("part_of") != _identity(texts):
+            raise InputError(f"{part}: is of another transcoder than {file}; copy all of its files together")
+        tensors |= more
+    return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone; raises as `read` does."""
-    with _opened(path) as (_, metadata):
-        return metadata
+    file = _present(path)
+    return _checked(file, *tensor_files.mapped(file))[0]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _present(path: Path) -> Path:
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
@@ -83,19 +227,28 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise InputError(
             f"{path}: no transcoder here; train one, or give a run directory that holds {FILE_NAME}"
         )
+    return path
+
+
+def _checked(
+    path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, the files beside it with their digests) that a file's header has."""
+    if "part_of" in texts:
+        raise InputError(
+            f"{path}: a part of a transcoder; give its directory, or the file without -of- there"
+        )
+    if "format_version" not in texts:
+        raise InputError(f"{path}: {_foreign(set(tensors))}")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if "format_version" not in header:
-                raise InputError(f"{path}: {_foreign(set(file.keys()))}")
-            metadata = {key: json.loads(text) for key, text in header.items()}
-            _check_format(path, metadata)
-            for key in RECORDS & metadata.keys():
-                if not isinstance(metadata[key], dict):
-                    raise InputError(f"{path}: {key}: expected a JSON object, found {metadata[key]!r:.80}")
-            yield file, metadata
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+    except json.JSONDecodeError as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+    _check_format(path, metadata)
+    for key in (RECORDS | {"parts"}) & metadata.keys():
+        if not isinstance(metadata[key], dict):
+            raise InputError(f"{path}: {key}: expected a JSON object, found {metadata[key]!r:.80}")
+    return metadata, metadata.pop("parts", {})
 
 
 def _foreign(names: set[str]) -> str:

@@ -1,0 +1,176 @@
+"""safetensors files, filled by rows and read as they lie on disk: neither takes a whole tensor's memory.
+
+A file is made at its full size first; then any process that sees the file system puts rows into it, at their place.
+Read, a tensor is a private map of its file: rows that nobody looks at are not fetched, and the kernel may drop those
+that were. safetensors' own torch maps are counted as memory by Linux, which refuses one of a file larger than it has.
+"""
+
+import json
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import InputError
+from common.files import flush, make_folder, publish
+
+BLOCK = 1 << 26
+"""Bytes of rows that are taken to the host, converted or checked at once."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+UNRESERVED = 0x4000 if sys.platform == "linux" else 0
+"""MAP_NORESERVE, which Python 3.11 has no name for."""
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's rows in pieces of about `BLOCK` bytes, which are views of it."""
+    row = max(tensor[:1].numel() * tensor.element_size(), 1)
+    yield from tensor.split(max(BLOCK // row, 1))
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """Bytes of a float32 tensor."""
+    return 4 * prod(shape)
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors in float32, whole: aside, flushed to disk, renamed. Views are written as what they show.
+
+    The bytes are those of safetensors' `save_file`, whose metadata are in no order; here they are in the keys' order.
+    """
+    make_folder(path.parent)
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        create(aside, shapes_of(tensors), metadata)
+        for name, tensor in tensors.items():
+            put(aside, name, 0, tensor, flushed=False)
+        publish(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def create(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Make a file of float32 tensors, all zero, at its full size; what was there before goes."""
+    start = _header(shapes, metadata)
+    try:
+        with path.open("wb") as file:
+            file.write(start)
+            file.truncate(len(start) + sum(map(size_of, shapes.values())))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # write() does not name its file
+
+
+def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -> None:
+    """Write `rows` as rows [start, start + len(rows)) of tensor `name`, and have them on disk.
+
+    Of any process, after `create`; rows of several processes do not overlap. Raises `ValueError` for rows that do not
+    fit.
+    """
+    first, entries, _ = contents(path)
+    shape, (begin, _) = tuple(entries[name]["shape"]), entries[name]["data_offsets"]
+    if tuple(rows.shape[1:]) != shape[1:] or not 0 <= start <= start + len(rows) <= shape[0]:
+        raise ValueError(f"{path}: {name} {list(shape)}: {list(rows.shape)} does not fit at row {start}")
+    at = first + begin + start * size_of(shape[1:])
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        for block in blocks(rows):
+            data = (
+                block.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
+            )
+            while len(data):
+                written = os.pwrite(descriptor, data, at)
+                data, at = data[written:], at + written
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+    if flushed:
+        flush(path)
+
+
+def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Other metadata, just as long, in a file that `create` has made."""
+    first, entries, _ = contents(path)
+    start = _header({name: tuple(entry["shape"]) for name, entry in entries.items()}, metadata)
+    if len(start) != first:
+        raise ValueError(f"{path}: metadata of another length")
+    with path.open("r+b") as file:
+        file.write(start)
+
+
+def contents(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """(where the data begin, each tensor's entry, metadata) of a file that is known to be one, finished or not."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    return 8 + length, entries, entries.pop("__metadata__", None) or {}
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> bytes:
+    """A file's beginning: safetensors sorts tensors of one type by name, and pads to 8 bytes."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in sorted(shapes):
+        begin, end = end, end + size_of(shapes[name])
+        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file, the tensors as maps of it: what is changed in one stays in memory.
+
+    Raises `InputError` for a file that safetensors does not take.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            names = file.keys()
+        first, entries, metadata = contents(path)
+        with path.open("rb") as file:
+            data = mmap.mmap(
+                file.fileno(), 0, mmap.MAP_PRIVATE | UNRESERVED, mmap.PROT_READ | mmap.PROT_WRITE
+            )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+    return {name: _tensor(path, data, first, name, entries[name]) for name in names}, metadata
+
+
+def _tensor(path: Path, data: mmap.mmap, first: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"{path}: tensor {name}: expected numbers as PyTorch has them, found {entry['dtype']}"
+        )
+    dtype, shape, (begin, _) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not prod(shape):
+        return torch.empty(shape, dtype=dtype)
+    at, size = first + begin, prod(shape)
+    if at % dtype.itemsize:  # a writer that does not pad its header
+        return torch.frombuffer(data[at : at + size * dtype.itemsize], dtype=dtype).clone().view(shape)
+    return torch.frombuffer(data, dtype=dtype, count=size, offset=at).view(shape)
