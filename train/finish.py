@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.normalisation import fold
 from train.recipe import Recipe
 from train.state import State
+from transcoder import weights
 from transcoder.frequent import frequent_level
 from transcoder.public import public_name
-from transcoder.transcoder import Transcoder
+from transcoder.transcoder import OF_LATENTS, Transcoder
 
 
 def raw_transcoder(state: State, recipe: Recipe, prefix_ends: tuple[int, ...]) -> Transcoder:
@@ -46,8 +49,26 @@ def finish(
         samples = state.samples.of_all(holders)
         if holders.leads:
             activation_samples.write(run_dir, samples, store, ends, scale)
+    _save(run_dir, replace(transcoder, prefix_ends=ends), latents, holders)
+
+
+def _save(run_dir: Path, transcoder: Transcoder, latents: slice, holders: Processes) -> None:
+    """Write transcoder.safetensors, each holder its own latents of it; `transcoder` has those of this one."""
+    tensors, metadata = transcoder.saved()
+    d_sae = transcoder.prefix_ends[-1]
+    shapes = {
+        name: (d_sae, *tensor.shape[1:]) if name in OF_LATENTS else tuple(tensor.shape)
+        for name, tensor in tensors.items()
+    }
     if holders.leads:
-        transcoder.save(run_dir)
+        weights.begin(run_dir, shapes, metadata)
+    holders.wait()  # until the files are there
+    for name, tensor in tensors.items():
+        if name in OF_LATENTS or holders.leads:
+            weights.put(run_dir, name, latents.start if name in OF_LATENTS else 0, tensor)
+    holders.wait()  # until all rows are
+    if holders.leads:
+        weights.commit(run_dir)
 
 
 def calibrated(

@@ -1,6 +1,6 @@
 """What is constant over a run, and its initial parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -153,7 +153,7 @@ def initial(
         )
         return fresh.map(lambda tensor: tensor.to(device))
     try:
-        other = Transcoder.load(fetched(settings.train.init_from, settings.layer), device)
+        other = Transcoder.load(fetched(settings.train.init_from, settings.layer))
     except InputError as error:
         raise InputError(f"train.init_from: {error}") from error
     expected = {
@@ -168,8 +168,10 @@ def initial(
     if errors:
         raise InputError(f"train.init_from: {settings.train.init_from}: {'; '.join(errors)}")
     name, option = f"train.init_from: {settings.train.init_from}", "--train.init_mismatch true"
-    fed = bind(other, store, name, settings.train.init_mismatch, option)
-    return unfold(fed.parameters.of(latents or slice(None)), recipe.scaling)
+    # a copy: what was loaded is a map of its file, and training changes it
+    own = other.parameters.of(latents or slice(None)).map(lambda tensor: tensor.to(device, copy=True))
+    fed = bind(replace(other, parameters=own), store, name, settings.train.init_mismatch, option)
+    return unfold(fed.parameters, recipe.scaling)
 
 
 def initialise(

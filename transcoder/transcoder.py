@@ -19,6 +19,8 @@ from transcoder import formats, weights
 from transcoder.entries import Entries, decode, entries_above, largest_of_rows
 from transcoder.tensor_files import blocks
 
+OF_LATENTS = ("W_enc", "b_enc", "W_dec")
+"""The parameters that have a row for each latent."""
 ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
 
 
@@ -39,7 +41,7 @@ class Parameters:
 
     def of(self, latents: slice) -> "Parameters":
         """The parameters of these latents alone; b_dec and W_skip belong to all. Nothing is copied."""
-        own = {name: getattr(self, name)[latents] for name in ("W_enc", "b_enc", "W_dec")}
+        own = {name: getattr(self, name)[latents] for name in OF_LATENTS}
         return replace(self, **own)
 
     def map(self, change: Any) -> "Parameters":
@@ -240,10 +242,7 @@ def _sliced(
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """(tensors, prefix ends) of some latents, as views."""
     first, last, _ = latents.indices(ends[-1])
-    own = {
-        name: tensor[first:last] if name in ("W_enc", "b_enc", "W_dec") else tensor
-        for name, tensor in tensors.items()
-    }
+    own = {name: tensor[first:last] if name in OF_LATENTS else tensor for name, tensor in tensors.items()}
     if own["thresholds"].ndim == 2:
         own["thresholds"] = own["thresholds"][:, first:last]
     return own, tuple(min(max(end, first), last) - first for end in ends)

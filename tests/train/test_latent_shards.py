@@ -1,0 +1,192 @@
+"""Latents over several processes: whole runs equal those of one process; checkpoints of any number of them go on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.mesh import row_shards
+from common.settings import ROOT, Settings
+from shards import Store
+from tests.train.runs import command, tensors, tiny_settings
+from train.loop import train
+
+CHANGES = {
+    "train__rows": 64 * 20,
+    "train__dead_after_rows": 100,
+    "train__clip_norm": 0.05,
+    "train__checkpoint_every": 7,
+    "train__heldout_every": 10,
+    "transcoder__skip": True,
+    "transcoder__d_sae": 65,  # slices of unequal sizes, and groups that end within them
+    "transcoder__group_sizes": (8, 16, 41),
+}
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def launch(settings: Settings, world: int, shards: int) -> list[str]:
+    """The command that trains in `world` processes, of which `shards` share the latents."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    shared = settings.train.model_copy(update={"latent_shards": shards})
+    _, _, stage, *options = command(settings.model_copy(update={"train": shared}))
+    return [*torchrun, "-m", "--", stage, *options]
+
+
+def run(settings: Settings, world: int, shards: int, check: bool = True) -> str:
+    """Train in processes; what they print on standard error."""
+    process = subprocess.run(
+        launch(settings, world, shards),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check:
+        assert process.returncode == 0, process.stderr[-3000:]
+    return process.stderr
+
+
+def assert_close(actual: Path, expected: Path) -> None:
+    found, wanted = tensors(actual), tensors(expected)
+    for name, tensor in wanted.items():
+        assert float((found[name] - tensor).norm() / tensor.norm()) < 1e-4, name
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples(run_dir: Path) -> list[dict[str, Any]]:
+    text = (run_dir / "activation_samples" / "samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "latents", "selection"), [(1, 4, "batch_topk"), (2, 2, "topk"), (2, 2, "batch_topk")]
+)
+def test_a_mesh_equals_one_process(
+    rows: int, latents: int, selection: str, store: Store, store_root: Path, tmp_path: Path
+) -> None:
+    """20 steps with dead latents from the third on, a clip norm, a skip connection, samples, measurements meanwhile."""
+    one, mesh = (
+        tiny_settings(store_root, tmp_path, run=name, transcoder__selection=selection, **CHANGES)
+        for name in ("one", "mesh")
+    )
+    train(one, store)
+    run(mesh, rows * latents, latents)
+    assert_close(mesh.run_dir(), one.run_dir())
+    found, wanted = lines(mesh.run_dir()), lines(one.run_dir())
+    assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    for key, value in wanted[-1].items():
+        if key not in ("rows_per_second", "data_wait_seconds", "peak_memory_bytes"):
+            assert found[-1][key] == pytest.approx(value, rel=1e-4), key
+    assert wanted[-1]["aux_loss"] > 0
+    ours, theirs = (samples(s.run_dir()) for s in (mesh, one))
+    assert [line["latent"] for line in ours] == list(range(65))
+    same = sum(a["samples"][:1] == b["samples"][:1] for a, b in zip(ours, theirs, strict=True))
+    assert same > 50  # values are rounded to 5 digits
+    newest = mesh.run_dir() / "state" / "step_20"
+    names = {path.name for path in newest.iterdir()}
+    assert len(names) == latents + 1
+    assert "tensors-0-16.safetensors" in names or latents == 2
+
+
+def test_another_number_of_processes_goes_on(store: Store, store_root: Path, tmp_path: Path) -> None:
+    """14 steps in 3 slices, then 6 more in one process, in two slices, in two shards of the rows."""
+
+    def asked(name: str, steps: int) -> Settings:
+        return tiny_settings(store_root, tmp_path, run=name, **CHANGES | {"train__rows": 64 * steps})
+
+    for steps in (14, 20):
+        train(asked("whole", steps), store)
+    run(asked("first", 14), 3, 3)
+    first = asked("first", 14).run_dir()
+    files = {path.name for path in (first / "state" / "step_14").iterdir()}
+    assert files == {f"tensors-{part}.safetensors" for part in ("0-21", "21-43", "43-65")} | {"state.json"}
+    for name, world, shards in (("one", 1, 1), ("two", 2, 2), ("rows", 2, 1)):
+        shutil.copytree(first, asked(name, 20).run_dir())
+        run(asked(name, 20), world, shards)
+        assert_close(asked(name, 20).run_dir(), asked("whole", 20).run_dir())
+        newest = asked(name, 20).run_dir() / "state" / "step_20"
+        assert len(list(newest.iterdir())) == shards + 1
+
+
+def kill_one(settings: Settings, world: int, shards: int, rank: int, seconds: float) -> bool:
+    """Start a training, and SIGKILL one of its processes so long after the run was begun; whether it was there."""
+    process = subprocess.Popen(
+        launch(settings, world, shards), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    begun = settings.run_dir() / "settings.json"
+    begun.unlink(missing_ok=True)  # written again by a run that goes on
+    try:
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        ranks = sorted(map(int, children.read_text().split())) if process.poll() is None else []
+        killed = len(ranks) == world
+        if killed:
+            os.kill(ranks[rank], signal.SIGKILL)
+        process.communicate(timeout=300)
+        return killed
+    finally:
+        process.kill()
+        process.wait()
+
+
+def killed_and_run_again(
+    settings: Settings, whole: Path, world: int, shards: int, kills: list[tuple[int, float]]
+) -> int:
+    """Kill a run at these (rank, seconds), let the last go on to its end: the bits of `whole`. How many were killed."""
+    killed = 0
+    for rank, seconds in kills:
+        killed += kill_one(settings, world, shards, rank, seconds)
+        state = settings.run_dir() / "state"
+        if (state / "latest").exists():
+            assert (state / (state / "latest").read_text().strip() / "state.json").exists()
+    run(settings, world, shards)
+    found, wanted = tensors(settings.run_dir()), tensors(whole)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not list(settings.run_dir().rglob("*.tmp"))
+    return killed
+
+
+LONG = CHANGES | {"train__rows": 64 * 120, "train__checkpoint_every": 9, "train__heldout_every": 50}
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(store_root: Path, tmp_path: Path) -> None:
+    whole, killed = (tiny_settings(store_root, tmp_path, run=name, **LONG) for name in ("whole", "killed"))
+    run(whole, 4, 2)
+    assert killed_and_run_again(killed, whole.run_dir(), 4, 2, [(3, 0.4)]) == 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_instants(store_root: Path, tmp_path: Path) -> None:
+    whole, killed = (tiny_settings(store_root, tmp_path, run=name, **LONG) for name in ("whole", "killed"))
+    run(whole, 4, 2)
+    chance = random.Random(0)
+    kills = [(chance.randrange(4), chance.random()) for _ in range(20)]
+    assert killed_and_run_again(killed, whole.run_dir(), 4, 2, kills) > 5
+
+
+def test_processes_that_make_no_mesh(store: Store, store_root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(store_root, tmp_path, run="none", **CHANGES | {"train__latent_shards": 2})
+    with pytest.raises(InputError, match=r"number of processes, which is 1, found 2; give NPROC=2 or a mult"):
+        train(settings, store)
+    assert not settings.run_dir().exists()
+    with pytest.raises(InputError, match="which is 6, found 4"):
+        row_shards(6, 4)
+    assert [row_shards(6, shards) for shards in (1, 2, 3, 6)] == [6, 3, 2, 1]
