@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD MODEL
+ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD MODEL MEMORY WIDTH
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -113,6 +113,7 @@ harvest: install
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
+	@$(PY) -m train.plan $(call option,NPROC,--nproc) $(call option,MEMORY,--memory) $(call option,WIDTH,--width) $(OPTIONS)
 
 verify: install
 	@$(PY) -m shards verify $(OPTIONS)

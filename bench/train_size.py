@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench.train_step import floor, rows, sparse
 from tests.memory import resident
-from train import memory
+from train.plan import memory
 from train.recipe import initialise
 from train.step.losses import Objective
 

@@ -14,9 +14,10 @@ from common.processes import ALONE, Processes
 from common.settings import Settings
 from common.terminal.table import Table
 from shards import Store
-from train import activation_samples, memory, record
+from train import activation_samples, record
 from train.measure import CALIBRATION_ROWS, MEASURED_ROWS, calibrate, measure
 from train.normalisation import fold
+from train.plan import memory
 from train.recipe import Recipe
 from train.state import State
 from transcoder import weights

@@ -23,10 +23,11 @@ from common.mesh import ONE, Mesh, mesh_of, row_shards
 from common.processes import Processes, joined, world
 from common.settings import Settings
 from shards import Batch, Store
-from train import checkpoint, log, memory, record
+from train import checkpoint, log, record
 from train.finish import finish, heldout_rows, raw_transcoder
 from train.log import Log
 from train.measure import PROBE_ROWS, measure, training_cut
+from train.plan import memory
 from train.recipe import Recipe, check_precision, initial
 from train.state import State
 from train.step.dense import DenseStep

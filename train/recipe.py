@@ -57,19 +57,7 @@ class Recipe:
         source, moments = store.manifest.source, store.manifest.splits["train"]
         if moments.inputs is None or moments.outputs is None:
             raise InputError(f"{store.path}: has no train rows; harvest more")
-        try:
-            _, groups = settings.transcoder.resolve(source.d_in)
-        except ValueError as error:  # sizes given as multiples: only now d_in is known
-            raise InputError(f"transcoder: {error}") from error
-        objective = Objective(
-            prefix_ends=tuple(accumulate(groups)),
-            prefix_weights=prefix_weights(len(groups)),
-            k=settings.transcoder.k,
-            selection=settings.transcoder.selection,
-            aux_k=settings.train.aux_k,
-            aux_coefficient=settings.train.aux_coefficient,
-            precision=precision_on(torch.device(device), settings.train.precision),
-        )
+        objective = objective_of(settings, source.d_in, torch.device(device))
         typical = (typical or typical_rows(store.train, moments.outputs)).to(device)
         scaling = Scaling.of(moments.inputs, typical.variance, source.d_out, device)
         variance = typical.variance / scaling.scale_out**2
@@ -116,6 +104,23 @@ class Recipe:
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
         return learning_rate(step, self.steps, peak=self.lr, final=self.min_lr, warmup=self.warmup)
+
+
+def objective_of(settings: Settings, d_in: int, device: torch.device) -> Objective:
+    """What a run of these settings minimises, on inputs of width `d_in`; `InputError` for sizes that do not fit it."""
+    try:
+        _, groups = settings.transcoder.resolve(d_in)
+    except ValueError as error:  # sizes given as multiples: only now d_in is known
+        raise InputError(f"transcoder: {error}") from error
+    return Objective(
+        prefix_ends=tuple(accumulate(groups)),
+        prefix_weights=prefix_weights(len(groups)),
+        k=settings.transcoder.k,
+        selection=settings.transcoder.selection,
+        aux_k=settings.train.aux_k,
+        aux_coefficient=settings.train.aux_coefficient,
+        precision=precision_on(device, settings.train.precision),
+    )
 
 
 def has_tf32(device: torch.device) -> bool:

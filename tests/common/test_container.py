@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import container, device
-from train import memory
+from train.plan import memory
 
 GIB = 2**30
 V2 = {

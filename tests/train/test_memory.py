@@ -11,7 +11,7 @@ import torch
 
 from common.errors import InputError
 from common.settings import ROOT
-from train import memory
+from train.plan import memory
 from train.step.losses import Objective
 
 GPU = ROOT / "bench" / "results" / "gpu.json"

@@ -240,30 +240,10 @@ def _decode(
     if parameters.W_skip is not None:
         target.addmm_(x, parameters.W_skip.T, alpha=-1)
     squared_errors = torch.zeros(groups, dtype=torch.float64, device=y.device)
-    size = ROWS if y.is_cpu else n
-    blocks = [slice(row, min(row + size, n)) for row in range(0, n, size)]
-    # Block i has the entries [bounds[i], bounds[i + 1]): every size * groups-th offset begins one.
-    bounds = _bounds(bags.offsets, size * groups, len(bags.values))
-
-    def sums(i: int) -> Tensor:
-        """What each group's latents of this process add to the rows of block i; of one process b_dec + skip - y too."""
-        first, last = blocks[i].start * groups, blocks[i].stop * groups
-        offsets, entries = _from(bags.offsets[first : last + 1], bounds[i]), slice(bounds[i], bounds[i + 1])
-        r = _sums(parameters.W_dec, bags.latents[entries], offsets, bags.values[entries])
-        r = r.view(-1, groups, d_out)
-        if holders.leads:
-            r[:, 0].sub_(target[blocks[i]])  # with -= Python would assign the slice to itself: a copy
-        return r
-
-    by_block = S.view(n, groups, d_out)
-    if holders.world > 1:
-        for i, rows in enumerate(blocks):
-            by_block[rows] = sums(i)
-        holders.total(S)
-    for i, rows in enumerate(blocks):
-        s = by_block[rows]
+    by_row = S.view(n, groups, d_out)
+    for rows, r in _by_group(parameters, target, bags, S, holders):
+        s = by_row[rows]
         # r[:, g] becomes y_g - y: the running sum over groups, which starts at b_dec + skip - y
-        r = s if holders.world > 1 else sums(i)
         for g in range(1, groups):
             r[:, g].add_(r[:, g - 1])
         if residual is not None:
@@ -278,6 +258,35 @@ def _decode(
         for g in range(groups - 2, -1, -1):
             torch.add(s[:, g + 1], r[:, g], alpha=scale[g], out=s[:, g])
     return squared_errors
+
+
+def _by_group(
+    parameters: Parameters, target: Tensor, bags: Bags, S: Tensor, holders: Processes
+) -> Iterator[tuple[slice, Tensor]]:
+    """ROWS rows at a time, which rows, and [rows, G, D_out] what each group's latents add; the first group - `target`.
+
+    Of several holders one sum, which is made in S.
+    """
+    (n, d_out), groups = target.shape, bags.groups
+    size = ROWS if target.is_cpu else n
+    blocks = [slice(row, min(row + size, n)) for row in range(0, n, size)]
+    # Block i has the entries [bounds[i], bounds[i + 1]): every size * groups-th offset begins one.
+    bounds = _bounds(bags.offsets, size * groups, len(bags.values))
+    by_row = S.view(n, groups, d_out)
+    for i, rows in enumerate(blocks):
+        entries = slice(bounds[i], bounds[i + 1])
+        offsets = _from(bags.offsets[rows.start * groups : rows.stop * groups + 1], bounds[i])
+        latents = bags.latents[entries]
+        r = _sums(parameters.W_dec, latents, offsets, bags.values[entries]).view(-1, groups, d_out)
+        if holders.leads:
+            r[:, 0].sub_(target[rows])  # with -= Python would assign the slice to itself: a copy
+        if holders.world == 1:
+            yield rows, r
+        else:
+            by_row[rows] = r
+    if holders.world > 1:
+        holders.total(S)
+        yield from ((rows, by_row[rows]) for rows in blocks)
 
 
 def _bounds(offsets: Tensor, size: int, n_entries: int) -> list[int]:

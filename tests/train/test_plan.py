@@ -1,0 +1,101 @@
+"""What splits of a training take, by the plan; what really is sent is in step/test_mesh.py and test_processes.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import scale
+from common.settings import ROOT
+from tests.train.runs import D_IN, D_OUT, tiny_settings
+from train.plan import memory
+from train.plan.splits import Split, plan, splits, table_of
+from train.step.losses import Objective
+
+CPU = torch.device("cpu")
+OBJECTIVE = Objective((512, 4096, 16385), (1 / 3,) * 3, 32, "batch_topk", 16, 0.125)
+
+
+def of(rows: int, latents: int, found: list[Split]) -> Split:
+    return next(each for each in found if (each.rows, each.latents) == (rows, latents))
+
+
+def test_a_split_holds_its_latents_and_sends_what_the_others_need() -> None:
+    d_in, d_out, batch, k = 24, 20, 256, 32
+    found = splits(OBJECTIVE, d_in, d_out, batch, 8, CPU, samples=False)
+    assert [(each.rows, each.latents) for each in found] == [(8, 1), (4, 2), (2, 4), (1, 8)]
+    alone = of(1, 1, splits(OBJECTIVE, d_in, d_out, batch, 1, CPU, samples=False))
+    assert (alone.sent, alone.state) == (0, memory.kept(OBJECTIVE, d_in, d_out))
+    whole = of(8, 1, found)
+    assert whole.sent_for_rows == 4 * (16385 * (d_in + d_out + 3) + d_out)
+    assert whole.sent_for_latents == 4 * int(1.25 * k * batch / 8)  # the candidates of the cut alone
+    eighths = of(1, 8, found)
+    assert eighths.sent_for_rows == 0
+    assert eighths.sent_for_latents == 4 * (batch * 3 * d_out + int(1.25 * k * batch))
+    assert (
+        0 < eighths.state - alone.state / 8 < 4 * 3 * (d_in + d_out + 1) + 4 * 3 * d_out + 12
+    )  # a latent more
+
+
+def test_what_fits_and_sends_the_least_is_named() -> None:
+    found = splits(OBJECTIVE, 24, 20, 4096, 4, CPU)
+    texts = [str(table_of(found, each, "x").caption) for each in (1e15, float(of(1, 4, found).together), 1.0)]
+    assert texts[0].endswith(f"latent_shards {min(found, key=lambda split: split.sent).latents}")
+    assert texts[1].endswith("latent_shards 4")
+    assert texts[2].startswith("none fits")
+
+
+def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(store_root, tmp_path)
+    table = plan(settings, D_IN, 6, 1e9, "training of layer 0")
+    assert "64 latents, width 12" in table.title
+    assert [row[:2] for row in table.rows] == [
+        ("3", "2"),
+        ("6", "1"),
+    ]  # 64 rows are not shared by 6, nor by 3
+    assert D_OUT != D_IN
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "line"),
+    [
+        ((), 0, "no store yet, so its width is not known; WIDTH=2304 plans for that one"),
+        (("--width", "576", "--nproc", "4"), 0, "--train.latent_shards 4"),
+        (("--width", "577"), 2, "transcoder: size 0.5x of d_in 577 is 288.5, not a whole number of latents"),
+        (("--width", "-3"), 2, "--width: expected a number above 0, found -3"),
+    ],
+)
+def test_the_command(more: tuple[str, ...], code: int, line: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "train.plan",
+        "--layer",
+        "1",
+        "--paths.activations",
+        str(tmp_path),
+        *more,
+    ]
+    process = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert process.returncode == code, process.stderr
+    assert line in process.stdout + process.stderr
+
+
+def test_the_fit_gives_the_steps_that_were_measured() -> None:
+    fit = scale.fitted()
+    (device,) = json.loads((ROOT / "bench" / "results" / "gpu.json").read_text()).values()
+    for batch, latents in ((1024, 18_432), (16_384, 18_432), (4096, 262_144)):
+        seconds = device["step"][f"tfloat32, batch {batch:,}, {latents:,} latents"]["step, ms"] / 1e3
+        assert float(scale._terms(batch, latents) @ fit) == pytest.approx(seconds, rel=0.03)
+
+
+def test_what_is_derived_fits_and_gains_by_more_processes() -> None:
+    for d_sae, by_processes in scale.derived().items():
+        seconds = [of_split for _, of_split in by_processes.values()]
+        assert seconds == sorted(seconds, reverse=True), d_sae
+        assert all(split.together <= scale.MEMORY for split, _ in by_processes.values())
+        assert 64 in by_processes

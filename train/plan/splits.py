@@ -1,0 +1,123 @@
+"""How a training can be split over processes, what each of them then holds and sends, and which splits fit.
+
+Shapes: B rows of a batch, D_in, D_out, F latents, G groups, K active per row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.device import pick_device
+from common.mesh import Mesh
+from common.processes import Processes
+from common.settings import Settings
+from common.terminal.table import Table
+from shards.plan import human
+from train.plan import memory
+from train.recipe import objective_of
+from train.step.losses import Objective
+
+SAMPLED = 1.25
+"""Candidates of the global cut for each activation that is kept (transcoder/selection.py)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """`rows` x `latents` processes, and what the one with the most latents takes; bytes."""
+
+    rows: int
+    latents: int
+    state: int
+    """Weights, Adam's moments, counters, samples."""
+    step: int
+    """On top of them in a step."""
+    sent_for_latents: int
+    """Handed over in a step to those with the same rows: at most [B, G, D_out] and the candidates of the cut."""
+    sent_for_rows: int
+    """Handed over in a step to those with the same latents: their gradients, and how often they fired."""
+
+    @property
+    def together(self) -> int:
+        """Bytes of the device that it takes."""
+        return self.state + self.step
+
+    @property
+    def sent(self) -> int:
+        """Bytes that it hands over in a step."""
+        return self.sent_for_latents + self.sent_for_rows
+
+
+def splits(
+    objective: Objective,
+    d_in: int,
+    d_out: int,
+    batch: int,
+    processes: int,
+    device: torch.device,
+    skip: bool = False,
+    samples: bool = True,
+) -> list[Split]:
+    """Every mesh of that many processes whose rows and latents can be shared."""
+    shapes = [(processes // m, m) for m in range(1, processes + 1) if processes % m == 0]
+    possible = [(r, m) for r, m in shapes if batch % r == 0 and m <= objective.d_sae]
+    return [_split(objective, (d_in, d_out), batch, r, m, device, skip, samples) for r, m in possible]
+
+
+def _split(
+    objective: Objective,
+    widths: tuple[int, int],
+    batch: int,
+    rows: int,
+    shards: int,
+    device: torch.device,
+    skip: bool,
+    samples: bool,
+) -> Split:
+    last = Mesh(latents=Processes(shards - 1, shards)).part(objective.d_sae)
+    own, n, (d_in, d_out) = objective.of(last), batch // rows, widths
+    cut = int(SAMPLED * objective.k * n) if rows * shards > 1 else 0
+    shared = d_out + (d_in * d_out if skip else 0)
+    return Split(
+        rows,
+        shards,
+        state=memory.kept(own, d_in, d_out, skip=skip, samples=samples),
+        step=memory.passing(own, d_in, d_out, n, device, rows),
+        sent_for_latents=4 * (n * len(own.prefix_ends) * d_out * (shards > 1) + cut),
+        sent_for_rows=4 * (own.d_sae * (d_in + d_out + 3) + shared) * (rows > 1),
+    )
+
+
+def plan(settings: Settings, width: int, processes: int, each: float | None, of: str) -> Table:
+    """The splits of a training `of` some layers as a table, on rows of this width.
+
+    `each`: bytes that a process may take; None: what is free here, of a GPU's memory, or of the machine's for all of
+    them together. Raises `InputError` for sizes that do not fit the width.
+    """
+    device = pick_device(settings.model.device)
+    objective, train = objective_of(settings, width, device), settings.train
+    if each is None:
+        each = memory.available(device) or 0
+        if device.type == "cpu":
+            each = each / processes - memory.PROGRAM - memory.LOADER
+    found = splits(
+        objective, width, width, train.batch_size, processes, device,
+        settings.transcoder.skip, train.sample_every > 0,
+    )  # fmt: skip
+    rows = f"batches of {train.batch_size:,} rows"
+    return table_of(found, each, f"{of}: {objective.d_sae:,} latents, width {width:,}, {rows}")
+
+
+def table_of(found: list[Split], each: float, what: str) -> Table:
+    """A line for each split, and which of those that fit into `each` bytes sends the least."""
+    columns = ("latent_shards", "share the rows", "weights, Adam", "a step", "together", "sent a step", "")
+    fits = [split for split in found if split.together <= each]
+    best = min(fits, key=lambda split: split.sent, default=None)
+    advice = "none fits: more processes, fewer latents, or smaller batches"
+    if best is not None:
+        advice = f"of those that fit it sends the least: --train.latent_shards {best.latents}"
+    table = Table(*columns, title=f"{what}; {human(max(each, 0))} for each process", caption=advice)
+    for split in found:
+        sizes = (split.state, split.step, split.together, split.sent)
+        fit = "fits" if split in fits else "does not fit"
+        table.add_row(str(split.latents), str(split.rows), *map(human, sizes), fit)
+    return table
