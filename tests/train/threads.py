@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.mesh import Mesh
-from common.processes import ALONE, Processes
+from common.processes import ALONE, CPU, Processes
 
 
 @dataclass
@@ -61,14 +61,14 @@ class Threads(Processes):
 T = TypeVar("T")
 
 
-def meshes(rows: int, latents: int) -> list[Mesh]:
-    """The places of a mesh of rows x latents, in order of rank."""
+def meshes(rows: int, latents: int, device: torch.device = CPU) -> list[Mesh]:
+    """The places of a mesh of rows x latents, in order of rank; their tensors are on `device`."""
     everyone = Meeting(rows * latents)
     of_latents = [Meeting(rows) for _ in range(latents)]
     of_rows = [Meeting(latents) for _ in range(rows)]
 
     def group(rank: int, meeting: Meeting) -> Processes:
-        return Threads(rank, meeting.world, meeting=meeting) if meeting.world > 1 else ALONE
+        return Threads(rank, meeting.world, device, meeting=meeting) if meeting.world > 1 else ALONE
 
     return [
         Mesh(group(r * latents + i, everyone), group(r, of_latents[i]), group(i, of_rows[r]))

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.mesh import Mesh
+from tests.pretend import DEVICE, pretend_device
 from tests.train.steps import Problem, problem
 from tests.train.threads import Threads, meshes, together
+from train.state import State
 from train.step.dense import DenseStep
 from train.step.gradients import Gradients
-from train.step.losses import StepValues, ends_within
+from train.step.losses import StepValues, ends_within, revival
 from train.step.matrix import MatrixStep
-from train.step.optimizer import clip_divisor
+from train.step.optimizer import apply, clip_divisor
 from train.step.sparse import SparseStep
 
 Divided = type[SparseStep] | type[MatrixStep]
@@ -118,6 +120,46 @@ def test_what_a_step_sends(step: Divided, selection: str) -> None:
         few = 4 * (len(groups) + 1) + 2000  # of the sample: 1.25 K B / stride + 8, here all there are
         sent = everyone.meeting.sent + latents.meeting.sent
         assert sent <= rows * len(groups) * d_out + 1.25 * k * rows + revived + few
+
+
+def trained(step: Divided, case: Problem, mesh: Mesh, device: torch.device) -> dict[str, Tensor]:
+    """Parameters of one process's latents after three steps with dead latents and a clip norm, on the CPU."""
+    part, latents, _ = cut_of(case, mesh)
+    parameters = part.parameters.map(lambda tensor: tensor.clone().to(device))
+    x, y = part.x.to(device), part.y.to(device)
+    state = State.start(parameters, case.objective.prefix_ends, latents=latents)
+    compute, own = step(part.objective, mesh), part.objective
+    with torch.no_grad():
+        for _ in range(3):
+            dead = state.dead(after_rows=250)
+            values, gradients = compute(state.parameters, x, y, dead, own.k)
+            state.note_failure(values.loss)
+            gradients = gradients.over(mesh.rows, own.d_sae).plus(revival(dead, own.d_sae, y.shape[1]))
+            apply(state.adam, gradients, 1e-3, 0.05, mesh.latents)
+            fired = mesh.rows.total(values.fired)
+            state.count(values.cut, fired, own.prefix_ends, len(case.x), 0, mesh.latents)
+    kept = {"kept": state.kept, "density": state.density}
+    assert state.kept.device.type == device.type
+    return {name: tensor.cpu() for name, tensor in (state.parameters.named() | kept).items()}
+
+
+@pytest.mark.parametrize("selection", ["batch_topk", "topk"])
+@pytest.mark.parametrize("step", [SparseStep, MatrixStep])
+def test_a_mesh_of_devices_trains_as_one_cpu(step: Divided, selection: str) -> None:
+    """On the fake device no tensor of the CPU meets one of the device, whatever is exchanged."""
+    case = problem(
+        rows=300, d_in=24, d_out=20, prefix_ends=(64, 700, 1301), k=9, skip=True, selection=selection,
+        aux_k=7, dtype=torch.float32,
+    )  # fmt: skip
+    expected = trained(SparseStep, case, Mesh(), torch.device("cpu"))
+    with pretend_device():
+        places = meshes(2, 2, DEVICE)
+        computed = together(places, lambda mesh: trained(step, case, mesh, DEVICE))
+    for mesh, found in zip(places, computed, strict=True):
+        latents = mesh.part(1301)
+        for name, tensor in expected.items():
+            part = tensor if name in ("b_dec", "W_skip", "kept") else tensor[latents]
+            torch.testing.assert_close(found[name], part, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_groups_within_a_slice() -> None:
