@@ -2,6 +2,7 @@
 
 1. Measured here, with gloo: 20 steps of every mesh of up to 4 processes against one process: how far the weights are
    apart, bytes handed over in a step, seconds of a step (4 processes share 2 cores: no speed-up can show), peak memory.
+   And harvests of the demo's model with one thread in each of 1 and 2 processes: tokens a second.
 2. Derived for H100s: memory of a process and bytes by train/plan/splits.py, time of a step by a fit through the steps
    that were measured on one H100 (bench/results/gpu.json) and the links' speeds below. Nothing is taken to overlap.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from common.mesh import mesh_of
 from common.processes import joined
+from shards.manifest import read_manifest
 from shards.plan import human
 from train.plan.splits import Split, splits
 from train.recipe import initialise
@@ -42,6 +44,8 @@ MESHES = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 SHARES = (1, 3, 7, 16)
 """Prefix ends in sixteenths of the latents, as in pipeline.toml."""
 
+HARVESTERS, HARVESTED = (1, 2), (65_536, 262_144)
+"""Numbers of processes, and of train rows: 2 and 8 windows."""
 NVLINK, INFINIBAND = 450e9, 50e9
 """Bytes/s that one GPU sends: fourth-generation NVLink, one direction (NVIDIA H100 data sheet: 900 GB/s both ways), and
 one 400 Gb/s network adapter for each GPU."""
@@ -175,6 +179,39 @@ def measured_table() -> Table:
     return table
 
 
+def harvest_table() -> Table:
+    """Tokens a second of a harvest, from the time that more windows take: loading the model is not in it."""
+    table = Table(
+        "processes", "tokens/s", "of one process", title="harvest of the demo's layer 12, one thread each"
+    )
+    rates: dict[int, float] = {}
+    for processes in HARVESTERS:
+        few, many = (_harvest(processes, rows) for rows in HARVESTED)
+        rates[processes] = (many[0] - few[0]) / (many[1] - few[1])
+        table.add_row(str(processes), f"{rates[processes]:,.0f}", f"{rates[processes] / rates[1]:.2f}")
+    return table
+
+
+def _harvest(processes: int, rows: int) -> tuple[int, float]:
+    """(rows written, seconds) of a whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        stage = ["harvest", "--profile", "demo", "--layer", "12", "--harvest.rows", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "common.launch",
+            str(processes),
+            *stage,
+            "--paths.activations",
+            folder,
+        ]
+        begun = time.perf_counter()
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        seconds = time.perf_counter() - begun
+        (store,) = Path(folder).glob("*/*.zarr")
+        return sum(split.rows for split in read_manifest(store).splits.values()), seconds
+
+
 # -- derived -------------------------------------------------------------------------------------------
 
 
@@ -283,7 +320,7 @@ def main() -> None:
         return
     console = Console()
     if not arguments.derived:
-        console.print(measured_table())
+        console.print(measured_table(), harvest_table())
     found = derived()
     console.print(derived_table(found))
     plot(found, Path("docs/scale.png"))

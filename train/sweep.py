@@ -159,6 +159,7 @@ def _folder(settings: Settings) -> Path:
 
 
 def _sweep(settings: Settings, of_several: bool) -> None:
+    from common.processes import rank
     from shards import Store
     from train import record
 
@@ -166,7 +167,8 @@ def _sweep(settings: Settings, of_several: bool) -> None:
     fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
     folder = _folder(settings)
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
+    if rank() == 0:
+        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
         from common.device import share_cores
         from train.loop import train_together
@@ -174,6 +176,8 @@ def _sweep(settings: Settings, of_several: bool) -> None:
         share_cores()
         with _wandb_group(f"{settings.model_slug}-layer_{settings.layer}-{folder.name}"[:128]):
             train_together(waiting, store)
+    if rank() != 0:
+        return  # one of the processes writes the table, and shows it
     table = report(runs, folder)
     if of_several and not waiting:
         return

@@ -58,6 +58,7 @@ REPEATS = 10
 TESTS = (
     "tests/evaluate/test_device.py",
     "tests/train/step/test_device.py",
+    "tests/train/step/test_mesh.py",
     "tests/train/test_on_device.py",
 )
 
