@@ -1,5 +1,6 @@
 """Latents over several processes: whole runs equal those of one process; checkpoints of any number of them go on."""
 
+import contextlib
 import json
 import os
 import random
@@ -38,10 +39,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def launch(settings: Settings, world: int, shards: int) -> list[str]:
     """The command that trains in `world` processes, of which `shards` share the latents."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     shared = settings.train.model_copy(update={"latent_shards": shards})
     _, _, stage, *options = command(settings.model_copy(update={"train": shared}))
-    return [*torchrun, "-m", "--", stage, *options]
+    return [sys.executable, "-m", "common.launch", str(world), stage, *options]
 
 
 def run(settings: Settings, world: int, shards: int, check: bool = True) -> str:
@@ -127,7 +127,11 @@ def test_another_number_of_processes_goes_on(store: Store, store_root: Path, tmp
 def kill_one(settings: Settings, world: int, shards: int, rank: int, seconds: float) -> bool:
     """Start a training, and SIGKILL one of its processes so long after the run was begun; whether it was there."""
     process = subprocess.Popen(
-        launch(settings, world, shards), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
+        launch(settings, world, shards),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     begun = settings.run_dir() / "settings.json"
     begun.unlink(missing_ok=True)  # written again by a run that goes on
@@ -143,8 +147,9 @@ def kill_one(settings: Settings, world: int, shards: int, rank: int, seconds: fl
         process.communicate(timeout=300)
         return killed
     finally:
-        process.kill()
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def killed_and_run_again(
@@ -174,6 +179,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(store_root: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_instants(store_root: Path, tmp_path: Path) -> None:
     whole, killed = (tiny_settings(store_root, tmp_path, run=name, **LONG) for name in ("whole", "killed"))
     run(whole, 4, 2)
