@@ -88,9 +88,8 @@ def ended_together() -> Iterator[None]:
         # Whoever knows more has its turn: torchrun, which stops a node's processes when it has seen one end, and
         # the connection that tells which rank is lost.
         time.sleep(2 * GRACE)
-        why = re.sub(r"^\[/\S*\] ", "", first_line(error)).partition(". ")[
-            0
-        ]  # gloo's begins with a place of its source
+        # gloo's begins with a place in its source, and ends with advice.
+        why, _, _ = re.sub(r"^\[/\S*\] ", "", first_line(error)).partition(". ")
         line = (
             f"another of the {world()} processes has ended, as it or its node says ({why:.200}); the same command "
             "continues"
@@ -228,11 +227,8 @@ def joined(device: torch.device = CPU) -> Iterator[Processes]:
         return
     store = meet(device)
     if rank() == 0 and (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        print(
-            f"note: start {again} after a process has ended, from what is on disk",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"note: restart {again} after a process has ended; what is on disk goes on"
+        print(line, file=sys.stderr, flush=True)
     try:
         with watched(store), ended_together():
             yield Processes(dist.get_rank(), world(), device)

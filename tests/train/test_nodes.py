@@ -184,7 +184,7 @@ def test_a_killed_rank_with_restarts(
         os.kill(max(ranks(processes[1].pid).values()), signal.SIGKILL)
         codes, _, errors = ends(processes)
     assert codes == [0, 0], errors
-    assert any("after a process has ended, from what is on disk" in error for error in errors)
+    assert any("note: restart 1 after a process has ended" in error for error in errors)
     assert_as_whole(whole, settings)
 
 
