@@ -10,7 +10,7 @@ PEERS  ?= .venv-peers
 AUDIT  ?= .venv-audit
 
 # Only what is typed after make counts: a RUN, TEXT or PREFIX of the environment was meant for something else.
-ASKED := LAYER PROFILE RUN HARVEST NPROC ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD MODEL MEMORY WIDTH
+ASKED := LAYER PROFILE RUN HARVEST NPROC NODES HEAD RESTARTS ARGS TO TEXT FILE SET SCALE ABLATE WITH FORMAT PREFIX FROM REPO MINUTES PART SPREAD MODEL MEMORY WIDTH
 KNOWN := $(ASKED) PYTHON PYTHONS VENV PEERS AUDIT PY PIP SHELL MAKEFLAGS MAKEOVERRIDES DEMO_STORES
 typed = $(filter command override,$(firstword $(origin $(1))))
 asked = $(if $(call typed,$(1)),$(value $(1)))
@@ -64,7 +64,7 @@ help:
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or n at a time (NPROC=n SPREAD=layers): docs/layers.md'
-	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train: docs/commands.md'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train, NODES=n HEAD=host:port on several machines: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:
@@ -103,8 +103,9 @@ test-all: install-dev install-embedded test-peers
 test-peers: install-dev install-embedded install-peers
 	@PEERS=$(call quote,$(PEERS)) $(PY) -m pytest -q -m peers $(call spliced,ARGS)
 
-# One process, or NPROC of them: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
-RANKS = $(PY) -m $(if $(call asked,NPROC),common.launch $(call quote,$(call asked,NPROC)))
+# One process, or NPROC of them on each of NODES: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
+LAUNCHED = $(call option,NODES,--nodes) $(call option,HEAD,--head) $(call option,RESTARTS,--max-restarts)
+RANKS = $(PY) -m $(if $(call asked,NPROC)$(call asked,NODES)$(call asked,HEAD)$(call asked,RESTARTS),common.launch $(LAUNCHED) $(call quote,$(or $(call asked,NPROC),1)))
 # With SPREAD=layers every process takes layers of its own: also where a stage's rows are not shared.
 EACH  = $(if $(filter layers,$(call asked,SPREAD)),$(RANKS),$(PY) -m)
 

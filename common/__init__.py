@@ -7,9 +7,15 @@ from types import FrameType
 from typing import NoReturn
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process: it says of all what ends them together, once."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def stop_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """End a stage that has begun nothing: while it imports, an exception would be a traceback, or swallowed."""
-    os.write(2, b"interrupted: the same command continues\n")
+    if not launched():
+        os.write(2, b"interrupted: the same command continues\n")
     os._exit(130)
 
 

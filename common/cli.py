@@ -15,8 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from common import stop_at_once
+from common import launched, stop_at_once
 from common.errors import ENVIRONMENT, InputError
+from common.nodes.environment import place, rank, recognise_srun
 from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, run_name, validated
 
 PIPELINE_TOML = ROOT / "pipeline.toml"
@@ -384,11 +385,16 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
         signal.signal(number, _interrupt)
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
+    leads = True
     try:
+        recognise_srun()
+        leads = rank() == 0
+        if not leads:  # the first process talks; all say what ends them
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         stage()
         print(end="", flush=True)  # at Python's end, a reader that has left means exit code 120
     except InputError as error:
-        _last_word(f"error: {error}")
+        _last_word(f"error: {place()}{error}")
         raise SystemExit(2) from None
     except BrokenPipeError:  # `| head` has what it wanted; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -396,10 +402,11 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
     except OSError as error:
         if (line := mendable(error)) is None:
             raise
-        _last_word(f"error: {line}")
+        _last_word(f"error: {place()}{line}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
-        hint = str(interrupt) or "the same command continues"
-        _last_word(f"interrupted: {hint}")
+        hint = str(interrupt)
+        if leads and (hint or not launched()):  # the launcher says it too
+            _last_word(f"interrupted: {hint or 'the same command continues'}")
         raise SystemExit(130) from None
     raise SystemExit(0)

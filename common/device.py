@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common import container
 from common.errors import InputError
-from common.processes import world
+from common.nodes.environment import here, world
 
 LOOK = 0.5
 """Seconds over which other programs are watched."""
@@ -24,7 +24,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ and world() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun: one GPU a process
+        # One GPU a process; srun --gpus-per-task shows each task no other than its own.
+        own = "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1
+        name = "cuda:0" if own else f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"model.device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     device, there = torch.device(name), torch.cuda.device_count()
@@ -41,18 +43,24 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 
 def cores() -> int:
-    """Processors that this process may use: fewer than the machine's where it is pinned or in a container."""
+    """Processors that this process may use: fewer than the machine's where it is pinned, in a container, or one of
+    several of a run on this machine.
+    """
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(there, container.cores_allowed() or there)
+    return max(1, min(there, container.cores_allowed() or there) // here())
 
 
 def share_cores() -> None:
     """Leave PyTorch one thread less for each core that other programs keep busy now, at least one, and say so.
 
     PyTorch's threads wait for each other spinning: beside one busy process two of them train at less than the speed of
-    one (bench/shared.py). OMP_NUM_THREADS has precedence; torchrun sets it. Linux only.
+    one (bench/shared.py). OMP_NUM_THREADS has precedence; torchrun sets it. Linux only. One of several processes takes
+    its share: the others are what keeps the cores busy.
     """
     if "OMP_NUM_THREADS" in os.environ or not STAT.exists():
+        return
+    if world() > 1:
+        torch.set_num_threads(cores())
         return
     mine = os.sched_getaffinity(0)
     before = busy_ticks(STAT.read_text(encoding="utf-8"), mine)

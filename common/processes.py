@@ -1,59 +1,43 @@
 """The processes of one run, which work together: started by torchrun, or by what sets the same variables."""
 
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import launched
 from common.errors import InputError, first_line
+from common.nodes.environment import rank, world
+from common.nodes.watch import GRACE, left_to_others, watched
 
 CPU = torch.device("cpu")
-MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
+"""In the words of a RuntimeError: that it is of an exchange between processes."""
+COME = 600
+"""Seconds in which all processes come: pods and tasks each start on their own, one node's disk may be slow."""
+SEEN = 45
+"""Seconds after which every node sees a new file: a shared disk's names may be known anew after 30 only (NFS)."""
 
 
-def rank() -> int:
-    """This process's number, from 0."""
-    return _number("RANK", 0, range(world())) if world() > 1 else 0
-
-
-def world() -> int:
-    """How many processes there are; 1 without torchrun.
-
-    Raises `InputError` where WORLD_SIZE is left over from something else: the others would never come.
-    """
-    size = _number("WORLD_SIZE", 1, range(1, 2**20))
-    if size > 1 and (missing := [name for name in MEETING if not os.environ.get(name)]):
-        raise InputError(
-            f"environment: WORLD_SIZE={size}, but no {' and '.join(missing)}: torchrun, which sets them all, has not "
-            f"started this process; unset WORLD_SIZE for one process, or give NPROC={size} (make)"
-        )
-    return size
-
-
-def _number(name: str, default: int, allowed: range) -> int:
-    text = os.environ.get(name) or str(default)
-    if not (text.isdecimal() and int(text) in allowed):
-        raise InputError(
-            f"environment: {name}: expected a whole number from {allowed.start} to {allowed.stop - 1}, found {text!r}; "
-            "torchrun sets it, unset it without"
-        )
-    return int(text)
-
-
-def meet(device: torch.device) -> None:
+def meet(device: torch.device) -> dist.Store | None:  # pyright: ignore[reportPrivateImportUsage]
     """Meet the other processes, if there are any: gloo on CPU, nccl on CUDA, bound to this process's device.
 
-    Raises `InputError` when they do not come.
+    Returns where they have met; none where this one is alone or they had met before. Raises `InputError` when they do
+    not come.
     """
     if world() == 1 or dist.is_initialized():
-        return
+        return None
     rank()
     backend, own = "gloo", None
     if device.type == "cuda":
@@ -61,13 +45,58 @@ def meet(device: torch.device) -> None:
         torch.cuda.set_device(own)
     try:
         with waiting():
-            dist.init_process_group(backend, device_id=own)
-    except (dist.DistError, ValueError) as error:
+            store = _all_here()
+            dist.init_process_group(backend, device_id=own, store=store, rank=rank(), world_size=world())
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise InputError(
             f"environment: the {world()} processes of WORLD_SIZE did not meet at {where} ({first_line(error):.200}); "
             "start them all with torchrun (NPROC=n), or unset WORLD_SIZE"
         ) from error
+    return store
+
+
+def _all_here() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """Where the processes meet, when every one is there; raises `InputError` that says which ones are not.
+
+    torch.distributed itself would wait half an hour, as long as for a sum, for one that has ended with an error.
+    """
+    limit = timedelta(seconds=COME)
+    store, own, size = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
+    store.set(f"here/{own}", "")
+    try:
+        store.wait([f"here/{each}" for each in range(size)], limit)
+    except dist.DistStoreError:
+        absent = [each for each in range(size) if not store.check([f"here/{each}"])]
+        raise InputError(
+            f"rank {' '.join(map(str, absent))} of {size} did not come in {COME} s; what they or their nodes say tells "
+            "why, and the same command continues"
+        ) from None
+    return store
+
+
+@contextmanager
+def ended_together() -> Iterator[None]:
+    """One process of several that ends ends the others: a line in place of what the lost connection raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        # Whoever knows more has its turn: torchrun, which stops a node's processes when it has seen one end, and
+        # the connection that tells which rank is lost.
+        time.sleep(2 * GRACE)
+        # gloo's begins with a place in its source, and ends with advice.
+        why, _, _ = re.sub(r"^\[/\S*\] ", "", first_line(error)).partition(". ")
+        line = (
+            f"another of the {world()} processes has ended, as it or its node says ({why:.200}); the same command "
+            "continues"
+        )
+        if left_to_others(line):
+            raise SystemExit(2) from None
+        raise InputError(line) from error
 
 
 @contextmanager
@@ -98,7 +127,8 @@ def _end_at_a_signal(reads: int) -> None:
     ends = {signal.SIGINT, signal.SIGTERM}
     while numbers := os.read(reads, 64):
         if ends.intersection(numbers):
-            print("interrupted: the same command continues", file=sys.stderr, flush=True)
+            if not launched():
+                print("interrupted: the same command continues", file=sys.stderr, flush=True)
             os._exit(130)
 
 
@@ -171,6 +201,20 @@ class Processes:
             with waiting():
                 self.any(False)
 
+    def see(self, path: Path) -> None:
+        """Until this process sees what the first has written, called when it is there.
+
+        Raises `InputError` where the node does not share its disk.
+        """
+        until = time.monotonic() + SEEN
+        while not (self.leads or path.exists()):
+            if time.monotonic() > until:
+                raise InputError(
+                    f"{path}: written by rank 0, and not seen here in {SEEN} s; all nodes need the same disk at this "
+                    "path (docs/nodes.md)"
+                )
+            time.sleep(0.2)
+
 
 ALONE = Processes()
 
@@ -181,8 +225,12 @@ def joined(device: torch.device = CPU) -> Iterator[Processes]:
     if world() == 1:
         yield ALONE
         return
-    meet(device)
+    store = meet(device)
+    if rank() == 0 and (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        line = f"note: restart {again} after a process has ended; what is on disk goes on"
+        print(line, file=sys.stderr, flush=True)
     try:
-        yield Processes(dist.get_rank(), world(), device)
+        with watched(store), ended_together():
+            yield Processes(dist.get_rank(), world(), device)
     finally:
         dist.destroy_process_group()

@@ -5,6 +5,8 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
+from common.nodes.environment import rank
+
 LOG_SECONDS = 20
 
 
@@ -27,11 +29,13 @@ class Lines:
 def progress(what: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
     """A bar on standard error with speed in `unit` a second and the time that is left; `update(n)` moves it.
 
-    In a terminal or a notebook it moves all the time; in a log file it is a line every LOG_SECONDS.
+    In a terminal or a notebook it moves all the time; in a log file it is a line every LOG_SECONDS. Of several
+    processes the first shows it.
     """
     live = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(
         desc=what,
+        disable=rank() > 0,
         total=total,
         initial=initial,
         unit=unit if unit == "B" else f" {unit}",

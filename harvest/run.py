@@ -209,6 +209,8 @@ def _harvest(
         template = chat_template_sha256(lm.files_directory(where, settings.model.revision))
         _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
+    for writer in stores:
+        processes.see(writer.work / "plan.json")
     _refuse_other_text(stores)
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(_with_template(source, writer), create=first)

@@ -385,9 +385,19 @@ ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a WANDB_MODE that W&B does not have": lambda patch: patch.setenv("WANDB_MODE", "of"),
     "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
     "WORLD_SIZE is left over from another program": lambda patch: patch.setenv("WORLD_SIZE", "2"),
+    "srun's environment, and not all of it": lambda patch: [
+        patch.setenv(name, value)
+        for name, value in {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}.items()
+    ],
     "a batch that three processes cannot share": lambda patch: [
         patch.setenv(name, value)
-        for name, value in {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}.items()
+        for name, value in {
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "RANK": "0",
+            "MASTER_ADDR": "::1",
+            "MASTER_PORT": "1",
+        }.items()
     ],
     "no language model to explain with": lambda patch: patch.delenv("OPENAI_MODEL", raising=False),
     "no key for OpenAI's endpoint": lambda patch: [

@@ -80,6 +80,9 @@ def test_the_environment_has_no_say(venv: Path) -> None:
         "RUN",
         "HARVEST",
         "NPROC",
+        "NODES",
+        "HEAD",
+        "RESTARTS",
         "ARGS",
         "TO",
         "TEXT",
@@ -131,6 +134,16 @@ def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> No
         ["-m", "common.launch", "2", "train", *options, "--spread", "layers"],
         ["-m", "common.launch", "2", "evaluate", *options, "--spread", "layers"],
     ]
+
+
+def test_nodes_start_processes_on_each(venv: Path) -> None:
+    where = ["-m", "common.launch", "--nodes", "4", "--head", "gpu-1:29400"]
+    for target in ("train", "harvest"):
+        typed = (target, "LAYER=3", "NODES=4", "HEAD=gpu-1:29400")
+        assert make(venv, *typed, "NPROC=8")[0] == [[*where, "8", target, "--layer", "3"]]
+        assert make(venv, *typed)[0] == [[*where, "1", target, "--layer", "3"]]
+        again = make(venv, *typed, "NPROC=8", "RESTARTS=3")[0]
+        assert again == [[*where, "--max-restarts", "3", "8", target, "--layer", "3"]]
 
 
 def test_a_misspelt_variable_stops_make(venv: Path) -> None:

@@ -241,6 +241,9 @@ def test_what_is_missing_is_named_as_make_has_it_too() -> None:
     with pytest.raises(InputError, match=re.escape("argument --harvest.rows: expected one argument")):
         load(parser("harvest", ""), ("--harvest.rows",))
     passed = set(re.findall(r"option,([A-Z]+),--([a-z]+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    passed = {
+        pair for pair in passed if pair[0] not in ("NODES", "HEAD", "RESTARTS")
+    }  # common.launch names them itself
     assert {name for name, _ in passed} <= set(MAKE_VARIABLES)
     assert all(name.lower() == option for name, option in passed)
 

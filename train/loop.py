@@ -294,6 +294,7 @@ def train_together(wanted: list[Settings], store: Store) -> None:
             buffers = Buffers()
             pairs = zip(wanted, recipes, strict=True)
             runs += [Run(settings, store, device, mesh, buffers, recipe) for settings, recipe in pairs]
+            _agree(runs, peers)
             _feed_all(runs, store, mesh)
             for run in runs:
                 run.finish()
@@ -301,6 +302,19 @@ def train_together(wanted: list[Settings], store: Store) -> None:
             for run in runs:
                 if run.log is not None:
                     run.log.close()
+
+
+def _agree(runs: list[Run], peers: Processes) -> None:
+    """Refuse a process that goes on from elsewhere than the first, as its node has another disk at the run's place."""
+    peers.wait()
+    for run in runs:
+        peers.see(run.dir / record.FILE_NAME)
+        steps = peers.gathered(torch.tensor([run.state.step], device=peers.device)).tolist()
+        if steps[peers.rank] != steps[0]:
+            raise InputError(
+                f"{run.dir}: holds a checkpoint of step {steps[peers.rank]} here, of step {steps[0]} for rank 0; all "
+                "nodes need the same disk at this path (docs/nodes.md)"
+            )
 
 
 def _check_store(settings: Settings, store: Store) -> None:

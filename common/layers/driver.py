@@ -29,6 +29,9 @@ class Launch:
     """Its module."""
     together: Callable[[], None]
     """Start the stage, with its command line as it is, in all processes at once."""
+    options: tuple[str, ...] = ()
+    """Of common.launch, for each layer that it starts."""
+    one_node: bool = True
 
 
 launch: Launch | None = None
@@ -69,6 +72,11 @@ def over_layers(
             one(chosen(settings), False)
         return
     _refuse_a_rank()
+    if launch is not None and not launch.one_node:
+        raise InputError(
+            "NODES: several nodes share the rows of one layer; give one LAYER to each command, or each node layers of "
+            "its own, without NODES and HEAD"
+        )
     settings = chosen(settings)
     if launch is None or launch.processes == 1:
         failed = _one_after_another(asked, settings, one)
@@ -118,7 +126,7 @@ def _one_after_another(asked: Asked, settings: Settings, one: Callable[[Settings
 
 def _in_processes(settings: Settings, start: Launch, apart: bool) -> list[int]:
     """`apart`: each layer in a process of its own, else one layer after another in all of them."""
-    own = [start.stage] if apart else ["common.launch", str(start.processes), start.stage]
+    own = [start.stage] if apart else ["common.launch", *start.options, str(start.processes), start.stage]
     commands = {
         layer: [*own, *sys.argv[1:], f"--layer={layer}", f"--run={settings.run}", "--spread=rows"]
         for layer in settings.layers

@@ -1,13 +1,23 @@
 """common.launch: how a stage in several processes is started, and ends."""
 
+import json
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
 from common import launch
 from common.errors import InputError
 from common.layers import driver
+from common.nodes import meeting as between
 
 
 @pytest.fixture
@@ -31,6 +41,115 @@ def test_one_layer_and_a_harvest_start_in_all_processes(
     for words in (["train", "--layer", "3", "--run", "a"], ["harvest", "--layer", "0-2"]):
         called(monkeypatch, "2", *words)
         assert started.pop() == ["--standalone", "--nproc-per-node", "2", "-m", "--", *words]
+
+
+def test_nodes_meet_at_the_head(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head finds its port free, and torchrun takes it; who starts another command does not meet them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        head = f"localhost:{free.getsockname()[1]}"
+    names = set()
+    for layer in ("3", "3", "4"):
+        called(monkeypatch, "--nodes", "2", "--head", head, "8", "train", "--layer", layer)
+        (words,) = started
+        started.clear()
+        names.add(words.pop(3))
+        conf = ["--rdzv-conf", "join_timeout=600,is_host=1"]
+        meeting = ["--rdzv-id", "--rdzv-backend", between.KIND, "--rdzv-endpoint", head, *conf]
+        assert words == [
+            "--nnodes",
+            "2",
+            *meeting,
+            "--nproc-per-node",
+            "8",
+            "-m",
+            "--",
+            "train",
+            "--layer",
+            layer,
+        ]
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RendezvousTimeoutError(),
+            r"the 2 nodes did not meet at gpu-1:29400 \(RendezvousTimeoutError\); start",
+        ),
+        (RendezvousClosedError(), "another node has ended or cannot be reached; what it says"),
+        (RendezvousConnectionError(), "the head gpu-1:29400 has ended or cannot be reached; what it says"),
+    ],
+)
+def test_nodes_that_did_not_all_come_or_stay(
+    error: Exception, line: str, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(launch.run, "main", fails)
+    monkeypatch.setattr(launch.Nodes, "_find_head", lambda _: False)
+    with pytest.raises(InputError, match=line):
+        called(monkeypatch, "--nodes", "2", "--head", "gpu-1:29400", "8", "harvest", "--layer", "3")
+
+
+def test_processes_start_again_as_often_as_asked(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called(monkeypatch, "--max-restarts", "3", "2", "train", "--layer", "3")
+    words = ["--nproc-per-node", "2", "-m", "--", "train", "--layer", "3"]
+    assert started == [["--standalone", "--max-restarts", "3", *words]]
+
+
+def failure(code: int, note: Path | None = None, at: float = 0) -> ProcessFailure:
+    if note is not None:
+        note.write_text(json.dumps({"message": "rank 2 is lost", "timestamp": 0}))
+    found = ProcessFailure(0, 1, code, str(note or "none"))
+    found.timestamp = int(at)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "line"),
+    [
+        ({0: (2, False, 0)}, 2, ""),  # it has said why
+        ({0: (2, True, 0), 1: (2, True, 0)}, 2, "error: rank 2 is lost\n"),
+        ({0: (2, True, 0), 1: (2, False, 0)}, 2, ""),
+        ({0: (2, True, 0), 1: (-15, False, 0)}, 2, "error: rank 2 is lost\n"),
+        ({0: (2, True, 0), 1: (130, False, 0)}, 2, "error: rank 2 is lost\n"),
+        ({0: (2, True, 0), 1: (-9, False, 30)}, 2, "error: rank 2 is lost\n"),  # by torchrun
+        (
+            {0: (2, True, 1), 1: (-9, False, 0)},
+            137,
+            "error: rank 1 was killed (SIGKILL); the same command continues\n",
+        ),
+        ({0: (1, False, 0), 1: (-15, False, 0)}, 1, ""),
+        ({0: (-15, False, 0)}, 143, ""),
+    ],
+)
+def test_why_processes_have_ended(
+    ended: dict[int, tuple[int, bool, float]],
+    code: int,
+    line: str,
+    tmp_path: Path,
+    started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line for the node, said by it or here; by rank: exit code, whether it has left a note, when."""
+    failures = {
+        rank: failure(exitcode, tmp_path / str(rank) if noted else None, at)
+        for rank, (exitcode, noted, at) in ended.items()
+    }
+
+    def fails(_: list[str]) -> None:
+        raise ChildFailedError("train", failures)
+
+    monkeypatch.setattr(launch.run, "main", fails)
+    with pytest.raises(SystemExit) as stopped:
+        called(monkeypatch, "2", "train", "--layer", "3")
+    assert (stopped.value.code, capsys.readouterr().err) == (code, line)
 
 
 def test_a_wrong_word_is_told_once_before_anything_starts(

@@ -67,8 +67,11 @@ def test_a_gpu_is_chosen_before_its_processes_meet(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("set_device", device)))
     monkeypatch.setattr(
-        processes.dist, "init_process_group", lambda backend, device_id: called.append((backend, device_id))
+        processes.dist,
+        "init_process_group",
+        lambda backend, device_id, **_: called.append((backend, device_id)),
     )
+    monkeypatch.setattr(processes, "_all_here", lambda: None)
     processes.meet(torch.device("cuda:1"))
     processes.meet(torch.device("cpu"))
     own = torch.device("cuda:1")
@@ -81,8 +84,8 @@ def test_a_signal_ends_the_wait_for_processes_that_never_come(number: signal.Sig
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = (
-        "import torch\nfrom common import cli\nfrom common.processes import meet\n"
-        "def main():\n    print('waits', flush=True)\n    meet(torch.device('cpu'))\ncli.run_stage(main)\n"
+        "import os, torch\nfrom common import cli\nfrom common.processes import meet\n"
+        "def main():\n    os.write(1, b'waits\\n')\n    meet(torch.device('cpu'))\ncli.run_stage(main)\n"
     )
     env = os.environ | ALL | {"RANK": rank, "MASTER_PORT": port}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -92,7 +95,7 @@ def test_a_signal_ends_the_wait_for_processes_that_never_come(number: signal.Sig
         assert process.stdout.readline() == b"waits\n"
         time.sleep(1)  # it is in PyTorch's C++ by now
         process.send_signal(number)
-        process.wait(timeout=20)
+        process.wait(timeout=100)
         said = process.stderr.read()
     assert process.returncode == 130
     assert b"interrupted: the same command continues" in said

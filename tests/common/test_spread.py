@@ -21,7 +21,7 @@ layer, do = sys.argv[1], sys.argv[2]
 open(f"{layer}.begun", "w").write(os.environ.get("OMP_NUM_THREADS", ""))
 print("out of", layer, flush=True)
 print("half a line", end="", file=sys.stderr, flush=True)
-end = time.monotonic() + 30
+end = time.monotonic() + 300
 while do == "wait" and time.monotonic() < end:
     time.sleep(0.01)
 while do == "meet" and len([name for name in os.listdir() if name.endswith(".begun")]) < 2:
@@ -67,7 +67,7 @@ def test_whatever_else_ends_one_stops_all(do: str, code: int, capsys: Capture) -
     with pytest.raises(SystemExit) as stopped:
         spread.each(commands("wait", do, "0"), 2)
     assert stopped.value.code == code
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 200
     last = capsys.readouterr().err.splitlines()[-2:]
     expected = {"1": "code 1", "die": "code -9"}[do]
     assert f"layer 1 ended with {expected}; the others are stopped, the same command continues" in last
@@ -96,7 +96,7 @@ def test_a_killed_driver_takes_its_processes_with_it(here: Path) -> None:
         while not all(Path(f"{n}.begun").exists() for n in (0, 1)):
             time.sleep(0.02)
         driver.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 100
     while time.monotonic() < end and _with(here):
         time.sleep(0.05)
     assert not _with(here)

@@ -3,7 +3,9 @@
 import random
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -97,6 +99,45 @@ def test_a_rank_that_dies_and_another_number_of_ranks(long_harvest: tuple[Settin
     subprocess.run(["kill", "-9", children.stdout.split()[-1]], check=False)
     assert launcher.wait(timeout=120) != 0
     subprocess.run(command_of(settings, 2), cwd=ROOT, check=True, capture_output=True)
+    assert read_commit(path) == read_commit(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_nodes_one_of_which_loses_a_rank(long_harvest: tuple[Settings, Path], tmp_path: Path) -> None:
+    """Both end; the same command on both goes on to the same bytes."""
+    settings, whole = long_harvest
+    path = Path(settings.store_path(1))
+    for kills in (True, False):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            head = f"localhost:{free.getsockname()[1]}"
+        command = [
+            sys.executable,
+            "-m",
+            "common.launch",
+            "--nodes",
+            "2",
+            "--head",
+            head,
+            "2",
+            *command_of(settings)[2:],
+        ]
+        nodes = []
+        for n in range(2):
+            with (tmp_path / f"node{n}").open("w") as said:
+                nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said))
+        deadline = time.monotonic() + 100
+        while kills and not list(path.glob(".harvest/records/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if kills:
+            ranks = subprocess.run(
+                ["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True, check=True
+            )
+            subprocess.run(["kill", "-9", ranks.stdout.split()[1]], check=True)
+        assert [node.wait(timeout=100) for node in nodes] == ([2, 137] if kills else [0, 0])
+        said = "".join((tmp_path / f"node{n}").read_text() for n in range(2))
+        assert said.count("was killed (SIGKILL); the same command continues") == kills
+        assert "Traceback" not in said
     assert read_commit(path) == read_commit(whole)
 
 

@@ -278,14 +278,20 @@ def test_a_sweep_of_layers_has_a_table_each_and_the_best_of_all(
 
 
 def test_a_rank_of_torchrun_takes_one_layer(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    around = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    around = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "::1",
+        "MASTER_PORT": "1",
+    }
     for name, value in around.items():
         monkeypatch.setenv(name, value)
     code, _, err = call("--layer", "0-2")
     assert code == 2
     assert err == [
-        "error: layer: several layers in processes that torchrun has started; give one layer to each torchrun, or let "
-        "NPROC=n (python -m common.launch n) start them"
+        "error: rank 0: layer: several layers in processes that torchrun has started; give one layer to each torchrun, "
+        "or let NPROC=n (python -m common.launch n) start them"
     ]
 
 

@@ -1,0 +1,107 @@
+"""Which of a run's processes this one is: the variables of torchrun, accelerate, PyTorchJob, and those of srun.
+
+Without torch: a stage asks before it imports anything.
+"""
+
+import os
+import re
+import socket
+
+from common.errors import InputError
+
+MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+PORTS = range(12000, 32000)
+"""For the jobs of Slurm, which shares out no ports: below those that the kernel gives to connections."""
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return _number("RANK", 0, range(world())) if world() > 1 else 0
+
+
+def world() -> int:
+    """How many processes there are; 1 without torchrun.
+
+    Raises `InputError` where WORLD_SIZE is left over from something else: the others would never come.
+    """
+    size = _number("WORLD_SIZE", 1, range(1, 2**20))
+    if size > 1 and (missing := [name for name in MEETING if not os.environ.get(name)]):
+        raise InputError(
+            f"environment: WORLD_SIZE={size}, but no {' and '.join(missing)}: torchrun, which sets them all, has not "
+            f"started this process; unset WORLD_SIZE for one process, or give NPROC={size} (make)"
+        )
+    return size
+
+
+def here() -> int:
+    """How many of them share this machine's cores; 1 where nobody says, as each has cores of its own in a pod and
+    under srun.
+    """
+    return _number("LOCAL_WORLD_SIZE", 1, range(1, world() + 1)) if world() > 1 else 1
+
+
+def place() -> str:
+    """'node 1 (gpu-17), rank 9: ', the beginning of a line of one of several processes; nothing of a single one.
+
+    The node where there are several, and its number where the launcher gives one. Never raises.
+    """
+    try:
+        if world() == 1:
+            return ""
+        if world() == here():
+            return f"rank {rank()}: "
+        number = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID", "")
+        node = f"{number} ({socket.gethostname()})" if number else socket.gethostname()
+        return f"node {node}, rank {rank()}: "
+    except InputError:
+        return ""
+
+
+def _number(name: str, default: int, allowed: range) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isdecimal() and int(text) in allowed):
+        raise InputError(
+            f"environment: {name}: expected a whole number from {allowed.start} to {allowed.stop - 1}, found {text!r}; "
+            "torchrun sets it, unset it without"
+        )
+    return int(text)
+
+
+def recognise_srun() -> None:
+    """Set torchrun's variables where srun has started several tasks and nothing has set them; else change nothing.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task of srun: SLURM_STEP_ID tells.
+    Raises `InputError` where a variable of srun's is missing.
+    """
+    given = os.environ
+    # In a shell of salloc the first is the job's, the second this step's.
+    tasks = given.get("SLURM_STEP_NUM_TASKS") or given.get("SLURM_NTASKS", "1")
+    if "SLURM_STEP_ID" not in given or given.get("WORLD_SIZE") or tasks == "1":
+        return
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
+    if missing := [name for name in needed if not given.get(name)]:
+        raise InputError(
+            f"environment: SLURM_STEP_ID={given['SLURM_STEP_ID']}, but no {' and '.join(missing)}: srun, which sets "
+            "them all, has not started this process; unset SLURM_STEP_ID for one process"
+        )
+    job = _number("SLURM_JOB_ID", 0, range(2**32))
+    nodes = given.get("SLURM_STEP_NODELIST") or given["SLURM_JOB_NODELIST"]
+    own = {
+        "RANK": given["SLURM_PROCID"],
+        "LOCAL_RANK": given["SLURM_LOCALID"],
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(PORTS[job % len(PORTS)]),
+    }
+    for name, value in own.items():
+        given.setdefault(name, value)
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes.
+
+    >>> first_host("gpu[003-005,7]"), first_host("a1,b[2-4]"), first_host("r[1,3]n[07-09]-ib,x")
+    ('gpu003', 'a1', 'r1n07-ib')
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else nodes)

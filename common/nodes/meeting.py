@@ -1,0 +1,148 @@
+"""Launchers of several nodes: where they meet, by torchrun's c10d rendezvous, and what ends them."""
+
+import hashlib
+import os
+import re
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+from common.errors import InputError, first_line
+from common.processes import waiting
+
+JOIN = 600
+"""Seconds in which all nodes come: the launcher of a node may start minutes after another's."""
+ANSWER = 40
+"""Seconds in which the head's launcher answers the others."""
+SILENT = 20
+"""Seconds after which the head's machine has vanished, if nothing comes back."""
+KIND = "c10d-ended-together"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many nodes' launchers work together, and where they meet."""
+
+    count: int
+    head: str
+
+    @classmethod
+    def of(cls, count: str | None, head: str | None) -> "Nodes | None":
+        """What was typed, checked; none for a single node."""
+        if count is not None and not (count.isdecimal() and int(count)):
+            raise InputError(f"NODES: expected a number of nodes from 1, found {count!r}")
+        nodes = int(count or "1")
+        if nodes == 1 and head is None:
+            return None
+        place = re.fullmatch(r"[^\s,]+:(\d{1,5})", head or "")
+        if not (place and 0 < int(place[1]) < 2**16):
+            raise InputError(
+                f"HEAD: expected host:port of the first of {nodes} nodes, the same on each, found {head or 'nothing'!r}"
+                f"; for example NODES={nodes} HEAD=gpu-1:29400"
+            )
+        if nodes == 1:
+            raise InputError(f"NODES: HEAD={head} is for several nodes; give NODES=n too, or leave HEAD out")
+        return cls(nodes, head or "")
+
+    def options(self, command: Sequence[str]) -> list[str]:
+        """Of torchrun, for nodes that all start this command: others do not meet them.
+
+        Whether this node is the head torchrun would tell by the host's name alone.
+        """
+        conf = f"join_timeout={JOIN},is_host={int(self._find_head())}"
+        name = hashlib.sha256("\n".join(command).encode()).hexdigest()[:16]
+        rendezvous_handler_registry.register(KIND, _ended_together)
+        meeting = f"--rdzv-id {name} --rdzv-backend {KIND} --rdzv-endpoint {self.head} --rdzv-conf {conf}"
+        return ["--nnodes", str(self.count), *meeting.split()]
+
+    def _find_head(self) -> bool:
+        """Until the head's launcher answers. Whether it is this one: it has the address, and the port is free.
+
+        A process that nobody answers, or another program than torchrun, ends here with a line: torchrun's own wait has
+        no limit where a connection is accepted and then nothing said.
+        """
+        host, _, port = self.head.rpartition(":")
+        with suppress(OSError), socket.create_server((host.strip("[]"), int(port))):
+            return True
+        watch = threading.Timer(ANSWER, self._end)
+        watch.daemon = True
+        watch.start()
+        limit = timedelta(seconds=2 * ANSWER)
+        try:
+            with waiting():
+                dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                    host, int(port), is_master=False, timeout=limit, wait_for_workers=False
+                )
+        except dist.DistError:
+            self._end()
+        finally:
+            watch.cancel()
+        return False
+
+    def _end(self) -> None:
+        print(f"error: {self.parted('no torchrun answers')}", file=sys.stderr, flush=True)
+        os._exit(2)  # of the thread that waits in C++ too
+
+    def parted(self, why: Exception | str) -> str:
+        """The line of a node that does not meet the others, or has lost them."""
+        here = f"node {socket.gethostname()}, "
+        if isinstance(why, RendezvousClosedError | RendezvousConnectionError):
+            other = "another node" if isinstance(why, RendezvousClosedError) else f"the head {self.head}"
+            return (
+                f"HEAD: {here}{other} has ended or cannot be reached; what it says tells why, and the same command on "
+                "every node continues"
+            )
+        told = why if isinstance(why, str) else f"{first_line(why):.200}"
+        return (
+            f"HEAD: {here}the {self.count} nodes did not meet at {self.head} ({told}); start the same command on "
+            "every node, HEAD's too, open the port there, or take another one if it is in use"
+        )
+
+
+def _ended_together(parameters: RendezvousParameters) -> RendezvousHandler:
+    """torchrun's c10d rendezvous; a node's launcher ends when another's has given up, and not only when its own
+    processes notice, which may be at the end of a harvest.
+    """
+    backend, store = create_backend(parameters)
+    _lose_what_is_silent()
+    handler = create_handler(store, backend, parameters)
+    waiting = handler.num_nodes_waiting
+
+    def unless_closed() -> int:
+        if handler.is_closed():
+            raise RendezvousClosedError
+        return waiting()
+
+    handler.num_nodes_waiting = unless_closed  # torchrun asks ten times a second while all goes well
+    handler.get_backend = lambda: KIND
+    return handler
+
+
+def _lose_what_is_silent() -> None:
+    """Have the kernel close connections, here the one to the head's launcher, when the other side confirms nothing.
+
+    torchrun itself waits in it until the kernel gives up after a quarter of an hour. Linux only.
+    """
+    folder = Path("/proc/self/fd")
+    for entry in folder.iterdir() if folder.exists() else ():
+        with suppress(OSError):
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT * 1000)
