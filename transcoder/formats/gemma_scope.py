@@ -97,10 +97,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
 
 
 def _npy(tensor: Tensor) -> Iterator[bytes | memoryview]:
-    """A float32 tensor as np.save writes it, in pieces."""
+    """A float32 tensor as np.save writes it, in pieces; one that is turned, column by column."""
+    turned = tensor_files.turned(tensor)
     header = io.BytesIO()
-    described = {"descr": "<f4", "fortran_order": False, "shape": tuple(tensor.shape)}
+    described = {"descr": "<f4", "fortran_order": turned, "shape": tuple(tensor.shape)}
     np.lib.format.write_array_header_1_0(header, described)
     yield header.getvalue()
-    for rows in tensor_files.blocks(tensor):
+    for rows in tensor_files.blocks(tensor.T if turned else tensor):
         yield rows.contiguous().numpy().data
