@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.hooks import hooks_of
+from common.settings import ROOT
 from tests.memory import resident
 from transcoder import Transcoder, tensor_files, weights
 from transcoder.export import exported
@@ -102,16 +103,14 @@ def one(action: Callable[[], None]) -> dict[str, float]:
     return {"own": peak[0] - before, "peak": resident("VmHWM"), "seconds": time.perf_counter() - begun}
 
 
-def measured(size: float, block: int, names: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
-    """What each action takes, or those named, one after the other on a dictionary of about `size` bytes."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names or actions(Path(), 0):
-            command = [sys.executable, "-m", "bench.dictionary", "--size", str(size), "--block", str(block)]
-            command += ["--one", name, "--folder", folder]
-            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
-            results[name] = json.loads(process.stdout)
-    return results
+def of(name: str, folder: Path, size: float, block: int) -> dict[str, float]:
+    """What one action takes, in a process of its own."""
+    command = [sys.executable, "-m", "bench.dictionary", "--size", str(size), "--block", str(block)]
+    command += ["--one", name, "--folder", str(folder)]
+    process = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True
+    )
+    return json.loads(process.stdout)
 
 
 def main() -> None:
@@ -129,10 +128,11 @@ def main() -> None:
         return
     title = f"{asked.size / 1e9:.3g} GB, blocks of {asked.block / 1e6:.0f} MB"
     table = Table("", "own memory, MB", "VmHWM, MB", "seconds", title=title)
-    for name, found in measured(asked.size, asked.block).items():
-        table.add_row(
-            name, f"{found['own'] / 1e6:,.0f}", f"{found['peak'] / 1e6:,.0f}", f"{found['seconds']:.1f}"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in actions(Path(), 0):
+            found = of(name, Path(folder), asked.size, asked.block)
+            memory = [f"{found[key] / 1e6:,.0f}" for key in ("own", "peak")]
+            table.add_row(name, *memory, f"{found['seconds']:.1f}")
     Console().print(table)
 
 

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -132,7 +133,7 @@ def _pieces(rows: Tensor) -> Iterator[tuple[int, memoryview]]:
 
 
 def _bytes(rows: Tensor) -> memoryview:
-    return rows.to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
+    return rows.to("cpu", torch.float32).contiguous().numpy().reshape(-1).view(np.uint8).data
 
 
 def _write(descriptor: int, data: memoryview, at: int) -> None:
