@@ -250,6 +250,17 @@ def test_one_that_takes_the_place_of_another_and_is_killed(
 
 
 @pytest.mark.usefixtures("split")
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tiny_transcoder()
+    tensors, metadata = own.saved()
+    weights.begin(tmp_path, tensor_files.shapes_of(tensors), metadata)
+    assert len(names(tmp_path)) == 3
+    monkeypatch.setattr(weights, "MAX_FILE", 10**9)
+    own.save(tmp_path)
+    assert names(tmp_path) == ["transcoder.safetensors"]
+
+
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
