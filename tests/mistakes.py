@@ -217,6 +217,14 @@ def nan_in(name: str, file: Path) -> None:
     change(file, **{name: torch.full_like(load_file(file)[name], float("nan"))})
 
 
+def in_parts() -> Path:
+    """The run as one above the limit of a file is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "MAX_FILE", 10_000)
+        weights.write(RUN, *weights.read(RUN))
+    return RUN
+
+
 W = RUN / weights.FILE_NAME
 SAMPLES = RUN / "activation_samples" / "samples.jsonl"
 TINY = MODEL / "model.safetensors"
@@ -333,6 +341,10 @@ MISTAKES: dict[str, Callable[[], object]] = {
     # runs
     "the run is not trained to its end": lambda: remove(W),
     "the run's weights are cut short": lambda: cut(W),
+    "one of the files of a large run is missing": lambda: remove(
+        in_parts() / "transcoder-00001-of-00002.safetensors"
+    ),
+    "one of the files of a large run is another run's": lambda: [in_parts(), in_header(W, public_name='"b"')],
     "prefixes that do not rise": lambda: in_header(W, prefix_ends="[24, 8, 64]"),
     "a header whose source is a word": lambda: in_header(W, source='"gemma"'),
     "a tensor is missing": lambda: change(W, "b_dec"),

@@ -63,6 +63,7 @@ def test_text_names_its_encoding(file: Path) -> None:
                 "Store",
                 "cls",
                 "os",
+                "archive",
             )
             text = mine and not any(isinstance(mode, str) and "b" in mode for mode in words)
         else:

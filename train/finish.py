@@ -66,7 +66,8 @@ def _save(run_dir: Path, transcoder: Transcoder, latents: slice, holders: Proces
     holders.wait()  # until the files are there
     for name, tensor in tensors.items():
         if name in OF_LATENTS or holders.leads:
-            weights.put(run_dir, name, latents.start if name in OF_LATENTS else 0, tensor)
+            start = latents.start if name in OF_LATENTS else 0
+            weights.put(run_dir, name, start, tensor, flushed=not holders.leads)  # its own `commit` flushes
     holders.wait()  # until all rows are
     if holders.leads:
         weights.commit(run_dir)

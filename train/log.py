@@ -8,7 +8,7 @@ import re
 import secrets
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -129,9 +129,9 @@ class Log:
         )
         self._wandb.send(lambda run: run.log(dict(values), step=values["step"]))
 
-    def artifact(self, file: Path) -> None:
+    def artifact(self, files: Sequence[Path]) -> None:
         """Keep the finished weights with the W&B run."""
-        self._wandb.artifact(file)
+        self._wandb.artifact(files)
 
     def close(self) -> None:
         """End the bar, the file and the W&B run."""
@@ -158,14 +158,15 @@ class WandbRun:
             self._run = None
             tqdm.write(f"W&B failed, the work goes on without it: {error}", file=sys.stderr)
 
-    def artifact(self, file: Path) -> None:
-        """Upload a file of weights, where W&B is online."""
+    def artifact(self, files: Sequence[Path]) -> None:
+        """Upload the files of the weights, where W&B is online."""
 
         def upload(run: Any) -> None:
             import wandb
 
             artifact = wandb.Artifact(artifact_name(f"{self._name}-weights"), type="model")
-            artifact.add_file(str(file))
+            for file in files:
+                artifact.add_file(str(file))
             run.log_artifact(artifact)
 
         if self._mode == "online":

@@ -36,9 +36,9 @@ from train.step.losses import Objective, StepValues, revival
 from train.step.matrix import MatrixStep
 from train.step.optimizer import apply
 from train.step.sparse import Buffers, SparseStep
+from transcoder import weights
 from transcoder.entries import Entries
 from transcoder.transcoder import Transcoder
-from transcoder.weights import FILE_NAME
 
 RESTRAINT = 3.0
 """Steps of a bias that a latent of twice the limit's density loses beyond what its gradient gives, see `restrain`."""
@@ -252,7 +252,7 @@ class Run:
         if self.mesh.rows.leads:
             finish(self.settings, self.store, self.recipe, self.state, self.latents, self.mesh.latents)
         if self.log is not None:
-            self.log.artifact(self.dir / FILE_NAME)
+            self.log.artifact(weights.files_of(self.dir))
         self.mesh.everyone.wait()
 
 

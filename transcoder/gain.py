@@ -17,6 +17,7 @@ from common.hooks import INPUT_HOOKS, OWN_OUTPUT, Convention, hooks_of, in_conve
 from common.settings import model_slug
 from shards import Store
 from shards.manifest import Source
+from transcoder.tensor_files import blocks
 from transcoder.transcoder import Parameters, Transcoder
 
 ON_PURPOSE = "--evaluate.allow_mismatch true (in Python: mismatch=True)"
@@ -161,7 +162,12 @@ def _scaled(own: Parameters, gain: Tensor, bias: Tensor) -> Parameters:
     """What reads x as `own` reads x * gain + bias."""
 
     def moved(matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        return (matrix * gain).to(matrix), (offset + matrix.double() @ bias).to(offset)
+        """In blocks: in float64 a whole matrix would take twice its memory."""
+        scaled, shifts = torch.empty_like(matrix), []
+        for rows, into in zip(blocks(matrix), blocks(scaled), strict=True):
+            into.copy_(rows * gain)
+            shifts.append(rows.double() @ bias)
+        return scaled, (offset + torch.cat(shifts)).to(offset)
 
     W_enc, b_enc = moved(own.W_enc, own.b_enc)
     if own.W_skip is None:
@@ -171,9 +177,8 @@ def _scaled(own: Parameters, gain: Tensor, bias: Tensor) -> Parameters:
 
 
 def _refuse_zeros(own: Parameters, gain: Tensor, name: str) -> None:
-    read = (own.W_enc != 0).any(0)
-    if own.W_skip is not None:
-        read = read | (own.W_skip != 0).any(0)
+    matrices = [own.W_enc] if own.W_skip is None else [own.W_enc, own.W_skip]
+    read = torch.stack([(rows != 0).any(0) for matrix in matrices for rows in blocks(matrix)]).any(0)
     lost = ((gain == 0) & read).nonzero()
     if len(lost):
         raise InputError(

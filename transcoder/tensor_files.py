@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.files import flush, make_folder, publish
 
-BLOCK = 1 << 26
+BLOCK = 1 << 25
 """Bytes of rows that are taken to the host, converted or checked at once."""
 DTYPES = {
     "F64": torch.float64,
@@ -99,19 +100,46 @@ def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -
     at = first + begin + start * size_of(shape[1:])
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        for block in blocks(rows):
-            data = (
-                block.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data
-            )
-            while len(data):
-                written = os.pwrite(descriptor, data, at)
-                data, at = data[written:], at + written
+        for offset, data in _pieces(rows.detach()):
+            _write(descriptor, data, at + offset)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
     if flushed:
         flush(path)
+
+
+def turned(rows: Tensor) -> bool:
+    """Whether this is a matrix seen from its side: its columns lie one after the other in memory."""
+    return rows.ndim == 2 and not rows.is_contiguous() and rows.T.is_contiguous()
+
+
+def _pieces(rows: Tensor) -> Iterator[tuple[int, memoryview]]:
+    """(bytes from the first row's beginning, what to write there); read once, in the order that it lies in memory."""
+    if not turned(rows):
+        at = 0
+        for block in blocks(rows):
+            data = _bytes(block)
+            yield at, data
+            at += len(data)
+        return
+    start, width = 0, 4 * rows.shape[1]
+    for columns in blocks(rows.T):
+        data, size = _bytes(columns.T), 4 * len(columns)
+        for i in range(len(rows)):
+            yield i * width + start, data[i * size : (i + 1) * size]
+        start += size
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    return rows.to("cpu", torch.float32).contiguous().numpy().reshape(-1).view(np.uint8).data
+
+
+def _write(descriptor: int, data: memoryview, at: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, at)
+        data, at = data[written:], at + written
 
 
 def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:

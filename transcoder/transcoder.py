@@ -229,7 +229,7 @@ class Transcoder:
         }
         if latents is not None:
             checked, ends = _sliced(checked, ends, latents)
-        placed = {name: tensor.to(device) for name, tensor in checked.items()}
+        placed = {name: tensor.to(device).contiguous() for name, tensor in checked.items()}
         for name, tensor in placed.items():
             if not all(bool(rows.isfinite().all()) for rows in blocks(tensor)):
                 raise InputError(f"{path}: tensor {name}: expected finite numbers, found NaN or infinity")

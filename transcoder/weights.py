@@ -150,6 +150,13 @@ def _beside(path: Path, ending: str = "") -> list[Path]:
     return sorted(each for each in path.parent.iterdir() if name.fullmatch(each.name))
 
 
+def files_of(run_dir: Path) -> list[Path]:
+    """The files that a directory's finished transcoder is in."""
+    file = run_dir / FILE_NAME
+    index = file.with_name(f"{file.name}.index.json")
+    return [file, *_beside(file), *([index] if index.exists() else [])]
+
+
 def _split(
     path: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]]]:

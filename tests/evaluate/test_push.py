@@ -57,6 +57,39 @@ def test_a_run_is_published_with_its_card_and_loaded_again(
     assert again.metadata["source"] == own.metadata["source"]
 
 
+PUSH = """
+import sys
+from pathlib import Path
+from evaluate.push import push
+from transcoder import weights
+weights.MAX_FILE = 1000
+push(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["", "/transcoder.safetensors"])
+def test_a_run_in_several_files(root: Path, hub: Hub, at_hub: Run, tmp_path: Path, name: str) -> None:
+    """Published and loaded with all of them; another tool's shards in the folder stay there."""
+    process = at_hub("-c", PUSH, str(settings_of(root).run_dir()), "hf://me/large/layer_0")
+    assert process.returncode == 0, process.stderr
+    files = hub.repos["models/me/large"]
+    parts = [f"transcoder-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    made = (
+        "README.md",
+        "settings.json",
+        *parts,
+        "transcoder.safetensors",
+        "transcoder.safetensors.index.json",
+    )
+    assert sorted(files) == [f"layer_0/{each}" for each in made]
+    files["layer_0/model-00001-of-00002.safetensors"] = b"another tool's"
+    process = at_hub("-c", LOAD, f"hf://me/large/layer_0{name}", str(tmp_path / "again"))
+    assert process.returncode == 0, process.stderr
+    own, again = Transcoder.load(settings_of(root).run_dir()), Transcoder.load(tmp_path / "again")
+    assert all(torch.equal(again.saved()[0][key], each) for key, each in own.saved()[0].items())
+    assert not [*(tmp_path / "hf").rglob("model-*")]
+
+
 def test_the_card_says_what_was_measured_and_how_to_load_it(root: Path, hub: Hub, at_hub: Run) -> None:
     assert at_hub("-m", "evaluate.push", "--repo", "me/one", *arguments(root)).returncode == 0
     card = hub.repos["models/me/one"]["README.md"].decode()

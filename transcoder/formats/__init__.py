@@ -50,7 +50,10 @@ def fetched(path: str | Path, layer: int | None = None) -> Path:
     """
     if not hub.is_hub(path):
         return _of_layer(Path(path), layer)
-    beside = ["settings.json", *CONFIGS, *(f"../{name}" for name in CONFIGS)]
+    beside = [
+        "settings.json",
+        *(f"{where}{name}" for name in (*CONFIGS, weights.PARTS) for where in ("", "../")),
+    ]
     if layer is not None:
         files = (sparsify.FILE_NAME, sparsify.CONFIG_NAME)
         beside += [circuit_tracer_set.layer_file(layer), *(f"*.{layer}.mlp/{name}" for name in files)]

@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import InputError
 from common.files import write_whole
-from transcoder import weights
+from transcoder import tensor_files, weights
 
 Saved = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 
@@ -36,9 +35,9 @@ def write(folder: Path, layers: Iterable[Saved], partial: bool = False) -> Path:
             first = first or source
             kinds[source["layer"]] = _kind(tensors, source)
             _check_alike(kinds, source["layer"])
-            stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}
+            stored = {name: tensor for name, tensor in tensors.items() if name != "thresholds"}
             stored["activation_function.threshold"] = weights.threshold_of_each(tensors)
-            write_whole(folder / _file(source["layer"]), save(stored, _header(metadata)))
+            tensor_files.save(folder / _file(source["layer"]), stored, _header(metadata))
         check_layers(kinds, first["n_layers"], partial)
     except InputError:
         for layer in kinds:

@@ -125,7 +125,7 @@ def _source(path: Path, config_path: Path, config: Mapping[str, Any]) -> dict[st
 def is_layer(path: Path) -> bool:
     """Whether a .safetensors file holds what a set's layers do, and is not of this project."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return "format_version" not in (file.metadata() or {}) and TENSORS.issubset(file.keys())
     except (OSError, SafetensorError):  # whoever reads it says so
         return False

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import InputError
-from transcoder import weights
+from transcoder import tensor_files, weights
 
 LARGEST = 1 << 20
 """Bytes of a configuration; those seen have less than 10,000."""
@@ -72,11 +70,8 @@ def shown(value: Any) -> str:
 
 
 def floats_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name, floats of any size in float32."""
-    try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+    """The tensors of a .safetensors file by name, floats of any size in float32; those of float32 are maps of it."""
+    stored, _ = tensor_files.mapped(path)
     return {
         name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
         for name, tensor in stored.items()

@@ -8,7 +8,7 @@ nor layer; its path does. Layout as documented at https://huggingface.co/google/
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import write_whole
+from common.files import whole
 from common.hooks import hooks_of
-from transcoder import weights
+from transcoder import tensor_files, weights
 
 FILE_NAME = "params.npz"
 ARRAYS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -32,7 +32,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {
-                name: torch.from_numpy(stored[name].astype(np.float32))
+                name: torch.from_numpy(stored[name].astype(np.float32, copy=False))
                 for name in stored.files
                 if name in ARRAYS
             }
@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name: weights.check_shape(path, name, arrays.get(name), shape) for name, shape in shapes.items()
     }
     thresholds = checked.pop("threshold").clamp_min(0)[None]  # activations pass a ReLU as well
-    tensors = {**checked, "W_enc": W_enc.T.contiguous(), "thresholds": thresholds}
+    tensors = {**checked, "W_enc": W_enc.T, "thresholds": thresholds}
     return tensors, {"prefix_ends": (d_sae,), "source": {"input": "normalized"} | _layer(path)}
 
 
@@ -81,14 +81,27 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
     heldout = metadata.get("heldout", {})
     l0 = f"{heldout['l0'][g]:.0f}" if heldout.get("rows") else "unknown"
     where = folder / f"layer_{metadata['source']['layer']}" / f"width_{width}" / f"average_l0_{l0}"
-    arrays: dict[str, Any] = {
-        "W_enc": tensors["W_enc"].T.contiguous(),
+    arrays = {
+        "W_enc": tensors["W_enc"].T,
         "b_enc": tensors["b_enc"],
         "W_dec": tensors["W_dec"],
         "b_dec": tensors["b_dec"],
         "threshold": weights.threshold_of_each(tensors),
     }
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: tensor.numpy() for name, tensor in arrays.items()})
-    write_whole(where / FILE_NAME, buffer.getvalue())
+    with whole(where / FILE_NAME) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, tensor in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as array:
+                for piece in _npy(tensor):
+                    array.write(piece)
     return where
+
+
+def _npy(tensor: Tensor) -> Iterator[bytes | memoryview]:
+    """A float32 tensor as np.save writes it, in pieces; one that is turned, column by column."""
+    turned = tensor_files.turned(tensor)
+    header = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": turned, "shape": tuple(tensor.shape)}
+    np.lib.format.write_array_header_1_0(header, described)
+    yield header.getvalue()
+    for rows in tensor_files.blocks(tensor.T if turned else tensor):
+        yield rows.contiguous().numpy().data

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from common.errors import InputError
 from common.files import write_whole
 from common.hooks import NORM_FOLLOWS, OUTPUT_HOOK, OWN_OUTPUT, hooks_of
-from transcoder import weights
+from transcoder import tensor_files, weights
 from transcoder.formats.files import exactly, extent, floats_of, json_object, shown, size_of, value_of
 
 FILE_NAME = "params.safetensors"
@@ -51,10 +50,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     shapes |= {"threshold": (width,)} | ({SKIP: (d_in, d_out)} if skip else {})
     checked = exactly(path, stored, shapes)
     tensors = {ours: checked[theirs] for ours, theirs in NAMES.items()}
-    tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    tensors["W_enc"] = tensors["W_enc"].T
     tensors["thresholds"] = tensors.pop("threshold").clamp_min(0)[None]  # activations pass a ReLU as well
     if skip:
-        tensors["W_skip"] = checked[SKIP].T.contiguous()
+        tensors["W_skip"] = checked[SKIP].T
     input_hook, _ = hooks_of(layer, "mlp_in")
     source = {"model": _model(config), "layer": layer, "input": "mlp_in", "input_hook": input_hook}
     source["output_hook"] = f"blocks.{layer}.{output}"
@@ -99,12 +98,12 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
     """
     source = metadata["source"]
     stored = {
-        theirs: weights.threshold_of_each(tensors) if ours == "threshold" else tensors[ours].contiguous()
+        theirs: weights.threshold_of_each(tensors) if ours == "threshold" else tensors[ours]
         for ours, theirs in NAMES.items()
     }
-    stored["w_enc"] = tensors["W_enc"].T.contiguous()
+    stored["w_enc"] = tensors["W_enc"].T
     if "W_skip" in tensors:
-        stored[SKIP] = tensors["W_skip"].T.contiguous()
+        stored[SKIP] = tensors["W_skip"].T
     layer, block = source["layer"], f"model.layers.{source['layer']}"
     normed = NORM_FOLLOWS.search(str(source["model"])) is not None
     added = normed and source["output_hook"].endswith(OUTPUT_HOOK)
@@ -127,6 +126,6 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
     size = f"{width // 1024}k" if width % 1024 == 0 else str(width)
     name = f"layer_{layer}_width_{size}_l0_{'unknown' if l0 is None else f'{l0:.0f}'}"
     where = folder / "transcoder" / (name + ("_affine" if SKIP in stored else ""))
-    write_whole(where / FILE_NAME, save(stored))
+    tensor_files.save(where / FILE_NAME, stored)
     write_whole(where / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
     return where

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.errors import InputError
 from common.files import write_whole
 from common.hooks import INPUT_HOOKS
-from transcoder import weights
+from transcoder import tensor_files, weights
 from transcoder.formats.files import floats_of, json_object, shown
 
 FILE_NAME = "sae_weights.safetensors"
@@ -57,7 +56,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name: weights.check_shape(path, name, stored.get(name), shape) for name, shape in shapes.items()
     }
     threshold = tensors.pop("threshold", torch.zeros_like(tensors["b_enc"]))
-    tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    tensors["W_enc"] = tensors["W_enc"].T
     threshold = threshold.clamp_min(0)  # activations pass a ReLU as well
     ends, tensors["thresholds"] = _prefixes(path, config["metadata"], threshold)
     metadata = {"prefix_ends": ends, "source": _source(config_path, config["metadata"])}
@@ -116,8 +115,8 @@ def _source(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write both files into `folder`, which is returned."""
-    stored = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "thresholds"}
-    stored["W_enc"] = tensors["W_enc"].T.contiguous()
+    stored = {name: tensor for name, tensor in tensors.items() if name != "thresholds"}
+    stored["W_enc"] = tensors["W_enc"].T
     stored["threshold"] = weights.threshold_of_each(tensors)
     d_in, d_sae = stored["W_enc"].shape
     config = {
@@ -130,7 +129,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
         **FIXED,
         "metadata": _metadata(metadata, tensors["thresholds"]),
     }
-    write_whole(folder / FILE_NAME, save(stored))
+    tensor_files.save(folder / FILE_NAME, stored)
     write_whole(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
     return folder
 
