@@ -23,8 +23,7 @@ def main() -> None:
 
 
 def _train(settings: Settings, of_several: bool) -> None:
-    from common.processes import rank  # after the settings are checked: torch takes seconds to import
-    from common.terminal.table import console
+    from common.terminal.table import console  # after the settings are checked: torch takes seconds to import
     from shards import Store
     from shards.remote import is_url
     from train import record
@@ -39,8 +38,7 @@ def _train(settings: Settings, of_several: bool) -> None:
         gone = (
             "" if store else f" (no store at {store_path}: whether it was trained on that one is not checked)"
         )
-        if rank() == 0:
-            print(f"already trained on {metadata['training']['rows']:,} rows{gone}, nothing to do")
+        print(f"already trained on {metadata['training']['rows']:,} rows{gone}, nothing to do")
         if of_several:
             return
     else:
@@ -50,8 +48,6 @@ def _train(settings: Settings, of_several: bool) -> None:
         share_cores()
         train(settings, store or Store.of(settings))
 
-    if rank() != 0:
-        return  # one of the processes says it
     lines = log_lines(run_dir / "metrics.jsonl")
     peak = lines[-1][1].get("peak_memory_bytes") if lines else None
     console().print(summary(read_metadata(run_dir), int(peak) if peak else None))

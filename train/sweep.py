@@ -159,7 +159,7 @@ def _folder(settings: Settings) -> Path:
 
 
 def _sweep(settings: Settings, of_several: bool) -> None:
-    from common.processes import rank
+    from common.nodes.environment import rank
     from shards import Store
     from train import record
 
@@ -167,8 +167,7 @@ def _sweep(settings: Settings, of_several: bool) -> None:
     fingerprint, runs = store.manifest.fingerprint, combinations(settings, store.manifest.source.d_in)
     waiting = [one for one in runs if record.finished(one.run_dir(), one, fingerprint) is None]
     folder = _folder(settings)
-    if rank() == 0:
-        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already trained")
     if waiting:
         from common.device import share_cores
         from train.loop import train_together
