@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.device import constant
+from common.processes import Processes
 from evaluate.metrics.firing import Firing
 from evaluate.metrics.reconstruction import Reconstruction, Sparsity
 from evaluate.metrics.rows import Split, batches, blocks
@@ -42,6 +43,11 @@ class Prefix:
     training_error: Reconstruction
     """With the selection of training (batch top-k or top-k) instead of the threshold."""
     training_sparsity: Sparsity
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for own in (self.error, self.sparsity, self.firing, self.training_error, self.training_sparsity):
+            own.merge(peers)
 
     def result(self, deviation: float, language: LanguageMetrics | None) -> PrefixMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows; `language`: None where that was not measured."""
@@ -116,6 +122,11 @@ class Measurement:
         for prefix, entries in zip(self.prefixes, kept.each(kept.latents < ends[:, None]), strict=True):
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
             prefix.training_sparsity.add(entries)
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for own in (self.deviation, *self.prefixes):
+            own.merge(peers)
 
     def result(self, language: Sequence[LanguageMetrics] = ()) -> list[PrefixMetrics]:
         """Every prefix's numbers; `language`: what the language model says of each, none where it was not asked."""

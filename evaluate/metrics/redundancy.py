@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from common.processes import ALONE, Processes
+from evaluate.metrics.rows import share
 from evaluate.records import PairShare, RedundancyMetrics
 
 LIMIT = 0.9
@@ -31,32 +33,31 @@ class Neighbours:
 
 
 def decoder_similarity(
-    W_dec: Tensor, prefix_ends: Sequence[int], n_neighbours: int = 8
+    W_dec: Tensor, prefix_ends: Sequence[int], n_neighbours: int = 8, peers: Processes = ALONE
 ) -> tuple[RedundancyMetrics, Neighbours]:
     """Redundancy of every prefix, and the nearest neighbours in the full dictionary.
 
     cosine(i, j) = <W_dec[i], W_dec[j]> / (|W_dec[i]| |W_dec[j]|), 0 where a row is zero. A pair belongs to
-    every prefix that holds its larger index, so one look at each pair counts all prefixes.
+    every prefix that holds its larger index, so one look at each pair counts all prefixes. With `peers` each process
+    takes some of the rows.
     """
     n_latents = len(W_dec)
     rows = normalize(W_dec.float(), dim=1)
     n_neighbours = min(n_neighbours, n_latents - 1)
-    close_by_larger, nearest, cosines = [], [], []
-    for start in range(0, n_latents, BLOCK):
-        block = rows[start : start + BLOCK] @ rows.T
-        block[:, start : start + len(block)].fill_diagonal_(-torch.inf)
-        if n_neighbours:
-            top = block.topk(n_neighbours, dim=1)
-            nearest.append(top.indices)
-            cosines.append(top.values)
-        close = block[:, : start + len(block)].abs_() > LIMIT
-        close_by_larger.append(close.tril_(start - 1).sum(1))
-    close = torch.cat(close_by_larger).cumsum(0).tolist()
+    by_larger = torch.zeros(n_latents, dtype=torch.int64, device=rows.device)
+    nearest, cosines = by_larger.new_zeros(n_latents, n_neighbours), rows.new_zeros(n_latents, n_neighbours)
+    first, last = share(n_latents, peers, BLOCK)
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        block = rows[start:stop] @ rows.T
+        block[:, start:stop].fill_diagonal_(-torch.inf)
+        cosines[start:stop], nearest[start:stop] = block.topk(n_neighbours, dim=1)
+        by_larger[start:stop] = (block[:, :stop].abs_() > LIMIT).tril_(start - 1).sum(1)
+    peers.wait()
+    close, nearest, cosines = (peers.total(each) for each in (by_larger, nearest, cosines))
+    close = close.cumsum(0).tolist()
     shares = [_share(close[end - 1], end) for end in prefix_ends]
-    neighbours = Neighbours(
-        torch.cat(nearest).cpu() if nearest else torch.zeros(n_latents, 0, dtype=torch.int64),
-        torch.cat(cosines).cpu() if cosines else torch.zeros(n_latents, 0),
-    )
+    neighbours = Neighbours(nearest.cpu(), cosines.cpu())
     histogram, _ = np.histogram(neighbours.cosines[:, :1].clamp(0, 1).numpy().ravel(), bins=COSINE_BINS)
     metrics = RedundancyMetrics(
         **dict(shares[-1]),
