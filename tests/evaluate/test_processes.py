@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from common.settings import ROOT, Settings
 from evaluate.files import finished
+from evaluate.records import Metrics
 from evaluate.run import evaluate
 from harvest.run import harvest
 from shards import Store
@@ -40,32 +41,41 @@ def ended(processes: int, words: list[str]) -> tuple[int, str, str]:
     return launcher.returncode, out, error
 
 
-@pytest.mark.timeout(2 * LIMIT)
-def test_two_processes_write_what_one_writes(llama: Path, settings_for: Callable[..., Settings]) -> None:
-    """With the language model; then nothing is measured again."""
-    settings = settings_for(llama, "--run", "a", "--wandb.mode", "disabled")
-    harvest(settings)
-    store = Store.open(settings.store_path(1))
-    source = store.manifest.source.model_dump(mode="json")
-    replace(random_coder(32, 32, (4, 9)), metadata={"source": source}).save(settings.run_dir())
+def compare(processes: int, settings: Settings, words: list[str], tokens: int) -> Metrics:
+    """Evaluates a run in one process and in several; what both write is the same, and then nothing is done again."""
     folder = settings.run_dir() / "evaluation"
-    expected, _ = evaluate(settings, 64)
+    expected, _ = evaluate(settings, tokens)
     tables = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     shutil.rmtree(folder)
-    shutil.rmtree(store.path.with_suffix(".losses"))
-    words = ["--layer", "1", "--run", "a", "--model.name", str(llama), "--model.device", "cpu"]
-    paths = settings.paths
-    words += [f"--paths.activations={paths.activations}", f"--paths.checkpoints={paths.checkpoints}"]
-    words += ["--wandb.mode", "disabled", "--cross-entropy-tokens", "64"]
-    code, out, error = ended(2, words)
+    shutil.rmtree(Path(settings.store_path(settings.layer)).with_suffix(".losses"), ignore_errors=True)
+    code, out, error = ended(processes, [*words, "--cross-entropy-tokens", str(tokens)])
     assert code == 0, error
     assert out.count("held-out rows") == 1
     found = finished(folder)
     assert found is not None
-    assert expected.cross_entropy.skipped is None
     assert_same(found.written(), expected.written())
     assert_same({path.name: load_file(path) for path in folder.glob("*.safetensors")}, tables)
-    assert evaluate(settings, 64) == (found, False)
+    assert evaluate(settings, tokens) == (found, False)
+    return found
+
+
+@pytest.mark.timeout(LIMIT)
+def test_three_processes_write_what_one_writes(tmp_path: Path) -> None:
+    make_run(tmp_path, heldout=4500)
+    assert compare(3, settings_of(tmp_path), arguments(tmp_path), 0).rows == 4500
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT)
+def test_two_processes_with_the_language_model(llama: Path, settings_for: Callable[..., Settings]) -> None:
+    settings = settings_for(llama, "--run", "a", "--wandb.mode", "disabled")
+    harvest(settings)
+    source = Store.open(settings.store_path(1)).manifest.source.model_dump(mode="json")
+    replace(random_coder(32, 32, (4, 9)), metadata={"source": source}).save(settings.run_dir())
+    words = ["--layer", "1", "--run", "a", "--model.name", str(llama), "--model.device", "cpu"]
+    paths = settings.paths
+    words += [f"--paths.activations={paths.activations}", f"--paths.checkpoints={paths.checkpoints}"]
+    assert compare(2, settings, [*words, "--wandb.mode", "disabled"], 64).cross_entropy.skipped is None
 
 
 @pytest.mark.slow
