@@ -158,12 +158,6 @@ class Processes:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def largest(self, tensor: Tensor) -> Tensor:
-        """Largest over the processes of each element, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor
-
     def total_later(self, tensor: Tensor) -> Callable[[], object]:
         """Begin `total` of a tensor; it is done when the function that is returned has been called."""
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
@@ -185,6 +179,10 @@ class Processes:
         """[world, ...] all processes' tensors, of one shape, in order of rank."""
         return tensor[None] if self.world == 1 else torch.stack(self._everyone(tensor))
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Largest over the processes of each element, in place."""
+        return tensor if self.world == 1 else tensor.copy_(self.stacked(tensor).amax(0))
+
     def _everyone(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor, group=self.group)
@@ -201,12 +199,6 @@ class Processes:
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor(float(flag), device=self.device)))
-
-    def count(self, number: int) -> int:
-        """Sum of a whole number over the processes."""
-        if self.world == 1:
-            return number
-        return int(self.total(torch.tensor(number, device=self.device)))
 
     def add(self, *arrays: np.ndarray) -> None:
         """Sum of arrays on the host over the processes, in place; none may be of bool."""

@@ -46,7 +46,7 @@ class Deviation:
         if peers.world == 1:
             return
         rows = peers.gathered(torch.tensor([self.rows], device=self.mean.device)).tolist()
-        means, squares = (peers.gathered(each).view(len(rows), -1) for each in (self.mean, self.squares))
+        means, squares = (peers.stacked(each) for each in (self.mean, self.squares))
         self.rows = 0
         self.mean, self.squares = torch.zeros_like(self.mean), torch.zeros_like(self.squares)
         for own, mean, square in zip(rows, means, squares, strict=True):

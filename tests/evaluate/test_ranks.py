@@ -27,7 +27,7 @@ from shards import Store
 from shards.store import read_tokenizer
 from tests.evaluate.fakes import random_coder
 from tests.evaluate.runs import D_IN, D_OUT, ENDS, K, make_run, settings_of
-from tests.ranks import in_threads
+from tests.train.threads import meshes, together
 
 BLOCK = 50
 UNEVEN, FEW = 1370, 70
@@ -58,6 +58,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     make_run(folder, vocabulary=VOCABULARY)
     return folder
+
+
+def in_threads(world: int, body: Callable[[Processes], Any]) -> list[Any]:
+    """What each rank gives."""
+    return together(meshes(world, 1), lambda mesh: body(mesh.everyone))
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
