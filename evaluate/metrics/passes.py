@@ -144,7 +144,7 @@ def second_pass(
     device = coder.W_dec.device
     shader = Shader(samples, n_contexts, positions, device)
     for start, stop, inputs, _ in batches(split, blocks(n_rows, peers), device):
-        entries = coder.entries(coder.pre_activations(inputs))
+        entries = coder.active(inputs)
         context, position = split.provenance(start, stop)
         shader.add(entries, on_device(device, _places(context, position, positions))[0])
         measured.add(context, position, entries)
