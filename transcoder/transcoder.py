@@ -23,7 +23,9 @@ OF_LATENTS = ("W_enc", "b_enc", "W_dec")
 """The parameters that have a row for each latent."""
 LATENTS = 1 << 16
 """Of `slices`: pre-activations of at most so many latents at once, 0.27 GB for 1,024 rows."""
-ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
+ROWS_PER_BLOCK = (
+    4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents, 1.1 GB above 65,536
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +193,7 @@ class Transcoder:
         return outputs.view(*inputs.shape[:-1], self.d_out)
 
     def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
-        return decode(self.entries(self.pre_activations(inputs)), self.W_dec, self.base_output(inputs))
+        return decode(self.active(inputs), self.W_dec, self.base_output(inputs))
 
     def _rows(self, what: str, values: Tensor, width: int) -> Float[Tensor, "n D"]:
         """Any leading shape as rows, in the weights' dtype; raises `InputError` for another width or for no floats."""
