@@ -21,6 +21,7 @@ from evaluate.metrics.baselines import Baselines, fit_ridge
 from evaluate.metrics.language import language_model, measure_language
 from evaluate.metrics.measure import training_selection
 from evaluate.metrics.passes import First, first_pass
+from evaluate.metrics.splice import Loss
 from evaluate.run import evaluate_with
 from harvest.run import harvest
 from shards import Store
@@ -176,6 +177,25 @@ def test_the_language_model_says_the_same(
             )
             assert_same(said.effects.arrays(), expected.effects.arrays())
             assert_same(dict(said.by_context), dict(expected.by_context))
+
+
+def test_losses_of_each_ranks_contexts_are_those_of_all() -> None:
+    """In order; a rank may have none."""
+    nats = np.random.default_rng(0).random((5, 7)).astype(np.float32)
+
+    def loss(contexts: range) -> Loss:
+        whole = Loss(divergence=float(sum(contexts)), agreed=10 * len(contexts))
+        for each in contexts:
+            whole.add_context(nats[each])
+        return whole
+
+    def one(peers: Processes) -> Loss:
+        own = loss((range(2), range(0), range(2, 5))[peers.rank])
+        own.merge(peers)
+        return own
+
+    for merged in in_threads(3, one):
+        assert_same(merged, loss(range(5)))
 
 
 def test_what_adds_blocks_can_be_merged() -> None:
