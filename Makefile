@@ -64,7 +64,7 @@ help:
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or n at a time (NPROC=n SPREAD=layers): docs/layers.md'
-	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest and train, NODES=n HEAD=host:port on several machines: docs/commands.md'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest, train and evaluate, NODES=n HEAD=host:port on several machines: docs/commands.md'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:
@@ -78,7 +78,7 @@ demo: install install-embedded
 	$(if $(call asked,PROFILE),$(error make demo is PROFILE=demo; leave PROFILE out, or name the stages one by one))
 	@$(RANKS) harvest $(DEMO)
 	@$(RANKS) train $(DEMO) $(SPREADS)
-	@$(EACH) evaluate $(DEMO) $(SPREADS)
+	@$(RANKS) evaluate $(DEMO) $(SPREADS)
 
 # All layers: four stages' commands, then the set's page and one graph.
 CIRCUIT = --profile circuit --harvest circuit $(MORE)
@@ -87,7 +87,7 @@ demo-circuit: install install-embedded
 		leave them out, or name the stages one by one))
 	@$(RANKS) harvest $(CIRCUIT)
 	@$(RANKS) train $(CIRCUIT) $(SPREADS)
-	@$(EACH) evaluate --cross-entropy-tokens 256 $(CIRCUIT) $(SPREADS)
+	@$(RANKS) evaluate --cross-entropy-tokens 256 $(CIRCUIT) $(SPREADS)
 	@$(PY) -m evaluate.model $(CIRCUIT)
 	@$(PY) -m evaluate.circuit --text $(call quote,$(or $(call asked,TEXT),The capital of France is)) $(CIRCUIT)
 
@@ -103,7 +103,7 @@ test-all: install-dev install-embedded test-peers
 test-peers: install-dev install-embedded install-peers
 	@PEERS=$(call quote,$(PEERS)) $(PY) -m pytest -q -m peers $(call spliced,ARGS)
 
-# One process, or NPROC of them on each of NODES: torchrun's ranks take disjoint windows, or disjoint rows of a batch.
+# One process, or NPROC of them on each of NODES: torchrun's ranks take disjoint windows, or disjoint rows.
 LAUNCHED = $(call option,NODES,--nodes) $(call option,HEAD,--head) $(call option,RESTARTS,--max-restarts)
 RANKS = $(PY) -m $(if $(call asked,NPROC)$(call asked,NODES)$(call asked,HEAD)$(call asked,RESTARTS),common.launch $(LAUNCHED) $(call quote,$(or $(call asked,NPROC),1)))
 # With SPREAD=layers every process takes layers of its own: also where a stage's rows are not shared.
@@ -138,7 +138,7 @@ samples: install
 	@$(PY) -m train.samples_page $(OPTIONS)
 
 evaluate: install
-	@$(EACH) evaluate $(OPTIONS)
+	@$(RANKS) evaluate $(OPTIONS)
 
 compare: install
 	@$(EACH) evaluate.compare $(if $(call asked,WITH),--with $(call spliced,WITH)) $(OPTIONS)

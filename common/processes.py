@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -178,6 +179,10 @@ class Processes:
         """[world, ...] all processes' tensors, of one shape, in order of rank."""
         return tensor[None] if self.world == 1 else torch.stack(self._everyone(tensor))
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Largest over the processes of each element, in place."""
+        return tensor if self.world == 1 else tensor.copy_(self.stacked(tensor).amax(0))
+
     def _everyone(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(parts, tensor, group=self.group)
@@ -194,6 +199,24 @@ class Processes:
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    def add(self, *arrays: np.ndarray) -> None:
+        """Sum of arrays on the host over the processes, in place; none may be of bool."""
+        for array in arrays if self.world > 1 else ():
+            summed = self.total(torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
+            array[...] = summed.cpu().numpy()
+
+    def chained(self, array: np.ndarray) -> np.ndarray:
+        """All processes' arrays on the host [n, ...], in order of rank; only n may differ. Their bytes: any dtype."""
+        if self.world == 1:
+            return array
+        own = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy()).to(self.device)
+        return self.gathered(own).cpu().numpy().view(array.dtype).reshape(-1, *array.shape[1:])
+
+    def said(self, line: str) -> list[str]:
+        """The line that each process says, in order of rank, when the last has said its own."""
+        self.wait()
+        return self.chained(np.frombuffer(f"{line}\n".encode(), np.uint8)).tobytes().decode().split("\n")[:-1]
 
     def wait(self) -> None:
         """Until every process is here. A barrier of nccl would choose a device itself."""

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from common.cli import parser, read, run_stage
 from common.layers.driver import add_spread, over_layers
+from common.nodes.environment import rank
 from common.numbers import Uncertain, marked_fvu, number_or_dash, percent_or_dash
 from common.settings import Settings
 from common.terminal.table import console
@@ -53,6 +54,8 @@ def main() -> None:
         from train import log
 
         metrics, fresh = evaluate(settings, ce_tokens)
+        if rank():
+            return  # the first process talks
         if fresh:
             size = beside_a_larger(read_all(_weights_dir(settings, metrics)), metrics)
             log.log_evaluation(settings.run_dir(), settings, metrics.written(), size)

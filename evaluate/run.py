@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from common.device import pick_device
 from common.errors import InputError
 from common.files import locked, remove_asides, sha256
+from common.processes import ALONE, Processes, joined
 from common.progress import progress
 from common.settings import Settings
 from common.tokens import TokenText
@@ -42,10 +44,13 @@ from evaluate.metrics.catalogue import (
     splitting,
     tensors,
 )
+from evaluate.metrics.coactivation import Partners
+from evaluate.metrics.contexts import Samples
 from evaluate.metrics.language import Language, measure_language
 from evaluate.metrics.measure import Select, training_selection
-from evaluate.metrics.passes import first_pass, second_pass
-from evaluate.metrics.redundancy import decoder_similarity
+from evaluate.metrics.passes import First, first_pass, second_pass
+from evaluate.metrics.redundancy import Neighbours, decoder_similarity
+from evaluate.metrics.rows import own_rows
 from evaluate.nesting import one_group
 from evaluate.notes import Note, notes_of
 from evaluate.probe.page import show_probes
@@ -56,6 +61,8 @@ from evaluate.records import (
     NotMeasured,
     OneGroupMetrics,
     Provenance,
+    Record,
+    RedundancyMetrics,
     Results,
 )
 from evaluate.report.figures import draw
@@ -70,6 +77,8 @@ from train.log import LogLine
 from transcoder import Transcoder
 from transcoder.gain import refuse_mismatch
 from transcoder.weights import FILE_NAME, read_metadata, save_tensors
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,55 @@ class Job:
         return getattr(self.store, self.settings.evaluate.split)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What is known before anything is measured."""
+
+    job: Job
+    flat: OneGroupMetrics | None
+    """The sibling without nesting."""
+    there: There
+    earlier: Evaluation | None
+    """The evaluation that there is; it may lack the cross-entropy, and nothing else."""
+    log: list[LogLine]
+
+    @property
+    def decided(self) -> "Decided":
+        """What all processes have to know."""
+        tokens = self.job.provenance.cross_entropy_tokens
+        whole = self.earlier is not None and bool(self.earlier.tokens or not tokens)
+        there = self.earlier is not None
+        return Decided(
+            run_dir=str(self.job.run_dir), provenance=self.job.provenance, there=there, whole=whole
+        )
+
+
+class Decided(Record):
+    """What the first process tells the others of it."""
+
+    run_dir: str
+    provenance: Provenance
+    there: bool
+    """Whether there is an evaluation that lacks the cross-entropy at most."""
+    whole: bool
+    """Whether it lacks nothing."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured."""
+
+    first: First
+    samples: Samples
+    measured: Measured
+    partners: tuple[Partners, Partners]
+    redundancy: RedundancyMetrics
+    neighbours: Neighbours
+    ends: tuple[int, ...]
+    """Latents of each prefix."""
+    text: TokenText
+
+
 def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple[Metrics, bool]:
     """Metrics of the run that `settings` name, and whether they had to be measured.
 
@@ -109,32 +167,73 @@ def evaluate(settings: Settings, ce_tokens: int = CROSS_ENTROPY_TOKENS) -> tuple
     those of the last time. Where each evaluation of a run is: evaluate/kept/evaluations.py.
     `ce_tokens`: tokens of the cross-entropy measurement, 0 for none; one that was measured before is kept then.
     """
+    with joined(pick_device(settings.model.device)) as peers:
+        return evaluate_with(peers, settings, ce_tokens)
+
+
+def evaluate_with(peers: Processes, settings: Settings, ce_tokens: int) -> tuple[Metrics, bool]:
+    """`evaluate` in these processes: the first decides and writes, each measures a part, all return the same."""
+    begun = _begin(settings, ce_tokens) if peers.leads else None
+    decided = _told(peers, begun and begun.decided, Decided)
+    language, found, settled = None, None, decided.whole
+    if not settled:
+        job = begun.job if begun else _job_of(settings, decided)
+        coder = load_coder(job)
+        language = _language(job, coder, begun.there if begun else read_all(job.run_dir), peers)
+        # as the last time, the language model cannot be had
+        settled = decided.there and isinstance(language.cross_entropy, NotMeasured)
+        if not settled:
+            if begun:
+                _tell_version(job.provenance, begun.there)
+            found = _measure(job, coder, peers)
+    metrics = begun and (_finish(begun, found, language) if found and language else _settled(begun))
+    return _told(peers, metrics, Metrics), not settled
+
+
+def _told(peers: Processes, told: AnyRecord | None, kind: type[AnyRecord]) -> AnyRecord:
+    """What the first process tells: a record of this kind; the others have none."""
+    if peers.world > 1:
+        line = json.dumps(told.written()) if told else ""
+        told = kind.model_validate_json(peers.said(line)[0])
+    assert told is not None, "the first process has one"
+    return told
+
+
+def _begin(settings: Settings, ce_tokens: int) -> Begun:
     job = prepare(settings, ce_tokens)
     flat = None if settings.evaluate.checkpoint else one_group(settings, job.store, job.n_rows)
     there = read_all(job.run_dir)
-    job = replace(job, provenance=_asked(job.provenance, flat, there))
+    job = replace(job, provenance=_wanted(job.provenance, flat, there))
     earlier = find(there, job.provenance)
-    lacking = earlier is not None and _baselines_are_back(earlier, job)
-    if earlier and not lacking and (earlier.tokens or not job.provenance.cross_entropy_tokens):
-        return _settled(job, earlier, there), False
-    coder, select = load_coder(job), _training_selection(job.run_dir)
-    log = read_lines(settings.run_dir() / "metrics.jsonl")  # a broken line is told before the slow part
-    language = _language(job, coder, there)
-    if earlier and not lacking and isinstance(language.cross_entropy, NotMeasured):
-        return _settled(job, earlier, there), False  # the language model cannot be had, as the last time
-    _tell_version(job.provenance, there)
-    results, latent_catalogue = _measure(job, coder, select, language, flat)
+    if earlier and _baselines_are_back(earlier, job):
+        earlier = None
+    begun = Begun(job, flat, there, earlier, [])
+    if begun.decided.whole:
+        return begun
+    # a broken line is told before the slow part
+    return replace(begun, log=read_lines(settings.run_dir() / "metrics.jsonl"))
+
+
+def _job_of(settings: Settings, decided: Decided) -> Job:
+    of = decided.provenance
+    return Job(settings, Store.of(settings), Path(decided.run_dir), of.rows, of, {})
+
+
+def _finish(begun: Begun, found: Found, language: Language) -> Metrics:
+    """Puts together what was measured, and writes it."""
+    job = begun.job
+    results, latent_catalogue = _results(job, found, language, begun.flat)
     with _lock(job, "another evaluation is writing it"):
         folder = place(job.run_dir, results, job.own)
         remove_asides(folder)
         make_room(folder, results)
-        metrics = _write(folder, job, results, latent_catalogue, language, log)
+        metrics = _write(folder, job, results, latent_catalogue, language, begun.log)
         remove_answered(job.run_dir, Evaluation(folder, metrics))
         there = read_all(job.run_dir)
         show_beside(there)
         show_probes(folder)
         _show_notes(job, there)
-    return metrics, True
+    return metrics
 
 
 def _lock(job: Job, refusal: str | None = None) -> AbstractContextManager[None]:
@@ -142,7 +241,7 @@ def _lock(job: Job, refusal: str | None = None) -> AbstractContextManager[None]:
     return locked(job.run_dir / ".evaluation", refusal and f"{job.run_dir}: {refusal}")
 
 
-def _asked(of: Provenance, flat: OneGroupMetrics | None, there: There) -> Provenance:
+def _wanted(of: Provenance, flat: OneGroupMetrics | None, there: There) -> Provenance:
     """With the sibling without nesting; where no cross-entropy is asked for, with the one that was measured before."""
     known = with_language(there, of)
     tokens = of.cross_entropy_tokens or (known.tokens if known else 0)
@@ -151,11 +250,14 @@ def _asked(of: Provenance, flat: OneGroupMetrics | None, there: There) -> Proven
     )
 
 
-def _language(job: Job, coder: Transcoder, there: There) -> Language:
+def _language(job: Job, coder: Transcoder, there: There, peers: Processes) -> Language:
     """What the language model says of these weights on this text: as it said before, or asked now."""
-    if known := with_language(there, job.provenance):
+    known = with_language(there, job.provenance)
+    if not peers.any(known is None):
+        assert known is not None
         return read_language(known)
-    return measure_language(job.settings, job.store, job.split, coder, job.provenance.cross_entropy_tokens)
+    tokens = job.provenance.cross_entropy_tokens
+    return measure_language(job.settings, job.store, job.split, coder, tokens, peers)
 
 
 def _baselines_are_back(earlier: Evaluation, job: Job) -> bool:
@@ -169,8 +271,10 @@ def _baselines_are_back(earlier: Evaluation, job: Job) -> bool:
     )
 
 
-def _settled(job: Job, earlier: Evaluation, there: There) -> Metrics:
+def _settled(begun: Begun) -> Metrics:
     """What was measured before, in its place, and shown beside the run's other evaluations."""
+    job, earlier, there = begun.job, begun.earlier, begun.there
+    assert earlier is not None, "there is one"
     folder = place(job.run_dir, earlier.metrics, job.own)
     if earlier.folder == folder and not changed_pages(there, job.provenance.weights_sha256):
         _show_notes(job, there)
@@ -253,13 +357,13 @@ def load_coder(job: Job) -> Transcoder:
     return coder.to(pick_device(job.settings.model.device))
 
 
-def baselines_for(job: Job) -> Baselines:
+def baselines_for(job: Job, peers: Processes = ALONE) -> Baselines:
     """The mean and the best linear map of the train rows; where those were removed, as they were measured before."""
     if not job.store.train.removed:
         device = pick_device(job.settings.model.device)
-        return Baselines(fit_ridge(job.store.train, device=device))
+        return Baselines(fit_ridge(job.store.train, device=device, peers=peers))
     before = baselines_before(job.settings.run_dir().parent, job.provenance)
-    if before is None:
+    if before is None and peers.leads:
         print(
             f"{job.store.path}: its train rows were removed, so their mean and best linear map cannot be measured; "
             "everything else is",
@@ -274,35 +378,41 @@ def _training_selection(run_dir: Path) -> Select | None:
     return settings and training_selection(settings["transcoder"]["selection"], settings["transcoder"]["k"])
 
 
-def _measure(
-    job: Job,
-    coder: Transcoder,
-    select: Select | None,
-    language: Language,
-    flat: OneGroupMetrics | None,
-) -> tuple[Results, Catalogue]:
-    """Both passes, what is computed from the weights alone, and what the language model said before."""
-    split = job.split
+def _measure(job: Job, coder: Transcoder, peers: Processes) -> Found:
+    """Both passes, and what is computed from the weights alone; in all processes."""
+    split, select = job.split, _training_selection(job.run_dir)
     moments = job.store.manifest.splits[job.settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
     text = TokenText(read_tokenizer(job.store.tokenizer_path))
-    baselines = baselines_for(job)
-    with progress("statistics", job.n_rows, "rows") as bar:
-        first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update)
-    measurement, words = first.measurement, Words(text, split.contexts)
-    firings = measurement.prefixes[-1].firing.firings.cpu().numpy()
-    labels = choose(first.sampled, firings, split, job.n_rows, words)
+    baselines = baselines_for(job, peers)
+    start, stop = own_rows(job.n_rows, peers)
+    with progress("statistics", stop - start, "rows") as bar:
+        first = first_pass(coder, split, job.n_rows, select, baselines, moments, text.size, bar.update, peers)
+    words, ends = Words(text, split.contexts), coder.prefix_ends
+    firings = first.measurement.prefixes[-1].firing.firings.cpu().numpy()
+    labels = choose(first.sampled, firings, split, job.n_rows, words, peers)
     measured = Measured(labels, split.contexts, words, coder.W_dec.device)
-    with progress("contexts", job.n_rows, "rows") as bar:
-        samples = second_pass(coder, split, job.n_rows, first, measured, bar.update)
-    redundancy, neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)
-    latent_catalogue = catalogue(first, samples, neighbours, language.effects, coder.prefix_ends, measured)
+    with progress("contexts", stop - start, "rows") as bar:
+        samples = second_pass(coder, split, job.n_rows, first, measured, bar.update, peers)
+    redundancy, neighbours = decoder_similarity(coder.W_dec, ends, peers=peers)
+    partners = first.coactivation.partners(ends, peers=peers)
+    return Found(first, samples, measured, partners, redundancy, neighbours, ends, text)
+
+
+def _results(
+    job: Job, found: Found, language: Language, flat: OneGroupMetrics | None
+) -> tuple[Results, Catalogue]:
+    first, ends, split = found.first, found.ends, job.split
+    text, measurement = found.text, found.first.measurement
+    latent_catalogue = catalogue(
+        first, found.samples, found.neighbours, language.effects, ends, found.measured, found.partners
+    )
     results = Results(
         rows=measurement.deviation.rows,
         prefixes=measurement.result(language.prefixes),
         latents=LatentMetrics(
             **dict(measurement.prefixes[-1].firing.result()),
-            groups=group_summaries(latent_catalogue, coder.prefix_ends),
+            groups=group_summaries(latent_catalogue, ends),
             splitting=splitting(latent_catalogue),
             labels=label_metrics(latent_catalogue),
             effects=effect_metrics(
@@ -312,7 +422,7 @@ def _measure(
         ),
         baselines=first.baselines.result(measurement.deviation.total, flat),
         errors=first.errors(text.label),
-        redundancy=redundancy,
+        redundancy=found.redundancy,
         provenance=job.provenance,
         cross_entropy=language.cross_entropy,
     )

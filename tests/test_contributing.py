@@ -48,7 +48,11 @@ TESTS = {
         "tests/shards/test_store.py",
         "tests/test_settings.py",
     ],
-    "A metric": ["tests/evaluate/metrics/test_reconstruction.py", "tests/evaluate/metrics/test_measure.py"],
+    "A metric": [
+        "tests/evaluate/metrics/test_reconstruction.py",
+        "tests/evaluate/metrics/test_measure.py",
+        "tests/evaluate/test_ranks.py",
+    ],
     "An exporter": ["tests/transcoder/test_arrays.py"],
 }
 """What a change is most likely to break, by heading."""

@@ -124,7 +124,7 @@ def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> No
     for target, module in {"train": "train", "sweep": "train.sweep", "evaluate": "evaluate"}.items():
         typed = (target, "LAYER=all", "NPROC=4")
         assert make(venv, *typed, "SPREAD=layers")[0] == [["-m", "common.launch", "4", module, *layers]]
-        alone = ["-m", module] if target != "train" else ["-m", "common.launch", "4", module]
+        alone = ["-m", module] if target == "sweep" else ["-m", "common.launch", "4", module]
         assert make(venv, *typed)[0] == [[*alone, "--layer", "all"]]
     assert make(venv, "train", "SPREAD=layers")[0] == [["-m", "train", "--spread", "layers"]]
     calls = make(venv, "demo", "LAYER=all", "NPROC=2", "SPREAD=layers")[0]
@@ -138,7 +138,7 @@ def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> No
 
 def test_nodes_start_processes_on_each(venv: Path) -> None:
     where = ["-m", "common.launch", "--nodes", "4", "--head", "gpu-1:29400"]
-    for target in ("train", "harvest"):
+    for target in ("train", "harvest", "evaluate"):
         typed = (target, "LAYER=3", "NODES=4", "HEAD=gpu-1:29400")
         assert make(venv, *typed, "NPROC=8")[0] == [[*where, "8", target, "--layer", "3"]]
         assert make(venv, *typed)[0] == [[*where, "1", target, "--layer", "3"]]

@@ -3,6 +3,7 @@
 Shapes: n rows, F latents, E active entries, D_out.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Entries(NamedTuple):
         return self.at(kept)
 
     def at(self, kept: Int[Tensor, " m"]) -> "Entries":
-        """The entries at these ascending places; `n_rows` stays."""
+        """The entries at these places; `n_rows` stays."""
         return Entries(self.rows[kept], self.latents[kept], self.values[kept], self.n_rows)
 
     def each(self, masks: Bool[Tensor, "G E"]) -> "list[Entries]":
@@ -60,6 +61,40 @@ def entries_above(pre: Float[Tensor, "n F"], threshold: Tensor | float, k: int |
     least = threshold.clamp_min(0) if isinstance(threshold, Tensor) else max(threshold, 0.0)
     rows, latents = torch.nonzero(pre > least, as_tuple=True)
     return Entries(rows, latents, pre[rows, latents], len(pre))
+
+
+def joined(parts: Sequence[tuple[int, Entries]]) -> Entries:
+    """The entries of neighbouring slices of latents as one; of each its first latent, and its entries, numbered from 0.
+
+    >>> part = Entries(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([0.5, 2.0]), n_rows=2)
+    >>> joined([(0, part), (4, part)]).latents.tolist()  # of row 0, then of row 1
+    [1, 5, 0, 4]
+    """
+    (_, first), *others = parts
+    if not others:
+        return first
+    rows, values = torch.cat([part.rows for _, part in parts]), torch.cat([part.values for _, part in parts])
+    latents = torch.cat([part.latents + start for start, part in parts])
+    return Entries(rows, latents, values, first.n_rows).at(rows.sort(stable=True).indices)
+
+
+def reselected(entries: Entries, select: Callable[[Tensor], Entries]) -> Entries:
+    """Those of the entries that `select` selects of a matrix [n, m] that has no others.
+
+    >>> entries = Entries(torch.tensor([0, 0, 1]), torch.tensor([3, 70, 9]), torch.tensor([2.0, 5.0, 1.0]), n_rows=2)
+    >>> reselected(entries, lambda pre: entries_above(pre, 0.0, k=1)).latents.tolist()
+    [70, 9]
+    """
+    bounds = entries.bounds()
+    nth = torch.arange(len(entries.rows), device=entries.rows.device) - bounds[entries.rows]
+    matrix = entries.values.new_zeros(
+        entries.n_rows, max(1, int(bounds.diff().max()))
+    )  # sync: how many in a row
+    matrix[entries.rows, nth] = entries.values
+    chosen = select(matrix)
+    kept = torch.zeros_like(matrix, dtype=torch.bool)
+    kept[chosen.rows, chosen.latents] = True
+    return entries.only(kept[entries.rows, nth])
 
 
 def largest_of_rows(pre: Float[Tensor, "n F"], k: int | None) -> Float[Tensor, "n F"]:

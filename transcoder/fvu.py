@@ -7,6 +7,8 @@ Shapes: B rows of a block, D output width. Accumulators hold no rows: memory doe
 import torch
 from torch import Tensor
 
+from common.processes import Processes
+
 
 def ratio(numerator: float, denominator: float) -> float | None:
     """None where there is nothing to compare with: never infinity, never a guess."""
@@ -29,11 +31,27 @@ class Deviation:
         block = values.double()
         mean = block.mean(0)
         squares = (block - mean).square_().sum(0).to(self.mean.device)
-        total = self.rows + len(block)
-        shift = mean.to(self.mean.device) - self.mean
-        self.squares += squares + shift.square() * (self.rows * len(block) / total)
-        self.mean += shift * (len(block) / total)
+        self._join(len(block), mean.to(self.mean.device), squares)
+
+    def _join(self, rows: int, mean: Tensor, squares: Tensor) -> None:
+        """Add rows of this mean [D] and sum of squared deviations from it [D]."""
+        total = self.rows + rows
+        shift = mean - self.mean
+        self.squares += squares + shift.square() * (self.rows * rows / total)
+        self.mean += shift * (rows / total)
         self.rows = total
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes, in order of rank."""
+        if peers.world == 1:
+            return
+        rows = peers.gathered(torch.tensor([self.rows], device=self.mean.device)).tolist()
+        means, squares = (peers.stacked(each) for each in (self.mean, self.squares))
+        self.rows = 0
+        self.mean, self.squares = torch.zeros_like(self.mean), torch.zeros_like(self.squares)
+        for own, mean, square in zip(rows, means, squares, strict=True):
+            if own:
+                self._join(own, mean, square)
 
     @property
     def total(self) -> float:

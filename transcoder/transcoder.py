@@ -5,7 +5,7 @@ Shapes: n rows, D_in, D_out, F latents, G groups; prefix g is latents [0, prefix
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from torch import Tensor
 
 from common.errors import InputError
 from transcoder import formats, weights
-from transcoder.entries import Entries, decode, entries_above, largest_of_rows
+from transcoder.entries import Entries, decode, entries_above, joined, largest_of_rows, reselected
 from transcoder.tensor_files import blocks
 
 OF_LATENTS = ("W_enc", "b_enc", "W_dec")
 """The parameters that have a row for each latent."""
-ROWS_PER_BLOCK = 4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents
+LATENTS = 1 << 16
+"""Of `slices`: pre-activations of at most so many latents at once, 0.27 GB for 1,024 rows."""
+ROWS_PER_BLOCK = (
+    4096  # of __call__: bounds the dense activations to 0.3 GB at 18,432 latents, 1.1 GB above 65,536
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +138,36 @@ class Transcoder:
         end, threshold = self.prefix_ends[g], self.thresholds[g]
         return entries_above(pre[:, :end], threshold[:end] if threshold.ndim else threshold, self.k)
 
+    def slices(
+        self, inputs: Float[Tensor, "n D_in"], end: int | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "n w"]]]:
+        """The pre-activations of the first `end` latents (of all), `LATENTS` of them at a time; raises as
+        `pre_activations` does. Of a dictionary on disk each part of W_enc is read once.
+        """
+        end = self.d_sae if end is None else end
+        rows = self._rows("inputs", inputs, self.d_in)
+        for start in range(0, end, LATENTS):
+            own = slice(start, min(start + LATENTS, end))
+            yield own, torch.addmm(self.b_enc[own], rows, self.W_enc[own].T)
+
+    def active(self, inputs: Float[Tensor, "n D_in"], g: int = -1) -> Entries:
+        """The active entries of prefix `g`, as `entries` of the pre-activations, which need not all be in memory."""
+        found = [self.part(pre, own, g) for own, pre in self.slices(inputs, self.prefix_ends[g])]
+        return self.whole(found)
+
+    def part(self, pre: Float[Tensor, "n w"], own: slice, g: int) -> tuple[int, Entries]:
+        """What `whole` needs of one of the `slices`, whose latents are `own`: the entries of prefix `g` in it."""
+        end, threshold = max(0, self.prefix_ends[g] - own.start), self.thresholds[g]
+        inside = pre[:, :end]
+        mine = threshold[own][:end] if threshold.ndim else threshold
+        return own.start, entries_above(inside, mine, self.k)
+
+    def whole(self, parts: Sequence[tuple[int, Entries]]) -> Entries:
+        """The entries of all slices; with `k`, the k largest of each row."""
+        if self.k is None or len(parts) == 1:
+            return joined(parts)
+        return reselected(joined(parts), lambda matrix: entries_above(matrix, 0.0, self.k))
+
     def base_output(self, inputs: Float[Tensor, "*b D_in"]) -> Float[Tensor, "*b D_out"]:
         """The output with no latent active: b_dec (+ inputs W_skip^T)."""
         rows = self._rows("inputs", inputs, self.d_in)
@@ -159,7 +193,7 @@ class Transcoder:
         return outputs.view(*inputs.shape[:-1], self.d_out)
 
     def _outputs(self, inputs: Float[Tensor, "n D_in"]) -> Float[Tensor, "n D_out"]:
-        return decode(self.entries(self.pre_activations(inputs)), self.W_dec, self.base_output(inputs))
+        return decode(self.active(inputs), self.W_dec, self.base_output(inputs))
 
     def _rows(self, what: str, values: Tensor, width: int) -> Float[Tensor, "n D"]:
         """Any leading shape as rows, in the weights' dtype; raises `InputError` for another width or for no floats."""

@@ -200,7 +200,7 @@ def fired(
         rank[order] = np.arange(len(order))
         for start, stop in blocks(len(window)):
             inputs = split.inputs(window.start + start, window.start + stop).to(device)
-            entries = coder.entries(coder.pre_activations(inputs))
+            entries = coder.active(inputs)
             row = rank[start:stop][entries.rows.cpu().numpy()]
             found.add(row, entries.latents.cpu().numpy(), entries.values.cpu().numpy())
             tick(min(stop, wanted) - min(start, wanted))

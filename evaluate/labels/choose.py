@@ -3,10 +3,12 @@
 Shapes: F latents, N words of a label, E sampled firings, I candidates, B rows of a block, R rows of a split.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.processes import ALONE, Processes
 from evaluate.labels.words import WINDOW, Standing, Words, windows
 from evaluate.metrics.contexts import Best
 from evaluate.metrics.rows import TextSplit, blocks
@@ -54,6 +56,35 @@ class Labels:
     chosen: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     """(kind, key, latent) of the words and of the cases that belong to them, in parts: what the label stands for."""
 
+    @classmethod
+    def none(cls, n_latents: int) -> "Labels":
+        """No label of any latent."""
+        shape = n_latents, N_WORDS
+        return cls(
+            np.zeros(shape, np.uint8),
+            np.full((*shape, WINDOW), -1, np.int32),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros(n_latents, np.int64),
+            np.zeros(n_latents, bool),
+            [],
+        )
+
+    def merge(self, peers: Processes) -> None:
+        """Add the labels that other processes have chosen for other latents: none of its own has both."""
+        if peers.world == 1:
+            return
+        peers.wait()
+        self.tokens[...] += 1
+        peers.add(
+            self.kinds, self.tokens, self.shares, self.lifts, self.firings, self.measured.view(np.uint8)
+        )
+        self.tokens[...] -= 1
+        none = np.zeros(0, np.int64), np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        own = (np.concatenate(parts) for parts in zip(none, *self.chosen, strict=True))
+        kind, key, latent = (peers.chained(column) for column in own)
+        self.chosen[:] = [(kind, key, latent)]
+
 
 def for_measuring(context: np.ndarray) -> np.ndarray:
     """[B] whether rows of these contexts measure labels, rather than choose them.
@@ -70,26 +101,34 @@ def keys_of(standing: Standing, folded: bool = False) -> list[np.ndarray]:
     return [word, before * _PAIR + word, before]
 
 
-def choose(sampled: Best, firings: np.ndarray, split: TextSplit, n_rows: int, words: Words) -> Labels:
-    """Labels by an even sample of each latent's `firings` [F] on rows [0, n_rows)."""
-    n = sampled.n_latents
-    labels = Labels(
-        np.zeros((n, N_WORDS), np.uint8),
-        np.full((n, N_WORDS, WINDOW), -1, np.int32),
-        np.zeros((n, N_WORDS), np.float32),
-        np.zeros((n, N_WORDS), np.float32),
-        np.zeros(n, np.int64),
-        np.zeros(n, bool),
-        [],
-    )
-    bounds = sampled.bounds()
-    start = 0
+def choose(
+    sampled: Best,
+    firings: np.ndarray,
+    split: TextSplit,
+    n_rows: int,
+    words: Words,
+    peers: Processes = ALONE,
+) -> Labels:
+    """Labels by an even sample of each latent's `firings` [F] on rows [0, n_rows).
+
+    With `peers` each process chooses those of some latents; all have the result.
+    """
+    labels = Labels.none(sampled.n_latents)
+    for number, (start, stop) in enumerate(_parts(sampled.bounds())):
+        if number % peers.world == peers.rank:
+            _Block(sampled, firings, split, n_rows, words, start, stop).choose(labels)
+    labels.merge(peers)
+    return labels
+
+
+def _parts(bounds: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[start, stop) of latents that together have about `TOGETHER` of the sampled firings, and at least one."""
+    start, n = 0, len(bounds) - 1
     while start < n:
         stop = max(start + 1, int(np.searchsorted(bounds, bounds[start] + TOGETHER, side="right")) - 1)
         if bounds[stop] > bounds[start]:
-            _Block(sampled, firings, split, n_rows, words, start, stop).choose(labels)
+            yield start, stop
         start = stop
-    return labels
 
 
 class _Block:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import ALONE, Processes
 from evaluate.labels.words import READ
 from evaluate.metrics.firing import tally
-from evaluate.metrics.rows import ContextTable
+from evaluate.metrics.rows import ContextTable, share
 from evaluate.records import EffectMetrics
 
 if TYPE_CHECKING:
@@ -116,36 +117,43 @@ def tokens_of(store: Store, size: int) -> np.ndarray:
 
 @torch.inference_mode()
 def logit_effects(
-    model: LanguageModel, W_dec: Tensor, ranked: np.ndarray | None = None, n: int = N_PROMOTED
+    model: LanguageModel,
+    W_dec: Tensor,
+    ranked: np.ndarray | None = None,
+    n: int = N_PROMOTED,
+    peers: Processes = ALONE,
 ) -> LogitEffects:
     """What each row [F, D] does to the logits of the `ranked` tokens (none: of all), a mask over the vocabulary.
 
     The direct path only: whatever later layers make of the direction is not seen. The values are those of a residual
     stream that holds nothing but the direction: in a text the norm's scale makes them smaller, all by the same factor,
-    its gain is included. The biases' own logits, which a zero direction has too, are subtracted.
+    its gain is included. The biases' own logits, which a zero direction has too, are subtracted. With `peers` each
+    process takes some of the rows; all have the result.
     """
     space = _Space(model, W_dec, ranked)
     n = min(n, space.size)
-    most, least, counts, edges = [], [], [], []
-    for block in W_dec.to(model.dtype).split(BLOCK):
+    parts = []
+    start, stop = share(len(W_dec), peers, BLOCK)
+    for block in W_dec[start:stop].to(model.dtype).split(BLOCK):
         effects = space.effects(block)
-        edges.append(torch.stack(effects.aminmax(dim=1), 1))
-        counts.append(_histograms(effects, edges[-1]))
+        edges = torch.stack(effects.aminmax(dim=1), 1)
         z = effects / space.scale
-        for found, part in ((most, z.topk(n)), (least, z.topk(n, largest=False))):
-            found.append((space.tokens[part.indices], effects.gather(1, part.indices), part.values))
-
-    def column(parts: list[tuple[Tensor, ...]], which: int) -> np.ndarray:
-        return torch.cat([part[which] for part in parts]).cpu().numpy()
-
-    extremes = np.abs(np.concatenate([column(most, 2), column(least, 2)], axis=1))
+        most, least = z.topk(n), z.topk(n, largest=False)
+        tokens = (space.tokens[each.indices].int() for each in (most, least))
+        values = (effects.gather(1, each.indices) for each in (most, least))
+        extremes = torch.cat([most.values, least.values], 1).abs()
+        parts.append((*tokens, *values, _histograms(effects, edges).int(), edges, extremes))
+    peers.wait()
+    promoted, suppressed, promoted_by, suppressed_by, counts, edges, extremes = (
+        peers.chained(torch.cat(column).cpu().numpy()) for column in zip(*parts, strict=True)
+    )
     return LogitEffects(
-        column(most, 0).astype(np.int32),
-        column(most, 1),
-        column(least, 0).astype(np.int32),
-        column(least, 1),
-        torch.cat(counts).cpu().numpy().astype(np.int32),
-        torch.cat(edges).cpu().numpy(),
+        promoted,
+        promoted_by,
+        suppressed,
+        suppressed_by,
+        counts,
+        edges,
         -np.sort(-extremes, axis=1)[:, :n].mean(1),
         space.left_out,
         space.chance(n),
@@ -199,7 +207,7 @@ def _histograms(effects: Tensor, edges: Tensor) -> Tensor:
     width = ((high - low) / HISTOGRAM_BINS).clamp(min=1e-30)
     bins = ((effects - low) / width).long().clamp(0, HISTOGRAM_BINS - 1)
     bins += torch.arange(len(effects), device=effects.device)[:, None] * HISTOGRAM_BINS
-    return tally(bins.flatten(), len(effects) * HISTOGRAM_BINS).view(len(effects), -1)
+    return tally(bins.flatten(), len(effects) * HISTOGRAM_BINS).view(-1, HISTOGRAM_BINS)
 
 
 def effect_metrics(effects: LogitEffects, firings: np.ndarray, occurs: np.ndarray) -> EffectMetrics | None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import Processes
 from evaluate.labels.choose import KINDS, Labels, for_measuring, keys_of
 from evaluate.labels.words import Words, windows
 from evaluate.metrics.firing import tally
@@ -107,6 +108,13 @@ class Measured:
                 np.repeat(rows[hit], count) * self.n_latents + latents[np.repeat(begin, count) + nth]
             )
         return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        self.rows = peers.count(self.rows)
+        peers.add(self.held)
+        for counted in (self.fired, self.both, self.activation, self.activation_both):
+            peers.total(counted)
 
     def result(self) -> Quality:
         """What was counted, as shares."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.processes import ALONE, Processes
 from evaluate.metrics.reconstruction import Reconstruction
 from evaluate.metrics.rows import Split, batches, blocks
 from evaluate.records import BaselineMetrics, FittedMetrics, LinearMetrics, OneGroupMetrics
@@ -33,16 +34,18 @@ class LinearMap:
         return torch.addmm(self.mean_out, inputs - self.mean_in, self.W)
 
 
-def fit_ridge(split: Split, n_rows: int = FIT_ROWS, device: torch.device = CPU) -> LinearMap:
+def fit_ridge(
+    split: Split, n_rows: int = FIT_ROWS, device: torch.device = CPU, peers: Processes = ALONE
+) -> LinearMap:
     """argmin_W sum ||y - mean(y) - (x - mean(x)) W||^2 + penalty * N * E[x_j^2] * ||W||^2.
 
     Fitted on the first rows of `split`; the last fifth of them chooses the penalty and is not fitted. The map is on
-    the device that it was fitted on.
+    the device that it was fitted on. With `peers` each process reads a part of the rows; all have the same map.
     """
     n_rows = min(n_rows, len(split))
     n_fit = max(1, n_rows - n_rows // 5)
-    mean_in, mean_out = _means(split, n_fit, device)
-    gram, cross = _products(split, n_fit, mean_in, mean_out)
+    mean_in, mean_out = _means(split, n_fit, device, peers)
+    gram, cross = _products(split, n_fit, mean_in, mean_out, peers)
     scale = float(gram.diagonal().mean()) or 1.0
     eye = torch.eye(len(gram), dtype=gram.dtype, device=device)
     maps = [
@@ -58,29 +61,32 @@ def fit_ridge(split: Split, n_rows: int = FIT_ROWS, device: torch.device = CPU) 
     if n_fit == n_rows:
         return maps[-1]
     errors = torch.zeros(len(maps), dtype=torch.float64, device=device)
-    rest = ((n_fit + start, n_fit + stop) for start, stop in blocks(n_rows - n_fit))
+    rest = ((n_fit + start, n_fit + stop) for start, stop in blocks(n_rows - n_fit, peers))
     for _, _, x, y in batches(split, rest, device):
         errors += torch.stack([(linear_map(x) - y).double().square().sum() for linear_map in maps])
-    return maps[int(errors.argmin())]
+    return maps[int(peers.total(errors).argmin())]
 
 
-def _means(split: Split, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    sums: list[Tensor] = []
-    for _, _, *values in batches(split, blocks(n_rows), device):
-        block = [side.double().sum(0) for side in values]
-        sums = [old + new for old, new in zip(sums, block, strict=True)] if sums else block
-    return (sums[0] / n_rows).float(), (sums[1] / n_rows).float()
+def _means(split: Split, n_rows: int, device: torch.device, peers: Processes) -> tuple[Tensor, Tensor]:
+    sums = [side.new_zeros(side.shape[1], dtype=torch.float64, device=device) for side in split.rows(0, 1)]
+    for _, _, *values in batches(split, blocks(n_rows, peers), device):
+        for old, new in zip(sums, values, strict=True):
+            old += new.double().sum(0)
+    inputs, outputs = (peers.total(each) / n_rows for each in sums)
+    return inputs.float(), outputs.float()
 
 
-def _products(split: Split, n_rows: int, mean_in: Tensor, mean_out: Tensor) -> tuple[Tensor, Tensor]:
+def _products(
+    split: Split, n_rows: int, mean_in: Tensor, mean_out: Tensor, peers: Processes
+) -> tuple[Tensor, Tensor]:
     """(x^T x [D_in, D_in], x^T y [D_in, D_out]) of centred rows: float32 products, float64 sums."""
     gram = mean_in.new_zeros(len(mean_in), len(mean_in), dtype=torch.float64)
     cross = mean_in.new_zeros(len(mean_in), len(mean_out), dtype=torch.float64)
-    for _, _, x, y in batches(split, blocks(n_rows), mean_in.device):
+    for _, _, x, y in batches(split, blocks(n_rows, peers), mean_in.device):
         x, y = x - mean_in, y - mean_out
         gram += x.T @ x
         cross += x.T @ y
-    return gram, cross
+    return peers.total(gram), peers.total(cross)
 
 
 class Baselines:
@@ -100,6 +106,11 @@ class Baselines:
             return
         self.of_mean.add(outputs, self.linear.mean_out.expand_as(outputs))
         self.of_linear.add(outputs, self.linear(inputs))
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for own in (self.of_mean, self.of_linear):
+            own.merge(peers)
 
     def result(self, deviation: float, one_group: OneGroupMetrics | None = None) -> BaselineMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows; `one_group`: a run without nesting, if any."""

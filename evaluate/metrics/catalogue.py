@@ -67,10 +67,11 @@ def catalogue(
     effects: LogitEffects,
     ends: Sequence[int],
     measured: Measured,
+    partners: tuple[Partners, Partners],
 ) -> Catalogue:
-    """Puts together what the passes and the language model found."""
+    """Puts together what the passes and the language model found; `partners`: twins and parents."""
     n_latents = ends[-1]
-    twins, parents = first.coactivation.partners(ends)
+    twins, parents = partners
     prefixes = first.measurement.prefixes
     firing = prefixes[-1].firing
     density = np.zeros((len(ends), n_latents), np.float32)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import ALONE, Processes
+from evaluate.metrics.rows import blocks
 from transcoder.entries import Entries
 
 SAMPLE_ROWS = 65_536
@@ -28,27 +30,43 @@ class Partners:
     scores: np.ndarray
     """[F, n] float32."""
 
+    def merge(self, peers: Processes) -> None:
+        """Add what other processes have found of other latents: none of its own has both."""
+        if peers.world == 1:
+            return
+        self.latents[...] += 1
+        peers.add(self.latents, self.scores)
+        self.latents[...] -= 1
+
 
 class Coactivation:
     """The active (row, latent) pairs of at most `SAMPLE_ROWS` rows, spread evenly over the pass.
 
     All rows are kept when there are no more than that; else the first few of every block, which are a
     fair sample because stored rows are shuffled within their window. They stay on the entries' device.
+    `before`: rows of the pass that another process adds, ahead of this one's.
     """
 
-    def __init__(self, n_latents: int, n_rows: int) -> None:
+    def __init__(self, n_latents: int, n_rows: int, before: int = 0) -> None:
         self.n_latents = n_latents
         self.share = min(1.0, SAMPLE_ROWS / n_rows)
         self.rows = 0
         self._owed = 0.0
         self._rows: list[Tensor] = []
         self._latents: list[Tensor] = []
+        for start, stop in blocks(before):
+            self.rows += self._take(stop - start)
+
+    def _take(self, n_rows: int) -> int:
+        """How many of the pass's next rows are of the sample."""
+        self._owed += self.share * n_rows
+        take = min(n_rows, round(self._owed))
+        self._owed -= take
+        return take
 
     def add(self, entries: Entries) -> None:
         """The active entries of a pass's next block."""
-        self._owed += self.share * entries.n_rows
-        take = min(entries.n_rows, round(self._owed))
-        self._owed -= take
+        take = self._take(entries.n_rows)
         n = (
             len(entries.rows) if take == entries.n_rows else int((entries.rows < take).sum())
         )  # sync: how many
@@ -56,12 +74,24 @@ class Coactivation:
         self._latents.append(entries.latents[:n].int())
         self.rows += take
 
-    def partners(self, prefix_ends: Sequence[int], n: int = 4) -> tuple[Partners, Partners]:
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes, which come one after another in order of rank."""
+        if peers.world == 1:
+            return
+        none = torch.zeros(0, dtype=torch.int32, device=peers.device)
+        for own in (self._rows, self._latents):
+            own[:] = [peers.gathered(torch.cat(own or [none]))]
+        self.rows = int(peers.largest(torch.tensor(self.rows, device=peers.device)))
+
+    def partners(
+        self, prefix_ends: Sequence[int], n: int = 4, peers: Processes = ALONE
+    ) -> tuple[Partners, Partners]:
         """(twins, parents) of every latent that fires at least `MIN_FIRINGS` times in the sample.
 
         Twins have the highest Jaccard overlap |i and j| / |i or j|, in any group. Parents are latents of
         coarser groups with the highest P(parent | latent) - P(parent): how much more often the parent
-        fires where the latent does than it does anywhere, so that one that always fires is nobody's.
+        fires where the latent does than it does anywhere, so that one that always fires is nobody's. With `peers`
+        each process computes those of some latents.
         """
         rows, latents = (torch.cat(parts).cpu().numpy() for parts in (self._rows, self._latents))
         firings = np.bincount(latents, minlength=self.n_latents)
@@ -72,7 +102,8 @@ class Coactivation:
         order = np.argsort(latents, kind="stable")
         first = np.searchsorted(latents[order], np.arange(self.n_latents + 1))
         step = max(1, CELLS // self.n_latents)
-        for start in range(0, self.n_latents, step):
+        # By turns: the first latents fire most
+        for start in range(peers.rank * step, self.n_latents, peers.world * step):
             stop = min(start + step, self.n_latents)
             mine = order[first[start] : first[stop]]
             both = _overlaps(rows[mine], latents[mine] - start, latents, bounds, stop - start, self.n_latents)
@@ -86,6 +117,8 @@ class Coactivation:
             lift[both == 0] = 0
             lift[np.arange(self.n_latents) >= group_start[start:stop, None]] = 0
             _best(parents, lift, start, n)
+        for found in (twins, parents):
+            found.merge(peers)
         return twins, parents
 
 

@@ -5,12 +5,14 @@ Two passes: the first finds the rows, the second adds the latent's activation on
 Memory depends on F and C only. A row's place is context * T + position.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import Processes
 from shards.order import GOLDEN, mix
 from transcoder.entries import Entries, strongest
 
@@ -58,10 +60,13 @@ class Best:
         self.n_latents = n_latents
         self._floor = torch.zeros(n_latents, dtype=torch.int64, device=device)
         """[F] rank below which an entry is not kept."""
-        none = self._floor[:0]
-        self._kept: Columns = (none, none.int(), none, none.float(), none.int())
+        self._kept = self._none()
         self._waiting: list[Columns] = []
         self._n_waiting = 0
+
+    def _none(self) -> Columns:
+        none = self._floor[:0]
+        return none, none.int(), none, none.float(), none.int()
 
     def add(self, entries: Entries, ranks: Tensor, places: Tensor, tokens: Tensor) -> None:
         """Add a block's entries, with `ranks` [E] int64, and `places`, `tokens` [B] int64 of its rows.
@@ -84,13 +89,25 @@ class Best:
         self.ranks = ranks.astype(np.uint32)
         self._kept = tuple(column[:0] for column in self._kept)
 
+    def merge(self, peers: Processes) -> None:
+        """Keep the best of the entries of all processes.
+
+        Those of some latents at a time: what is sent is in memory once for each process.
+        """
+        if peers.world == 1:
+            return
+        self._merge()
+        step, found = max(1, BUFFER // self.capacity), [self._none()]
+        for start in range(0, self.n_latents, step):
+            ends = torch.tensor([start, start + step], dtype=torch.int32, device=self._floor.device)
+            first, last = torch.searchsorted(self._kept[1], ends).tolist()
+            sent = [peers.gathered(column[first:last].contiguous()) for column in self._kept]
+            found.append(_strongest(sent, self.capacity))
+        self._kept = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
     def _merge(self) -> None:
         columns = [torch.cat(parts) for parts in zip(self._kept, *self._waiting, strict=True)]
-        ranks, latents, places, *_ = columns
-        by_place = places.sort(stable=True).indices
-        order = by_place[strongest(latents[by_place], ranks[by_place], self.capacity)]
-        ranks, latents, places, values, tokens = (column[order] for column in columns)
-        self._kept = ranks, latents, places, values, tokens
+        self._kept = ranks, latents, *_ = _strongest(columns, self.capacity)
         self._waiting, self._n_waiting = [], 0
         if len(ranks):
             every = torch.arange(self.n_latents + 1, dtype=torch.int32, device=ranks.device)
@@ -109,6 +126,14 @@ class Best:
     def bounds(self) -> np.ndarray:
         """[F + 1] int64: entries of latent f are [bounds[f], bounds[f + 1])."""
         return np.searchsorted(self.latents, np.arange(self.n_latents + 1))
+
+
+def _strongest(columns: Sequence[Tensor], capacity: int) -> Columns:
+    """Of each latent the `capacity` entries of highest rank, sorted by latent, then rank; of equal ranks by place."""
+    ranks, latents, places, *_ = columns
+    by_place = places.sort(stable=True).indices
+    order = by_place[strongest(latents[by_place], ranks[by_place], capacity)]
+    return tuple(column[order] for column in columns)
 
 
 def strength(values: Tensor) -> Tensor:
@@ -281,6 +306,10 @@ class Shader:
             offset = of[entry] - self.samples.places[sample] + REACH
             near = (offset >= 0) & (offset <= 2 * REACH)
             self.samples.shades[sample[near], offset[near]] = values[entry[near]]
+
+    def merge(self, peers: Processes) -> None:
+        """Add the activations on the rows of all processes: each is of one row, zero for the others."""
+        peers.add(self.samples.shades)
 
 
 @dataclass(frozen=True)

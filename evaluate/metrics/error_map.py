@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import Processes
 from evaluate.records import ErrorClass, ErrorMetrics, TokenError
 from transcoder.fvu import ratio
 from transcoder.heavy import Typical
@@ -37,6 +38,10 @@ class Table:
         self.deviation += np.bincount(classes, weights=deviation, minlength=n)
         for total, own in zip(self.errors, errors, strict=True):
             total += np.bincount(classes, weights=own, minlength=n)
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        peers.add(self.rows, self.deviation, self.errors)
 
     def lines(self, classes: np.ndarray) -> list[ErrorClass]:
         """One record for each of `classes`."""
@@ -90,6 +95,11 @@ class ErrorMap:
         self.by_position.add(positions.astype(np.int64) * self.bins // self.positions, deviation, own)
         self.by_size.add(size_bin, deviation, own)
         self.by_weight.add(heavy.astype(np.int64), distances, own)
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for table in (self.by_token, self.by_position, self.by_size, self.by_weight):
+            table.merge(peers)
 
     def _of_rows(self, y: Tensor, errors: Tensor) -> np.ndarray:
         """[3 + G, B] float64: squared deviation from the mean, from the typical mean, whether heavy, errors."""

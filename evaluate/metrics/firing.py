@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import Processes
 from evaluate.records import FiringMetrics
 from transcoder.entries import Entries
 from transcoder.frequent import FREQUENT
@@ -46,6 +47,13 @@ class Firing:
         self.summed.index_add_(0, latents, values.double())
         self.squared.index_add_(0, latents, values.double().square())
         self.largest.scatter_reduce_(0, latents, values, "amax")
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        self.rows = peers.count(self.rows)
+        for summed in (self.firings, self.summed, self.squared):
+            peers.total(summed)
+        peers.largest(self.largest)
 
     @property
     def density(self) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common.errors import InputError
+from common.processes import ALONE, Processes
 from common.progress import progress
 from common.settings import Model, Settings
 from evaluate.labels.effects import LogitEffects, logit_effects, tokens_of
@@ -48,25 +49,30 @@ def measure_language(
     split: TextSplit,
     coder: Transcoder,
     n_tokens: int,
+    peers: Processes = ALONE,
 ) -> Language:
     """The cross-entropy with every prefix in the MLP's place, and what every latent promotes and suppresses.
 
-    The first `n_tokens` tokens of the split's contexts are used (whole contexts, at least one).
+    The first `n_tokens` tokens of the split's contexts are used (whole contexts, at least one). With `peers` each
+    process loads the model, and takes some of the contexts and of the latents; all have the result.
     """
     nothing = LogitEffects.none(len(coder.W_dec))
     if n_tokens == 0:
         return Language(NotMeasured(skipped="it was not asked for"), [], nothing)
     try:
-        model = language_model(settings.model, store.manifest.source)
+        model, why = language_model(settings.model, store.manifest.source), ""
     except InputError as error:
-        return Language(NotMeasured(skipped=str(error)), [], nothing)
+        model, why = None, str(error)
+    reasons = [each for each in peers.said(why) if each]
+    if model is None or reasons:
+        return Language(NotMeasured(skipped=reasons[0]), [], nothing)
     coder = coder.to(model.device)
-    losses, prefixes, by_context = _cross_entropy(model, settings, store, split, coder, n_tokens)
+    losses, prefixes, by_context = _cross_entropy(model, settings, store, split, coder, n_tokens, peers)
     affordable = coder.W_dec.numel() * model.bridge.cfg.d_vocab <= PROMOTE_LIMIT or model.device.type != "cpu"
     if not affordable:
         return Language(losses, prefixes, nothing, by_context)
     ranked = tokens_of(store, model.bridge.cfg.d_vocab)
-    return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked), by_context)
+    return Language(losses, prefixes, logit_effects(model, coder.W_dec, ranked, peers=peers), by_context)
 
 
 def _cross_entropy(
@@ -76,6 +82,7 @@ def _cross_entropy(
     split: TextSplit,
     coder: Transcoder,
     n_tokens: int,
+    peers: Processes,
 ) -> tuple[AblationLosses, list[LanguageMetrics], dict[str, np.ndarray]]:
     from evaluate.kept.losses import OwnLosses, agree  # these import transformers, which takes seconds
     from evaluate.metrics.splice import by_context, splice, summary
@@ -92,17 +99,20 @@ def _cross_entropy(
     contexts = split.contexts[np.arange(n_contexts)]
     own = OwnLosses.of(settings, [store], contexts, [mean], model.device)
     kept = own.read()
+    if peers.any(kept is None):
+        kept = None
     replacements = {str(g): coder.prefix(g) for g in range(n_prefixes)}
     with progress("cross-entropy", contexts.size, "tokens") as bar:
         losses = splice(
-            model, source, contexts, replacements if kept else ablations | replacements, bar.update
+            model, source, contexts, replacements if kept else ablations | replacements, bar.update, peers
         )
-    if kept and not agree(kept["clean"], losses["clean"]):
+    if kept and peers.any(not agree(kept["clean"], losses["clean"])):
         kept = None
         with progress("ablations", contexts.size, "tokens") as bar:
-            losses |= splice(model, source, contexts, ablations, bar.update)
+            losses |= splice(model, source, contexts, ablations, bar.update, peers)
     if kept is None:
-        own.keep({name: losses[name] for name in ("clean", *ablations)})
+        if peers.leads:
+            own.keep({name: losses[name] for name in ("clean", *ablations)})
     else:
         losses |= {name: kept[name] for name in ablations}
     clean, zero, ablated = (summary(losses, key).cross_entropy for key in ("clean", "zero", "mean"))

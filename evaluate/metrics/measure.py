@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from common.device import constant
+from common.processes import Processes
 from evaluate.metrics.firing import Firing
 from evaluate.metrics.reconstruction import Reconstruction, Sparsity
 from evaluate.metrics.rows import Split, batches, blocks
 from evaluate.records import LanguageMetrics, PrefixMetrics, TrainingSelection
 from transcoder import Transcoder
-from transcoder.entries import Entries, decode, entries_above
+from transcoder.entries import Entries, decode, entries_above, joined, reselected
 from transcoder.frequent import FREQUENT, frequent_level
 from transcoder.fvu import Deviation
 from transcoder.selection import SELECT
@@ -42,6 +43,11 @@ class Prefix:
     training_error: Reconstruction
     """With the selection of training (batch top-k or top-k) instead of the threshold."""
     training_sparsity: Sparsity
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for own in (self.error, self.sparsity, self.firing, self.training_error, self.training_sparsity):
+            own.merge(peers)
 
     def result(self, deviation: float, language: LanguageMetrics | None) -> PrefixMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows; `language`: None where that was not measured."""
@@ -98,17 +104,16 @@ class Measurement:
 
         Returns each prefix's entries, and the squared error of each row [G, B] float64, on that device too.
         """
-        pre = self.coder.pre_activations(inputs)
         base = self.coder.base_output(inputs)
         self.deviation.add(outputs)
-        active = prefix_entries(pre, self.coder)
+        active, kept = prefix_entries(inputs, self.coder, self.select)
         errors = []
         for prefix, entries in zip(self.prefixes, active, strict=True):
             errors.append(prefix.error.add(outputs, decode(entries, self.coder.W_dec, base)))
             prefix.sparsity.add(entries)
             prefix.firing.add(entries)
-        if self.select is not None:
-            self._add_training(self.select(pre), outputs, base)
+        if kept is not None:
+            self._add_training(kept, outputs, base)
         return active, torch.stack(errors)
 
     def _add_training(self, kept: Entries, outputs: Tensor, base: Tensor) -> None:
@@ -117,6 +122,11 @@ class Measurement:
             prefix.training_error.add(outputs, decode(entries, self.coder.W_dec, base))
             prefix.training_sparsity.add(entries)
 
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        for own in (self.deviation, *self.prefixes):
+            own.merge(peers)
+
     def result(self, language: Sequence[LanguageMetrics] = ()) -> list[PrefixMetrics]:
         """Every prefix's numbers; `language`: what the language model says of each, none where it was not asked."""
         deviation = self.deviation.total
@@ -124,17 +134,35 @@ class Measurement:
         return [prefix.result(deviation, each) for prefix, each in zip(self.prefixes, said, strict=True)]
 
 
-def prefix_entries(pre: Tensor, coder: Transcoder) -> list[Entries]:
-    """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g.
+def prefix_entries(
+    inputs: Tensor, coder: Transcoder, select: Select | None = None
+) -> tuple[list[Entries], Entries | None]:
+    """For each prefix g the entries of its latents [0, P_g) above its own threshold theta_g; those that `select` takes.
 
-    The dense [B, F] array is searched once, with the lowest threshold of each latent. A top-k transcoder's prefixes
-    each have their own k largest.
+    The pre-activations of `inputs` [B, D_in] are made once, a slice of the latents at a time, and searched once, with
+    the lowest threshold of each latent. A top-k transcoder's prefixes each have their own k largest.
     """
-    if coder.k is not None:
-        return [coder.entries(pre, g) for g in range(len(coder.prefix_ends))]
-    thresholds = coder.thresholds
-    loose = entries_above(pre, thresholds.amin(0))
-    ends = constant(coder.prefix_ends, torch.int64, pre.device)
+    lowest, n_prefixes = coder.thresholds.amin(0), len(coder.prefix_ends)
+    found: list[list[tuple[int, Entries]]] = [[] for _ in range(n_prefixes if coder.k else 1)]
+    selected: list[tuple[int, Entries]] = []
+    for own, pre in coder.slices(inputs):
+        if coder.k is None:
+            found[0].append((own.start, entries_above(pre, lowest[own] if lowest.ndim else lowest)))
+        else:
+            for g, parts in enumerate(found):
+                parts.append(coder.part(pre, own, g))
+        if select is not None:
+            selected.append((own.start, select(pre)))
+    kept = joined(selected) if selected else None
+    if kept is not None and select is not None and len(selected) > 1:
+        kept = reselected(kept, select)
+    if coder.k is None:
+        return _by_prefix(joined(found[0]), coder), kept
+    return [coder.whole(parts) for parts in found], kept
+
+
+def _by_prefix(loose: Entries, coder: Transcoder) -> list[Entries]:
+    thresholds, ends = coder.thresholds, constant(coder.prefix_ends, torch.int64, loose.rows.device)
     own = thresholds[:, None] if thresholds.ndim == 1 else thresholds[:, loose.latents]
     return loose.each((loose.latents < ends[:, None]) & (loose.values > own))
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import Processes
 from evaluate.metrics.firing import tally
 from evaluate.records import ReconstructionMetrics, SparsityMetrics
 from transcoder.entries import Entries
@@ -44,6 +45,12 @@ class Reconstruction:
         self.sums += torch.stack([error.abs().sum(), cosines.sum(), y_hat.square().sum(), cross.sum()])
         return squared.sum(1)
 
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        self.rows = peers.count(self.rows)
+        peers.total(self.squared)
+        peers.total(self.sums)
+
     def result(self, deviation: float) -> ReconstructionMetrics:
         """`deviation`: sum ||y - mean(y)||^2 over the same rows."""
         values = self.rows * self.width
@@ -70,6 +77,11 @@ class Sparsity:
         """A block's active entries."""
         self.counts += tally(entries.l0(), len(self.counts))
         self.summed += entries.values.double().sum()
+
+    def merge(self, peers: Processes) -> None:
+        """Add the rows of all processes."""
+        peers.total(self.counts)
+        peers.total(self.summed)
 
     def result(self) -> SparsityMetrics:
         """Latents per row; l1 in units of the activations."""

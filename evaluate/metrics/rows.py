@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.processes import ALONE, Processes
 from shards.text.tokens import ContextTable
 
 BLOCK_ROWS = 1024
 """Rows per step of a pass: the store's chunk, so that no chunk is decoded twice."""
+MEET = 16
+"""Blocks after which processes wait for each other: PyTorch gives up a wait of ten minutes (nccl), and one may be much
+slower than another."""
 
 
 class Split(Protocol):
@@ -41,10 +45,30 @@ class TextSplit(Split, Protocol):
         ...
 
 
-def blocks(n_rows: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the blocks of a pass over `n_rows` rows."""
-    for start in range(0, n_rows, BLOCK_ROWS):
-        yield start, min(start + BLOCK_ROWS, n_rows)
+def share(n: int, peers: Processes, block: int) -> tuple[int, int]:
+    """[start, stop) of the things below `n` that this process takes: whole blocks, the first process the first ones.
+
+    >>> [share(10, Processes(rank, world=3), block=2) for rank in range(3)]
+    [(0, 2), (2, 6), (6, 10)]
+    """
+    count = -(-n // block)
+    start, stop = (block * (count * each // peers.world) for each in (peers.rank, peers.rank + 1))
+    return start, min(stop, n)
+
+
+def own_rows(n_rows: int, peers: Processes) -> tuple[int, int]:
+    """[start, stop) of this process's part of a pass over `n_rows` rows."""
+    return share(n_rows, peers, BLOCK_ROWS)
+
+
+def blocks(n_rows: int, peers: Processes = ALONE) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the blocks of a pass over `n_rows` rows; with `peers`, of this process's part of them."""
+    first, last = own_rows(n_rows, peers)
+    together = -(-n_rows // BLOCK_ROWS) // peers.world
+    for number, start in enumerate(range(first, last, BLOCK_ROWS), 1):
+        yield start, min(start + BLOCK_ROWS, last)
+        if number % MEET == 0 and number <= together:
+            peers.wait()
 
 
 def batches(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from common.processes import ALONE, Processes
+from evaluate.metrics.rows import share
 from evaluate.records import LanguageMetrics
 from harvest.lm import LanguageModel
 from shards.layout import kept_mask
@@ -75,6 +77,19 @@ class Loss:
             self.divergence += divergence
             self.agreed += int(agreed)
 
+    def merge(self, peers: Processes) -> None:
+        """Add the contexts of all processes, which are equally long and come one after another in order of rank."""
+        if peers.world == 1:
+            return
+        peers.wait()
+        nats = peers.chained(np.concatenate([np.zeros(0, np.float32), *self.contexts]))
+        contexts = nats.reshape(peers.count(len(self.contexts)), -1)
+        self.divergence = float(peers.chained(np.array([self.divergence])).sum())
+        self.agreed = peers.count(self.agreed)
+        self.contexts, self.positions, self.cross_entropy = [], 0, 0.0
+        for own in contexts:
+            self.add_context(own)
+
 
 @torch.inference_mode()
 def splice(
@@ -83,15 +98,17 @@ def splice(
     contexts: np.ndarray,
     replacements: Mapping[str, Replacement],
     tick: Callable[[int], object],
+    peers: Processes = ALONE,
 ) -> dict[str, Loss]:
     """Loss of the model as it is ("clean") and with each replacement on `contexts` [n, T] token ids.
 
     The blocks below the layer run once per context; what follows once per replacement. `tick` is
-    called with the number of tokens of each batch.
+    called with the number of tokens of each batch. With `peers` each process takes some of the batches; all have the
+    result.
     """
     losses = {name: Loss() for name in ("clean", *replacements)}
     before = f"blocks.{source.layer}.hook_in"
-    for block in batches(model, contexts):
+    for block in batches(model, contexts, peers):
         tokens = torch.from_numpy(block.astype(np.int64)).to(model.device)
         kept = torch.from_numpy(kept_mask(block, source.dropped_token_ids)).to(model.device)
         with model.capturing([before, source.input_hook]) as caught:
@@ -106,14 +123,17 @@ def splice(
                 logits = continued(model, residual, source.layer)
             losses[name].add(clean, logits, tokens)
         tick(tokens.numel())
+    for loss in losses.values():
+        loss.merge(peers)
     return losses
 
 
-def batches(model: LanguageModel, contexts: np.ndarray) -> Iterator[np.ndarray]:
-    """The contexts [n, T] in blocks whose logits fit into LOGITS, one at least."""
+def batches(model: LanguageModel, contexts: np.ndarray, peers: Processes = ALONE) -> Iterator[np.ndarray]:
+    """The contexts [n, T] in blocks whose logits fit into LOGITS, one at least; with `peers`, this process's blocks."""
     size = max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
-    for start in range(0, len(contexts), size):
-        yield contexts[start : start + size]
+    first, last = share(len(contexts), peers, size)
+    for start in range(first, last, size):
+        yield contexts[start : min(start + size, last)]
 
 
 def continued(model: LanguageModel, residual: Tensor, layer: int) -> Tensor:

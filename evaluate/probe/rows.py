@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
 
+from evaluate.metrics.measure import prefix_entries
 from evaluate.metrics.rows import Split, blocks
 from evaluate.probe.classes import UNASKED
 from shards.manifest import Source
@@ -105,9 +106,9 @@ def values_of(
             here = torch.from_numpy(rows[first:last] - start)
             x, y = (side[here] for side in split.rows(start, stop))
             inputs[first:last], outputs[first:last] = x.numpy(), y.numpy()
-            pre = coder.pre_activations(x.to(device))
-            for g, end in enumerate(coder.prefix_ends):
-                latents[g].append(_matrix(coder.entries(pre, g), end))
+            active, _ = prefix_entries(x.to(device), coder)
+            for found, entries, end in zip(latents, active, coder.prefix_ends, strict=True):
+                found.append(_matrix(entries, end))
         tick(stop - start)
     return Values(inputs, outputs, [csr_matrix(vstack(each, format="csr")) for each in latents])
 

@@ -42,7 +42,7 @@ def firings(coder: Transcoder, split: Split, n_rows: int) -> Firings:
     with progress("firings", n_rows, "rows") as bar:
         for start, stop in blocks(n_rows):
             inputs, _ = split.rows(start, stop)
-            entries = coder.entries(coder.pre_activations(inputs.to(device)))
+            entries = coder.active(inputs.to(device))
             bits = entries.values.float().view(torch.int32).long()  # of positive floats: in their order
             keys.append(((entries.latents << 32) | bits).cpu())
             rows.append((entries.rows + start).int().cpu())

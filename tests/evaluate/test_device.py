@@ -65,7 +65,9 @@ def evaluated(store: Store, coder: Transcoder, device: torch.device, n_rows: int
     samples = second_pass(coder, split, n_rows, first, measured, tick)
     neighbours = decoder_similarity(coder.W_dec, coder.prefix_ends)[1]
     effects = LogitEffects.none(coder.d_sae)
-    return first, catalogue(first, samples, neighbours, effects, coder.prefix_ends, measured)
+    return first, catalogue(
+        first, samples, neighbours, effects, ENDS, measured, first.coactivation.partners(ENDS)
+    )
 
 
 @pytest.mark.parametrize("per_latent", [False, True])

@@ -49,7 +49,7 @@ def test_every_way_to_encode_is_one(tmp_path: Path) -> None:
         expected = pre[:, :end].relu() * kept
         torch.testing.assert_close(narrow.encode(rows), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(narrow.encode(x).view(60, end), expected, rtol=1e-5, atol=1e-6)
-        for entries in (own.entries(pre, g), prefix_entries(pre, own)[g]):
+        for entries in (own.entries(pre, g), prefix_entries(rows, own)[0][g]):
             assert torch.equal(expected.nonzero().T, torch.stack([entries.rows, entries.latents]))
             assert torch.equal(entries.values, expected[expected > 0])
         assert own.W_skip is not None

@@ -60,7 +60,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         effects = LogitEffects(ids, by, ids + 1, -by, *rest, 5, Chance(0.5, 0.01))
         return Language(losses, prefixes, effects, {"clean": np.array([1.0, 1.0]), "0": np.array([4.5, 5.5])})
 
-    def measured(settings: Settings, store: Store, split: object, coder: object, n_tokens: int) -> Language:
+    def measured(
+        settings: Settings, store: Store, split: object, coder: object, n_tokens: int, _: object
+    ) -> Language:
         if n_tokens:
             return said(settings, store, split, coder, n_tokens)
         return measure_language(settings, store, split, coder, 0)  # type: ignore[arg-type]

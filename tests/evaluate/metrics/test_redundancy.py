@@ -6,9 +6,12 @@ from evaluate.metrics import redundancy
 from evaluate.metrics.redundancy import decoder_similarity
 
 
-@pytest.mark.parametrize("block", [1, 4, 1000])
-def test_redundancy_equals_a_brute_force_count(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "tile"), [(1, 1000), (4, 1000), (1000, 1000), (4, 8), (4, 7), (1000, 3)])
+def test_redundancy_equals_a_brute_force_count(
+    block: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(redundancy, "BLOCK", block)
+    monkeypatch.setattr(redundancy, "TILE", tile)
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(23, 3, generator=draw) * torch.rand(23, 1, generator=draw)
     summary, neighbours = decoder_similarity(W, (5, 12, 23), n_neighbours=4)
