@@ -13,6 +13,7 @@ from common.settings import ROOT
 
 TABLE = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TABLE)))
+TIMED = {"common/nodes/watch.py": "torchrun's note of an error has a time, by which it finds the first"}
 CLOCKS = {"time", "time_ns", "now", "utcnow", "today", "localtime", "gmtime"}
 
 
@@ -38,7 +39,8 @@ def test_nothing_asks_what_time_it_is() -> None:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                     owner = node.func.value
                     clock = isinstance(owner, ast.Name) and owner.id in ("time", "datetime", "date")
-                    assert not (clock and node.func.attr in CLOCKS), f"{file}: {ast.unparse(node)}"
+                    asked = clock and node.func.attr in CLOCKS
+                    assert not asked or str(file.relative_to(ROOT)) in TIMED, f"{file}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
