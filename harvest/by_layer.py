@@ -18,15 +18,25 @@ from common.layers import spread
 from common.processes import world
 from common.settings import Settings
 from harvest.plan import plans_of
-from harvest.run import local, refuse_another, requested
+from harvest.run import refuse_another, requested
 from shards.manifest import read_manifest
 from shards.plan import group, human, measured, room
+from shards.remote import is_url
 from shards.writer import StoreWriter
 
 BEGUN, FINISHED = "settings.json", "transcoder.safetensors"
 """Of a run: its record from the start, its weights at the end (transcoder/weights.py, which is above)."""
 OWN = ("--force", "--plan", "--refill")
 """Options of harvest that the other stages do not have."""
+
+
+def local(path: str) -> Path:
+    """A store's place on disk; raises `InputError` for an address."""
+    if is_url(path):
+        raise InputError(
+            f"paths.activations: {path}: harvest.keep layer works in a directory; give one, or keep all"
+        )
+    return Path(path)
 
 
 def by_layer(asked: Asked, settings: Settings) -> None:

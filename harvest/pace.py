@@ -10,7 +10,13 @@ WAITED = 0.1
 LEAST = 0.05
 """Seconds that are mentioned."""
 WAITING = "waiting"
-STEPS = {"model": "model", "copy": "copies", "compression": "compression", "disk": "disk"}
+STEPS = {
+    "model": "model",
+    "copy": "copies",
+    "compression": "compression",
+    "disk": "disk",
+    "upload": "uploads",
+}
 """What a window that is written waits for, or takes, one after the other; and as the line names it."""
 
 

@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 from common.settings import Settings
 from harvest import lm
 from harvest.run import differences, requested, to_harvest
-from shards.plan import Plan, expected_rows, human, passes, plan_of, room, shortage
+from shards.plan import Plan, expected_rows, human, on_disk, passes, plan_of, room, shortage
+from shards.remote import is_url
 
 
 def plan_only(settings: Settings) -> None:
@@ -21,10 +22,12 @@ def plan_only(settings: Settings) -> None:
     if layers > 1:
         rows = sum(sum(plan.rows.values()) for plan in plans.values())
         size, free = sum(plan.bytes for plan in plans.values()), next(iter(plans.values())).free_bytes
-        tqdm.write(f"together: {layers} layers, {rows:,} rows, {human(size)} on disk, {human(free)} free")
+        tqdm.write(f"together: {layers} layers, {rows:,} rows, {human(size)}{on_disk(free)}")
     if missing:
         tqdm.write(f"it does NOT fit: the harvest {missing}")
-    if layers > 1 or settings.harvest.keep == "layer":
+    if (layers > 1 or settings.harvest.keep == "layer") and not is_url(
+        settings.store_path(settings.layers[0])
+    ):
         tqdm.write(_passes_in_words(settings, plans))
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import InputError, shown
-from common.files import sha256, size_of, write_whole
+from common.files import sha256, write_whole
 from common.hooks import hooks_of
 from common.identity import (
     chat_template_sha256,
@@ -23,7 +23,7 @@ from common.identity import (
     directory_sha256,
     model_sha256,
 )
-from common.processes import Processes, joined
+from common.processes import Processes, joined, rank
 from common.progress import progress
 from common.settings import Data, Model, Settings
 from harvest import lm
@@ -33,15 +33,19 @@ from harvest.windows import run_windows
 from shards.codecs import Compressor
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import NAMES, SPLITS, Manifest, Source
+from shards.objects.scratch import Scratch
+from shards.objects.writer import writer_of
 from shards.plan import human, plan_of, rows_in_words, shortage
 from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.store import Store, as_harvested
-from shards.writer import ContextWriter, StoreWriter, Text
+from shards.text.contexts import ContextWriter
+from shards.writer import StoreWriter, Text
 
 
 def harvest(settings: Settings, force: bool = False, refill: bool = False) -> list[Path]:
-    """Write one store per layer of `settings.layers`, or continue where an earlier run was stopped.
+    """Write one store per layer of `settings.layers`, or continue where an earlier run was stopped. Returns their
+    directories; none of stores at an address.
 
     `refill`: also train rows that were removed after training.
     Raises `InputError` for whatever the user can mend; a killed or failed run leaves resumable stores.
@@ -51,16 +55,16 @@ def harvest(settings: Settings, force: bool = False, refill: bool = False) -> li
     if todo:
         where = lm.locate(settings.model)  # before anything is written
         with joined() as processes, contextlib.ExitStack() as stack:
-            for writer in todo.values() if processes.leads else ():
-                if writer.removed:
+            for writer in todo.values():
+                if processes.leads and writer.removed:
                     writer.refill()
-                stack.enter_context(writer.lock())
+                stack.enter_context(writer.lock(processes.leads))
             manifests, failed = _harvest(settings, todo, request, where, force, processes)
         for layer, manifest in manifests.items():  # when what was only for the writing has gone
-            _summary(layer, todo[layer].root, manifest)
+            _summary(layer, todo[layer], manifest)
         if failed:
             raise _failures(failed, len(todo))
-    return [local(settings.store_path(layer)) for layer in settings.layers]
+    return [Path(path) for path in map(settings.store_path, settings.layers) if not is_url(path)]
 
 
 def to_harvest(
@@ -72,19 +76,13 @@ def to_harvest(
     """
     if not settings.layers:
         raise InputError("layer: none given; for example LAYER=17 (--layer 17)")
-    writers = {layer: StoreWriter(local(settings.store_path(layer))) for layer in settings.layers}
+    scratch = Scratch(settings.paths.cache / "scratch", settings.paths.scratch_bytes, rank())
+    writers = {layer: writer_of(settings.store_path(layer), scratch) for layer in settings.layers}
     return {
         layer: writer
         for layer, writer in writers.items()
         if not _already_there(writer, layer, settings, request, layer in refill)
     }
-
-
-def local(path: str) -> Path:
-    """A store's place on disk; raises `InputError` for an address."""
-    if is_url(path):
-        raise InputError(f"paths.activations: {path}: a harvest writes locally; upload it with make upload")
-    return Path(path)
 
 
 def requested(settings: Settings) -> dict[str, Any]:
@@ -128,11 +126,11 @@ def _already_there(
         if refill:
             return False
         tqdm.write(
-            f"layer {layer}: {writer.root} was harvested, and its train rows removed after training; nothing to do "
+            f"layer {layer}: {writer.where} was harvested, and its train rows removed after training; nothing to do "
             "(--refill harvests them again)"
         )
     elif writer.complete:
-        tqdm.write(f"layer {layer}: {writer.root} is already harvested, nothing to do")
+        tqdm.write(f"layer {layer}: {writer.where} is already harvested, nothing to do")
     return writer.complete
 
 
@@ -141,12 +139,15 @@ def refuse_another(writer: StoreWriter, layer: int, settings: Settings, request:
 
     One without a window is no obstacle: it is begun anew.
     """
-    source = Store.open(writer.root).manifest.source.model_dump() if writer.complete else writer.request
+    cache = settings.paths.cache, settings.paths.cache_bytes
+    source = (
+        Store.open(writer.where, *cache).manifest.source.model_dump() if writer.complete else writer.request
+    )
     if source is None or not writer.has_rows:
         return
     if differing := differences(settings, request | {"layer": layer}, source):
         raise InputError(
-            f"{writer.root}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
+            f"{writer.where}: holds another harvest ({'; '.join(differing)}); give HARVEST=name to keep both, "
             "or remove it"
         )
 
@@ -210,7 +211,9 @@ def _harvest(
         _text_pass(settings, stores, request, tokenizer, special, model.tokens, template)
     processes.wait()
     for writer in stores:
-        processes.see(writer.work / "plan.json")
+        if not is_url(writer.where):
+            processes.see(writer.work / "plan.json")
+        writer.fetch_text()
     _refuse_other_text(stores)
     for writer, source in zip(stores, sources, strict=True):
         writer.begin(_with_template(source, writer), create=first)
@@ -322,7 +325,7 @@ def _refuse_other_text(writers: list[StoreWriter]) -> None:
     for other in others:
         if other.text.contexts_sha256 != first.text.contexts_sha256:
             raise InputError(
-                f"{other.root}: holds another text than {first.root}, as the data set has changed between the two; "
+                f"{other.where}: holds another text than {first.where}, as the data set has changed between the two; "
                 "harvest the layers that were begun first, one by one, or remove them"
             )
 
@@ -448,19 +451,20 @@ def _refuse_if_it_cannot_fit(writers: list[StoreWriter], settings: Settings, for
     for writer, plan in zip(writers, plans, strict=True):
         tqdm.write(f"plan: layer {writer.source.layer}: {plan}")
     if (missing := shortage(plans)) and not force:
-        begun = " and ".join(str(writer.root) for writer in writers if writer.has_rows)
+        begun = " and ".join(writer.where for writer in writers if writer.has_rows)
         raise InputError(
             f"{settings.paths.activations}: the harvest {missing}; "
             f"{f'remove {begun} and ' if begun else ''}lower harvest.rows, move paths.activations, or give --force"
         )
 
 
-def _summary(layer: int, root: Path, manifest: Manifest) -> None:
+def _summary(layer: int, writer: StoreWriter, manifest: Manifest) -> None:
     train, heldout = manifest.splits["train"], manifest.splits["heldout"]
     costs = [m.cost for m in (train.inputs, train.outputs) if m]
+    rows = rows_in_words({name: split.rows for name, split in manifest.splits.items()})
     tqdm.write(
-        f"layer {layer}: {root}, {rows_in_words({name: split.rows for name, split in manifest.splits.items()})}, "
-        f"{human(size_of(root))}, storing costs FVU {' / '.join(costs)} (inputs / outputs)",
+        f"layer {layer}: {writer.where}, {rows}, "
+        f"{human(writer.size())}, storing costs FVU {' / '.join(costs)} (inputs / outputs)",
         file=sys.stdout,
     )
     if heldout.rows == 0:

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -58,8 +59,7 @@ def run_windows(
     """
     missing = {writer: frozenset(writer.missing()) for writer in writers}
     processes.wait()  # everyone has looked before anyone writes
-    work = [window for window in _all_windows(writers[0]) if any(window[:2] in m for m in missing.values())]
-    work = work[processes.rank :: processes.world]
+    work = _share(writers[0], set().union(*missing.values()), processes)
     threads = min(len(writers), 4)
     intake, room, pace = Intake(), Room(int(2 * len(writers) * SHARD_ROWS * (1 + SLACK))), Pace()
     landings = on_the_device(model, writers)
@@ -75,7 +75,8 @@ def run_windows(
         model.giving(hooks_for(model, [writer.source for writer in writers], landings), intake.take),
         progress("harvest", sum(len(kept) for *_, kept in work), "tokens") as bar,
     ):
-        kept, writing = _Counted(writers[0]), _Writing(pool, encoders, options, pace, intake.failed)
+        kept = _Counted(writers[0])
+        writing = _Writing(pool, encoders, options, _Shown(pace, bar), intake.failed)
         for turn, (split, number, window) in enumerate(work):
             here = [
                 w for w in writers if (split, number) in missing[w] and w.source.layer not in intake.failed
@@ -98,7 +99,7 @@ def run_windows(
                 after_first()
             for writer, rows in zip(here, filled, strict=True):
                 writing.begin(writer, split, number, rows)
-        writing.wait()
+        writing.end(writers)
         done = int(bar.n)
     if done and processes.leads and not intake.failed:
         tqdm.write(pace.line(done), file=sys.stdout)
@@ -161,7 +162,7 @@ class _Writing:
         pool: ThreadPoolExecutor,
         encoders: ThreadPoolExecutor,
         options: Harvest,
-        pace: Pace,
+        pace: "_Shown",
         failed: dict[int, InputError],
     ) -> None:
         self._pool, self._encoders, self._pace, self._failed = pool, encoders, pace, failed
@@ -199,6 +200,35 @@ class _Writing:
                 self._failed.setdefault(layer, error)
         self._futures.clear()
 
+    def end(self, writers: list[StoreWriter]) -> None:
+        """Until all windows are published, and where they belong."""
+        self.wait()
+        for writer in writers:
+            try:
+                with self._pace.during(WAITING), self._pace.during("upload"):
+                    writer.settle()
+            except InputError as error:
+                self._failed.setdefault(writer.source.layer, error)
+
+
+class _Shown:
+    """The pace; and while a store waits for uploads the bar says so."""
+
+    def __init__(self, pace: Pace, bar: "tqdm[Any]") -> None:
+        self._pace, self._bar = pace, bar
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        with self._pace.during(what):
+            if what != "upload":
+                yield
+                return
+            self._bar.set_postfix_str("waiting for uploads", refresh=False)
+            try:
+                yield
+            finally:
+                self._bar.set_postfix_str("", refresh=False)
+
 
 def _after_the_model() -> None:
     """Give this thread a tenth of the model's share of the processors; without it a harvest on two cores is 3 % slower.
@@ -211,6 +241,12 @@ def _after_the_model() -> None:
         lower = max(10, os.getpriority(os.PRIO_PROCESS, thread))  # raising it again takes root
         with contextlib.suppress(OSError):  # a container's seccomp
             os.setpriority(os.PRIO_PROCESS, thread, lower)
+
+
+def _share(writer: StoreWriter, missing: set[tuple[str, int]], processes: Processes) -> list[Window]:
+    """This process's windows of those that any store lacks."""
+    work = [window for window in _all_windows(writer) if window[:2] in missing]
+    return work[processes.rank :: processes.world]
 
 
 def _all_windows(writer: StoreWriter) -> Iterator[Window]:

@@ -1,11 +1,16 @@
 """python -m shards info | verify | upload: what a store holds, whether every byte is there, and a copy of it."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.layers.driver import over_layers
 from common.settings import Paths, Settings
+
+if TYPE_CHECKING:
+    from shards.remote import Files
 
 
 def main() -> None:
@@ -76,18 +81,32 @@ def _info(where: str, paths: Paths) -> None:
 
 def _verify(where: str, paths: Paths, repair: bool) -> bool:
     """Whether the store is whole, or was un-committed so that a harvest can mend it."""
-    from shards import verify as check
-    from shards.remote import files_of, is_url
+    from common.hub import is_hub
+    from shards.remote import as_they_are, files_of, is_url
 
-    damages = check.verify(files_of(where, paths.cache, paths.cache_bytes))
+    if not is_url(where) or is_hub(where):
+        return _verified(where, files_of(where, paths.cache, paths.cache_bytes), paths, repair)
+    paths.cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="verify-", dir=paths.cache) as scratch:
+        return _verified(where, as_they_are(where, Path(scratch), paths.cache_bytes), paths, repair)
+
+
+def _verified(where: str, files: "Files", paths: Paths, repair: bool) -> bool:
+    from common.hub import is_hub
+    from shards import verify as check
+    from shards.objects.scratch import Scratch
+    from shards.objects.writer import writer_of
+
+    damages = check.verify(files)
     for damage in damages:
         print(f"damaged: {damage}")
     if not damages:
         print(f"{where}: every byte is as it was committed{_gone(where, paths)}")
-    elif repair and is_url(where):
+    elif repair and is_hub(where):
         raise InputError(f"{where}: repair the local store and upload it again")
     elif repair:
-        lost = check.repair(Path(where), damages)
+        scratch = Scratch(paths.cache / "scratch", paths.scratch_bytes)
+        lost = check.repair(writer_of(where, scratch), files, damages)
         if not lost:
             print(f"{where}: what was left of its train rows is removed")
             return True

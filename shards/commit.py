@@ -74,7 +74,11 @@ def commit_of(root: Path) -> Commit:
         raise InputError(
             f"{root}: unfinished harvest ({COMMIT} is missing); the same make harvest continues it"
         )
-    data = path.read_bytes()
+    return commit_in(path.read_bytes(), root, path)
+
+
+def commit_in(data: bytes, root: Path, path: str | Path) -> Commit:
+    """The list that `data` is, of the store at `root`; raises `InputError` when it is damaged. `path` names it."""
     body, _, last = data.rstrip(b"\n").rpartition(b"\n")
     lines = body + b"\n"
     if last != f"# {hashlib.sha256(lines).hexdigest()}".encode():

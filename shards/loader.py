@@ -11,6 +11,7 @@ and dequantised there by the caller's thread: three kernels a side, and no threa
 Shapes: B batch, M chunks of a group, R rows per chunk of a batch (B = M * R), D width.
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -25,6 +26,8 @@ from common.device import cores
 from common.errors import InputError
 from shards.device.copies import Copies
 from shards.layout import CHUNK_ROWS
+from shards.objects.ahead import Turn, fetching
+from shards.objects.pieces import in_pieces
 from shards.order import chunk_groups
 from shards.reader import ChunkReader
 from shards.storage import Storage
@@ -117,6 +120,13 @@ class Loader:
         for batch in self.batches():
             yield batch.inputs, batch.outputs
 
+    @functools.cached_property
+    def readers(self) -> dict[str, ChunkReader]:
+        """Of the arrays that a batch is made of. Remote chunks are fetched one by one, ahead of the decoders."""
+        kinds = ("s", "_scales", "_row_scales", "_offsets")
+        names = [f"{side}{kind}" for side in SIDES for kind in kinds]
+        return {name: in_pieces(self.split.readers[name]) for name in names if name in self.split.readers}
+
     def batches(self) -> Generator[Batch, None, None]:
         """Yields batches. Threads decode the next group."""
         return self._on_cpu() if self.device.type == "cpu" else self._on_device()
@@ -124,16 +134,19 @@ class Loader:
     def _on_device(self) -> Generator[Batch, None, None]:
         copies = Copies(self.device)
         current, following = DeviceGroup(self, copies), DeviceGroup(self, copies)
-        turns = self._schedule()
-        with ThreadPoolExecutor(min(4, cores())) as decoders:
+        with (
+            ThreadPoolExecutor(min(4, cores())) as decoders,
+            fetching(self.readers) as fetched,
+        ):
+            turns = fetched(self._schedule())
             try:
                 turn = next(turns, None)
                 if turn is not None:
-                    current.decode(decoders, turn.chunks)
+                    current.decode(decoders, turn)
                 while turn is not None:
                     next_turn = next(turns, None)
                     if next_turn is not None:
-                        following.decode(decoders, next_turn.chunks)
+                        following.decode(decoders, next_turn)
                     current.arrive()
                     for within in range(turn.first_batch, self.batches_per_group):
                         yield self._cut(current, turn, within)
@@ -151,16 +164,17 @@ class Loader:
         with (
             ThreadPoolExecutor(min(4, cores())) as decoders,
             ThreadPoolExecutor(min(AHEAD, cores())) as cutters,
+            fetching(self.readers) as fetched,
         ):
-            turns = self._schedule()
+            turns = fetched(self._schedule())
             turn = next(turns, None)
             if turn is not None:
-                current.decode(decoders, turn.chunks)
+                current.decode(decoders, turn)
             while turn is not None:
                 next_turn = next(turns, None)
                 wait(cut)  # these batches read the buffers that `following` will overwrite
                 if next_turn is not None:
-                    following.decode(decoders, next_turn.chunks)
+                    following.decode(decoders, next_turn)
                 current.wait()
                 for within in range(turn.first_batch, self.batches_per_group):
                     cut.append(cutters.submit(self._cut, current, turn, within))
@@ -170,16 +184,16 @@ class Loader:
             while cut:
                 yield cut.popleft().result()
 
-    def _schedule(self) -> Iterator["_Turn"]:
+    def _schedule(self) -> Iterator["Turn"]:
         epoch, batch = self.start_epoch, self.start_batch
         while epoch < self.stop_epoch:
             groups = chunk_groups(self.chunks, self.group, self.seed, epoch)
             for number in range(batch // self.batches_per_group, len(groups)):
                 first = max(batch - number * self.batches_per_group, 0)
-                yield _Turn(epoch, number, first, groups[number][self.rank :: self.world])
+                yield Turn(epoch, number, first, groups[number][self.rank :: self.world])
             epoch, batch = epoch + 1, 0
 
-    def _cut(self, group: "_Group | DeviceGroup", turn: "_Turn", within: int) -> Batch:
+    def _cut(self, group: "_Group | DeviceGroup", turn: Turn, within: int) -> Batch:
         rows = slice(within * self.rows_per_chunk, (within + 1) * self.rows_per_chunk)
         numbers = turn.chunks[:, None] * CHUNK_ROWS + np.arange(rows.start, rows.stop)
         return Batch(
@@ -191,36 +205,23 @@ class Loader:
         )
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """One group's place in the order, and the chunks of it that this rank reads."""
-
-    epoch: int
-    group: int
-    first_batch: int
-    chunks: np.ndarray
-
-
 class _Group:
     """Buffers of one group of M chunks, in the storage type."""
 
     def __init__(self, loader: Loader) -> None:
-        split, m = loader.split, loader.group // loader.world
-        self._split = split
+        m = loader.group // loader.world
+        self._split, self._readers = loader.split, loader.readers
         self._pending: list[Future[None]] = []
-        kinds = ("s", "_scales", "_row_scales", "_offsets")
-        names = [f"{side}{kind}" for side in SIDES for kind in kinds if f"{side}{kind}" in split.readers]
-        self._arrays = {
-            n: np.empty((m, *split.readers[n].array.chunk), split.readers[n].array.dtype) for n in names
-        }
+        self._arrays = {n: np.empty((m, *r.array.chunk), r.array.dtype) for n, r in self._readers.items()}
 
-    def decode(self, pool: ThreadPoolExecutor, chunks: np.ndarray) -> None:
+    def decode(self, pool: ThreadPoolExecutor, turn: Turn) -> None:
         assert not self._pending
-        self._pending = [pool.submit(self._decode_one, slot, int(chunk)) for slot, chunk in enumerate(chunks)]
+        self._pending = [pool.submit(self._decode_one, turn, slot) for slot in range(len(turn.chunks))]
 
-    def _decode_one(self, slot: int, chunk: int) -> None:
+    def _decode_one(self, turn: Turn, slot: int) -> None:
+        turn.wait(slot)
         for name, buffer in self._arrays.items():
-            self._split.readers[name].chunk(chunk, out=buffer[slot])
+            self._readers[name].chunk(int(turn.chunks[slot]), out=buffer[slot])
 
     def wait(self) -> None:
         """Wait until every chunk is decoded. Raises the error of a thread that failed."""
@@ -254,10 +255,10 @@ class DeviceGroup(_Group):
         self._arrays = {n: tensor.numpy().view(self._arrays[n].dtype) for n, tensor in self._pinned.items()}
         self._cut = self._copied = copies.mark()
 
-    def decode(self, pool: ThreadPoolExecutor, chunks: np.ndarray) -> None:
+    def decode(self, pool: ThreadPoolExecutor, turn: Turn) -> None:
         """Into pinned memory, once it was copied: long ago, as batches were cut from the copy since."""
         self._copied.wait()
-        super().decode(pool, chunks)
+        super().decode(pool, turn)
 
     def send_if_decoded(self) -> None:
         """Begin the copy, where every chunk is there and it was not begun."""

@@ -1,6 +1,5 @@
 """What a harvest will take on disk, before it starts and again once its first window is measured."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from common.settings import Harvest
 from shards.commit import store_files
 from shards.layout import CHUNK_ROWS, SHARD_ROWS
 from shards.manifest import read_manifest
+from shards.remote import is_url
 from shards.storage import STORAGES
 
 if TYPE_CHECKING:  # it imports torch, which the tables do not wait for
@@ -40,7 +40,8 @@ class Plan:
     """Text, tokenizer, metadata: what does not grow with the windows still to come."""
     written_bytes: int
     """What of it is on disk already."""
-    free_bytes: int
+    free_bytes: int | None
+    """None: where nobody says, in an object store."""
     measured: bool
     """Whether bytes_per_row is that of windows already written."""
 
@@ -63,8 +64,13 @@ class Plan:
         how = "measured" if self.measured else "estimated"
         return (
             f"{rows_in_words(self.rows, self.counted)}, {self.bytes_per_row:,.0f} bytes a row ({how}), "
-            f"{human(self.bytes)} on disk, {human(self.free_bytes)} free"
+            f"{human(self.bytes)}{on_disk(self.free_bytes)}"
         )
+
+
+def on_disk(free: int | None) -> str:
+    """After a size: what the disk has left for it; nothing for an object store."""
+    return "" if free is None else f" on disk, {human(free)} free"
 
 
 def rows_in_words(rows: Mapping[str, int], counted: bool = True) -> str:
@@ -98,14 +104,14 @@ def plan_of(
     `width` is d_in + d_out; `expected`: rows of both splits where no text was read, or one that is read anew.
     """
     rows = writer.text.rows if expected is None else expected
-    size, free, fixed = size_of(writer.root), _free(writer.root), manifest_bytes(width)
-    records = [json.loads(path.read_bytes()) for path in sorted((writer.work / "records").glob("*.json"))]
+    free = None if is_url(writer.where) else _free(writer.root)
+    size, fixed, records = writer.size(), manifest_bytes(width), writer.records()
     finished_rows = sum(record["rows"] for record in records)
     if finished_rows == 0:
         per_row = bytes_per_row(width, storage)
         return Plan(rows, expected is None, per_row, fixed, size, free, measured=False)
     windows = {name for record in records for name in record["files"]}
-    written = sum((writer.root / name).stat().st_size for name in windows)
+    written = sum(writer.size_of_window(record) for record in records)
     others = (
         writer.root / name for name in store_files(writer.root) if name not in windows and "/c/" not in name
     )
@@ -140,7 +146,9 @@ def human(size: float) -> str:
 def shortage(plans: list[Plan]) -> str | None:
     """What the stores of these plans, side by side on one disk, still need and do not find; none when they fit."""
     needed, free = sum(plan.to_come for plan in plans), plans[0].free_bytes
-    return f"needs {human(needed)} more, {human(free)} are free" if needed > free else None
+    return (
+        f"needs {human(needed)} more, {human(free)} are free" if free is not None and needed > free else None
+    )
 
 
 def room(disk_bytes: int | None, stores: Iterable[Path]) -> int:

@@ -19,7 +19,8 @@ from common.errors import InputError
 from shards.codecs import crc32c
 from shards.commit import rows_removed
 from shards.layout import FILE_CHUNKS, Array
-from shards.remote import Files, LocalFiles
+from shards.objects.client import TRIES
+from shards.remote import Files, LocalFiles, RemoteFiles
 
 CRC = 4
 INDEX_BYTES = 16 * FILE_CHUNKS + CRC
@@ -91,10 +92,9 @@ class MappedArray:
     """Chunks from memory-mapped files. Several threads may call it."""
 
     def __init__(self, files: Files, array: Array) -> None:
-        self.array = array
-        self._where = files
+        self.array, self.files = array, files
         self._codec = array.compressor.codec()
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._opened: OrderedDict[int, File] = OrderedDict()
         self._lock = threading.Lock()
 
     def chunk(self, number: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -120,22 +120,44 @@ class MappedArray:
         last = min(first + self.array.chunk[0], self.array.shape[0]) - 1
         return f"chunk {number % FILE_CHUNKS} (lines {first} to {last} of {self.array.path})"
 
-    def _file(self, number: int) -> "_File":
+    def _payload(self, number: int) -> np.ndarray:
+        return self._file(number // FILE_CHUNKS).payload(number % FILE_CHUNKS)
+
+    def _file(self, number: int) -> "File":
         with self._lock:
-            file = self._files.pop(number, None) or _File(self._where.local(self.array.file(number)))
-            self._files[number] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)  # closed when its last reader lets go
-            return file
+            if file := self._opened.get(number):
+                self._opened.move_to_end(number)
+                return file
+        file = self._open(self.array.file(number))  # a remote one may take its time
+        with self._lock:
+            self._opened[number] = file
+            if len(self._opened) > OPEN_FILES:
+                self._opened.popitem(last=False)  # closed when its last reader lets go
+        return file
+
+    def _open(self, name: str) -> "File":
+        for attempt in range(TRIES):
+            path = self.files.local(name)
+            try:
+                return File(path)
+            except DamagedChunkError:
+                # A full cache may have removed it again.
+                if attempt == TRIES - 1 or path.exists() or not isinstance(self.files, RemoteFiles):
+                    raise
+        raise AssertionError
 
 
-class _File:
+class File:
     """One mapped file. Its index is parsed once, its length checked before every chunk."""
 
-    def __init__(self, path: Path) -> None:
+    path: Path | str
+    """What errors call it."""
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        """`descriptor`: of the file, where it is open already; it is closed with this."""
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._fd = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
         except FileNotFoundError as error:  # no right to read it, or ulimit -n, is no damage
             raise DamagedChunkError(str(path), str(error.strerror)) from error
         self._size = os.fstat(self._fd).st_size
@@ -156,13 +178,18 @@ class _File:
         # Reading a mapping beyond the end of a shortened file kills the process with SIGBUS: check the length first.
         if (size := os.fstat(self._fd).st_size) != self._size:
             raise ValueError(f"the file's length changed from {self._size} to {size} bytes")
-        offset, length = (int(x) for x in self._index[inner])
-        if length <= CRC or offset + length > self._size:
-            raise ValueError(f"expected bytes {offset} to {offset + length} in a file of {self._size}")
+        offset, length = self.place(inner)
         data = self._map[offset : offset + length]
         if crc32c(data[:-CRC]) != data[-CRC:].tobytes():
             raise ValueError("checksum mismatch")
         return data[:-CRC]
+
+    def place(self, inner: int) -> tuple[int, int]:
+        """A chunk's offset and length, its checksum included. Raises `ValueError` where the file has no such bytes."""
+        offset, length = (int(x) for x in self._index[inner])
+        if length <= CRC or offset + length > self._size:
+            raise ValueError(f"expected bytes {offset} to {offset + length} in a file of {self._size}")
+        return offset, length
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):

@@ -1,7 +1,6 @@
-"""Stores at s3://, gs://, https:// and hf:// addresses, read through a local cache directory; and uploading one.
+"""Stores at s3://, gs://, az://, file://, https:// and hf:// addresses, read through a local cache; and uploading one.
 
-hf:// is common/hub.py's. Credentials and endpoints of the others come from the environment, by the names obstore
-documents (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, ...).
+hf:// is common/hub.py's, the others are objects/client.py's.
 """
 
 import hashlib
@@ -9,19 +8,23 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from common import hub
-from common.errors import InputError, first_line
+from common.errors import InputError, shown
 from common.files import inside, write_whole
 from common.progress import progress
 from common.settings import Paths
-from shards.commit import read_commit
+from shards.commit import commit_in, read_commit, store_files
 from shards.layout import COMMIT
+from shards.objects.client import SCHEMES as OBJECT_STORES
+from shards.objects.client import TRIES, Client, missing
 
-SCHEMES = ("s3://", "gs://", "https://", "http://", hub.SCHEME)
+SCHEMES = (*OBJECT_STORES, hub.SCHEME)
 CACHE = Paths().cache
 CACHE_BYTES = Paths().cache_bytes
+SLACK = 16
+"""A cache is measured anew whenever a sixteenth of it came, and when it is full, a sixteenth of it goes."""
 
 
 def is_url(where: str | Path) -> bool:
@@ -52,18 +55,24 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Downloads whole files on demand into `cache`, least recently used ones go above `limit` bytes.
+    """Downloads whole files on demand into `root`, least recently used ones go above `limit` bytes.
 
-    A file appears whole in the cache; its chunks are verified as any other's when they are read.
+    A file appears whole in the cache, with the digest that the commit has of it; its chunks are verified as any other's
+    when they are read.
     """
 
-    def __init__(self, url: str, cache: Path, limit: int) -> None:
-        self.where = url.rstrip("/")
-        self._store = _open(self.where)
-        self.root = cache / hashlib.sha256(self.where.encode()).hexdigest()[:16]
+    def __init__(self, client: Client, root: Path, limit: int) -> None:
+        self.client, self.where, self.root = client, client.url, root
+        self.pieces = root.with_name(f"{root.name}.pieces")
+        """Where files are of which only parts are there (objects/pieces.py)."""
+        self.ends: dict[str, tuple[bytes, int]] = {}
+        """Index and size of these, as far as they were asked for: 0.5 kB each."""
         self._limit = limit
         self._lock = threading.Lock()
         self._busy: dict[str, threading.Lock] = {}
+        self._digests: dict[str, str] | None = None
+        self._measured: int | None = None
+        self._since = 0
 
     def local(self, name: str) -> Path:
         with self._lock:
@@ -73,22 +82,86 @@ class RemoteFiles:
             if path.is_file():
                 os.utime(path)
             else:
-                write_whole(path, _get(self._store, name, self.where))
-                self._evict(path)
+                data = self._download(name)
+                write_whole(path, data)
+                self.came(len(data), path)
         return path
 
-    def _evict(self, newest: Path) -> None:
-        """Remove what was used longest ago; a mapped file stays readable until it is let go."""
+    def _download(self, name: str) -> bytes:
+        """A file, again where its digest is not the commit's: half of it may have come, and called itself whole."""
+        if self._digests is None:
+            self._digests = self._listed()
+        expected, digest, data = self._digests.get(name), "", b""
+        for _ in range(TRIES):
+            if (got := self.client.get(name)) is None:
+                raise missing(self.where, name)
+            data = got
+            if expected is None or (digest := hashlib.sha256(data).hexdigest()) == expected:
+                return data
+        raise InputError(
+            f"{self.where}/{name}: sha256 expected {shown(expected)}, found {shown(digest)} ({len(data)} bytes); "
+            f"python -m shards verify {self.where} tells more"
+        )
+
+    def _listed(self) -> dict[str, str]:
+        return commit_in((self.root / COMMIT).read_bytes(), self.root, f"{self.where}/{COMMIT}").there
+
+    def came(self, count: int, newest: Path) -> None:
+        """Note that so many bytes came into the cache; remove what was used longest ago where they are too many.
+
+        A mapped file stays readable until it is let go.
+        """
         with self._lock:
-            files = [path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".tmp"]
-            stats = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files)
+            self._since += count
+            known = self._measured is not None and self._since <= self._limit // SLACK
+            if known and (self._measured or 0) + self._since <= self._limit:
+                return
+            files = [path for root in (self.root, self.pieces) for path in root.rglob("*") if path.is_file()]
+            # What several processes remove at the same time is gone for one of them.
+            stats = sorted(each for path in files if path.suffix != ".tmp" and (each := _use(path)))
             total = sum(size for _, size, _ in stats)
+            most = self._limit if total <= self._limit else self._limit - self._limit // SLACK
             for _, size, path in stats:
-                if total <= self._limit:
-                    return
+                if total <= most:
+                    break
                 if path not in (newest, self.root / COMMIT):
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                     total -= size
+            self._measured, self._since = total, 0
+
+
+def _use(path: Path) -> tuple[int, int, Path] | None:
+    """When a file was last used, and the bytes that it takes: of one with holes fewer than its size."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, min(status.st_size, status.st_blocks * 512), path
+
+
+class AsTheyAre(RemoteFiles):
+    """Every file as it is there now, whatever the commit says of it: for finding damage."""
+
+    def _listed(self) -> dict[str, str]:
+        return {}
+
+    def local(self, name: str) -> Path:
+        try:
+            return super().local(name)
+        except InputError:
+            if self.client.size(name) is None:
+                return self.root / name  # where it is not either
+            raise
+
+
+def names_of(files: Files) -> list[str]:
+    """Every file of a store but the commit and the unfinished harvest's, in byte order of the path."""
+    if not isinstance(files, RemoteFiles):
+        return store_files(files.root)
+    if files.where.startswith("http"):
+        return []  # a web server does not list
+    hidden = (found.name for found in files.client.names() if found.name != COMMIT)
+    return sorted(name for name in hidden if not any(part[0] == "." for part in name.split("/")))
 
 
 def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
@@ -100,15 +173,30 @@ def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
         return LocalFiles(Path(where))
     if hub.is_hub(where):
         return hub.HubFiles(str(where), COMMIT)
-    files = RemoteFiles(str(where), cache, cache_bytes)
-    commit = _get(files._store, COMMIT, files.where)
+    url = str(where).rstrip("/")
+    files = RemoteFiles(Client(url), cache / hashlib.sha256(url.encode()).hexdigest()[:16], cache_bytes)
+    commit = _commit(files.client)
     cached = files.root / COMMIT
     if cached.is_file() and cached.read_bytes() != commit:
-        for path in files.root.rglob("*"):
-            if path.is_file():
-                path.unlink()
+        for root in (files.root, files.pieces):
+            for path in root.rglob("*"):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
     write_whole(cached, commit)
     return files
+
+
+def as_they_are(url: str, scratch: Path, limit: int) -> Files:
+    """The files of a remote store for `verify`, in the empty directory `scratch`, at most `limit` bytes at a time."""
+    files = AsTheyAre(Client(url), scratch, limit)
+    write_whole(files.root / COMMIT, _commit(files.client))
+    return files
+
+
+def _commit(client: Client) -> bytes:
+    if (commit := client.get(COMMIT)) is None:
+        raise missing(client.url, COMMIT)
+    return commit
 
 
 def upload(root: Path, url: str) -> None:
@@ -117,15 +205,10 @@ def upload(root: Path, url: str) -> None:
     if hub.is_hub(url):
         hub.upload(root, url, f"Activation store {root.name}", [*names, COMMIT])
         return
-    target = _open(url)
+    target = Client(url, make=True)
 
     def put(name: str) -> int:
-        import obstore
-
-        try:
-            obstore.put(target, name, root / name)
-        except Exception as error:  # obstore raises one class per provider
-            raise InputError(f"{url}/{name}: upload failed: {first_line(error)[:200]}") from error
+        target.put(name, root / name)
         return (root / name).stat().st_size
 
     total = sum((root / name).stat().st_size for name in names)
@@ -136,27 +219,3 @@ def upload(root: Path, url: str) -> None:
         for size in pool.map(put, names):
             bar.update(size)
         put(COMMIT)
-
-
-def _open(url: str) -> Any:
-    from obstore.store import from_url
-
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
-    try:
-        if endpoint.startswith("http://"):
-            return from_url(url, client_options={"allow_http": True})  # pyright: ignore
-        return from_url(url)
-    except Exception as error:  # obstore raises one class per provider
-        raise InputError(f"{url}: not an address of an object store: {first_line(error)[:200]}") from error
-
-
-def _get(store: Any, name: str, where: str) -> bytes:
-    import obstore
-
-    try:
-        return bytes(obstore.get(store, name).bytes())
-    except FileNotFoundError:
-        what = "no complete store there (files.sha256 is missing)" if name == COMMIT else "missing"
-        raise InputError(f"{where}/{name}: {what}") from None
-    except Exception as error:  # obstore raises one class per provider
-        raise InputError(f"{where}/{name}: cannot be read: {first_line(error)[:200]}") from error

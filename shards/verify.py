@@ -3,17 +3,16 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.device import cores
 from common.errors import InputError
 from common.files import sha256
 from common.progress import progress
-from shards.commit import commit_of, store_files
+from shards.commit import commit_of
 from shards.layout import FILE_CHUNKS, Array, split_arrays
 from shards.manifest import SPLITS, read_manifest
 from shards.reader import DamagedChunkError, MappedArray
-from shards.remote import Files, LocalFiles
+from shards.remote import Files, names_of
 from shards.writer import StoreWriter
 
 UNLISTED = "not listed in files.sha256: no file of the store"
@@ -55,7 +54,7 @@ def verify(files: Files) -> list[Damage]:
             bar.update()
             if not whole:
                 damages += _locate(files, name, arrays.get(name))
-    unlisted = (name for name in store_files(files.root) if name not in digests)
+    unlisted = (name for name in names_of(files) if name not in digests)
     return damages + [Damage(name, LEFT_OVER if name in removed else UNLISTED) for name in unlisted]
 
 
@@ -101,30 +100,29 @@ def _locate(files: Files, name: str, place: tuple[Array, int] | None) -> Iterato
         yield Damage(name, f"{what}, though every chunk reads", array.path)
 
 
-def repair(root: Path, damages: list[Damage]) -> list[tuple[str, int]]:
+def repair(writer: StoreWriter, files: Files, damages: list[Damage]) -> list[tuple[str, int]]:
     """Un-commit the windows that hold damage, so that the same harvest refills exactly those; a removal that was
     interrupted is brought to its end first.
 
-    Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a window's: the text,
-    the tokenizer or the manifest, which a harvest cannot make again from the store alone; or a stranger's file.
+    `files`: of the same store. Returns the (split, window) pairs. Raises `InputError` when what is damaged is not a
+    window's: the text, the tokenizer or the manifest, which a harvest cannot make again from the store alone; or a
+    stranger's file.
     """
     if any(damage.what == LEFT_OVER for damage in damages):
-        StoreWriter(root).remove_rows()
+        writer.remove_rows()
         damages = [damage for damage in damages if damage.what != LEFT_OVER]
     if not damages:
         return []
     if strange := next((damage.file for damage in damages if damage.what == UNLISTED), None):
         raise InputError(
-            f"{root / strange}: is no file of the store; remove this file, the store is not harmed by it"
+            f"{files.where}/{strange}: is no file of the store; remove this file, the store is not harmed by it"
         )
-    places = (
-        _data_files(LocalFiles(root)) if not any(damage.file.endswith(".json") for damage in damages) else {}
-    )
+    places = _data_files(files) if not any(damage.file.endswith(".json") for damage in damages) else {}
     beyond = [d.file for d in damages if d.file not in places or places[d.file][0].path.endswith("/contexts")]
     if beyond:
         raise InputError(
-            f"{root}: {beyond[0]} cannot be refilled from the store alone; remove the store and harvest again"
+            f"{files.where}: {beyond[0]} cannot be refilled from the store alone; remove the store and harvest again"
         )
     lost = {(places[d.file][0].path.split("/")[0], places[d.file][1]) for d in damages}
-    StoreWriter(root).uncommit(sorted(lost))
+    writer.uncommit(sorted(lost))
     return sorted(lost)

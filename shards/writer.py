@@ -8,7 +8,6 @@ Shapes: n rows of a window, d columns.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 import threading
@@ -22,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, shown
-from common.files import locked, remove_asides, sha256, write_whole
+from common.files import locked, remove_asides, sha256, size_of, write_whole
 from shards.commit import commit_of, commit_text, store_files
 from shards.device.column import DeviceColumn, Landing
 from shards.encode import Column, Mapped, encode_rows, encode_shard, reduce_moments
 from shards.layout import (
     COMMIT,
-    FILE_CHUNKS,
     WORK,
     contexts_array,
     dumps,
@@ -64,7 +62,7 @@ class StoreWriter:
     """An unfinished store. `text` is there after the text pass, `missing()` says what is left to do."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.where = root, str(root)
         self.work = root / WORK
 
     @property
@@ -73,9 +71,14 @@ class StoreWriter:
         return (self.root / COMMIT).is_file()
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store; a second harvest is refused. The kernel frees a dead holder's lock."""
-        with locked(self.work / "lock", f"{self.root}: another harvest is writing it"):
+    def lock(self, leads: bool = True) -> Iterator[None]:
+        """Hold the store; a second harvest is refused. The kernel frees a dead holder's lock. Of several processes one
+        leads, and holds it for all.
+        """
+        if not leads:
+            yield
+            return
+        with locked(self.work / "lock", f"{self.where}: another harvest is writing it"):
             try:
                 yield
             finally:
@@ -95,12 +98,7 @@ class StoreWriter:
     def _read_work(self, name: str) -> Any:
         """A JSON file of the unfinished harvest, or None."""
         path = self.work / name
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path}: damaged ({error}); remove {self.root} and harvest again") from error
+        return parsed(path.read_bytes(), path, self.where) if path.is_file() else None
 
     @property
     def has_rows(self) -> bool:
@@ -136,6 +134,9 @@ class StoreWriter:
         """What the text pass left; only after it."""
         return Text(**self._read_work("plan.json")["text"])
 
+    def fetch_text(self) -> None:
+        """Have the contexts where `contexts` reads them: here, where they were written."""
+
     def contexts(self, split: str, context_length: int) -> Contexts:
         """[C, T] a split's token ids, as the text pass left them."""
         array = contexts_array(split, self.text.contexts[split], context_length)
@@ -153,19 +154,21 @@ class StoreWriter:
         if (begun := self._read_work("source.json")) is not None:
             if differing := self.begun_otherwise(source):
                 raise InputError(
-                    f"{self.root}: begun with {differing}; finish it as it was begun, remove it, or give HARVEST=name"
+                    f"{self.where}: begun with {differing}; finish it as it was begun, remove it, or give HARVEST=name"
                 )
             # The model keeps the name it was begun with: the finished bytes do not depend on who goes on.
             names = {key: begun[key] for key in NAMES if key in begun}
             self.source = source.model_copy(update=names)
             return
-        if not create:
-            return
+        if create:
+            self._write_metadata()
+            write_whole(self.work / "source.json", dumps(source.model_dump()))
+
+    def _write_metadata(self) -> None:
         for split, arrays in self._arrays.items():
             write_whole(self.root / split / "zarr.json", dumps(group_metadata()))
             for array in arrays.values():
                 write_whole(self.root / array.path / "zarr.json", dumps(array.metadata()))
-        write_whole(self.work / "source.json", dumps(source.model_dump()))
 
     def begun_otherwise(self, source: Source) -> str | None:
         """The first key in which the unfinished harvest was begun with another source, and both values."""
@@ -180,28 +183,35 @@ class StoreWriter:
 
     def missing(self) -> list[tuple[str, int]]:
         """(split, window) pairs that are still to be written, in order."""
+        return [(s, w) for s, w in self._wanted() if not self._record_path(s, w).is_file()]
+
+    def _wanted(self) -> list[tuple[str, int]]:
+        """All windows, or those that were lost, where the others are committed."""
         wanted = [(s, w) for s in SPLITS for w in range(len(windows(self.text.rows[s])))]
         if (lost := self._read_work("lost.json")) is not None:
             wanted = [(s, w) for s, w in wanted if [s, w] in lost]
-        return [(s, w) for s, w in wanted if not self._record_path(s, w).is_file()]
+        return wanted
+
+    def settle(self) -> None:
+        """Until every window that was written is where it belongs: here it is."""
+
+    def size(self) -> int:
+        """Bytes of the store's files."""
+        return size_of(self.root)
 
     def uncommit(self, lost: list[tuple[str, int]]) -> None:
         """Turn a complete store into an unfinished one that lacks these windows.
 
         The old commit is kept aside: the refilled windows must have the digests that it lists.
         """
-        manifest = read_manifest(self.root)
-        text = Text(
-            rows={name: split.rows for name, split in manifest.splits.items()},
-            contexts={name: split.contexts for name, split in manifest.splits.items()},
-            contexts_sha256={name: split.contexts_sha256 for name, split in manifest.splits.items()},
-            tokenizer_sha256=manifest.tokenizer_sha256,
-            bad_rows=manifest.bad_rows,
-        )
+        source, text = as_committed(self.manifest())
         with self.lock():
+            shutil.rmtree(
+                self.work / "records", ignore_errors=True
+            )  # left of a harvest killed after its commit
             write_whole(self.work / "lost.json", dumps(lost))
-            write_whole(self.work / "source.json", dumps(manifest.source.model_dump()))
-            self.finish_text(manifest.source.model_dump(), text)
+            write_whole(self.work / "source.json", dumps(source))
+            self.finish_text(source, text)
             (self.root / COMMIT).replace(self.work / COMMIT)
 
     def remove_rows(self) -> None:
@@ -219,6 +229,10 @@ class StoreWriter:
             for name in removed:
                 (self.root / name).unlink(missing_ok=True)
 
+    def manifest(self) -> Manifest:
+        """Of a complete store."""
+        return read_manifest(self.root)
+
     @property
     def removed(self) -> bool:
         """Whether it is complete, but without its train rows."""
@@ -226,8 +240,16 @@ class StoreWriter:
 
     def refill(self) -> None:
         """Turn a complete store without train rows into an unfinished one that lacks their windows."""
-        rows = read_manifest(self.root).splits["train"].rows
+        rows = self.manifest().splits["train"].rows
         self.uncommit([("train", number) for number in range(len(windows(rows)))])
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of the windows that are written."""
+        return [json.loads(path.read_bytes()) for path in sorted((self.work / "records").glob("*.json"))]
+
+    def size_of_window(self, record: dict[str, Any]) -> int:
+        """Bytes of the files of a window that is written."""
+        return sum((self.root / name).stat().st_size for name in record["files"])
 
     def _record_path(self, split: str, window: int) -> Path:
         return self.work / "records" / f"{split}-{window:06d}.json"
@@ -277,7 +299,7 @@ class StoreWriter:
         moments = reduce_moments([sums])
         if moments is None:
             return
-        what = f"{self.root}: storing the {side}s as {self.source.storage} costs"
+        what = f"{self.where}: storing the {side}s as {self.source.storage} costs"
         if not moments.quantisation_fvu <= limit:  # not a number: the difference of two values was infinite
             raise InputError(
                 f"{what} FVU {moments.quantisation_fvu:.2g}, above harvest.max_quantisation_fvu {limit:g}; "
@@ -320,12 +342,12 @@ class StoreWriter:
     def _recommit(self) -> Manifest:
         """Put the old commit back after the lost windows were refilled with the same bytes."""
         there, removed = commit_of(self.work)
-        for path in sorted((self.work / "records").glob("*.json")):
-            for name, recorded in json.loads(path.read_bytes())["files"].items():
+        for record in self.records():
+            for name, recorded in record["files"].items():
                 expected = there[name] = removed.pop(name, None) or there[name]
                 if expected != recorded:
                     raise InputError(
-                        f"{self.root / name}: refilled with other bytes than were lost (sha256 expected "
+                        f"{self.where}/{name}: refilled with other bytes than were lost (sha256 expected "
                         f"{shown(expected)}, found {shown(recorded)}); remove the store and harvest again"
                     )
         write_whole(self.root / COMMIT, commit_text(there, removed))
@@ -435,6 +457,26 @@ class WindowRows:
         self.freed(count)
 
 
+def parsed(data: bytes, name: str | Path, store: str) -> Any:
+    """The JSON of an unfinished harvest's file; raises `InputError` where it is none."""
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{name}: damaged ({error}); remove {store} and harvest again") from error
+
+
+def as_committed(manifest: Manifest) -> tuple[dict[str, Any], Text]:
+    """Source and text that a complete store was made of."""
+    text = Text(
+        rows={name: split.rows for name, split in manifest.splits.items()},
+        contexts={name: split.contexts for name, split in manifest.splits.items()},
+        contexts_sha256={name: split.contexts_sha256 for name, split in manifest.splits.items()},
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        bad_rows=manifest.bad_rows,
+    )
+    return manifest.source.model_dump(), text
+
+
 def stored_order(source: Source, split: str, window: int, rows: int) -> np.ndarray:
     """[rows] int64: where kept position i of the window goes."""
     return permutation(rows, source.seed, split_number(split), window)
@@ -444,32 +486,3 @@ def _is_row(name: str) -> bool:
     """Whether a file of a store holds train rows, or which token each is of; its text stays."""
     array, chunk, _ = name.partition("/c/")
     return bool(chunk) and array.startswith("train/") and array != "train/contexts"
-
-
-class ContextWriter:
-    """Appends a split's contexts file by file; bounded memory whatever their number."""
-
-    def __init__(self, root: Path, split: str, context_length: int) -> None:
-        self._root, self._array = root, contexts_array(split, 0, context_length)
-        self._pending: list[np.ndarray] = []
-        self._digests: list[str] = []
-        self.contexts = 0
-
-    def append(self, context: np.ndarray) -> None:
-        """Take in one context, [T] token ids."""
-        self._pending.append(context)
-        self.contexts += 1
-        if len(self._pending) == FILE_CHUNKS * self._array.chunk[0]:
-            self._flush()
-
-    def _flush(self) -> None:
-        values = np.stack(self._pending).astype(self._array.dtype)
-        write_whole(self._root / self._array.file(len(self._digests)), encode_shard(self._array, values))
-        self._digests.append(hashlib.sha256(values.tobytes()).hexdigest())
-        self._pending = []
-
-    def finish(self) -> str:
-        """Write what is pending; returns the digest of all contexts."""
-        if self._pending:
-            self._flush()
-        return digest(self._digests)

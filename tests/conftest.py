@@ -9,6 +9,7 @@ import pytest
 
 from common.cli import load, parser
 from common.settings import ROOT, Settings
+from tests.harvest.shrunk import shrink
 from tests.hub import TOKEN, Hub, Run, running
 from tests.models import FAMILIES, save_model, save_wide_gemma, sentences, write_jsonl
 
@@ -103,18 +104,4 @@ def at_hub(hub: Hub, tmp_path: Path) -> Run:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 512 rows (32 chunks of 16), so that small harvests have several."""
-    import harvest.run as run
-    import shards.layout
-
-    for module in (
-        shards.layout,
-        sys.modules["shards.writer"],
-        sys.modules["shards.loader"],
-        sys.modules["shards.store"],
-        sys.modules["shards.device.column"],
-    ):
-        if hasattr(module, "CHUNK_ROWS"):
-            monkeypatch.setattr(module, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(shards.layout, "SHARD_ROWS", 512)
-    monkeypatch.setattr(run, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(run, "SHARD_ROWS", 512)
+    shrink(monkeypatch.setattr)

@@ -13,7 +13,8 @@ from shards.codecs import Compressor
 from shards.encode import Column
 from shards.layout import windows
 from shards.manifest import SPLITS, Source
-from shards.writer import ContextWriter, StoreWriter, Text, WindowRows, stored_order
+from shards.text.contexts import ContextWriter
+from shards.writer import StoreWriter, Text, WindowRows, stored_order
 
 Rows = tuple[np.ndarray, np.ndarray]
 
@@ -79,33 +80,46 @@ def make_store(
         output_compressor=compressor,
         **source,
     )
-    words = vocabulary or ["<s>", "</s>", *(f"word{i}" for i in range(98))]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     writer = StoreWriter(Path(path))
     with writer.lock():
-        digest = write_whole(writer.root / "tokenizer.json", tokenizer.to_str().encode())
-        per_context = origin.context_length - 1
-        splits = dict(zip(SPLITS, (train, heldout), strict=True))
-        counts, digests = {}, {}
-        for name, (inputs, _) in splits.items():
-            contexts = ContextWriter(writer.root, name, origin.context_length)
-            rng = np.random.default_rng(len(inputs))
-            for _ in range(-(-len(inputs) // per_context)):
-                tokens = rng.integers(2, len(words), origin.context_length)
-                tokens[0] = 0
-                contexts.append(tokens)
-            counts[name], digests[name] = contexts.contexts, contexts.finish()
-        writer.finish_text({}, Text({s: len(r[0]) for s, r in splits.items()}, counts, digests, digest))
-        writer.begin(origin)
-        for name, (inputs, outputs) in splits.items():
-            for number, window in enumerate(windows(len(inputs))):
-                rows = WindowRows.empty(len(window), origin)
-                order = stored_order(origin, name, number, len(window))
-                kept = np.arange(window.start, window.stop)
-                for column, values in ((rows.inputs, inputs), (rows.outputs, outputs)):
-                    assert isinstance(column, Column)
-                    column.put(order, values[kept])
-                rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1
-                writer.write_window(name, number, rows, max_quantisation_fvu, max_dimension_fvu)
+        begin(writer, origin, train, heldout, vocabulary)
+        for name, rows in zip(SPLITS, (train, heldout), strict=True):
+            for number in range(len(windows(len(rows[0])))):
+                filled = filled_window(origin, name, number, rows)
+                writer.write_window(name, number, filled, max_quantisation_fvu, max_dimension_fvu)
         writer.finish()
     return Store.open(path)
+
+
+def begin(
+    writer: StoreWriter, origin: Source, train: Rows, heldout: Rows, vocabulary: list[str] | None = None
+) -> None:
+    """Write the text of a store of these rows, random tokens, and begin the store."""
+    words = vocabulary or ["<s>", "</s>", *(f"word{i}" for i in range(98))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    digest = write_whole(writer.root / "tokenizer.json", tokenizer.to_str().encode())
+    splits = dict(zip(SPLITS, (train, heldout), strict=True))
+    counts, digests = {}, {}
+    for name, (inputs, _) in splits.items():
+        contexts = ContextWriter(writer.root, name, origin.context_length)
+        rng = np.random.default_rng(len(inputs))
+        for _ in range(-(-len(inputs) // (origin.context_length - 1))):
+            tokens = rng.integers(2, len(words), origin.context_length)
+            tokens[0] = 0
+            contexts.append(tokens)
+        counts[name], digests[name] = contexts.contexts, contexts.finish()
+    writer.finish_text({}, Text({s: len(r[0]) for s, r in splits.items()}, counts, digests, digest))
+    writer.begin(origin)
+
+
+def filled_window(origin: Source, split: str, number: int, values: Rows) -> WindowRows:
+    """The rows of a window of a split with these rows."""
+    window, per_context = windows(len(values[0]))[number], origin.context_length - 1
+    rows = WindowRows.empty(len(window), origin)
+    order = stored_order(origin, split, number, len(window))
+    kept = np.arange(window.start, window.stop)
+    for column, side in ((rows.inputs, values[0]), (rows.outputs, values[1])):
+        assert isinstance(column, Column)
+        column.put(order, side[kept])
+    rows.context[order], rows.position[order] = kept // per_context, kept % per_context + 1
+    return rows

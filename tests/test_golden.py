@@ -19,8 +19,8 @@ from shards.layout import SHARD_ROWS
 from shards.manifest import read_manifest
 from shards.remote import LocalFiles
 from shards.storage import STORAGES, Encoded
+from shards.text.contexts import ContextWriter
 from shards.verify import verify
-from shards.writer import ContextWriter
 from tests.golden.write import (
     COMPRESSORS,
     EXPECTED,

@@ -244,9 +244,8 @@ def test_a_remote_store_writes_below_its_cache_only(
 ) -> None:
     """The other side says which files there are; what it serves for ../../x.json must land nowhere."""
     with_name(store, "../../x.json")
-    monkeypatch.setattr(remote, "_open", lambda url: store)
     monkeypatch.setattr(
-        remote, "_get", lambda root, name, where: (root / name).read_bytes() if name[0] != "." else b"{}"
+        remote.Client, "get", lambda _, name: (store / name).read_bytes() if name[0] != "." else b"{}"
     )
     cache = tmp_path / "a" / "b" / "cache"
     with pytest.raises(InputError, match="is not the name of a file in it"):

@@ -320,13 +320,15 @@ def _place(value: Any) -> Any:
 
 class Paths(Section):
     activations: Annotated[str, BeforeValidator(_place)] = "activations"
-    """Where stores live: a directory, or an s3://, gs://, https:// or hf:// address to read them from."""
+    """Where stores live: a directory, or an s3://, gs://, az:// or file:// address; https:// and hf:// to read them."""
     checkpoints: Annotated[Path, BeforeValidator(_place)] = Path("checkpoints")
     """Where runs live."""
     cache: Annotated[Path, BeforeValidator(_place)] = ROOT / ".cache" / "stores"
     """Where files of remote stores are kept while they are used."""
     cache_bytes: int = Field(default=20_000_000_000, gt=0)
     """Size of that cache; an epoch of a larger store downloads it again."""
+    scratch_bytes: int = Field(default=4_000_000_000, gt=0)
+    """Room in its directory, for each process, of a harvest to an address: windows that wait for their upload."""
 
     @model_validator(mode="after")
     def _no_secrets(self) -> "Paths":

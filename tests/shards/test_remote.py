@@ -1,6 +1,7 @@
 """A store in an object store: moto's S3 server and a plain HTTP server, both started here on loopback."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,9 @@ from shards.commit import read_commit
 from shards.layout import SHARD_ROWS
 from shards.remote import files_of, upload
 from shards.verify import verify
+from tests import objects
 from tests.fixtures import make_store
+from tests.objects import moto_bucket, now_and_then, quick
 from tests.shards.test_store import random_rows
 
 LIMIT = 10**9
@@ -30,26 +33,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        import urllib.request
-
-        request = urllib.request.Request(f"http://{host}:{port}/rows", method="PUT")
-        urllib.request.urlopen(request).close()
-        yield "s3://rows/activations"
-    server.stop()
+    with moto_bucket() as address:
+        yield address
 
 
 @pytest.fixture
@@ -74,21 +59,28 @@ def same_rows(a: Store, b: Store) -> bool:
     )
 
 
+def same_batches(remote: Store, store: Store, **options: int) -> bool:
+    ours, theirs = (each.train.loader(512, seed=1, **options).batches() for each in (store, remote))
+    return all(
+        (a.rows == b.rows).all() and torch.equal(a.inputs, b.inputs) and torch.equal(a.outputs, b.outputs)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def test_uploaded_and_read_back(store: Store, bucket: str, tmp_path: Path) -> None:
     url = f"{bucket}/layer_0.zarr"
     upload(store.path, url)
     remote = Store.open(url, tmp_path, LIMIT)
     assert remote.manifest == store.manifest
     assert same_rows(remote, store)
-    ours, theirs = store.train.loader(512, seed=1).batches(), remote.train.loader(512, seed=1).batches()
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.rows == b.rows).all()
-        assert torch.equal(a.inputs, b.inputs)
+    assert same_batches(remote, store)
     assert verify(files_of(url, tmp_path, LIMIT)) == []
 
 
 def test_a_store_read_over_http_has_the_same_rows(store: Store, web: str, tmp_path: Path) -> None:
-    assert same_rows(Store.open(web, tmp_path, LIMIT), store)
+    remote = Store.open(web, tmp_path, LIMIT)
+    assert same_rows(remote, store)
+    assert same_batches(remote, store)  # Python's server does not give parts of files
 
 
 def test_the_cache_stays_below_its_limit(store: Store, web: str, tmp_path: Path) -> None:
@@ -142,14 +134,14 @@ def test_an_upload_is_complete_or_no_store(
 
     put = obstore.put
 
-    def fails_late(target: object, name: str, data: object) -> object:
+    def fails_late(target: object, name: str, data: object, **_: object) -> object:
         if name == "train/outputs/c/2/0":
             raise OSError("connection lost")
         return put(target, name, data)  # type: ignore[arg-type]
 
     monkeypatch.setattr(obstore, "put", fails_late)
     url = f"{bucket}/half.zarr"
-    with pytest.raises(InputError, match="upload failed: connection lost"):
+    with pytest.raises(InputError, match="train/outputs/c/2/0: cannot be written: connection lost"):
         upload(store.path, url)
     with pytest.raises(InputError, match=r"no complete store there \(files\.sha256 is missing\)"):
         Store.open(url, tmp_path, LIMIT)
@@ -159,3 +151,51 @@ def test_an_upload_is_complete_or_no_store(
 def test_addresses_without_a_store(url: str, bucket: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"files\.sha256: (no complete store there|cannot be read)"):
         Store.open(url, tmp_path, LIMIT)
+
+
+FAULTS = {
+    "throttled": now_and_then(0.2, "429", "503", "reset"),
+    "cut": now_and_then(0.2, "cut"),
+    "half, as if it were whole": now_and_then(0.1, "half", only="GET"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("limit", [LIMIT, 400_000])
+def test_batches_from_an_object_store_that_fails_now_and_then(
+    fault: str, limit: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs, also where the cache holds less than one. Each chunk is asked for once where it holds all."""
+    quick(monkeypatch)
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        server.fault, server.asked = FAULTS[fault], Counter()
+        remote = Store.open("s3://bucket/s.zarr", tmp_path, limit)
+        assert same_batches(remote, store, epochs=2)
+        cached = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
+        assert cached <= limit + 200_000
+        if limit == LIMIT:
+            chunks, arrays, files = len(store.train) // 1024, 8, 3
+            assert server.asked["GET"] < 1.6 * (chunks * arrays + files * arrays + 40)
+
+
+def test_half_a_file_is_never_taken_for_whole(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        remote = Store.open("s3://bucket/s.zarr", tmp_path, LIMIT)
+        server.fault = lambda method, name: "half" if method == "GET" and "inputs" in name else None
+        with pytest.raises(
+            InputError, match=r"s3://bucket/s\.zarr/train/inputs/c/0/0: sha256 expected .* \(\d+ bytes\)"
+        ):
+            remote.train.rows(0, 10)
+        with pytest.raises(InputError, match=r"s3://bucket/s\.zarr/train/inputs/c/\d/0: "):
+            next(iter(remote.train.loader(512)))
+        server.fault = lambda *_: None
+        assert same_rows(remote, store)
+        assert same_batches(remote, store)
+        server.fault = lambda *_: "503"
+        with pytest.raises(InputError, match=r"s3://bucket/s\.zarr/files\.sha256: cannot be read: .*503"):
+            Store.open("s3://bucket/s.zarr", tmp_path / "another", LIMIT)

@@ -97,7 +97,7 @@ def test_a_removal_that_is_killed_at_any_instant(
         with pytest.raises(InputError, match=GONE):
             store.train.rows(0, 1)
     if instant == 9:
-        assert repair(path, damages) == []
+        assert repair(StoreWriter(path), LocalFiles(path), damages) == []
     StoreWriter(path).remove_rows()
     assert Store.open(path).train.removed
     assert verify(LocalFiles(path)) == []
@@ -127,7 +127,7 @@ def test_a_repair_of_what_is_left_leaves_removed_rows_removed(llama: Path, setti
     StoreWriter(path).remove_rows()
     commit = commit_of(path)
     (path / "heldout/outputs/c/0/0").write_bytes(b"")
-    assert repair(path, verify(LocalFiles(path))) == [("heldout", 0)]
+    assert repair(StoreWriter(path), LocalFiles(path), verify(LocalFiles(path))) == [("heldout", 0)]
     harvest(settings)
     assert commit_of(path) == commit
     assert verify(LocalFiles(path)) == []

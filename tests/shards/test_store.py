@@ -299,7 +299,7 @@ def test_open_files_are_bounded(store: Store) -> None:
     assert isinstance(reader, MappedArray)
     reader.chunk(0)
     reader.chunk(33)
-    assert list(reader._files) == [0, 1]
+    assert list(reader._opened) == [0, 1]
 
 
 def test_a_store_without_offsets_is_read(tmp_path: Path) -> None:

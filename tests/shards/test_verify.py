@@ -13,6 +13,7 @@ from shards.commit import read_commit
 from shards.layout import SHARD_ROWS
 from shards.remote import LocalFiles
 from shards.verify import repair, verify
+from shards.writer import StoreWriter
 from tests.fixtures import make_store
 from tests.harvest.test_run import Make
 from tests.shards.test_store import cut, flip, random_rows
@@ -116,7 +117,7 @@ def test_files_that_do_not_belong(store: Store, tmp_path: Path) -> None:
     line = "train/notes.txt: not listed in files.sha256: no file of the store"
     assert [str(damage) for damage in damages] == [line]
     with pytest.raises(InputError, match=r"notes\.txt: is no file of the store; remove this file"):
-        repair(copy, damages)
+        repair(StoreWriter(copy), LocalFiles(copy), damages)
     assert (copy / "files.sha256").is_file()
 
 
@@ -140,7 +141,7 @@ def test_repair_refills_exactly_the_damaged_windows(llama: Path, settings_for: M
     untouched = {file: file.stat().st_mtime_ns for file in data_files(path) if "heldout" in str(file)}
     flip(path / "train/outputs/c/0/0")
     (path / "train/row_context/c/0").unlink()
-    assert repair(path, verify(LocalFiles(path))) == [("train", 0)]
+    assert repair(StoreWriter(path), LocalFiles(path), verify(LocalFiles(path))) == [("train", 0)]
     with pytest.raises(InputError, match="unfinished harvest"):
         Store.open(path)
     assert harvest(settings) == [path]
@@ -156,6 +157,6 @@ def test_what_a_harvest_cannot_refill_is_not_repaired(store: Store, tmp_path: Pa
         with pytest.raises(
             InputError, match="cannot be refilled from the store alone; remove the store and harvest again"
         ):
-            repair(copy, verify(LocalFiles(copy)))
+            repair(StoreWriter(copy), LocalFiles(copy), verify(LocalFiles(copy)))
         assert (copy / "files.sha256").is_file()
         shutil.rmtree(copy)

@@ -1,0 +1,172 @@
+"""One address in an object store: its objects by name. Every failure is one line that names the address.
+
+Credentials and endpoints come from the environment, by the names obstore documents (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME, ...).
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import ENVIRONMENT, InputError, first_line
+from shards.layout import COMMIT
+
+WRITABLE = ("s3://", "gs://", "az://", "file://")
+"""Addresses that a harvest can be written to: those whose objects can be listed, and put only where there is none."""
+SCHEMES = (*WRITABLE, "https://", "http://")
+RETRIES = {"max_retries": 8, "backoff": {"max_backoff": timedelta(seconds=10)}}
+"""0.1 s, then twice as long each time: 23 s in all. Of 5xx, 408, 429, resets and timeouts; obstore's own."""
+TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
+"""Of a request: obstore's 30 s for the whole of it would end a large file on a slow line."""
+AT_ONCE = 32
+"""Requests under way: at 50 ms each, 640 a second."""
+TRIES = 3
+"""How often a body is fetched that is not what it must be; obstore retries what ends early, not what is wrong."""
+
+
+class Found(NamedTuple):
+    """An object in a listing."""
+
+    name: str
+    size: int
+
+
+class Client:
+    """The objects below `url`. Several threads may call it; each call is retried as RETRIES says.
+
+    Raises `InputError` where an answer does not come, or is a refusal.
+    """
+
+    def __init__(self, url: str, make: bool = False) -> None:
+        """`make`: whether the directory of a file:// address is made, where it is not there."""
+        self.url = url.rstrip("/")
+        self._store = _open(self.url, make)
+
+    def get(self, name: str) -> bytes | None:
+        """The whole object; None where there is none."""
+        import obstore
+
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            return bytes(obstore.get(self._store, name).bytes())
+
+    def end(self, name: str, length: int) -> tuple[bytes, int] | None:
+        """The last `length` bytes of an object, or all where it is shorter, and its size; None where there is none.
+
+        All too from a web server that does not give parts.
+        """
+        import obstore
+        from obstore.exceptions import BaseError
+
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            try:
+                result = obstore.get(self._store, name, options={"range": {"suffix": length}})
+                return bytes(result.bytes()), result.meta["size"]
+            except BaseError:
+                if not self.url.startswith("http") or (data := self.get(name)) is None:
+                    raise
+                return data, len(data)
+
+    def piece(self, name: str, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of an object; None where there is none."""
+        import obstore
+
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            return bytes(obstore.get_range(self._store, name, start=start, end=stop))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None where there is none. Unlike a listing, it is never old."""
+        import obstore
+
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            return obstore.head(self._store, name)["size"]
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        """Write an object, in the place of any other of the name."""
+        import obstore
+
+        with self._explained(name, "cannot be written"):
+            obstore.put(self._store, name, data)
+
+    def create(self, name: str, data: bytes) -> bytes | None:
+        """Write an object where there is none of the name; what is there where there is one, else None.
+
+        An answer that was lost on its way is repeated, and refused the second time: then one's own is there.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._explained(name, "cannot be written"):
+            while True:
+                try:
+                    obstore.put(self._store, name, data, mode="create", use_multipart=False)
+                    return None
+                except AlreadyExistsError:
+                    if (there := self.get(name)) is not None:  # else it has gone since
+                        return None if there == data else there
+
+    def move(self, source: str, target: str) -> bool:
+        """Rename an object, on their side; whether it was there."""
+        import obstore
+
+        what = f"cannot be copied to {target}"
+        with self._explained(source, what), contextlib.suppress(FileNotFoundError):
+            obstore.rename(self._store, source, target)
+            return True
+        return False
+
+    def names(self, below: str = "") -> Iterator[Found]:
+        """Objects whose names begin with the folder `below`. A listing may be old: it can lack a fresh object."""
+        import obstore
+
+        with self._explained(f"{below}/".lstrip("/"), "cannot be listed"):
+            for page in obstore.list(self._store, below or None):
+                yield from (Found(each["path"], each["size"]) for each in page)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for _ in pool.map(self._remove, names):
+                pass
+
+    def _remove(self, name: str) -> None:
+        import obstore
+
+        with self._explained(name, "cannot be removed"), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, name)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str, what: str = "cannot be read") -> Iterator[None]:
+        """One line of whatever goes wrong: obstore raises one class per kind and provider."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in ENVIRONMENT:
+                raise
+            where = f"{self.url}/{name}"
+            raise InputError(f"{where}: {what}: {first_line(error)[:300]}") from error
+
+
+def missing(url: str, name: str) -> InputError:
+    """What to say of an object that is not there."""
+    what = f"no complete store there ({COMMIT} is missing)" if name == COMMIT else "missing"
+    return InputError(f"{url}/{name}: {what}")
+
+
+def _open(url: str, make: bool) -> Any:
+    from obstore import store
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
+    client = TIMEOUTS | ({"allow_http": True} if endpoint.startswith("http://") else {})
+    options: dict[str, Any] = {"client_options": client, "retry_config": RETRIES}
+    if url.startswith("file://"):
+        options = {"mkdir": make}
+    try:
+        return store.from_url(url, **options)
+    except Exception as error:  # obstore raises one class per provider
+        raise InputError(f"{url}: not an address of an object store: {first_line(error)[:200]}") from error
