@@ -103,10 +103,28 @@ class Client:
             while True:
                 try:
                     obstore.put(self._store, name, data, mode="create", use_multipart=False)
-                    return None
+                    break
                 except AlreadyExistsError:
                     if (there := self.get(name)) is not None:  # else it has gone since
                         return None if there == data else there
+        for _ in range(TRIES):
+            if (there := self.get(name)) is None or there == data:
+                return None
+            if not data.startswith(there):
+                return there
+            self.put(name, data)  # half of it had arrived
+        raise InputError(
+            f"{self.url}/{name}: {len(data)} bytes were written, half of them are there; try again"
+        )
+
+    def put_whole(self, name: str, path: Path) -> None:
+        """`put` a file, and ask how much of it is there."""
+        size, there = path.stat().st_size, None
+        for _ in range(TRIES):
+            self.put(name, path)
+            if (there := self.size(name)) == size:
+                return
+        raise InputError(f"{self.url}/{name}: {size} bytes were written, {there or 0} are there; try again")
 
     def move(self, source: str, target: str) -> bool:
         """Rename an object, on their side; whether it was there."""

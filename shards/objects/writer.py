@@ -138,7 +138,9 @@ class ObjectWriter(StoreWriter):
         part = uuid4().hex
         files = {name: sha256(self.root / name) for name in store_files(self.root)}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _ in pool.map(lambda name: self._put_whole(_part(part, name), self.root / name), files):
+            for _ in pool.map(
+                lambda name: self._client.put_whole(_part(part, name), self.root / name), files
+            ):
                 pass
         plan = {"request": request, "text": vars(text), "part": part, "files": files}
         self._create(PLAN, dumps(plan))
@@ -232,7 +234,7 @@ class ObjectWriter(StoreWriter):
         part, name = uuid4().hex, self._record_name(split, window)
         try:
             for file in record["files"]:
-                self._put_whole(_part(part, file), self.root / file)
+                self._client.put_whole(_part(part, file), self.root / file)
             self._create(name, dumps(record | {"part": part, "begun": self._begun}))
         except BaseException:
             self._record_path(split, window).unlink(missing_ok=True)
@@ -241,17 +243,6 @@ class ObjectWriter(StoreWriter):
             for file in record["files"]:
                 (self.root / file).unlink(missing_ok=True)
             self._scratch.give_back(sum(record["sizes"].values()))
-
-    def _put_whole(self, name: str, path: Path) -> None:
-        """Upload a file, and ask how much of it is there."""
-        size, there = path.stat().st_size, None
-        for _ in range(TRIES):
-            self._client.put(name, path)
-            if (there := self._client.size(name)) == size:
-                return
-        raise InputError(
-            f"{self.where}/{name}: {size} bytes were uploaded, {there or 0} are there; try again"
-        )
 
     def _raise_failed(self) -> None:
         for upload in [each for each in self._uploads if each.done()]:
@@ -291,7 +282,7 @@ class ObjectWriter(StoreWriter):
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for _ in pool.map(lambda move: self._place(*move), moves):
                 pass
-            for _ in pool.map(lambda name: self._put_whole(name, self.root / name), puts):
+            for _ in pool.map(lambda name: self._client.put_whole(name, self.root / name), puts):
                 pass
         self._create(COMMIT, (self.root / COMMIT).read_bytes())
         self._named.discard(COMMIT)

@@ -61,7 +61,7 @@ def test_of_two_harvests_with_other_bytes_one_of_each_window_counts(
     ours.fetch_text()
     late.fetch_text()
     late.begin(SOURCE)
-    put, held = late._put_whole, []
+    put, held = late._client.put_whole, []
 
     def stopped_halfway(name: str, path: Path) -> None:
         if len(held) == 4:
@@ -69,12 +69,12 @@ def test_of_two_harvests_with_other_bytes_one_of_each_window_counts(
         held.append(name)
         put(name, path)
 
-    late._put_whole = stopped_halfway  # type: ignore[method-assign]
+    late._client.put_whole = stopped_halfway  # type: ignore[method-assign]
     with pytest.raises(
         InputError, match=r"another harvest is writing it, and was first with .*train-000000\.json"
     ):
         write(late, 0, OTHER)
-    late._put_whole = put  # type: ignore[method-assign]
+    late._client.put_whole = put  # type: ignore[method-assign]
     write(late, 1, OTHER)
     with pytest.raises(InputError, match=r"was first with .*train-000001\.json"):
         write(ours, 1, TRAIN)
