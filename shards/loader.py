@@ -121,7 +121,7 @@ class Loader:
             yield batch.inputs, batch.outputs
 
     @functools.cached_property
-    def readers(self) -> dict[str, ChunkReader]:
+    def _readers(self) -> dict[str, ChunkReader]:
         """Of the arrays that a batch is made of. Remote chunks are fetched one by one, ahead of the decoders."""
         kinds = ("s", "_scales", "_row_scales", "_offsets")
         names = [f"{side}{kind}" for side in SIDES for kind in kinds]
@@ -136,7 +136,7 @@ class Loader:
         current, following = DeviceGroup(self, copies), DeviceGroup(self, copies)
         with (
             ThreadPoolExecutor(min(4, cores())) as decoders,
-            fetching(self.readers) as fetched,
+            fetching(self._readers) as fetched,
         ):
             turns = fetched(self._schedule())
             try:
@@ -164,7 +164,7 @@ class Loader:
         with (
             ThreadPoolExecutor(min(4, cores())) as decoders,
             ThreadPoolExecutor(min(AHEAD, cores())) as cutters,
-            fetching(self.readers) as fetched,
+            fetching(self._readers) as fetched,
         ):
             turns = fetched(self._schedule())
             turn = next(turns, None)
@@ -210,7 +210,7 @@ class _Group:
 
     def __init__(self, loader: Loader) -> None:
         m = loader.group // loader.world
-        self._split, self._readers = loader.split, loader.readers
+        self._split, self._readers = loader.split, loader._readers
         self._pending: list[Future[None]] = []
         self._arrays = {n: np.empty((m, *r.array.chunk), r.array.dtype) for n, r in self._readers.items()}
 
