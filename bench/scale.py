@@ -1,4 +1,4 @@
-"""python -m bench.scale: what a training takes as it is split over more processes. Tables; the plot is docs/scale.png.
+"""python -m bench.scale: what a training takes as it is split over more processes. Tables, and docs/images/scale.png.
 
 1. Measured here, with gloo: 20 steps of every mesh of up to 4 processes against one process: how far the weights are
    apart, bytes handed over in a step, seconds of a step (4 processes share 2 cores: no speed-up can show), peak memory.
@@ -323,7 +323,7 @@ def main() -> None:
         console.print(measured_table(), harvest_table())
     found = derived()
     console.print(derived_table(found))
-    plot(found, Path("docs/scale.png"))
+    plot(found, Path("docs/images/scale.png"))
 
 
 if __name__ == "__main__":
