@@ -45,15 +45,14 @@ def save(run_dir: Path, state: State, latents: slice, mesh: Mesh = ONE) -> None:
     if not holders.leads:
         holders.wait()  # until the folder is there
         file = aside_of(final) / _file(slices, holders.rank)
-        save_tensors(
-            file, {name: each for name, each in state.tensors().items() if not name.endswith(SHARED)}
-        )
+        tensors = {name: each for name, each in state.tensors().items() if not name.endswith(SHARED)}
+        save_tensors(file, tensors, _said(slices, holders.rank, state.step))
         flush(file)
         holders.wait()
         return
     with whole_folder(final) as aside:
         holders.wait()
-        save_tensors(aside / _file(slices, 0), state.tensors())
+        save_tensors(aside / _file(slices, 0), state.tensors(), _said(slices, 0, state.step))
         holders.wait()  # until all have written
         record = {"version": VERSION, **state.scalars()} | ({"slices": slices} if len(slices) > 1 else {})
         write_whole(aside / "state.json", json.dumps(record, indent=1).encode())
@@ -67,6 +66,12 @@ def _file(slices: Slices, number: int) -> str:
     """Name of the file of the latents [first, end) that is `number` in the list."""
     first, end = slices[number]
     return "tensors.safetensors" if len(slices) == 1 else f"tensors-{first}-{end}.safetensors"
+
+
+def _said(slices: Slices, number: int, step: int) -> dict[str, str] | None:
+    """What a file says of itself, so that it is taken for no other; nothing of the only one."""
+    first, end = slices[number]
+    return None if len(slices) == 1 else {"latents": f"{first}-{end}", "step": f"{step}"}
 
 
 def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
@@ -85,7 +90,10 @@ def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
                 f"{folder}: expected checkpoint version {VERSION}, found {version}; {afresh(run_dir)}"
             )
         slices = [(int(first), int(end)) for first, end in scalars.pop("slices", [(0, d_sae)])]
-        state.restore(_read(folder, slices, latents), scalars)
+        ends = [0, *(end for _, end in slices)]
+        if [first for first, _ in slices] != ends[:-1] or ends[-1] != d_sae:
+            raise ValueError(f"slices: expected 0 to {d_sae} without a gap, found {slices}")
+        state.restore(_read(folder, slices, latents, scalars["step"]), scalars)
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
@@ -94,13 +102,15 @@ def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
     return True
 
 
-def _read(folder: Path, slices: Slices, latents: slice) -> dict[str, Tensor]:
+def _read(folder: Path, slices: Slices, latents: slice, step: int) -> dict[str, Tensor]:
     """All tensors, of those that belong to latents these `latents`; no more is read. `slices`: those of the files."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     for number, (first, end) in enumerate(slices):
         rows = slice(max(latents.start, first) - first, min(latents.stop, end) - first)
         with safe_open(folder / _file(slices, number), framework="pt") as file:
+            if (said := file.metadata()) != (expected := _said(slices, number, step)):
+                raise ValueError(f"{_file(slices, number)}: expected {expected}, found {said}")
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 if name.endswith(SHARED):
                     tensors[name] = file.get_tensor(name)

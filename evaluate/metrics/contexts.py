@@ -100,7 +100,8 @@ class Best:
         step, found = max(1, BUFFER // self.capacity), [self._none()]
         for start in range(0, self.n_latents, step):
             ends = torch.tensor([start, start + step], dtype=torch.int32, device=self._floor.device)
-            first, last = torch.searchsorted(self._kept[1], ends).tolist()
+            kept = self._kept[1]
+            first, last = torch.searchsorted(kept, ends).tolist()
             sent = [peers.gathered(column[first:last].contiguous()) for column in self._kept]
             found.append(_strongest(sent, self.capacity))
         self._kept = tuple(torch.cat(parts) for parts in zip(*found, strict=True))

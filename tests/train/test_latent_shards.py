@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -186,6 +187,42 @@ def test_twenty_kills_at_random_instants(store_root: Path, tmp_path: Path) -> No
     chance = random.Random(0)
     kills = [(chance.randrange(4), chance.random()) for _ in range(20)]
     assert killed_and_run_again(killed, whole.run_dir(), 4, 2, kills) > 5
+
+
+def test_files_that_do_not_make_a_checkpoint(store: Store, store_root: Path, tmp_path: Path) -> None:
+    """Slices in another order, with a gap, or overlapping; files of each other's names or of another step; one less."""
+    settings = tiny_settings(store_root, tmp_path, run="sliced", **CHANGES)
+    run(settings, 2, 2)
+    whole, folder = settings.run_dir(), settings.run_dir().with_name("copy")
+    longer = {"train__rows": 64 * 30}
+    copy = tiny_settings(store_root, tmp_path, run="copy", **CHANGES | longer)
+    newest = folder / "state" / "step_20"
+    one, two = newest / "tensors-0-32.safetensors", newest / "tensors-32-65.safetensors"
+
+    def listed(slices: object) -> None:
+        record = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps(record | {"slices": slices}))
+
+    def swapped() -> None:
+        one.rename(newest / "aside")
+        two.rename(one)
+        (newest / "aside").rename(two)
+
+    mistakes = [
+        (lambda: listed([[32, 65], [0, 32]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: listed([[0, 32], [33, 65]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: listed([[0, 40], [32, 65]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: listed([[0, 32]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: listed(None), "not a readable checkpoint"),
+        (swapped, "tensors-0-32.safetensors: expected {'latents': '0-32', 'step': '20'}, found"),
+        (two.unlink, "No such file or directory"),
+    ]
+    for breaks, line in mistakes:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        breaks()
+        with pytest.raises(InputError, match=re.escape(line)):
+            train(copy, store)
 
 
 def test_processes_that_make_no_mesh(store: Store, store_root: Path, tmp_path: Path) -> None:

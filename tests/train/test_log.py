@@ -161,7 +161,7 @@ def test_the_weights_of_any_run_are_uploaded(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     log = Log(tmp_path, make_settings(run="lr=3e-4", wandb__mode="online"), {}, rows=0, total=1)
-    log.artifact(tmp_path / "transcoder.safetensors")
+    log.artifact([tmp_path / "transcoder.safetensors"])
     log.close()
     assert fake.artifacts == [artifact_name("tiny-layer_0-lr=3e-4-weights")]
 
