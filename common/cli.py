@@ -364,7 +364,7 @@ def _open_streams() -> None:
 def _last_word(line: str) -> None:
     """A line on standard error where that can be written; on a full disk, or with its reader gone, the code says it."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: several processes may end together
 
 
 def mendable(error: Exception) -> str | None:

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -91,13 +92,15 @@ def ended_together() -> Iterator[None]:
         time.sleep(2 * GRACE)
         # gloo's begins with a place in its source, and ends with advice.
         why, _, _ = re.sub(r"^\[/\S*\] ", "", first_line(error)).partition(". ")
-        line = (
-            f"another of the {world()} processes has ended, as it or its node says ({why:.200}); the same command "
-            "continues"
-        )
-        if left_to_others(line):
-            raise SystemExit(2) from None
-        raise InputError(line) from error
+        end_with_another(f" ({why:.200})", error)
+
+
+def end_with_another(why: str = "", error: Exception | None = None) -> NoReturn:
+    """End this process because of another one, which says more; the line comes once from a node."""
+    line = f"another of the {world()} processes has ended, as it or its node says{why}; the same command continues"
+    if left_to_others(line):
+        raise SystemExit(2) from None
+    raise InputError(line) from error
 
 
 @contextmanager
@@ -223,6 +226,24 @@ class Processes:
         if self.world > 1:
             with waiting():
                 self.any(False)
+
+    def together(self, part: Callable[[], None]) -> None:
+        """Have each process do its part, and wait until all are through.
+
+        Where the disk refuses one, all end: that process raises its `OSError`, the others leave the word to it. So
+        none removes what others are still writing.
+        """
+        refused: OSError | None = None
+        try:
+            part()
+        except OSError as error:
+            refused = error
+        with waiting() if self.world > 1 else nullcontext():
+            stopped = self.any(refused is not None)
+        if refused is not None:
+            raise refused
+        if stopped:
+            end_with_another()
 
     def see(self, path: Path) -> None:
         """Until this process sees what the first has written, called when it is there.

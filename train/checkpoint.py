@@ -17,12 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, shown
 from common.files import aside_of, flush, whole_folder, write_whole
 from common.mesh import ONE, Mesh
 from train.log import log_lines
 from train.record import afresh, latest
-from train.state import SHARED, State
+from train.state import COUNTS, SHARED, State
 from transcoder.weights import CHECKPOINT, save_tensors
 
 Slices = Sequence[tuple[int, int]]
@@ -46,14 +46,17 @@ def save(run_dir: Path, state: State, latents: slice, mesh: Mesh = ONE) -> None:
         holders.wait()  # until the folder is there
         file = aside_of(final) / _file(slices, holders.rank)
         tensors = {name: each for name, each in state.tensors().items() if not name.endswith(SHARED)}
-        save_tensors(file, tensors, _said(slices, holders.rank, state.step))
-        flush(file)
-        holders.wait()
+
+        def write() -> None:
+            save_tensors(file, tensors, _said(slices, holders.rank, state.step))
+            flush(file)
+
+        holders.together(write)
         return
     with whole_folder(final) as aside:
         holders.wait()
-        save_tensors(aside / _file(slices, 0), state.tensors(), _said(slices, 0, state.step))
-        holders.wait()  # until all have written
+        own_file, said = aside / _file(slices, 0), _said(slices, 0, state.step)
+        holders.together(lambda: save_tensors(own_file, state.tensors(), said))
         record = {"version": VERSION, **state.scalars()} | ({"slices": slices} if len(slices) > 1 else {})
         write_whole(aside / "state.json", json.dumps(record, indent=1).encode())
     write_whole(run_dir / CHECKPOINT, f"{final.name}\n".encode())
@@ -89,7 +92,8 @@ def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
             raise InputError(
                 f"{folder}: expected checkpoint version {VERSION}, found {version}; {afresh(run_dir)}"
             )
-        slices = [(int(first), int(end)) for first, end in scalars.pop("slices", [(0, d_sae)])]
+        slices = [(first, end) for first, end in scalars.pop("slices", [(0, d_sae)])]
+        _check_counts(scalars, slices)
         ends = [0, *(end for _, end in slices)]
         if [first for first, _ in slices] != ends[:-1] or ends[-1] != d_sae:
             raise ValueError(f"slices: expected 0 to {d_sae} without a gap, found {slices}")
@@ -100,6 +104,15 @@ def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
         what = f"not a readable checkpoint: {first_line(error)}"
         raise InputError(f"{folder}: {what}; {afresh(run_dir)}") from error
     return True
+
+
+def _check_counts(scalars: dict[str, Any], slices: Sequence[tuple[Any, Any]]) -> None:
+    """Raise `ValueError` for a number in state.json that counts something and is none from 0 on."""
+    counts = {name: scalars.get(name) for name in COUNTS}
+    counts |= {f"slices[{i}]": number for i, pair in enumerate(slices) for number in pair}
+    for name, number in counts.items():
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"{name}: expected a whole number from 0, found {shown(number)}")
 
 
 def _read(folder: Path, slices: Slices, latents: slice, step: int) -> dict[str, Tensor]:

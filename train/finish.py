@@ -61,16 +61,26 @@ def _save(run_dir: Path, transcoder: Transcoder, latents: slice, holders: Proces
         name: (d_sae, *tensor.shape[1:]) if name in OF_LATENTS else tuple(tensor.shape)
         for name, tensor in tensors.items()
     }
-    if holders.leads:
-        weights.begin(run_dir, shapes, metadata)
-    holders.wait()  # until the files are there
-    for name, tensor in tensors.items():
-        if name in OF_LATENTS or holders.leads:
-            start = latents.start if name in OF_LATENTS else 0
-            weights.put(run_dir, name, start, tensor, flushed=not holders.leads)  # its own `commit` flushes
-    holders.wait()  # until all rows are
-    if holders.leads:
-        weights.commit(run_dir)
+
+    def put_own() -> None:
+        for name, tensor in tensors.items():
+            if name in OF_LATENTS or holders.leads:
+                start = latents.start if name in OF_LATENTS else 0
+                weights.put(
+                    run_dir, name, start, tensor, flushed=not holders.leads
+                )  # its own `commit` flushes
+
+    try:
+        if holders.leads:
+            weights.begin(run_dir, shapes, metadata)
+        holders.wait()  # until the files are there
+        holders.together(put_own)
+        if holders.leads:
+            weights.commit(run_dir)
+    except BaseException:
+        if holders.leads:
+            weights.drop(run_dir)
+        raise
 
 
 def calibrated(

@@ -3,6 +3,7 @@
 Shapes: B rows, D_in, D_out, F latents, G prefixes.
 """
 
+import json
 import math
 import signal
 import sys
@@ -17,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.device import pick_device
-from common.errors import InputError
+from common.errors import InputError, shown
 from common.files import locked, remove_asides
 from common.mesh import ONE, Mesh, mesh_of, row_shards
-from common.processes import Processes, joined, world
+from common.processes import Processes, end_with_another, joined, world
 from common.settings import Settings
 from shards import Batch, Store
 from train import checkpoint, log, record
@@ -285,6 +286,7 @@ def train_together(wanted: list[Settings], store: Store) -> None:
     _check_memory(recipes, wanted, store, device)
     log.check(wanted[0].wandb)
     with joined(device) as peers, ExitStack() as locks:
+        _check_alike(wanted, store, peers)
         mesh = mesh_of(peers, wanted[0].train.latent_shards)
         for folder in [settings.run_dir() for settings in wanted] if peers.leads else ():
             locks.enter_context(locked(folder / ".lock", f"{folder}: another training is writing it"))
@@ -302,6 +304,34 @@ def train_together(wanted: list[Settings], store: Store) -> None:
             for run in runs:
                 if run.log is not None:
                     run.log.close()
+
+
+def _check_alike(wanted: list[Settings], store: Store, peers: Processes) -> None:
+    """Refuse a process that was asked for something else than the first: they would wait for each other for ever.
+
+    torchrun's nodes meet by their command; srun and PyTorchJob start any, and each node has its own pipeline.toml.
+    """
+    if peers.world == 1:
+        return
+    asked: dict[str, Any] = {"runs": len(wanted)}
+    for settings in wanted:
+        each = {"layer": settings.layer, "run": settings.run, "harvest": shown(store.manifest.fingerprint)}
+        for section in ("transcoder", "train"):
+            values = getattr(settings, section).model_dump(mode="json")
+            each |= {f"{section}.{key}": value for key, value in values.items()}
+        asked |= {
+            f"{key} of {settings.run}" if len(wanted) > 1 else key: value for key, value in each.items()
+        }
+    everyones = peers.said(json.dumps(asked))
+    first = json.loads(everyones[0])
+    for key in first | asked:
+        if first.get(key) != asked.get(key):
+            raise InputError(
+                f"{key}: expected {first.get(key)}, as rank 0 has it, found {asked.get(key)}; start all processes with "
+                "the same command and the same pipeline.toml (docs/nodes.md)"
+            )
+    if len(set(everyones)) > 1:
+        end_with_another()
 
 
 def _agree(runs: list[Run], peers: Processes) -> None:

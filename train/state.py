@@ -26,6 +26,9 @@ DENSITY_AVERAGE = 0.02
 SHARED = ("b_dec", "W_skip", "adam.steps", "kept")
 """How the names end of tensors that every process has whole; of the others it has the rows of its latents."""
 
+COUNTS = ("kept_rows", "step", "rows", "epoch", "batch")
+"""Attributes of a state that are numbers from 0 on."""
+
 
 @dataclass
 class State:
@@ -131,9 +134,8 @@ class State:
 
     def scalars(self) -> dict[str, Any]:
         """The numbers to save, by name."""
-        names = ("kept_rows", "step", "rows", "epoch", "batch")
         threshold = None if self.threshold is None else float(self.threshold)
-        return {name: getattr(self, name) for name in names} | {"threshold": threshold}
+        return {name: getattr(self, name) for name in COUNTS} | {"threshold": threshold}
 
     def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
         """Copy a checkpoint's values into this state, in place; raises `ValueError` naming what does not fit."""

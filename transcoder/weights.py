@@ -61,8 +61,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
             put(path, name, 0, tensor, flushed=False)
         commit(path)
     except BaseException:
-        for aside in _asides(_file(path)):
-            aside.unlink(missing_ok=True)
+        drop(path)
         raise
 
 
@@ -130,6 +129,12 @@ def commit(path: Path) -> None:
     for old in [*_beside(path), *([] if files else [index])]:
         if old not in files:
             old.unlink(missing_ok=True)
+
+
+def drop(path: Path) -> None:
+    """Remove what was begun and is not to be finished."""
+    for aside in _asides(_file(path)):
+        aside.unlink(missing_ok=True)
 
 
 def _file(path: Path) -> Path:

@@ -47,11 +47,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[], ob
     monkeypatch.setattr(Run, "feed", feeding)
 
 
-@pytest.mark.parametrize("size", ["16k", "48k", "80k", "100k"])
+@pytest.mark.parametrize("size", ["16k", "48k", "80k", "100k", "182k"])
 def test_a_full_disk(
     make_settings: Make, store: Store, finished: Path, size: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Full at the first checkpoint, or at a later one; nothing half-written stays, and with room it goes on."""
+    """Full at the first checkpoint, at a later one, or at the weights; nothing half-written stays, and with room it
+    goes on.
+    """
     with small_disk(tmp_path / "disk", size) as (disk, remount):
         settings = make_settings()
         moved = settings.model_copy(update={"paths": settings.paths.model_copy(update={"checkpoints": disk})})

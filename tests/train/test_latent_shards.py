@@ -1,12 +1,15 @@
 """Latents over several processes: whole runs equal those of one process; checkpoints of any number of them go on."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +20,15 @@ import pytest
 import torch
 
 from common.errors import InputError
-from common.mesh import row_shards
+from common.mesh import Mesh, row_shards
 from common.settings import ROOT, Settings
 from shards import Store
 from tests.train.runs import command, tensors, tiny_settings
-from train.loop import train
+from tests.train.steps import problem
+from tests.train.threads import meshes, together
+from train import checkpoint
+from train.loop import _check_alike, train
+from train.state import State
 
 CHANGES = {
     "train__rows": 64 * 20,
@@ -34,7 +41,8 @@ CHANGES = {
     "transcoder__group_sizes": (8, 16, 41),
 }
 
-
+GONE = object()
+"""In place of a value of state.json: that it has none."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -125,8 +133,15 @@ def test_another_number_of_processes_goes_on(store: Store, store_root: Path, tmp
         assert len(list(newest.iterdir())) == shards + 1
 
 
+def begun(settings: Settings) -> int:
+    """When the run was begun, or went on: settings.json is written again."""
+    file = settings.run_dir() / "settings.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
 def kill_one(settings: Settings, world: int, shards: int, rank: int, seconds: float) -> bool:
     """Start a training, and SIGKILL one of its processes so long after the run was begun; whether it was there."""
+    before = begun(settings)
     process = subprocess.Popen(
         launch(settings, world, shards),
         cwd=ROOT,
@@ -134,10 +149,8 @@ def kill_one(settings: Settings, world: int, shards: int, rank: int, seconds: fl
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    begun = settings.run_dir() / "settings.json"
-    begun.unlink(missing_ok=True)  # written again by a run that goes on
     try:
-        while process.poll() is None and not begun.exists():
+        while process.poll() is None and begun(settings) == before:
             time.sleep(0.01)
         time.sleep(seconds)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -182,11 +195,12 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(store_root: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_instants(store_root: Path, tmp_path: Path) -> None:
-    whole, killed = (tiny_settings(store_root, tmp_path, run=name, **LONG) for name in ("whole", "killed"))
+    longer = LONG | {"train__rows": 64 * 2000}  # not at its end after 20 s
+    whole, killed = (tiny_settings(store_root, tmp_path, run=name, **longer) for name in ("whole", "killed"))
     run(whole, 4, 2)
     chance = random.Random(0)
     kills = [(chance.randrange(4), chance.random()) for _ in range(20)]
-    assert killed_and_run_again(killed, whole.run_dir(), 4, 2, kills) > 5
+    assert killed_and_run_again(killed, whole.run_dir(), 4, 2, kills) == 20
 
 
 def test_files_that_do_not_make_a_checkpoint(store: Store, store_root: Path, tmp_path: Path) -> None:
@@ -199,9 +213,10 @@ def test_files_that_do_not_make_a_checkpoint(store: Store, store_root: Path, tmp
     newest = folder / "state" / "step_20"
     one, two = newest / "tensors-0-32.safetensors", newest / "tensors-32-65.safetensors"
 
-    def listed(slices: object) -> None:
+    def recorded(**values: object) -> None:
         record = json.loads((newest / "state.json").read_text())
-        (newest / "state.json").write_text(json.dumps(record | {"slices": slices}))
+        kept = {key: value for key, value in (record | values).items() if value is not GONE}
+        (newest / "state.json").write_text(json.dumps(kept))
 
     def swapped() -> None:
         one.rename(newest / "aside")
@@ -209,13 +224,22 @@ def test_files_that_do_not_make_a_checkpoint(store: Store, store_root: Path, tmp
         (newest / "aside").rename(two)
 
     mistakes = [
-        (lambda: listed([[32, 65], [0, 32]]), "slices: expected 0 to 65 without a gap, found"),
-        (lambda: listed([[0, 32], [33, 65]]), "slices: expected 0 to 65 without a gap, found"),
-        (lambda: listed([[0, 40], [32, 65]]), "slices: expected 0 to 65 without a gap, found"),
-        (lambda: listed([[0, 32]]), "slices: expected 0 to 65 without a gap, found"),
-        (lambda: listed(None), "not a readable checkpoint"),
+        (lambda: recorded(slices=[[32, 65], [0, 32]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: recorded(slices=[[0, 32], [33, 65]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: recorded(slices=[[0, 40], [32, 65]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: recorded(slices=[[0, 32]]), "slices: expected 0 to 65 without a gap, found"),
+        (lambda: recorded(slices=None), "not a readable checkpoint"),
         (swapped, "tensors-0-32.safetensors: expected {'latents': '0-32', 'step': '20'}, found"),
         (two.unlink, "No such file or directory"),
+        (
+            lambda: recorded(slices=[[0, 32.5], [32, 65]]),
+            "slices[0]: expected a whole number from 0, found 32.5",
+        ),
+        (lambda: recorded(slices=[[0, math.inf]]), "slices[0]: expected a whole number from 0, found inf"),
+        (lambda: recorded(step=GONE), "step: expected a whole number from 0, found None"),
+        (lambda: recorded(step="20"), "step: expected a whole number from 0, found '20'"),
+        (lambda: recorded(rows="many"), "rows: expected a whole number from 0, found 'many'"),
+        (lambda: recorded(epoch=-1), "epoch: expected a whole number from 0, found -1"),
     ]
     for breaks, line in mistakes:
         shutil.rmtree(folder, ignore_errors=True)
@@ -223,6 +247,78 @@ def test_files_that_do_not_make_a_checkpoint(store: Store, store_root: Path, tmp
         breaks()
         with pytest.raises(InputError, match=re.escape(line)):
             train(copy, store)
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_of_them(
+    full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has said so before the other has begun to write: nothing is removed under that one's hands, or stays."""
+    written = list[Path]()
+
+    def writes(file: Path, *_: object) -> None:
+        if first_of(file) == full * 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        time.sleep(0.5)
+        file.write_bytes(b"")
+        written.append(file)
+
+    def first_of(file: Path) -> int:
+        return int(file.name.split("-")[1])
+
+    def one(place: Mesh) -> str:
+        own = place.part(12)
+        parameters = problem(prefix_ends=(len(range(12)[own]),), dtype=torch.float32).parameters
+        state = State.start(parameters, (4, 12), latents=own)
+        with pytest.raises((OSError, InputError)) as stopped:
+            checkpoint.save(tmp_path, state, own, place)
+        return str(stopped.value)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", writes)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    said = together(meshes(1, 2), one)
+    assert "No space left on device" in said[full]
+    assert said[1 - full].startswith("another of the 1 processes has ended, as it")
+    assert [first_of(file) for file in written] == [6 - 6 * full]
+    assert not list((tmp_path / "state").iterdir())
+
+
+def test_processes_that_were_asked_for_other_runs(store: Store, store_root: Path, tmp_path: Path) -> None:
+    """By srun, say, with a pipeline.toml of each node's own: each says what differs, none waits for another."""
+    alike, fewer = (tiny_settings(store_root, tmp_path, "asked", train__rows=rows) for rows in (6144, 640))
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    started = [
+        subprocess.Popen(
+            command(asked),
+            cwd=ROOT,
+            env=ENVIRONMENT | here | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, asked in enumerate((alike, fewer))
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert "rank 1: train.rows: expected 6144, as rank 0 has it, found 640; start all" in said[1]
+    assert not alike.run_dir().exists()
+
+    def one(place: Mesh) -> str:
+        asked = [[alike], [fewer], [alike, alike]][place.everyone.rank]
+        try:
+            _check_alike(asked, store, place.everyone)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    first, second, third = together(meshes(3, 1), one)
+    assert first.startswith("another of the 1 processes has ended, as it or its node says")
+    assert second.startswith(
+        "train.rows: expected 6144, as rank 0 has it, found 640; start all processes with the"
+    )
+    assert third.startswith("runs: expected 1, as rank 0 has it, found 2")
 
 
 def test_processes_that_make_no_mesh(store: Store, store_root: Path, tmp_path: Path) -> None:
