@@ -50,7 +50,7 @@ help:
 	@echo 'make demo                        install, harvest, train and evaluate on the embedded model and text'
 	@echo 'make demo-circuit                the same for all 30 layers, small; then the set'\''s page and a circuit (an hour or less)'
 	@echo 'make test                        install the development extras, lint, types, tests'
-	@echo 'make plan|harvest LAYER=17       print what a harvest takes; write the layer'\''s activation store'
+	@echo 'make plan|harvest LAYER=17       print what harvest and training take (MEMORY=80e9: of each GPU); write the layer'\''s activation store'
 	@echo 'make verify LAYER=17             read and check every byte of the store'
 	@echo 'make train LAYER=17 RUN=name     train one run; sweep: one run for every combination of [sweep]'
 	@echo 'make evaluate LAYER=17 RUN=name  write metrics.json, plots, report.html; compare WITH=...: others on the same rows'
@@ -64,7 +64,8 @@ help:
 	@echo 'make export|import|push|upload   other tools'\'' files (export, import), the Hugging Face hub, object stores'
 	@echo 'make bench|soak|audit|licences   benchmarks, an hour of random kills, known vulnerabilities, licences of what is installed'
 	@echo 'LAYER=all, 0-25 or "0-5 12": several layers, one after another, or n at a time (NPROC=n SPREAD=layers): docs/layers.md'
-	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage, NPROC=n with harvest, train and evaluate, NODES=n HEAD=host:port on several machines: docs/commands.md'
+	@echo 'PROFILE=demo, HARVEST=name and ARGS="--section.key value" go with every stage: docs/commands.md'
+	@echo 'NPROC=n: harvest, train or evaluate in n processes (docs/scale.md), with NODES=m HEAD=host:port on each of m machines (docs/nodes.md)'
 
 # Stages wait for each other whatever MAKEFLAGS=-j of the environment says.
 .NOTPARALLEL:
@@ -103,7 +104,7 @@ test-all: install-dev install-embedded test-peers
 test-peers: install-dev install-embedded install-peers
 	@PEERS=$(call quote,$(PEERS)) $(PY) -m pytest -q -m peers $(call spliced,ARGS)
 
-# One process, or NPROC of them on each of NODES: torchrun's ranks take disjoint windows, or disjoint rows.
+# One process, or NPROC of them on each of NODES machines: torchrun's ranks take disjoint windows, or disjoint rows.
 LAUNCHED = $(call option,NODES,--nodes) $(call option,HEAD,--head) $(call option,RESTARTS,--max-restarts)
 RANKS = $(PY) -m $(if $(call asked,NPROC)$(call asked,NODES)$(call asked,HEAD)$(call asked,RESTARTS),common.launch $(LAUNCHED) $(call quote,$(or $(call asked,NPROC),1)))
 # With SPREAD=layers every process takes layers of its own: also where a stage's rows are not shared.

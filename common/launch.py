@@ -1,14 +1,14 @@
-"""python -m common.launch 4 train --layer 17: a stage in several processes, which end as one would.
+"""python -m common.launch 4 train --layer 17: a stage in several processes, which end as one process would.
 
-torchrun itself shows a traceback of its own, and exit code 1, for whatever ends a process; here the processes have
-said why they stopped, and the exit code is that of the first that did.
+Whatever ends a process, torchrun itself prints a traceback of its own and exits with 1. Here the processes have said
+why they stopped, and the exit code is that of the first that stopped.
 
-On several nodes (--nodes 4 --head host:port, before the processes) each runs this command; torchrun's c10d rendezvous
-on the head's port brings them together (common/nodes/meeting.py). --max-restarts 3 starts all processes again, up to
-three times, when one has ended: they continue from the last checkpoint.
+On several nodes every node runs this command, with --nodes 4 --head host:port before the number of processes.
+torchrun's c10d rendezvous on the head's port brings the nodes together (common/nodes/meeting.py). With --max-restarts 3
+all processes are restarted, up to three times, when one has ended; they continue from the last checkpoint.
 
-Stages that work on one layer at a time take several here too: one after another in all processes, or, with
---spread layers, each in a process of its own (common/layers/).
+Stages that work on one layer at a time take several layers here too: one after another in all processes, or, with
+--spread layers, each layer in a process of its own (common/layers/).
 """
 
 import importlib
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-# Of PyTorch's C++, also in the processes: a page of addresses for every connection that is refused or lost.
+# Also in the processes: PyTorch's C++ would log a page of addresses for every connection that is refused or lost.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch.distributed as dist
@@ -35,12 +35,12 @@ from common.layers import driver
 from common.nodes.meeting import Nodes
 
 ONE_LAYER = ("train", "train.sweep", "evaluate", "evaluate.compare")
-"""Stages that work on one layer at a time, by common/layers/driver.py."""
+"""Stages that work on one layer at a time: common/layers/driver.py runs several."""
 OPTIONS = ("--nodes", "--head", "--max-restarts")
 SILENT = "<N/A>"
-"""torchrun's word for the note of a process that has left none."""
+"""What torchrun gives as the error file of a process that has left no message."""
 PATIENCE = 25
-"""Seconds: torchrun kills those that do not end after 30."""
+"""Seconds after the first failure; torchrun kills the processes that have not ended after 30."""
 INTERRUPTED = 130
 
 
@@ -52,16 +52,15 @@ def main() -> None:
         words.pop(0)
     if len(words) < 2:
         raise InputError(
-            "launch: expected processes and a stage, for example: python -m common.launch 4 train --layer 17"
+            "launch: expected a number of processes and a stage, for example: "
+            "python -m common.launch 4 train --layer 17"
         )
     processes, stage, *arguments = words
     if not (processes.isdecimal() and int(processes)):
-        raise InputError(f"NPROC: expected a number of processes from 1, found {processes!r}")
+        raise InputError(f"NPROC: expected a whole number of processes, 1 or more, found {processes!r}")
     restarts = given.get("--max-restarts")
     if restarts is not None and not restarts.isdecimal():
-        raise InputError(
-            f"RESTARTS: expected how often all processes may start again, from 0, found {restarts!r}"
-        )
+        raise InputError(f"RESTARTS: expected a whole number of restarts, 0 or more, found {restarts!r}")
     again = ["--max-restarts", restarts] if restarts else []
     nodes = Nodes.of(given.get("--nodes"), given.get("--head"))
     # "--" because torchrun would take --run for an option of its own.
@@ -76,29 +75,29 @@ def main() -> None:
 
 
 def _torchrun(command: Sequence[str], nodes: Nodes | None) -> None:
-    logging.disable()  # of the launcher: who was sent which signal when one had stopped
-    # A store of their own for every start of the processes: the launchers' one keeps the addresses of those before a
-    # restart, and the next ones wait for them.
+    logging.disable()  # the launcher's: which process was sent which signal
+    # Each start of the processes gets a store of its own: the launchers' store keeps the addresses from before a
+    # restart, and the new processes would wait for those.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     where = nodes.options(command) if nodes else ["--standalone"]
     try:
         run.main([*where, *command])
-    except SignalException:  # it has passed the signal on, and waited
+    except SignalException:  # torchrun has passed the signal on, and waited
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         raise SystemExit(_why(error, nodes)) from None
     except (RendezvousError, dist.DistError) as error:
         assert nodes is not None
         if "is_host=1" in where[-1] and isinstance(error, RendezvousConnectionError):
-            _torchrun(command, nodes)  # another launcher of this machine was faster
+            _torchrun(command, nodes)  # another launcher of this machine took the port first
             return
         raise InputError(nodes.parted(error)) from None
 
 
 def _why(error: ChildFailedError, nodes: Nodes | None) -> int:
-    """The exit code, after the line of what has ended a process that could not say so itself, or that left it here."""
+    """The exit code. Prints the line of a process that was killed, or that left its line to the launcher."""
     _, first = error.get_first_failure()
-    # torchrun sends SIGTERM to those that are left, and SIGKILL half a minute later.
+    # torchrun sends SIGTERM to the remaining processes, and SIGKILL half a minute later.
     killed = {
         rank: -each.exitcode
         for rank, each in error.failures.items()
@@ -123,5 +122,5 @@ def _why(error: ChildFailedError, nodes: Nodes | None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.pop("SLURM_STEP_ID", None)  # a task of srun that starts processes is none of them
+    os.environ.pop("SLURM_STEP_ID", None)  # a launcher that srun has started is not one of the processes
     run_stage(main)

@@ -1,4 +1,4 @@
-"""The processes of one run, which work together: started by torchrun, or by what sets the same variables."""
+"""The processes of one run, which work together: started by torchrun, or by a launcher that sets the same variables."""
 
 import os
 import re
@@ -25,18 +25,18 @@ from common.nodes.watch import GRACE, left_to_others, watched
 
 CPU = torch.device("cpu")
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|Broken pipe")
-"""In the words of a RuntimeError: that it is of an exchange between processes."""
+"""In the text of a RuntimeError: it comes from an exchange between processes."""
 COME = 600
-"""Seconds in which all processes come: pods and tasks each start on their own, one node's disk may be slow."""
+"""Seconds in which all processes must come: pods and tasks start independently, and one node's disk may be slow."""
 SEEN = 45
-"""Seconds after which every node sees a new file: a shared disk's names may be known anew after 30 only (NFS)."""
+"""Seconds after which every node sees a new file: on NFS a new name may take 30 s to appear."""
 
 
 def meet(device: torch.device) -> dist.Store | None:  # pyright: ignore[reportPrivateImportUsage]
     """Meet the other processes, if there are any: gloo on CPU, nccl on CUDA, bound to this process's device.
 
-    Returns where they have met; none where this one is alone or they had met before. Raises `InputError` when they do
-    not come.
+    Returns the store where they have met; None if this process is alone or they had met before. Raises `InputError` if
+    they do not come.
     """
     if world() == 1 or dist.is_initialized():
         return None
@@ -61,9 +61,9 @@ def meet(device: torch.device) -> dist.Store | None:  # pyright: ignore[reportPr
 
 
 def _all_here() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Where the processes meet, when every one is there; raises `InputError` that says which ones are not.
+    """The store where the processes meet, once all are there. Raises `InputError` that names the missing ranks.
 
-    torch.distributed itself would wait half an hour, as long as for a sum, for one that has ended with an error.
+    torch.distributed itself would wait for a process that has ended with an error as long as for a sum: half an hour.
     """
     limit = timedelta(seconds=COME)
     store, own, size = next(dist.rendezvous("env://", timeout=limit))  # pyright: ignore[reportPrivateImportUsage]
@@ -73,31 +73,34 @@ def _all_here() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     except dist.DistStoreError:
         absent = [each for each in range(size) if not store.check([f"here/{each}"])]
         raise InputError(
-            f"rank {' '.join(map(str, absent))} of {size} did not come in {COME} s; what they or their nodes say tells "
-            "why, and the same command continues"
+            f"of {size} ranks these did not arrive within {COME} s: {' '.join(map(str, absent))}; their output or their "
+            "nodes' tells why, and the same command continues"
         ) from None
     return store
 
 
 @contextmanager
 def ended_together() -> Iterator[None]:
-    """One process of several that ends ends the others: a line in place of what the lost connection raises."""
+    """When one of several processes ends, end this one too, with a line instead of the lost connection's exception."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
-        # Whoever knows more has its turn: torchrun, which stops a node's processes when it has seen one end, and
-        # the connection that tells which rank is lost.
+        # First those that know more may end this process: torchrun, which stops a node's processes when it has seen
+        # one end, and the watcher (common/nodes/watch.py), which knows the rank that is lost.
         time.sleep(2 * GRACE)
-        # gloo's begins with a place in its source, and ends with advice.
+        # gloo's message begins with a place in its source and ends with advice.
         why, _, _ = re.sub(r"^\[/\S*\] ", "", first_line(error)).partition(". ")
         end_with_another(f" ({why:.200})", error)
 
 
 def end_with_another(why: str = "", error: Exception | None = None) -> NoReturn:
-    """End this process because of another one, which says more; the line comes once from a node."""
-    line = f"another of the {world()} processes has ended, as it or its node says{why}; the same command continues"
+    """End this process because another one has ended, whose output tells why; one process of a node prints the line."""
+    line = (
+        f"another of the {world()} processes has ended{why}; its output or its node's tells why, and the same command "
+        "continues"
+    )
     if left_to_others(line):
         raise SystemExit(2) from None
     raise InputError(line) from error
@@ -108,7 +111,7 @@ def waiting() -> Iterator[None]:
     """While this lasts, SIGTERM and Ctrl-C end the process at once.
 
     PyTorch waits for other processes in C++, half an hour for one that never comes, and Python's own handlers run
-    only when it comes back. The kernel frees the locks, and what is on disk is whole at any instant.
+    only after that. To end at once is safe: the kernel frees the locks, and what is on disk is whole at any instant.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +125,7 @@ def waiting() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(writes)  # the watcher reads the end
+        os.close(writes)  # the watcher reads an end of file
         watcher.join()
         os.close(reads)
 
@@ -140,19 +143,19 @@ def _end_at_a_signal(reads: int) -> None:
 class Processes:
     """Process `rank` of `world`.
 
-    Every method is called by all of them, in the same order. Alone, they cost nothing.
+    All processes call every method, in the same order. For a single process the methods cost nothing.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = CPU
-    """Where the tensors are that they exchange."""
+    """The device of the tensors that the processes exchange."""
     group: dist.ProcessGroup | None = None
-    """torch.distributed's name of them; None: all processes of the run."""
+    """These processes for torch.distributed; None: all processes of the run."""
 
     @property
     def leads(self) -> bool:
-        """The one process that writes files and talks."""
+        """Whether this is the one process that writes files and prints."""
         return self.rank == 0
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -162,13 +165,13 @@ class Processes:
         return tensor
 
     def total_later(self, tensor: Tensor) -> Callable[[], object]:
-        """Begin `total` of a tensor; it is done when the function that is returned has been called."""
+        """Begin `total` of a tensor; it is complete once the returned function has been called."""
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
         return work.wait
 
     def gathered(self, values: Tensor) -> Tensor:
-        """All processes' one-dimensional values, of any lengths, in order of rank."""
+        """The one-dimensional values of all processes, of any lengths, in order of rank."""
         if self.world == 1:
             return values
         lengths = self._everyone(torch.tensor([len(values)], device=values.device))
@@ -179,11 +182,11 @@ class Processes:
         return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
     def stacked(self, tensor: Tensor) -> Tensor:
-        """[world, ...] all processes' tensors, of one shape, in order of rank."""
+        """[world, ...] the tensors of all processes, all of one shape, in order of rank."""
         return tensor[None] if self.world == 1 else torch.stack(self._everyone(tensor))
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """Largest over the processes of each element, in place."""
+        """The largest value of each element over the processes, in place."""
         return tensor if self.world == 1 else tensor.copy_(self.stacked(tensor).amax(0))
 
     def _everyone(self, tensor: Tensor) -> list[Tensor]:
@@ -192,46 +195,46 @@ class Processes:
         return parts
 
     def count(self, number: int) -> int:
-        """The sum of all processes' numbers. On a GPU the host waits here."""
+        """The sum of `number` over the processes. On a GPU the host waits here."""
         if self.world == 1:
             return number
         return int(self.total(torch.tensor(number, device=self.device)))  # sync: all must decide the same
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether `flag` is set in any process."""
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor(float(flag), device=self.device)))
 
     def add(self, *arrays: np.ndarray) -> None:
-        """Sum of arrays on the host over the processes, in place; none may be of bool."""
+        """Sum arrays on the host over the processes, in place; not for arrays of bool."""
         for array in arrays if self.world > 1 else ():
             summed = self.total(torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
             array[...] = summed.cpu().numpy()
 
     def chained(self, array: np.ndarray) -> np.ndarray:
-        """All processes' arrays on the host [n, ...], in order of rank; only n may differ. Their bytes: any dtype."""
+        """All processes' arrays on the host [n, ...], in order of rank. Only n may differ. Sent as bytes: any dtype."""
         if self.world == 1:
             return array
         own = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy()).to(self.device)
         return self.gathered(own).cpu().numpy().view(array.dtype).reshape(-1, *array.shape[1:])
 
     def said(self, line: str) -> list[str]:
-        """The line that each process says, in order of rank, when the last has said its own."""
+        """The lines of all processes, in order of rank; waits until every process has given its own."""
         self.wait()
         return self.chained(np.frombuffer(f"{line}\n".encode(), np.uint8)).tobytes().decode().split("\n")[:-1]
 
     def wait(self) -> None:
-        """Until every process is here. A barrier of nccl would choose a device itself."""
+        """Wait until every process is here. A barrier of nccl would choose a device itself."""
         if self.world > 1:
             with waiting():
                 self.any(False)
 
     def together(self, part: Callable[[], None]) -> None:
-        """Have each process do its part, and wait until all are through.
+        """Have each process do its part, and wait until all have finished.
 
-        Where the disk refuses one, all end: that process raises its `OSError`, the others leave the word to it. So
-        none removes what others are still writing.
+        If the disk refuses one of them, all end: that process raises its `OSError`, the others say that another has
+        ended. Until then nothing is removed, so none removes a file that another is still writing.
         """
         refused: OSError | None = None
         try:
@@ -246,16 +249,16 @@ class Processes:
             end_with_another()
 
     def see(self, path: Path) -> None:
-        """Until this process sees what the first has written, called when it is there.
+        """Wait until this process sees the file that rank 0 has written; call it when rank 0 has written it.
 
-        Raises `InputError` where the node does not share its disk.
+        Raises `InputError` if this node does not share rank 0's disk.
         """
         until = time.monotonic() + SEEN
         while not (self.leads or path.exists()):
             if time.monotonic() > until:
                 raise InputError(
-                    f"{path}: written by rank 0, and not seen here in {SEEN} s; all nodes need the same disk at this "
-                    "path (docs/nodes.md)"
+                    f"{path}: rank 0 has written it, but it did not appear here within {SEEN} s; all nodes need the "
+                    "same disk at this path (docs/nodes.md)"
                 )
             time.sleep(0.2)
 
@@ -271,7 +274,7 @@ def joined(device: torch.device = CPU) -> Iterator[Processes]:
         return
     store = meet(device)
     if rank() == 0 and (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        line = f"note: restart {again} after a process has ended; what is on disk goes on"
+        line = f"note: restart {again} after a process has ended; continuing from what is on disk"
         print(line, file=sys.stderr, flush=True)
     try:
         with watched(store), ended_together():

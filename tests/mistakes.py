@@ -397,7 +397,7 @@ ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a WANDB_MODE that W&B does not have": lambda patch: patch.setenv("WANDB_MODE", "of"),
     "wandb is not installed": lambda patch: patch.setitem(sys.modules, "wandb", None),
     "WORLD_SIZE is left over from another program": lambda patch: patch.setenv("WORLD_SIZE", "2"),
-    "srun's environment, and not all of it": lambda patch: [
+    "only a part of srun's environment": lambda patch: [
         patch.setenv(name, value)
         for name, value in {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}.items()
     ],

@@ -1,10 +1,10 @@
 """Resumable state below the run directory: state/step_N/{tensors.safetensors, state.json}, state/latest.
 
-A checkpoint is written aside, flushed and renamed; then `latest` names it; then older ones go.
+A checkpoint is written aside, flushed and renamed; then `latest` names it; then older ones are removed.
 So a process killed at any instant leaves a whole checkpoint behind, the last one or the one before.
 
-Where several processes share the latents, each writes those that it holds, into tensors-<first>-<end>.safetensors, all
-at the same time; state.json, written when all have, lists them. Any number of processes goes on from either form.
+If several processes share the latents, each writes its slice into tensors-<first>-<end>.safetensors, all at the same
+time; state.json, written when all files are there, lists them. Any number of processes can continue from either form.
 """
 
 import json
@@ -26,16 +26,16 @@ from train.state import COUNTS, SHARED, State
 from transcoder.weights import CHECKPOINT, save_tensors
 
 Slices = Sequence[tuple[int, int]]
-"""First latent and end of each file of a checkpoint."""
+"""The latents [first, end) of each file of a checkpoint."""
 VERSION = 5
 """1: one scale of the rows with their mean. 2: one learning rate for all. 3: k active latents from the first step.
 4: all rows weighed the same."""
 
 
 def save(run_dir: Path, state: State, latents: slice, mesh: Mesh = ONE) -> None:
-    """Make the state's checkpoint the newest and only one; nothing to do where that step has one already.
+    """Write the state's checkpoint and remove older ones; does nothing if this step has a checkpoint already.
 
-    Called by all processes of the `mesh`; `latents`: those that this one holds.
+    All processes of the `mesh` call it; `latents`: those that this process holds.
     """
     final, holders = run_dir / "state" / f"step_{state.step}", mesh.latents
     if not mesh.rows.leads or holders.any(final.exists()):
@@ -66,19 +66,19 @@ def save(run_dir: Path, state: State, latents: slice, mesh: Mesh = ONE) -> None:
 
 
 def _file(slices: Slices, number: int) -> str:
-    """Name of the file of the latents [first, end) that is `number` in the list."""
+    """Name of file `number` of the list, which has the latents [first, end)."""
     first, end = slices[number]
     return "tensors.safetensors" if len(slices) == 1 else f"tensors-{first}-{end}.safetensors"
 
 
 def _said(slices: Slices, number: int, step: int) -> dict[str, str] | None:
-    """What a file says of itself, so that it is taken for no other; nothing of the only one."""
+    """The metadata that tell one file of a checkpoint from another; None if it is the only file."""
     first, end = slices[number]
     return None if len(slices) == 1 else {"latents": f"{first}-{end}", "step": f"{step}"}
 
 
 def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
-    """Bring `state`, which holds these `latents` of `d_sae`, to the newest checkpoint; False when there is none.
+    """Load the newest checkpoint into `state`, which holds these `latents` of `d_sae`; False when there is none.
 
     Raises `InputError` when the checkpoint is damaged or of another version.
     """
@@ -107,7 +107,7 @@ def restore(run_dir: Path, state: State, latents: slice, d_sae: int) -> bool:
 
 
 def _check_counts(scalars: dict[str, Any], slices: Sequence[tuple[Any, Any]]) -> None:
-    """Raise `ValueError` for a number in state.json that counts something and is none from 0 on."""
+    """Raise `ValueError` for a count in state.json that is not a whole number from 0."""
     counts = {name: scalars.get(name) for name in COUNTS}
     counts |= {f"slices[{i}]": number for i, pair in enumerate(slices) for number in pair}
     for name, number in counts.items():
@@ -116,7 +116,7 @@ def _check_counts(scalars: dict[str, Any], slices: Sequence[tuple[Any, Any]]) ->
 
 
 def _read(folder: Path, slices: Slices, latents: slice, step: int) -> dict[str, Tensor]:
-    """All tensors, of those that belong to latents these `latents`; no more is read. `slices`: those of the files."""
+    """All tensors; of those with a row for each latent only these `latents` are read. `slices`: those of the files."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, list[Tensor]] = {}
     for number, (first, end) in enumerate(slices):

@@ -29,7 +29,7 @@ from transcoder.transcoder import OF_LATENTS, Transcoder
 def raw_transcoder(state: State, recipe: Recipe, prefix_ends: tuple[int, ...]) -> Transcoder:
     """The present state as a transcoder of raw activations, its thresholds still zero.
 
-    `prefix_ends`: among the latents that the state holds.
+    `prefix_ends`: counted within the latents that the state holds.
     """
     folded = fold(state.parameters, recipe.scaling)
     return Transcoder(folded, torch.zeros(len(prefix_ends), device=folded.b_dec.device), prefix_ends)
@@ -41,7 +41,8 @@ def finish(
 ) -> None:
     """Calibrate, measure on held-out rows, write the samples and, last, transcoder.safetensors.
 
-    Called by all `holders` of the latents; `latents`: those of this process.
+    `holders`: the processes that see the same rows and each hold a slice of the latents. All of them call it;
+    `latents`: this process's slice.
     """
     run_dir, ends, scale = settings.run_dir(), recipe.objective.prefix_ends, recipe.scaling.scale_out
     kept_per_row = (state.kept / state.kept_rows).tolist()
@@ -54,7 +55,7 @@ def finish(
 
 
 def _save(run_dir: Path, transcoder: Transcoder, latents: slice, holders: Processes) -> None:
-    """Write transcoder.safetensors, each holder its own latents of it; `transcoder` has those of this one."""
+    """Write transcoder.safetensors; each holder writes its own latents, which `transcoder` has."""
     tensors, metadata = transcoder.saved()
     d_sae = transcoder.prefix_ends[-1]
     shapes = {
@@ -66,9 +67,8 @@ def _save(run_dir: Path, transcoder: Transcoder, latents: slice, holders: Proces
         for name, tensor in tensors.items():
             if name in OF_LATENTS or holders.leads:
                 start = latents.start if name in OF_LATENTS else 0
-                weights.put(
-                    run_dir, name, start, tensor, flushed=not holders.leads
-                )  # its own `commit` flushes
+                # what the first has written is flushed by `commit`
+                weights.put(run_dir, name, start, tensor, flushed=not holders.leads)
 
     try:
         if holders.leads:
@@ -93,9 +93,9 @@ def calibrated(
     holders: Processes = ALONE,
     more: dict[str, Any] | None = None,
 ) -> Transcoder:
-    """The present state as it is saved: thresholds from train rows, numbers from held-out rows; `more` metadata.
+    """The present state as it is saved: thresholds from train rows, numbers from held-out rows. `more`: more metadata.
 
-    With several `holders`, the part of it that these `latents` are, and what is said of the whole.
+    With several `holders`, the transcoder has only these `latents`; its thresholds and metadata are the whole one's.
     """
     own = recipe.objective.of(latents or slice(0, recipe.objective.d_sae))
     raw = raw_transcoder(state, recipe, own.prefix_ends)

@@ -20,15 +20,15 @@ from transcoder.transcoder import Transcoder
 
 CALIBRATION_ROWS = 65_536
 MEASURED_ROWS = 65_536
-"""Held-out rows looked at after training; evaluate/ looks at all."""
+"""Held-out rows that are measured after training; evaluate/ measures all."""
 PROBE_ROWS = 2_048
-"""Held-out rows looked at during training."""
+"""Held-out rows that are measured during training."""
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 class Measured(NamedTuple):
-    """Of every prefix, coarsest first."""
+    """Lists have a value for every prefix, coarsest first."""
 
     fvu: list[float | None]
     """None when the rows do not vary."""
@@ -55,9 +55,9 @@ def measure(
 ) -> Measured:
     """FVU and L0 of each prefix over (inputs, outputs) pairs.
 
-    `thresholds` gives [G] cuts for a batch of pre-activations [n, F]. `typical`: tells heavy rows. Where several
-    `holders` have the latents, `transcoder` is the part of this one, all see the same pairs, and the numbers are those
-    of the whole.
+    `thresholds` gives [G] cuts for a batch of pre-activations [n, F]. `typical`: tells heavy rows. If several
+    `holders` share the latents, `transcoder` has those of this process, all holders see the same pairs, and the numbers
+    are those of the whole transcoder.
     """
     groups = len(transcoder.prefix_ends)
     active = torch.zeros(groups, dtype=torch.float64)
@@ -67,7 +67,7 @@ def measure(
     for inputs, outputs in pairs:
         pre, base = transcoder.pre_activations(inputs), transcoder.base_output(inputs)
         if not holders.leads:
-            base = torch.zeros_like(base)  # of the sum it is one part
+            base = torch.zeros_like(base)  # in the sum over the holders it counts once
         kept = typical.distances(outputs) <= typical.limit
         for g, cut in enumerate(thresholds(pre).tolist()):
             entries = entries_above(pre[:, : transcoder.prefix_ends[g]], cut)
@@ -97,14 +97,14 @@ def measure(
 
 
 def _total(counts: Tensor, holders: Processes) -> Tensor:
-    """The sum over the holders of what is counted on the CPU."""
+    """The sum over the holders of counts on the CPU."""
     return holders.total(counts.to(holders.device)).cpu()
 
 
 def training_cut(k: int, groups: int, holders: Processes = ALONE) -> Callable[[Tensor], Tensor]:
-    """Cuts at which k latents per row are active on average over the batch, for all prefixes the same.
+    """Cuts at which k latents per row are active on average over the batch, the same cut for all prefixes.
 
-    The latents are those of all `holders`, the rows the same in each.
+    Counted over the latents of all `holders`, which see the same rows.
     """
     mesh = Mesh(everyone=holders, latents=holders)
 
@@ -125,7 +125,7 @@ def calibrate(
 
     theta_g is the midpoint of the (n * K_g)-th and the next largest positive activation of prefix g
     over the n rows of `inputs`; 0 when there are fewer. `inputs` is called again when a first guess
-    of what can be ignored was too high. Where several `holders` have the latents, `transcoder` is the part of this one.
+    of what can be ignored was too high. If several `holders` share the latents, `transcoder` has those of this process.
     """
     first = transcoder.pre_activations(next(inputs()))
     guess_rank = max(1, int(2 * max(kept_per_row) * len(first)))
@@ -167,7 +167,7 @@ def _largest(
 
 
 def _threshold(values: Tensor, wanted: int, floor: float) -> float | None:
-    """Midpoint of the wanted-th and the next largest value; none when `floor` hid one of them."""
+    """Midpoint of the wanted-th and the next largest value; None when `floor` hid one of them."""
     if wanted + 1 > len(values):
         return 0.0 if floor == 0.0 else None
     below = kth_largest(values, wanted + 1)

@@ -39,10 +39,10 @@ def candidates(values: Float[Tensor, " n"], k: int, peers: Processes = ALONE) ->
     """Ascending positions of positive values, among them all that are at least the k-th largest positive one.
 
     A strided sample guesses a cut that about 1.25 k values exceed. If fewer than k do, a quarter of the guess is
-    tried, then zero. So the result holds for any sample. k counts over all `peers`, which guess from all their samples
-    together: those that hold the latents of a coarse group have more of the large values than others.
+    tried, then zero. So the result is right for any sample. k counts over all `peers`, which guess from all their
+    samples together: a process that holds the latents of a coarse group has more of the large values than others.
 
-    Of so few values the sample is all, and 1.25 k + 8 of them are more than there are: the cut is 0.
+    Here the sample is all four values, fewer than the 1.25 k + 8 that the guess needs. So the cut is 0:
 
     >>> candidates(torch.tensor([0.2, -1.0, 0.9, 0.5]), k=2).tolist()
     [0, 2, 3]
@@ -109,10 +109,10 @@ def select_batch(
 ) -> tuple[Entries, Tensor]:
     """Batch top-k (Bussmann et al. 2024): every positive pre-activation at least as large as the (k*B)-th largest.
 
-    Ties at the cut all stay (on a GPU those that come first). Also returns the cut, 0 when there are fewer positive
+    All ties at the cut stay (on a GPU only the first ones). Also returns the cut, 0 when there are fewer positive
     values.
     With `exact`, `pre` only proposes candidates; they are ranked by their exact values.
-    `pre` holds this process's rows and latents of a batch whose others the `mesh` has.
+    `pre` has the rows and latents of this process; the other processes of the `mesh` have the rest of the batch.
 
     k = 1 and two rows: the two largest of all, which here lie in one row.
 
@@ -123,7 +123,7 @@ def select_batch(
     if pre.is_cpu or mesh.everyone.world > 1 or exact is not None:
         positions, values, cut = _ranked(pre, k, exact, mesh)
         kept = ((values >= cut) & (values > 0)).nonzero().squeeze(1)  # sync: how many values
-    else:  # as many as are wanted, in order: to count those above the cut, the host would wait
+    else:  # the first n of the ranking: to count the values above the cut, the host would wait
         n = k * len(pre)
         positions = candidates(pre.view(-1), n)
         values = pre.view(-1)[positions]
@@ -134,12 +134,12 @@ def select_batch(
 
 
 def batch_cut(pre: Float[Tensor, "B F"], k: int, mesh: Mesh = ONE) -> Float[Tensor, ""]:
-    """The cut of `select_batch` alone, which needs one wait of the host less."""
+    """The cut of `select_batch` alone; without the entries the host waits once less."""
     return _ranked(pre, k, None, mesh)[2]
 
 
 def _ranked(pre: Tensor, k: int, exact: Values | None, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor]:
-    """(positions of the candidates, their values, the (k*B)-th largest value of the whole mesh or 0)."""
+    """(positions of the candidates, their values, the (k*B)-th largest value over the whole mesh or 0)."""
     n = k * len(pre) * mesh.rows.world
     positions = candidates(pre.view(-1), n, mesh.everyone)
     values = pre.view(-1)[positions] if exact is None else exact(positions)
@@ -172,7 +172,7 @@ def select_rows(
 
 
 def row_cuts(pre: Float[Tensor, "B F"], k: int, mesh: Mesh = ONE) -> Float[Tensor, "B 1"]:
-    """The k-th largest value of each row, over the latents of the whole `mesh`; the smallest where there are fewer."""
+    """The k-th largest value of each row, over all latents of the `mesh`; the smallest if there are fewer than k."""
     top = pre.topk(min(k, pre.shape[1]), dim=1).values
     if mesh.latents.world > 1:
         padded = torch.nn.functional.pad(top, (0, k - top.shape[1]), value=-torch.inf)
@@ -182,7 +182,7 @@ def row_cuts(pre: Float[Tensor, "B F"], k: int, mesh: Mesh = ONE) -> Float[Tenso
 
 SELECT = {"batch_topk": select_batch, "topk": select_rows}
 CUTS = {"batch_topk": batch_cut, "topk": row_cuts}
-"""The same rules as cuts, one of all rows [] or one a row [B, 1], for the step that keeps whole matrices."""
+"""The cuts of the same rules, one for all rows [] or one per row [B, 1], for the step that keeps whole matrices."""
 
 
 def _entries(positions: Tensor, values: Tensor, pre: Tensor) -> Entries:

@@ -1,8 +1,8 @@
-"""safetensors files, filled by rows and read as they lie on disk: neither takes a whole tensor's memory.
+"""safetensors files, written by rows and read through memory maps: neither takes the memory of a whole tensor.
 
-A file is made at its full size first; then any process that sees the file system puts rows into it, at their place.
-Read, a tensor is a private map of its file: rows that nobody looks at are not fetched, and the kernel may drop those
-that were. safetensors' own torch maps are counted as memory by Linux, which refuses one of a file larger than it has.
+A file is first made at its full size; then any process that sees the file system writes rows into their place. A tensor
+that is read is a private map of its file: rows that are not used are not fetched, and the kernel may drop those that
+were. safetensors' own maps for torch count as memory: Linux refuses to map a file larger than the machine's memory.
 """
 
 import json
@@ -24,7 +24,7 @@ from common.errors import InputError
 from common.files import flush, make_folder, publish
 
 BLOCK = 1 << 25
-"""Bytes of rows that are taken to the host, converted or checked at once."""
+"""Bytes of rows that are copied to the host, converted or checked at once."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,7 +42,7 @@ UNRESERVED = 0x4000 if sys.platform == "linux" else 0
 
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's rows in pieces of about `BLOCK` bytes, which are views of it."""
+    """Views of a tensor's rows, about `BLOCK` bytes at a time."""
     row = max(tensor[:1].numel() * tensor.element_size(), 1)
     yield from tensor.split(max(BLOCK // row, 1))
 
@@ -58,9 +58,9 @@ def size_of(shape: tuple[int, ...]) -> int:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors in float32, whole: aside, flushed to disk, renamed. Views are written as what they show.
+    """Write tensors in float32, whole: aside, flushed to disk, renamed. Of a view, only what it shows is written.
 
-    The bytes are those of safetensors' `save_file`, whose metadata are in no order; here they are in the keys' order.
+    The bytes are those of safetensors' `save_file`, but metadata are sorted by key; there they are in no order.
     """
     make_folder(path.parent)
     aside = path.with_name(path.name + ".tmp")
@@ -77,7 +77,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 def create(
     path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Make a file of float32 tensors, all zero, at its full size; what was there before goes."""
+    """Make a file of float32 tensors, all zero, at its full size. Replaces a file that was there before."""
     start = _header(shapes, metadata)
     try:
         with path.open("wb") as file:
@@ -88,10 +88,10 @@ def create(
 
 
 def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -> None:
-    """Write `rows` as rows [start, start + len(rows)) of tensor `name`, and have them on disk.
+    """Write `rows` as rows [start, start + len(rows)) of tensor `name`; if `flushed`, wait until they are on disk.
 
-    Of any process, after `create`; rows of several processes do not overlap. Raises `ValueError` for rows that do not
-    fit.
+    Any process may call it, after `create`; rows of several processes must not overlap. Raises `ValueError` for rows
+    that do not fit.
     """
     first, entries, _ = contents(path)
     shape, (begin, _) = tuple(entries[name]["shape"]), entries[name]["data_offsets"]
@@ -111,12 +111,12 @@ def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -
 
 
 def turned(rows: Tensor) -> bool:
-    """Whether this is a matrix seen from its side: its columns lie one after the other in memory."""
+    """Whether this is the transpose of a contiguous matrix: its columns lie one after the other in memory."""
     return rows.ndim == 2 and not rows.is_contiguous() and rows.T.is_contiguous()
 
 
 def _pieces(rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-    """(bytes from the first row's beginning, what to write there); read once, in the order that it lies in memory."""
+    """(bytes from the start of the first row, data to write there). Reads `rows` once, in their order in memory."""
     if not turned(rows):
         at = 0
         for block in blocks(rows):
@@ -143,7 +143,7 @@ def _write(descriptor: int, data: memoryview, at: int) -> None:
 
 
 def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Other metadata, just as long, in a file that `create` has made."""
+    """Replace the metadata of a file that `create` has made; the new ones must be as long as the old."""
     first, entries, _ = contents(path)
     start = _header({name: tuple(entry["shape"]) for name, entry in entries.items()}, metadata)
     if len(start) != first:
@@ -153,7 +153,7 @@ def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def contents(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """(where the data begin, each tensor's entry, metadata) of a file that is known to be one, finished or not."""
+    """(where the data begin, each tensor's entry, metadata) of a file known to be safetensors, finished or not."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
@@ -161,7 +161,7 @@ def contents(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> bytes:
-    """A file's beginning: safetensors sorts tensors of one type by name, and pads to 8 bytes."""
+    """The header of a file: safetensors sorts tensors of one dtype by name, and pads the header to 8 bytes."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in sorted(shapes):
@@ -173,9 +173,9 @@ def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] |
 
 
 def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file, the tensors as maps of it: what is changed in one stays in memory.
+    """(tensors, metadata) of a file. The tensors are maps of the file: a change to one stays in memory.
 
-    Raises `InputError` for a file that safetensors does not take.
+    Raises `InputError` for a file that safetensors cannot read.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -192,9 +192,7 @@ def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _tensor(path: Path, data: mmap.mmap, first: int, name: str, entry: Mapping[str, Any]) -> Tensor:
     if entry["dtype"] not in DTYPES:
-        raise InputError(
-            f"{path}: tensor {name}: expected numbers as PyTorch has them, found {entry['dtype']}"
-        )
+        raise InputError(f"{path}: tensor {name}: expected a dtype that PyTorch has, found {entry['dtype']}")
     dtype, shape, (begin, _) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if not prod(shape):
         return torch.empty(shape, dtype=dtype)

@@ -5,9 +5,9 @@ Above `MAX_FILE` the large tensors have files of their own beside it, as on the 
     transcoder-00001-of-00002.safetensors   W_dec; its header has a digest of the transcoder's metadata, `part_of`
     transcoder-00002-of-00002.safetensors   W_enc
     transcoder.safetensors.index.json       which tensor is in which file, for other tools; we do not read it
-    transcoder.safetensors                  the rest, and the metadata: `parts` are those files' names and sha256
+    transcoder.safetensors                  the rest, and the metadata: `parts` has those files' names and sha256
 
-transcoder.safetensors appears last, and its own digest stands for all of them.
+transcoder.safetensors is written last, and its own digest stands for all files.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from transcoder import tensor_files
 
 FILE_NAME = "transcoder.safetensors"
 MAX_FILE = 5 * 10**9
-"""Bytes of tensors in one file; the Hugging Face hub's tools split above."""
+"""Bytes of tensors in one file; the Hugging Face hub's tools split above this."""
 LARGE = 10
-"""Where they are split, tensors of more than `MAX_FILE` / `LARGE` have a file of their own: none of the others then
-comes near the limit."""
+"""In a split transcoder each tensor of more than `MAX_FILE` / `LARGE` has a file of its own; the rest together then
+stays far below the limit."""
 PARTS = "transcoder-?????-of-?????.safetensors"
 """Names of such files, as a pattern."""
 CHECKPOINT = "state/latest"
@@ -46,14 +46,14 @@ BEGUN = "settings.json"
 FORMAT = "matryoshka-transcoder"
 FORMAT_VERSION = 1
 RECORDS = {"settings", "source", "versions", "heldout", "training"}
-"""Objects of a header, where it has them."""
+"""Metadata that are JSON objects, if a header has them."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write whole: aside, flushed to disk, then renamed; a reader never sees half a file.
 
     `path`: the file, or the directory it belongs in, here and in the functions below. A tensor is converted to float32
-    and taken to the host in blocks of rows.
+    and copied to the host in blocks of rows.
     """
     try:
         begin(path, tensor_files.shapes_of(tensors), metadata)
@@ -66,10 +66,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 
 
 def begin(path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> None:
-    """Make the files aside, at their full size, their float32 tensors all zero.
+    """Make the files aside, at their full size, with float32 tensors that are all zero.
 
-    Of one process; then each `put`s rows into them, and when all have, one `commit`s. They lie on a file system that
-    all of these see. What a killed process has left there goes.
+    One process calls it; then any processes write rows with `put`; when all rows are there, one process calls `commit`.
+    All of them must see the same file system. Removes what a killed process has left.
     """
     path = _file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,10 @@ def begin(path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[s
 
 
 def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -> None:
-    """Write `rows` as rows [start, start + len(rows)) of tensor `name`, and have them on disk.
+    """Write `rows` as rows [start, start + len(rows)) of tensor `name`; if `flushed`, wait until they are on disk.
 
-    Of any process, between `begin` and `commit`. Raises `ValueError` for rows that do not fit, `OSError` naming the
-    file where the disk refuses.
+    Any process may call it, between `begin` and `commit`. Raises `ValueError` for rows that do not fit, and `OSError`
+    that names the file if the disk refuses.
     """
     path = _file(path)
     _, _, texts = tensor_files.contents(_aside(path))
@@ -101,10 +101,10 @@ def put(path: Path, name: str, start: int, rows: Tensor, flushed: bool = True) -
 
 
 def commit(path: Path) -> None:
-    """Rename the files in their places, the one that marks a finished run last.
+    """Rename the files into their places, last the one that marks a finished run.
 
-    Of one process, when all rows are there. A run in several files that takes the place of another one is unfinished
-    between the first and the last rename.
+    One process calls it, when all rows are there. If several files replace those of another transcoder, the run is
+    unfinished between the first rename and the last.
     """
     path = _file(path)
     aside = _aside(path)
@@ -150,13 +150,13 @@ def _asides(path: Path) -> list[Path]:
 
 
 def _beside(path: Path, ending: str = "") -> list[Path]:
-    """The files of large tensors beside `path`, whoever has left them."""
+    """The files of large tensors beside `path`, whichever transcoder they belong to."""
     name = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}\.safetensors" + re.escape(ending))
     return sorted(each for each in path.parent.iterdir() if name.fullmatch(each.name))
 
 
 def files_of(run_dir: Path) -> list[Path]:
-    """The files that a directory's finished transcoder is in."""
+    """The files of a directory's finished transcoder."""
     file = run_dir / FILE_NAME
     index = file.with_name(f"{file.name}.index.json")
     return [file, *_beside(file), *([index] if index.exists() else [])]
@@ -177,12 +177,12 @@ def _split(
 
 
 def _parts(texts: Mapping[str, str]) -> list[str]:
-    """Names of the files that a file we are writing has beside it."""
+    """Names of the other files of a transcoder that is being written."""
     return [*json.loads(texts.get("parts", "{}"))]
 
 
 def _identity(texts: Mapping[str, str]) -> str:
-    """Digest of a transcoder's metadata, by which its files know each other."""
+    """Digest of a transcoder's metadata; files with the same one belong together."""
     return hashlib.sha256(json.dumps({**texts, "parts": ""}, sort_keys=True).encode()).hexdigest()
 
 
@@ -191,8 +191,8 @@ def _data_size(path: Path) -> int:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in its place, as readable as the umask lets a new file be. Raises `OSError` naming it
-    where the disk refuses: safetensors' own class of errors does not tell a full disk from a defect.
+    """Write a safetensors file in its place, with the permissions that the umask gives a new file. Raises `OSError`
+    that names it if the disk refuses: safetensors' own class of errors does not tell a full disk from a defect.
     """
     try:
         save_file({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, path, metadata)
@@ -220,7 +220,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
         more, told = tensor_files.mapped(part)
         if told.get("part_of") != _identity(texts):
-            raise InputError(f"{part}: is of another transcoder than {file}; copy all of its files together")
+            raise InputError(
+                f"{part}: belongs to another transcoder than {file}; copy all of its files together"
+            )
         tensors |= more
     return tensors, metadata
 
@@ -245,10 +247,10 @@ def _present(path: Path) -> Path:
 def _checked(
     path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, the files beside it with their digests) that a file's header has."""
+    """(metadata, the other files with their digests) from a file's header."""
     if "part_of" in texts:
         raise InputError(
-            f"{path}: a part of a transcoder; give its directory, or the file without -of- there"
+            f"{path}: a part of a transcoder; give its directory, or the file there without -of- in its name"
         )
     if "format_version" not in texts:
         raise InputError(f"{path}: {_foreign(set(tensors))}")
@@ -267,8 +269,8 @@ def _foreign(names: set[str]) -> str:
     """What to say of a safetensors file that this project has not written, by the names of its tensors."""
     shown = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
     return (
-        f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); read are runs of this "
-        "project and transcoders of SAELens, Gemma Scope, circuit-tracer and sparsify"
+        f"expected {FORMAT} version {FORMAT_VERSION}, found none: another tool's file ({shown}); this project reads "
+        "its own runs and transcoders of SAELens, Gemma Scope, circuit-tracer and sparsify"
     )
 
 

@@ -74,7 +74,7 @@ def over_layers(
     _refuse_a_rank()
     if launch is not None and not launch.one_node:
         raise InputError(
-            "NODES: several nodes share the rows of one layer; give one LAYER to each command, or each node layers of "
+            "NODES: several nodes work on one layer; give one LAYER for each command, or give each node layers of "
             "its own, without NODES and HEAD"
         )
     settings = chosen(settings)

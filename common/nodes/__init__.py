@@ -1,1 +1,1 @@
-"""The machines of one run: which process this is, and where, by the environment of whoever has started it."""
+"""The machines of one run: which process this is, and on which machine, from the environment that its launcher set."""

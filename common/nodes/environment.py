@@ -1,6 +1,6 @@
-"""Which of a run's processes this one is: the variables of torchrun, accelerate, PyTorchJob, and those of srun.
+"""Which of a run's processes this one is, from the variables of torchrun, accelerate and PyTorchJob, or of srun.
 
-Without torch: a stage asks before it imports anything.
+Does not import torch: a stage asks before it imports anything.
 """
 
 import os
@@ -11,7 +11,7 @@ from common.errors import InputError
 
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(12000, 32000)
-"""For the jobs of Slurm, which shares out no ports: below those that the kernel gives to connections."""
+"""For jobs of Slurm, which assigns no ports: below the ports that the kernel gives to outgoing connections."""
 
 
 def rank() -> int:
@@ -20,30 +20,30 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are; 1 without torchrun.
+    """How many processes there are; 1 without a launcher.
 
-    Raises `InputError` where WORLD_SIZE is left over from something else: the others would never come.
+    Raises `InputError` if WORLD_SIZE is left over from another program: the other processes would never come.
     """
     size = _number("WORLD_SIZE", 1, range(1, 2**20))
     if size > 1 and (missing := [name for name in MEETING if not os.environ.get(name)]):
         raise InputError(
-            f"environment: WORLD_SIZE={size}, but no {' and '.join(missing)}: torchrun, which sets them all, has not "
-            f"started this process; unset WORLD_SIZE for one process, or give NPROC={size} (make)"
+            f"environment: WORLD_SIZE={size}, but no {', '.join(missing)}: torchrun, which sets all of them, did not "
+            f"start this process; unset WORLD_SIZE for one process, or give NPROC={size} (make)"
         )
     return size
 
 
 def here() -> int:
-    """How many of them share this machine's cores; 1 where nobody says, as each has cores of its own in a pod and
-    under srun.
+    """How many of the processes share this machine's cores; 1 where no launcher says it: in a pod and under srun each
+    process has cores of its own.
     """
     return _number("LOCAL_WORLD_SIZE", 1, range(1, world() + 1)) if world() > 1 else 1
 
 
 def place() -> str:
-    """'node 1 (gpu-17), rank 9: ', the beginning of a line of one of several processes; nothing of a single one.
+    """The beginning of a line of one of several processes, 'node 1 (gpu-17), rank 9: '; empty for a single process.
 
-    The node where there are several, and its number where the launcher gives one. Never raises.
+    The node is named if there are several, its number if the launcher gives one. Never raises.
     """
     try:
         if world() == 1:
@@ -62,27 +62,27 @@ def _number(name: str, default: int, allowed: range) -> int:
     if not (text.isdecimal() and int(text) in allowed):
         raise InputError(
             f"environment: {name}: expected a whole number from {allowed.start} to {allowed.stop - 1}, found {text!r}; "
-            "torchrun sets it, unset it without"
+            "the launcher (torchrun, srun) sets it; unset it if there is none"
         )
     return int(text)
 
 
 def recognise_srun() -> None:
-    """Set torchrun's variables where srun has started several tasks and nothing has set them; else change nothing.
+    """Set torchrun's variables if srun has started several tasks and WORLD_SIZE is not set; else change nothing.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task of srun: SLURM_STEP_ID tells.
-    Raises `InputError` where a variable of srun's is missing.
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is not a task of srun: SLURM_STEP_ID marks the tasks.
+    Raises `InputError` if one of srun's variables is missing.
     """
     given = os.environ
-    # In a shell of salloc the first is the job's, the second this step's.
+    # In a shell of salloc SLURM_NTASKS is the job's number of tasks, SLURM_STEP_NUM_TASKS that of this step.
     tasks = given.get("SLURM_STEP_NUM_TASKS") or given.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" not in given or given.get("WORLD_SIZE") or tasks == "1":
         return
     needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
     if missing := [name for name in needed if not given.get(name)]:
         raise InputError(
-            f"environment: SLURM_STEP_ID={given['SLURM_STEP_ID']}, but no {' and '.join(missing)}: srun, which sets "
-            "them all, has not started this process; unset SLURM_STEP_ID for one process"
+            f"environment: SLURM_STEP_ID={given['SLURM_STEP_ID']}, but no {', '.join(missing)}: srun, which sets all "
+            "of them, did not start this process; unset SLURM_STEP_ID for one process"
         )
     job = _number("SLURM_JOB_ID", 0, range(2**32))
     nodes = given.get("SLURM_STEP_NODELIST") or given["SLURM_JOB_NODELIST"]
@@ -98,7 +98,7 @@ def recognise_srun() -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes.
+    """The first host of a Slurm node list.
 
     >>> first_host("gpu[003-005,7]"), first_host("a1,b[2-4]"), first_host("r[1,3]n[07-09]-ib,x")
     ('gpu003', 'a1', 'r1n07-ib')

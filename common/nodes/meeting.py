@@ -1,4 +1,4 @@
-"""Launchers of several nodes: where they meet, by torchrun's c10d rendezvous, and what ends them."""
+"""The launchers of several nodes: where they meet (torchrun's c10d rendezvous), and what ends them."""
 
 import hashlib
 import os
@@ -28,43 +28,43 @@ from common.errors import InputError, first_line
 from common.processes import waiting
 
 JOIN = 600
-"""Seconds in which all nodes come: the launcher of a node may start minutes after another's."""
+"""Seconds in which all nodes must join: one node's launcher may start minutes after another's."""
 ANSWER = 40
-"""Seconds in which the head's launcher answers the others."""
+"""Seconds in which the head's launcher must answer the other nodes."""
 SILENT = 20
-"""Seconds after which the head's machine has vanished, if nothing comes back."""
+"""Seconds without a reply after which the head's machine counts as lost."""
 KIND = "c10d-ended-together"
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many nodes' launchers work together, and where they meet."""
+    """How many nodes work together, and where their launchers meet."""
 
     count: int
     head: str
 
     @classmethod
     def of(cls, count: str | None, head: str | None) -> "Nodes | None":
-        """What was typed, checked; none for a single node."""
+        """From the values of NODES and HEAD; None for a single node. Raises `InputError` for values that do not fit."""
         if count is not None and not (count.isdecimal() and int(count)):
-            raise InputError(f"NODES: expected a number of nodes from 1, found {count!r}")
+            raise InputError(f"NODES: expected a whole number of nodes, 1 or more, found {count!r}")
         nodes = int(count or "1")
         if nodes == 1 and head is None:
             return None
         place = re.fullmatch(r"[^\s,]+:(\d{1,5})", head or "")
         if not (place and 0 < int(place[1]) < 2**16):
             raise InputError(
-                f"HEAD: expected host:port of the first of {nodes} nodes, the same on each, found {head or 'nothing'!r}"
-                f"; for example NODES={nodes} HEAD=gpu-1:29400"
+                f"HEAD: expected host:port of one of the {nodes} nodes, the same on every node, found "
+                f"{repr(head) if head else 'none'}; for example NODES={nodes} HEAD=gpu-1:29400"
             )
         if nodes == 1:
-            raise InputError(f"NODES: HEAD={head} is for several nodes; give NODES=n too, or leave HEAD out")
+            raise InputError(f"NODES: HEAD={head} needs several nodes; give NODES=n too, or leave HEAD out")
         return cls(nodes, head or "")
 
     def options(self, command: Sequence[str]) -> list[str]:
-        """Of torchrun, for nodes that all start this command: others do not meet them.
+        """torchrun's options; only nodes that start the same `command` meet.
 
-        Whether this node is the head torchrun would tell by the host's name alone.
+        They say whether this node is the head, which torchrun would decide by the host's name alone.
         """
         conf = f"join_timeout={JOIN},is_host={int(self._find_head())}"
         name = hashlib.sha256("\n".join(command).encode()).hexdigest()[:16]
@@ -73,10 +73,10 @@ class Nodes:
         return ["--nnodes", str(self.count), *meeting.split()]
 
     def _find_head(self) -> bool:
-        """Until the head's launcher answers. Whether it is this one: it has the address, and the port is free.
+        """Whether this node is the head: it has the head's address, and the port is free. Else wait for its answer.
 
-        A process that nobody answers, or another program than torchrun, ends here with a line: torchrun's own wait has
-        no limit where a connection is accepted and then nothing said.
+        If nothing answers, or a program other than torchrun, the process ends here with a line: torchrun's own wait has
+        no limit if the connection is accepted and nothing is sent.
         """
         host, _, port = self.head.rpartition(":")
         with suppress(OSError), socket.create_server((host.strip("[]"), int(port))):
@@ -98,27 +98,27 @@ class Nodes:
 
     def _end(self) -> None:
         print(f"error: {self.parted('no torchrun answers')}", file=sys.stderr, flush=True)
-        os._exit(2)  # of the thread that waits in C++ too
+        os._exit(2)  # also ends the thread that waits in C++
 
     def parted(self, why: Exception | str) -> str:
-        """The line of a node that does not meet the others, or has lost them."""
-        here = f"node {socket.gethostname()}, "
+        """The error line of a node that did not meet the others, or has lost them."""
+        here = f"node {socket.gethostname()}: "
         if isinstance(why, RendezvousClosedError | RendezvousConnectionError):
             other = "another node" if isinstance(why, RendezvousClosedError) else f"the head {self.head}"
             return (
-                f"HEAD: {here}{other} has ended or cannot be reached; what it says tells why, and the same command on "
+                f"HEAD: {here}{other} has ended or cannot be reached; its output tells why, and the same command on "
                 "every node continues"
             )
         told = why if isinstance(why, str) else f"{first_line(why):.200}"
         return (
             f"HEAD: {here}the {self.count} nodes did not meet at {self.head} ({told}); start the same command on "
-            "every node, HEAD's too, open the port there, or take another one if it is in use"
+            "every node, also on the head, and open the port there, or choose another port if that one is in use"
         )
 
 
 def _ended_together(parameters: RendezvousParameters) -> RendezvousHandler:
-    """torchrun's c10d rendezvous; a node's launcher ends when another's has given up, and not only when its own
-    processes notice, which may be at the end of a harvest.
+    """torchrun's c10d rendezvous, but a node's launcher ends as soon as another's has given up. Without this it ends
+    when its own processes notice, in a harvest perhaps only at its end.
     """
     backend, store = create_backend(parameters)
     _lose_what_is_silent()
@@ -136,9 +136,9 @@ def _ended_together(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def _lose_what_is_silent() -> None:
-    """Have the kernel close connections, here the one to the head's launcher, when the other side confirms nothing.
+    """Have the kernel close a connection (here: to the head's launcher) when the other side acknowledges nothing.
 
-    torchrun itself waits in it until the kernel gives up after a quarter of an hour. Linux only.
+    Otherwise torchrun waits on it until the kernel gives up, after a quarter of an hour. Linux only.
     """
     folder = Path("/proc/self/fd")
     for entry in folder.iterdir() if folder.exists() else ():

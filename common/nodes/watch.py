@@ -1,9 +1,9 @@
-"""A process of several nodes that ends, or cannot be reached any more, ends the others within half a minute.
+"""When a process of several nodes ends or can no longer be reached, the others end within half a minute.
 
-torch.distributed notices one that has ended in the next exchange, which in a harvest is at its end; one whose machine
-has vanished after 10 minutes (nccl) or 30 (gloo). So rank 0 holds a connection to each of the others, over which
-nothing goes: the kernel closes it when a process ends, and asks the other machine's after seconds of silence. A process
-that is only slow, or stopped, loses none: its kernel answers.
+torch.distributed notices a process that has ended only at the next exchange, which in a harvest is at its end, and a
+machine that has vanished only after 10 minutes (nccl) or 30 (gloo). So rank 0 keeps an idle connection to each of the
+other ranks. The kernel closes it when a process ends, and probes the other machine after some seconds of silence. A
+process that is only slow, or stopped, keeps its connection: its kernel answers.
 """
 
 import json
@@ -25,23 +25,23 @@ from common.files import write_whole
 from common.nodes.environment import here, place, rank, world
 
 SILENT = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds of silence, between questions, and questions without an answer: after 25 s a machine has vanished."""
+"""Seconds of silence before the first probe, seconds between probes, unanswered probes: a machine is lost in 25 s."""
 GRACE = 2
-"""Seconds in which a process that is ending anyway, for a reason of its own to tell, ends by itself."""
+"""Seconds in which a process that is ending for a reason of its own can print it and end by itself."""
 LOOK = 0.5
-"""Seconds between looks whether this process ends."""
+"""Seconds between checks whether this process is ending."""
 ANSWER = 60
-"""Seconds in which a connection is there; all processes are."""
+"""Seconds in which a connection must be made; all processes are running by then."""
 WORD = struct.Struct("!i")
-"""What goes over a connection once: a rank that is lost, or BYE."""
+"""The only message on a connection: the number of a rank that is lost, or BYE."""
 BYE = -1
 
 
 @contextmanager
 def watched(store: dist.Store | None) -> Iterator[None]:  # pyright: ignore[reportPrivateImportUsage]
-    """While this lasts, the loss of another process ends this one; `store` is where all have met.
+    """While this lasts, the loss of another process ends this one. `store`: where all processes have met.
 
-    Leaving it without an error says goodbye: the others may go on.
+    Leaving it without an error says goodbye to the others, which go on.
     """
     if store is None or world() == here():  # torchrun itself ends the processes of a node
         yield
@@ -60,7 +60,7 @@ def watched(store: dist.Store | None) -> Iterator[None]:  # pyright: ignore[repo
 
 
 def _connections(store: dist.Store) -> list[tuple[socket.socket, int]]:  # pyright: ignore[reportPrivateImportUsage]
-    """With the ranks at their other ends: of rank 0 to all, of the others to rank 0, at the address where all met."""
+    """(connection, rank at its other end): rank 0 has one to every rank, each other rank one to rank 0."""
     if rank():
         port, password = store.get("watch").decode().split()
         connection = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=ANSWER)
@@ -84,7 +84,7 @@ def _connections(store: dist.Store) -> list[tuple[socket.socket, int]]:  # pyrig
 
 
 def _called(server: socket.socket, password: bytes) -> dict[int, socket.socket]:
-    """Connections of all others, by rank; who does not know the password is none of them."""
+    """The connections of all other ranks, by rank. A connection without the password is closed."""
     found = dict[int, socket.socket]()
     while len(found) < world() - 1:
         connection, _ = server.accept()
@@ -100,12 +100,12 @@ def _called(server: socket.socket, password: bytes) -> dict[int, socket.socket]:
 
 def _tell(others: dict[socket.socket, int], word: int) -> None:
     for connection in others:
-        with suppress(OSError):  # it has ended too
+        with suppress(OSError):  # that process has ended too
             connection.sendall(WORD.pack(word))
 
 
 def _watch(others: dict[socket.socket, int], ending: threading.Event) -> None:
-    """Until this process ends or all others have said goodbye; ends it when one is lost."""
+    """Watch until this process ends or all others have said goodbye; end this process when one of them is lost."""
     with selectors.DefaultSelector() as selector:
         for connection, other in others.items():
             selector.register(connection, selectors.EVENT_READ, (connection, other))
@@ -123,7 +123,7 @@ def _watch(others: dict[socket.socket, int], ending: threading.Event) -> None:
 
 
 def _word(connection: socket.socket, other: int) -> int:
-    """What `other` has said; that it is lost itself, if it has said nothing."""
+    """The message of `other`; its own number, as a lost rank, if the connection was closed without one."""
     with suppress(OSError):
         said = connection.recv(WORD.size, socket.MSG_WAITALL)
         return WORD.unpack(said)[0] if len(said) == WORD.size else other
@@ -132,7 +132,7 @@ def _word(connection: socket.socket, other: int) -> int:
 
 def _end(lost: int) -> None:
     line = (
-        f"rank {lost} of {world()} has ended or cannot be reached; what it or its node says tells why, and the same "
+        f"rank {lost} of {world()} has ended or cannot be reached; its output or its node's tells why, and the same "
         "command continues"
     )
     if not left_to_others(line):
@@ -141,8 +141,8 @@ def _end(lost: int) -> None:
 
 
 def left_to_others(line: str) -> bool:
-    """Whether another says, of the processes of this node, why all end: torchrun's launcher, which is left the line
-    here, or the first of them.
+    """Whether another process of this node prints why all end: torchrun's launcher, for which `line` is left in a file,
+    or else the node's first process.
     """
     if note := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         said = {"message": place() + line, "timestamp": int(time.time())}

@@ -226,7 +226,7 @@ class Train(Section):
     sample_every: int = Field(default=100, ge=0)
     """Steps between collections of activation samples; 0: none."""
     latent_shards: int = Field(default=1, gt=0)
-    """Processes (NPROC) that share the latents; those of the same latents share the rows (docs/scale.md)."""
+    """Processes that share the latents. Those with the same latents share the rows (docs/scale.md)."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":

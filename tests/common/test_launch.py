@@ -78,8 +78,8 @@ def test_nodes_meet_at_the_head(started: list[list[str]], monkeypatch: pytest.Mo
             RendezvousTimeoutError(),
             r"the 2 nodes did not meet at gpu-1:29400 \(RendezvousTimeoutError\); start",
         ),
-        (RendezvousClosedError(), "another node has ended or cannot be reached; what it says"),
-        (RendezvousConnectionError(), "the head gpu-1:29400 has ended or cannot be reached; what it says"),
+        (RendezvousClosedError(), "another node has ended or cannot be reached; its output"),
+        (RendezvousConnectionError(), "the head gpu-1:29400 has ended or cannot be reached; its output"),
     ],
 )
 def test_nodes_that_did_not_all_come_or_stay(

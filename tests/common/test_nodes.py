@@ -93,7 +93,7 @@ def test_srun_becomes_what_torchrun_sets(around: dict[str, str]) -> None:
 @pytest.mark.parametrize("lacking", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"])
 def test_srun_without_a_variable(lacking: str, around: dict[str, str]) -> None:
     around.update({key: SRUN[key] for key in SRUN if key != lacking})
-    with pytest.raises(InputError, match=f"SLURM_STEP_ID=0, but no {lacking}: srun, which sets them all"):
+    with pytest.raises(InputError, match=f"SLURM_STEP_ID=0, but no {lacking}: srun, which sets all of them"):
         recognise_srun()
 
 
@@ -156,7 +156,7 @@ def test_who_did_not_come_is_named(around: dict[str, str], monkeypatch: pytest.M
     monkeypatch.setattr(processes.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 4)]))
     monkeypatch.setattr(processes, "COME", 1)
     around.update(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "4"})
-    with pytest.raises(InputError, match=r"^rank 1 3 of 4 did not come in 1 s; what they or their nodes say"):
+    with pytest.raises(InputError, match="^of 4 ranks these did not arrive within 1 s: 1 3; their output"):
         processes.meet(torch.device("cpu"))
     for late in "13":
         store.set(f"here/{late}", "")
@@ -171,7 +171,7 @@ def test_what_a_lost_connection_becomes(
     around.pop("TORCHELASTIC_ERROR_FILE", None)
     around.update(TORCHRUN)
     lost = "[/a/b/gloo/pair.cc:5] Connection closed by peer [::1]:5. This is typically a crash."
-    line = r"another of the 16 processes has ended.*\(Connection closed by peer \[::1\]:5\); the same"
+    line = r"another of the 16 processes has ended.*\(Connection closed by peer \[::1\]:5\); its output"
     for error in (RuntimeError(lost), dist.DistBackendError(lost)):
         with pytest.raises(InputError, match=line), processes.ended_together():
             raise error
@@ -236,7 +236,7 @@ def test_the_loss_of_a_process_ends_the_others(lost: int, around: dict[str, str]
         pods[lost].kill()
         for number, pod in enumerate(pods):
             if number != lost:
-                why = "what it or its node says tells why, and the same command continues"
+                why = "its output or its node's tells why, and the same command continues"
                 line = f"rank {lost} of 3 has ended or cannot be reached; {why}"
                 assert said(pod) == (2, f"error: node {NAME}, rank {number}: {line}\n")
 
@@ -264,7 +264,8 @@ def test_a_node_with_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(processes, "SEEN", 0.1)
     there = Processes(1, 2)
     with pytest.raises(
-        InputError, match=f"^{tmp_path}/run.json: written by rank 0, and not seen here in 0.1 s"
+        InputError,
+        match=f"^{tmp_path}/run.json: rank 0 has written it, but it did not appear here within 0.1 s",
     ):
         there.see(tmp_path / "run.json")
     Processes(0, 2).see(tmp_path / "run.json")

@@ -40,10 +40,13 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, "WORLD_SIZE=2, but no RANK and MASTER_ADDR and"),
+        (
+            {"RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
+            "but no RANK, MASTER_ADDR, MASTER_PORT: torchrun",
+        ),
         (
             {"MASTER_PORT": ""},
-            "WORLD_SIZE=2, but no MASTER_PORT: torchrun, which sets them all, has not started",
+            "WORLD_SIZE=2, but no MASTER_PORT: torchrun, which sets all of them, did not start",
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a whole number from 1 to .*, found 'two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a whole number from 1 to .*, found '0'"),

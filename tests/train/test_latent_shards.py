@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_for_one_of_them(
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     said = together(meshes(1, 2), one)
     assert "No space left on device" in said[full]
-    assert said[1 - full].startswith("another of the 1 processes has ended, as it")
+    assert said[1 - full].startswith("another of the 1 processes has ended; its output")
     assert [first_of(file) for file in written] == [6 - 6 * full]
     assert not list((tmp_path / "state").iterdir())
 
@@ -314,7 +314,7 @@ def test_processes_that_were_asked_for_other_runs(store: Store, store_root: Path
         return ""
 
     first, second, third = together(meshes(3, 1), one)
-    assert first.startswith("another of the 1 processes has ended, as it or its node says")
+    assert first.startswith("another of the 1 processes has ended; its output or its")
     assert second.startswith(
         "train.rows: expected 6144, as rank 0 has it, found 640; start all processes with the"
     )
@@ -323,9 +323,9 @@ def test_processes_that_were_asked_for_other_runs(store: Store, store_root: Path
 
 def test_processes_that_make_no_mesh(store: Store, store_root: Path, tmp_path: Path) -> None:
     settings = tiny_settings(store_root, tmp_path, run="none", **CHANGES | {"train__latent_shards": 2})
-    with pytest.raises(InputError, match=r"number of processes, which is 1, found 2; give NPROC=2 or a mult"):
+    with pytest.raises(InputError, match=r"number of processes \(1\), found 2; give NPROC=2 or a mult"):
         train(settings, store)
     assert not settings.run_dir().exists()
-    with pytest.raises(InputError, match="which is 6, found 4"):
+    with pytest.raises(InputError, match=r"processes \(6\), found 4"):
         row_shards(6, 4)
     assert [row_shards(6, shards) for shards in (1, 2, 3, 6)] == [6, 3, 2, 1]

@@ -163,7 +163,8 @@ def test_a_killed_rank_ends_both_nodes(
     (other,), own = lines(errors)
     assert own == [f"error: node {NAME}, rank {rank} was killed (SIGKILL); the same command continues"]
     assert re.search(
-        r"^error: .*(another node|the head \S+|rank \d of 4) has ended or cannot be reached; what", other
+        r"^error: .*(another node|the head \S+|rank \d of 4) has ended or cannot be reached; its output",
+        other,
     )
     assert took < 60
     with started(launchers(settings), 2 * [{}]) as processes:
@@ -230,7 +231,7 @@ def test_a_node_that_vanishes(
     assert code == 2
     ((line,),) = lines(errors)
     assert re.search(
-        r"^error: .*node .*(the head \S+|rank \d of 4) has ended or cannot be reached; what", line
+        r"^error: .*node .*(the head \S+|rank \d of 4) has ended or cannot be reached; its output", line
     )
     assert took < 60
     with started(launchers(settings), 2 * [{}]) as processes:
@@ -300,7 +301,7 @@ def test_a_network_that_breaks(
     for told in lines(errors):
         (line,) = told
         assert re.search(
-            r"^error: .*node .*(the head \S+|rank \d of 4) has ended or cannot be reached; what", line
+            r"^error: .*node .*(the head \S+|rank \d of 4) has ended or cannot be reached; its output", line
         )
     assert took < 60
 
@@ -332,7 +333,9 @@ def test_a_node_without_the_store(lacking: int, store: Store, store_root: Path, 
         assert re.search(
             rf"^error: node \d \({NAME}\), rank \d: {tmp_path}/without/stores/.*no such store", line
         )
-    assert re.search(r"^error: .*(another node|the head \S+) has ended or cannot be reached; what", other)
+    assert re.search(
+        r"^error: .*(another node|the head \S+) has ended or cannot be reached; its output", other
+    )
     assert not settings.run_dir().exists()
 
 

@@ -63,7 +63,7 @@ def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "code", "line"),
     [
-        ((), 0, "no store yet, so its width is not known; WIDTH=2304 plans for that one"),
+        ((), 0, "no store yet, so the width is not known; give it, for example WIDTH=2304"),
         (("--width", "576", "--nproc", "4"), 0, "--train.latent_shards 4"),
         (("--width", "577"), 2, "transcoder: size 0.5x of d_in 577 is 288.5, not a whole number of latents"),
         (("--width", "-3"), 2, "--width: expected a number above 0, found -3"),

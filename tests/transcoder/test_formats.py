@@ -281,7 +281,9 @@ def test_a_saelens_configuration_we_cannot_honour_is_named(
 def test_other_tools_files_are_named(tmp_path: Path) -> None:
     """A language model, a pickle, a directory of pickles."""
     save_file({"model.embed": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"found none: another tool's file \(model\.embed\); read are runs"):
+    with pytest.raises(
+        InputError, match=r"found none: another tool's file \(model\.embed\); this project reads"
+    ):
         Transcoder.load(tmp_path / "model.safetensors")
     (tmp_path / "ae.pt").write_bytes(b"\x80\x02")
     with pytest.raises(InputError, match=r"ae\.pt: a pickle, which is not read"):

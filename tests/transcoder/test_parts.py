@@ -271,11 +271,14 @@ def test_what_a_killed_process_was_writing_goes(tmp_path: Path, monkeypatch: pyt
         (lambda run: os.truncate(run / SECOND, 250), f"{SECOND}: not a readable safetensors file"),
         (
             lambda run: shutil.copy(run / "other" / FIRST, run / FIRST),
-            f"{FIRST}: is of another transcoder than .*",
+            f"{FIRST}: belongs to another transcoder than .*",
         ),
         (lambda run: (run / SECOND).rename(run / FIRST), f"{SECOND}: not found"),
         (lambda run: shutil.copy(run / SECOND, run / FIRST), "tensor W_dec: expected shape .*, found none"),
-        (lambda run: save_file({"a": torch.zeros(1)}, run / FIRST), f"{FIRST}: is of another transcoder"),
+        (
+            lambda run: save_file({"a": torch.zeros(1)}, run / FIRST),
+            f"{FIRST}: belongs to another transcoder",
+        ),
     ],
 )
 def test_a_part_that_is_missing_short_or_foreign(tmp_path: Path, mistake, message: str) -> None:

@@ -1,1 +1,1 @@
-"""What a training takes, before it starts."""
+"""The memory and traffic of a training, computed before it starts."""

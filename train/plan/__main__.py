@@ -1,4 +1,4 @@
-"""python -m train.plan --layer 17 [--nproc 8] [--memory 80e9] [--width 2304]: what a training takes."""
+"""python -m train.plan --layer 17 [--nproc 8] [--memory 80e9] [--width 2304]: memory and traffic of a training."""
 
 from pathlib import Path
 
@@ -10,11 +10,14 @@ from transcoder.layers import n_layers
 
 def main() -> None:
     options = parser(
-        "train.plan", "What each process of a training holds and sends, by how latents are shared."
+        "train.plan",
+        "What each process of a training holds and sends, by how its latents and rows are shared.",
     )
-    options.add_argument("--nproc", type=int, default=1, help="processes of the training (NPROC) [1]")
-    options.add_argument("--memory", type=float, help="bytes of each device [what is free here]")
-    options.add_argument("--width", type=int, help="width of the rows, of a store that is not there yet")
+    options.add_argument(
+        "--nproc", type=int, default=1, help="number of processes of the training (NPROC) [1]"
+    )
+    options.add_argument("--memory", type=float, help="memory of each device in bytes [what is free here]")
+    options.add_argument("--width", type=int, help="width of the rows, if the store does not exist yet")
     asked = read(options)
     arguments = asked.arguments
     for name in ("nproc", "memory", "width"):
@@ -36,7 +39,7 @@ def main() -> None:
         width = arguments.width or _width(settings)
         if width is None:
             print(
-                f"training of layer {names}: no store yet, so its width is not known; WIDTH=2304 plans for that one"
+                f"training of layer {names}: no store yet, so the width is not known; give it, for example WIDTH=2304"
             )
             continue
         console().print(
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def _width(settings: Settings) -> int | None:
-    """Of a layer's store, if it is there."""
+    """The width of a layer's store; None if there is no store."""
     from shards import Store
     from shards.layout import COMMIT
     from shards.remote import is_url

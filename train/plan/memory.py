@@ -16,7 +16,7 @@ GIB = 2**30
 PROGRAM = GIB // 2
 """Interpreter, PyTorch, zarr, tokenizer."""
 LOADER = int(0.4 * GIB)
-"""Its bound, see shards/loader.py."""
+"""The loader's bound, see shards/loader.py."""
 
 
 def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, samples: bool = False) -> int:
@@ -28,13 +28,13 @@ def kept(objective: Objective, d_in: int, d_out: int, *, skip: bool = False, sam
 def passing(
     objective: Objective, d_in: int, d_out: int, batch: int, device: torch.device = CPU, processes: int = 1
 ) -> int:
-    """Bytes that a step or a measurement takes on top, once for all runs of a sweep.
+    """Bytes that a step or a measurement takes beyond `kept`, once for all runs of a sweep.
 
     A step: pre-activations and their flags [B, F], S and its blocks [B, G, D], rows in both spaces,
     about six numbers of 8 bytes for each of 1.25 K*B candidates, K at its highest; in bfloat16 a copy of W_enc.
     On a GPU also the gradients of all latents. Its matrix step has a second array of flags, the gradient of the
     activations and its parts, every prefix's error, and one product of the decoder's size; in bfloat16 copies of the
-    activations and both matrices. With several processes the sums of all gradients, and a part of them once more.
+    activations and both matrices. With several processes also the sums of all gradients, and a part of them once more.
     A measurement: W_enc folded to raw activations.
     """
     groups, d_sae = len(objective.prefix_ends), objective.d_sae
@@ -56,7 +56,7 @@ def passing(
 
 
 def peak(device: torch.device) -> int | None:
-    """Most bytes that this process has had at a time: a GPU's as PyTorch allocated them, else the resident ones.
+    """The most bytes that this process has held at once: on a GPU those that PyTorch allocated, else resident memory.
 
     None where that cannot be told: Linux only. Unlike getrusage's, VmHWM is this program's alone.
     """
@@ -70,7 +70,7 @@ def peak(device: torch.device) -> int | None:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free for this process, the machine's or its container's; none where that cannot be told."""
+    """Bytes that are free for this process, of the machine or its container; None where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -85,7 +85,7 @@ def available(device: torch.device) -> int | None:
 def check(state: int, on_top: int, device: torch.device) -> None:
     """Raise `InputError` when the runs cannot fit, `state` bytes of all runs and `on_top` of one step.
 
-    On a GPU these are its memory's; the loader and the program are the host's anywhere.
+    On a GPU both are in the GPU's memory; loader and program are always in the host's.
     """
     parts = f"{state / GIB:.1f} of weights and Adam, {on_top / GIB:.1f} of a step"
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""How a training can be split over processes, what each of them then holds and sends, and which splits fit.
+"""How processes can share the rows and latents of a training: what each then holds and sends, and what fits.
 
 Shapes: B rows of a batch, D_in, D_out, F latents, G groups, K active per row.
 """
@@ -23,27 +23,27 @@ SAMPLED = 1.25
 
 @dataclass(frozen=True)
 class Split:
-    """`rows` x `latents` processes, and what the one with the most latents takes; bytes."""
+    """A mesh of `rows` x `latents` processes, and the bytes that the process with the most latents takes."""
 
     rows: int
     latents: int
     state: int
     """Weights, Adam's moments, counters, samples."""
     step: int
-    """On top of them in a step."""
+    """What a step takes beyond `state`."""
     sent_for_latents: int
-    """Handed over in a step to those with the same rows: at most [B, G, D_out] and the candidates of the cut."""
+    """Sent in a step to the processes with the same rows: at most [B, G, D_out], and the candidates of the cut."""
     sent_for_rows: int
-    """Handed over in a step to those with the same latents: their gradients, and how often they fired."""
+    """Sent in a step to the processes with the same latents: gradients, and how often each latent fired."""
 
     @property
     def together(self) -> int:
-        """Bytes of the device that it takes."""
+        """Bytes of the device that a process takes."""
         return self.state + self.step
 
     @property
     def sent(self) -> int:
-        """Bytes that it hands over in a step."""
+        """Bytes that a process sends in a step."""
         return self.sent_for_latents + self.sent_for_rows
 
 
@@ -57,7 +57,7 @@ def splits(
     skip: bool = False,
     samples: bool = True,
 ) -> list[Split]:
-    """Every mesh of that many processes whose rows and latents can be shared."""
+    """Every mesh of `processes` processes that can share these rows and latents."""
     shapes = [(processes // m, m) for m in range(1, processes + 1) if processes % m == 0]
     possible = [(r, m) for r, m in shapes if batch % r == 0 and m <= objective.d_sae]
     return [_split(objective, (d_in, d_out), batch, r, m, device, skip, samples) for r, m in possible]
@@ -88,10 +88,10 @@ def _split(
 
 
 def plan(settings: Settings, width: int, processes: int, each: float | None, of: str) -> Table:
-    """The splits of a training `of` some layers as a table, on rows of this width.
+    """A table of the splits of a training, on rows of this width; `of` names the training.
 
-    `each`: bytes that a process may take; None: what is free here, of a GPU's memory, or of the machine's for all of
-    them together. Raises `InputError` for sizes that do not fit the width.
+    `each`: bytes that a process may take. None: what is free here, the GPU's memory or, without a GPU, the machine's
+    divided by the number of processes. Raises `InputError` for sizes that do not fit the width.
     """
     device = pick_device(settings.model.device)
     objective, train = objective_of(settings, width, device), settings.train
@@ -108,13 +108,13 @@ def plan(settings: Settings, width: int, processes: int, each: float | None, of:
 
 
 def table_of(found: list[Split], each: float, what: str) -> Table:
-    """A line for each split, and which of those that fit into `each` bytes sends the least."""
-    columns = ("latent_shards", "share the rows", "weights, Adam", "a step", "together", "sent a step", "")
+    """A line for each split; below, which of those that fit into `each` bytes sends the least."""
+    columns = ("latent_shards", "row shards", "weights, Adam", "one step", "together", "sent a step", "")
     fits = [split for split in found if split.together <= each]
     best = min(fits, key=lambda split: split.sent, default=None)
-    advice = "none fits: more processes, fewer latents, or smaller batches"
+    advice = "none fits; use more processes, fewer latents, or smaller batches"
     if best is not None:
-        advice = f"of those that fit it sends the least: --train.latent_shards {best.latents}"
+        advice = f"of the lines that fit, this one sends the least: --train.latent_shards {best.latents}"
     table = Table(*columns, title=f"{what}; {human(max(each, 0))} for each process", caption=advice)
     for split in found:
         sizes = (split.state, split.step, split.together, split.sent)

@@ -222,8 +222,8 @@ def _decode(
     """Reconstruct every prefix, ROWS rows at a time. Fills S, and `residual` = y - y_G unless it is None.
 
     `scale` [G] is each prefix's share of S: 2 w_g / (B D_out). Returns the squared error of each prefix [G] float64. A
-    row's part of both is multiplied by its weight. Where several `holders` have the latents, each adds what its own
-    give to each group: one sum of [B, G, D_out] over them.
+    row's part of both is multiplied by its weight. If several `holders` share the latents, each decodes its own for
+    every group, and one sum of [B, G, D_out] over the holders adds them up.
 
     One row, y = 10, no bias. Latent 0 (group 0) adds 3, latent 1 (group 1) adds 4:
 
@@ -263,9 +263,8 @@ def _decode(
 def _by_group(
     parameters: Parameters, target: Tensor, bags: Bags, S: Tensor, holders: Processes
 ) -> Iterator[tuple[slice, Tensor]]:
-    """ROWS rows at a time, which rows, and [rows, G, D_out] what each group's latents add; the first group - `target`.
-
-    Of several holders one sum, which is made in S.
+    """Yields (which rows, [rows, G, D_out] what each group's latents add), ROWS rows at a time; the first group's is
+    less `target`. With several holders this is the sum over them, which is made in S.
     """
     (n, d_out), groups = target.shape, bags.groups
     size = ROWS if target.is_cpu else n
@@ -318,7 +317,7 @@ def aux_gradients(
 ) -> tuple[Tensor, DeadGradients]:
     """`aux_loss` (Gao et al. 2024) on the dead latents' pre-activations [B, N], and its gradients by their rows.
 
-    These are the dead latents that this process holds of `n_dead`; the reconstruction is that of all.
+    `dead` are those of the `n_dead` dead latents that this process holds; the reconstruction is that of all `n_dead`.
 
     With z their activations, W their decoder rows and d = z W - residual: loss = c |d|^2, dW_dec = 2c z^T d,
     dz = 2c d W^T where z > 0, dW_enc = dz^T x. Four products instead of autograd's five: `pre` is known already.
@@ -326,7 +325,7 @@ def aux_gradients(
     """
     z, W_dec = _strongest(pre, objective.aux_k, n_dead, mesh), parameters.W_dec[dead]
     root = None if weights is None else weights.sqrt()
-    # of those that hold the latents one subtracts the residual
+    # only one of the holders subtracts the residual
     difference = mesh.latents.total(torch.addmm(residual, z, W_dec, beta=-1 if mesh.latents.leads else 0))
     d = weighted(difference, root)
     size = mesh.rows.total(weighted(residual, root).square().sum())
@@ -340,9 +339,9 @@ def aux_gradients(
 
 
 def _strongest(pre: Tensor, k: int, n: int, mesh: Mesh = ONE) -> Tensor:
-    """The k largest of each row of relu(pre) [B, N], zero elsewhere. Only rows with more positive values are searched.
-
-    The largest are those of `n` columns, of which this process has N and the rest of the `mesh` the others.
+    """The k largest of each row of relu(pre) [B, N], zero elsewhere. Only rows with more than k positive
+    values are searched. The largest are among `n` columns: this process has N of them, other processes of the `mesh`
+    have the rest.
 
     >>> _strongest(torch.tensor([[3.0, -1.0, 5.0], [2.0, -4.0, -1.0]]), k=1, n=3)  # row 1 has one positive value
     tensor([[0., 0., 5.],
