@@ -73,8 +73,8 @@ def _all_here() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     except dist.DistStoreError:
         absent = [each for each in range(size) if not store.check([f"here/{each}"])]
         raise InputError(
-            f"of {size} ranks these did not arrive within {COME} s: {' '.join(map(str, absent))}; their output or their "
-            "nodes' tells why, and the same command continues"
+            f"of {size} ranks these did not arrive within {COME} s: {' '.join(map(str, absent))}; their output or "
+            "their nodes' tells why, and the same command continues"
         ) from None
     return store
 

@@ -156,7 +156,7 @@ def test_who_did_not_come_is_named(around: dict[str, str], monkeypatch: pytest.M
     monkeypatch.setattr(processes.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 4)]))
     monkeypatch.setattr(processes, "COME", 1)
     around.update(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "4"})
-    with pytest.raises(InputError, match="^of 4 ranks these did not arrive within 1 s: 1 3; their output"):
+    with pytest.raises(InputError, match=r"^of 4 ranks these did not arrive within 1 s: 1 3; their output"):
         processes.meet(torch.device("cpu"))
     for late in "13":
         store.set(f"here/{late}", "")
