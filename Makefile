@@ -115,7 +115,7 @@ harvest: install
 
 plan: install
 	@$(PY) -m harvest --plan $(OPTIONS)
-	@$(PY) -m train.plan $(call option,NPROC,--nproc) $(call option,MEMORY,--memory) $(call option,WIDTH,--width) $(OPTIONS)
+	@$(PY) -m train.plan $(call option,NPROC,--nproc) $(call option,NODES,--nodes) $(call option,MEMORY,--memory) $(call option,WIDTH,--width) $(OPTIONS)
 
 verify: install
 	@$(PY) -m shards verify $(OPTIONS)

@@ -65,7 +65,7 @@ def main() -> None:
     nodes = Nodes.of(given.get("--nodes"), given.get("--head"))
     # "--" because torchrun would take --run for an option of its own.
     command = [*again, "--nproc-per-node", processes, "-m", "--", stage, *arguments]
-    together = partial(_torchrun, command, nodes)
+    together = partial(_torchrun, command, nodes, int(processes))
     if stage not in ONE_LAYER:
         together()
         return
@@ -74,7 +74,7 @@ def main() -> None:
     importlib.import_module(stage if "." in stage else f"{stage}.__main__").main()
 
 
-def _torchrun(command: Sequence[str], nodes: Nodes | None) -> None:
+def _torchrun(command: Sequence[str], nodes: Nodes | None, per_node: int) -> None:
     logging.disable()  # the launcher's: which process was sent which signal
     # Each start of the processes gets a store of its own: the launchers' store keeps the addresses from before a
     # restart, and the new processes would wait for those.
@@ -85,16 +85,16 @@ def _torchrun(command: Sequence[str], nodes: Nodes | None) -> None:
     except SignalException:  # torchrun has passed the signal on, and waited
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
-        raise SystemExit(_why(error, nodes)) from None
+        raise SystemExit(_why(error, nodes, per_node)) from None
     except (RendezvousError, dist.DistError) as error:
         assert nodes is not None
         if "is_host=1" in where[-1] and isinstance(error, RendezvousConnectionError):
-            _torchrun(command, nodes)  # another launcher of this machine took the port first
+            _torchrun(command, nodes, per_node)  # another launcher of this machine took the port first
             return
         raise InputError(nodes.parted(error)) from None
 
 
-def _why(error: ChildFailedError, nodes: Nodes | None) -> int:
+def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
     """The exit code. Prints the line of a process that was killed, or that left its line to the launcher."""
     _, first = error.get_first_failure()
     # torchrun sends SIGTERM to the remaining processes, and SIGKILL half a minute later.
@@ -106,7 +106,7 @@ def _why(error: ChildFailedError, nodes: Nodes | None) -> int:
         and each.timestamp < first.timestamp + PATIENCE
     }
     for rank, number in killed.items():
-        node = f"node {socket.gethostname()}, " if nodes else ""
+        node = f"node {rank // per_node} ({socket.gethostname()}), " if nodes else ""
         line = f"rank {rank} was killed ({signal.Signals(number).name}); the same command continues"
         print(f"error: {node}{line}", file=sys.stderr, flush=True)
     left = [each.message for each in error.failures.values() if each.error_file != SILENT]

@@ -273,11 +273,15 @@ def joined(device: torch.device = CPU) -> Iterator[Processes]:
         yield ALONE
         return
     store = meet(device)
-    if rank() == 0 and (again := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
-        line = f"note: restart {again} after a process has ended; continuing from what is on disk"
-        print(line, file=sys.stderr, flush=True)
+    everyone = Processes(dist.get_rank(), world(), device)
     try:
         with watched(store), ended_together():
-            yield Processes(dist.get_rank(), world(), device)
+            # torchrun counts restarts on each node: those after a process of that node has ended
+            if everyone.any(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0") and everyone.leads:
+                line = (
+                    "note: all processes were restarted after one had ended; continuing from what is on disk"
+                )
+                print(line, file=sys.stderr, flush=True)
+            yield everyone
     finally:
         dist.destroy_process_group()

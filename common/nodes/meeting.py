@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousHandler,
+    RendezvousInfo,
     RendezvousParameters,
     rendezvous_handler_registry,
 )
@@ -27,6 +28,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from common.errors import InputError, first_line
 from common.processes import waiting
 
+SOON = 5
+"""Seconds after which a node that waits for the others says so."""
 JOIN = 600
 """Seconds in which all nodes must join: one node's launcher may start minutes after another's."""
 ANSWER = 40
@@ -130,6 +133,21 @@ def _ended_together(parameters: RendezvousParameters) -> RendezvousHandler:
             raise RendezvousClosedError
         return waiting()
 
+    come = handler.next_rendezvous
+
+    def announced() -> RendezvousInfo:
+        line = (
+            f"waiting for all {parameters.min_nodes} nodes to join at {parameters.endpoint}, at most {JOIN} s"
+        )
+        note = threading.Timer(SOON, print, [line], {"file": sys.stderr, "flush": True})
+        note.daemon = True
+        note.start()
+        try:
+            return come()
+        finally:
+            note.cancel()
+
+    handler.next_rendezvous = announced
     handler.num_nodes_waiting = unless_closed  # torchrun asks ten times a second while all goes well
     handler.get_backend = lambda: KIND
     return handler

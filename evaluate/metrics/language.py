@@ -85,7 +85,7 @@ def _cross_entropy(
     peers: Processes,
 ) -> tuple[AblationLosses, list[LanguageMetrics], dict[str, np.ndarray]]:
     from evaluate.kept.losses import OwnLosses, agree  # these import transformers, which takes seconds
-    from evaluate.metrics.splice import by_context, splice, summary
+    from evaluate.metrics.splice import by_context, own_part, splice, summary
 
     source, moments = store.manifest.source, store.manifest.splits[settings.evaluate.split].outputs
     assert moments is not None, "a split with rows has moments"
@@ -102,13 +102,14 @@ def _cross_entropy(
     if peers.any(kept is None):
         kept = None
     replacements = {str(g): coder.prefix(g) for g in range(n_prefixes)}
-    with progress("cross-entropy", contexts.size, "tokens") as bar:
+    tokens = own_part(model, contexts, peers).size
+    with progress("cross-entropy", tokens, "tokens") as bar:
         losses = splice(
             model, source, contexts, replacements if kept else ablations | replacements, bar.update, peers
         )
     if kept and peers.any(not agree(kept["clean"], losses["clean"])):
         kept = None
-        with progress("ablations", contexts.size, "tokens") as bar:
+        with progress("ablations", tokens, "tokens") as bar:
             losses |= splice(model, source, contexts, ablations, bar.update, peers)
     if kept is None:
         if peers.leads:

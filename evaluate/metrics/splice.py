@@ -130,10 +130,19 @@ def splice(
 
 def batches(model: LanguageModel, contexts: np.ndarray, peers: Processes = ALONE) -> Iterator[np.ndarray]:
     """The contexts [n, T] in blocks whose logits fit into LOGITS, one at least; with `peers`, this process's blocks."""
-    size = max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
-    first, last = share(len(contexts), peers, size)
-    for start in range(first, last, size):
-        yield contexts[start : min(start + size, last)]
+    own, size = own_part(model, contexts, peers), _together(model, contexts)
+    for start in range(0, len(own), size):
+        yield own[start : start + size]
+
+
+def own_part(model: LanguageModel, contexts: np.ndarray, peers: Processes) -> np.ndarray:
+    """This process's part of the contexts [n, T]."""
+    first, last = share(len(contexts), peers, _together(model, contexts))
+    return contexts[first:last]
+
+
+def _together(model: LanguageModel, contexts: np.ndarray) -> int:
+    return max(1, LOGITS // (contexts.shape[1] * model.bridge.cfg.d_vocab))
 
 
 def continued(model: LanguageModel, residual: Tensor, layer: int) -> Tensor:

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from common.settings import ROOT, Settings
@@ -25,6 +26,15 @@ from tests.evaluate.test_ranks import assert_same
 
 LIMIT = 300
 """Seconds: of a machine that does other things too."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As each process has: float32 products of several threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def started(processes: int, words: list[str]) -> "subprocess.Popen[str]":

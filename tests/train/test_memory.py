@@ -69,6 +69,19 @@ def test_a_gpu_must_hold_the_step_and_the_host_the_loader(monkeypatch: pytest.Mo
         memory.check(memory.GIB, memory.GIB, gpu)
 
 
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda _: 4 * memory.GIB)
+    cpu = torch.device("cpu")
+    memory.check(memory.GIB, memory.GIB, cpu)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(InputError, match=r"about 2\.9 GiB in each of 2 processes \(.*, 4\.0 GiB are free"):
+        memory.check(memory.GIB, memory.GIB, cpu)
+    memory.check(memory.GIB, 0, torch.device("cpu"))
+
+
 def test_several_processes_hold_all_gradients_and_a_part_of_them_twice() -> None:
     alone, together = (memory.passing(OBJECTIVE, D, D, BATCH, processes=n) for n in (1, 2))
     gradients = 4 * 16384 * (2 * D + 2)

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from bench import scale
-from common.settings import ROOT
+from common.settings import ROOT, Settings
+from shards.plan import human
 from tests.train.runs import D_IN, D_OUT, tiny_settings
 from train.plan import memory
 from train.plan.splits import Split, plan, splits, table_of
+from train.recipe import objective_of
 from train.step.losses import Objective
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OBJECTIVE = Objective((512, 4096, 16385), (1 / 3,) * 3, 32, "batch_topk", 16, 0.125)
 
 
@@ -63,6 +65,19 @@ def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "code", "line"),
     [
+        (
+            ("--width", "576", "--nproc", "4", "--nodes", "2", "--memory", "80GB"),
+            0,
+            "rows, tfloat32; 8 GPUs, 80 GB each",
+        ),
+        (
+            ("--width", "576", "--memory", "1e9", "--model.device", "cpu"),
+            0,
+            "rows, float32; one process on a CPU, 1 GB",
+        ),
+        (("--width", "576", "--memory", "80XB"), 2, "expected bytes, for example 80e9 or 80GB, found '80XB'"),
+        (("--width", "576", "--memory", "inf"), 2, "--memory: expected a number above 0, found inf"),
+        (("--width", "576", "--nodes", "0"), 2, "--nodes: expected a number above 0, found 0"),
         ((), 0, "no store yet, so the width is not known; give it, for example WIDTH=2304"),
         (("--width", "576", "--nproc", "4"), 0, "--train.latent_shards 4"),
         (("--width", "577"), 2, "transcoder: size 0.5x of d_in 577 is 288.5, not a whole number of latents"),
@@ -83,6 +98,38 @@ def test_the_command(more: tuple[str, ...], code: int, line: str, tmp_path: Path
     process = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert process.returncode == code, process.stderr
     assert line in process.stdout + process.stderr
+
+
+def test_given_memory_is_a_gpus(store_root: Path, tmp_path: Path) -> None:
+    """Also on a machine without one: the figures of the steps that were measured on an H100, in TF32."""
+    settings = tiny_settings(store_root, tmp_path)
+    anywhere = settings.model_copy(update={"model": settings.model.model_copy(update={"device": "auto"})})
+    table = plan(anywhere, D_IN, 1, 1e9, "x")
+    (own,) = splits(objective_of(in_tf32(settings), D_IN, GPU), D_IN, D_IN, 64, 1, GPU)
+    assert "64 rows, tfloat32; one GPU, 1 GB" in table.title
+    assert table.rows[0][2:6] == tuple(map(human, (own.state, own.step, own.together, 0)))
+    (cpu,) = splits(objective_of(settings, D_IN, CPU), D_IN, D_IN, 64, 1, CPU)
+    assert own.step > cpu.step
+
+
+def in_tf32(settings: Settings) -> Settings:
+    train = settings.train.model_copy(update={"precision": "tfloat32"})
+    return settings.model_copy(update={"train": train})
+
+
+def test_processes_of_a_cpu_share_its_memory_and_each_has_a_program(
+    store_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda _: 8 * 10**9)
+    settings = tiny_settings(store_root, tmp_path)
+    titles = [plan(settings, D_IN, processes, None, "x", nodes) for processes, nodes in ((4, 2), (16, 1))]
+    assert "8 processes on CPUs, 2 GB each" in titles[0].title
+    assert {row[-1] for row in titles[0].rows} == {"fits"}
+    assert "16 processes on CPUs, 500 MB each" in titles[1].title
+    assert {row[4] for row in titles[1].rows} == {"966 MB"}
+    assert (
+        titles[1].caption == "none fits; use fewer processes on a machine, fewer latents, or smaller batches"
+    )
 
 
 def test_the_fit_gives_the_steps_that_were_measured() -> None:

@@ -1,6 +1,12 @@
-"""python -m train.plan --layer 17 [--nproc 8] [--memory 80e9] [--width 2304]: memory and traffic of a training."""
+"""python -m train.plan --layer 17 [--nproc 8] [--nodes 4] [--memory 80e9] [--width 2304]: memory and traffic of a
+training.
+"""
 
+import math
+from argparse import ArgumentTypeError
 from pathlib import Path
+
+from pydantic import ByteSize, TypeAdapter
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
@@ -14,15 +20,17 @@ def main() -> None:
         "What each process of a training holds and sends, by how its latents and rows are shared.",
     )
     options.add_argument(
-        "--nproc", type=int, default=1, help="number of processes of the training (NPROC) [1]"
+        "--nproc", type=int, default=1, help="number of processes of the training, on each node [1]"
     )
-    options.add_argument("--memory", type=float, help="memory of each device in bytes [what is free here]")
+    options.add_argument("--nodes", type=int, default=1, help="number of nodes (machines) [1]")
+    memory = "memory of each GPU, such as 80e9 or 80GB [what is free of the device here]"
+    options.add_argument("--memory", type=_bytes, help=memory)
     options.add_argument("--width", type=int, help="width of the rows, if the store does not exist yet")
     asked = read(options)
     arguments = asked.arguments
-    for name in ("nproc", "memory", "width"):
+    for name in ("nproc", "nodes", "memory", "width"):
         given = getattr(arguments, name)
-        if given is not None and given <= 0:
+        if given is not None and not 0 < given < math.inf:
             raise InputError(f"--{name}: expected a number above 0, found {given:g}")
     layers = asked.layers(n_layers)
     if not layers:
@@ -42,9 +50,20 @@ def main() -> None:
                 f"training of layer {names}: no store yet, so the width is not known; give it, for example WIDTH=2304"
             )
             continue
-        console().print(
-            plan(settings, width, arguments.nproc, arguments.memory, f"training of layer {names}")
-        )
+        of = f"training of layer {names}"
+        console().print(plan(settings, width, arguments.nproc, arguments.memory, of, arguments.nodes))
+
+
+def _bytes(text: str) -> float:
+    """A size in bytes, written as 80e9, 80GB or 80GiB."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return float(TypeAdapter(ByteSize).validate_python(text))
+    except ValueError:
+        raise ArgumentTypeError(f"expected bytes, for example 80e9 or 80GB, found {text!r}") from None
 
 
 def _width(settings: Settings) -> int | None:

@@ -6,6 +6,7 @@ import torch
 
 from common import container
 from common.errors import InputError
+from common.nodes.environment import here
 from train.activation_samples import PER_LATENT
 from train.step.gradients import PARTS
 from train.step.losses import Objective
@@ -85,7 +86,8 @@ def available(device: torch.device) -> int | None:
 def check(state: int, on_top: int, device: torch.device) -> None:
     """Raise `InputError` when the runs cannot fit, `state` bytes of all runs and `on_top` of one step.
 
-    On a GPU both are in the GPU's memory; loader and program are always in the host's.
+    On a GPU both are in the GPU's memory; loader and program are always in the host's, which all processes of a machine
+    share.
     """
     parts = f"{state / GIB:.1f} of weights and Adam, {on_top / GIB:.1f} of a step"
     if device.type == "cpu":
@@ -93,10 +95,11 @@ def check(state: int, on_top: int, device: torch.device) -> None:
     else:
         needs = [(device, state + on_top, parts), (CPU, PROGRAM + LOADER, "loader and program")]
     for place, needed, what in needs:
-        free = available(place)
-        if free is not None and needed > free:
+        free, sharing = available(place), here() if place.type == "cpu" else 1
+        if free is not None and needed * sharing > free:
             where = "" if device.type == "cpu" else f" on {place}"
+            each = f" in each of {sharing} processes" if sharing > 1 else ""
             raise InputError(
-                f"memory: training needs about {needed / GIB:.1f} GiB{where} ({what}), {free / GIB:.1f} GiB are free; "
-                "lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
+                f"memory: training needs about {needed / GIB:.1f} GiB{where}{each} ({what}), {free / GIB:.1f} GiB are "
+                "free; lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
             )

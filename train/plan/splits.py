@@ -35,11 +35,13 @@ class Split:
     """Sent in a step to the processes with the same rows: at most [B, G, D_out], and the candidates of the cut."""
     sent_for_rows: int
     """Sent in a step to the processes with the same latents: gradients, and how often each latent fired."""
+    program: int
+    """Interpreter, PyTorch and loader, where they share the memory of the weights: on a CPU."""
 
     @property
     def together(self) -> int:
-        """Bytes of the device that a process takes."""
-        return self.state + self.step
+        """Bytes of the device's memory that a process takes."""
+        return self.state + self.step + self.program
 
     @property
     def sent(self) -> int:
@@ -84,40 +86,58 @@ def _split(
         step=memory.passing(own, d_in, d_out, n, device, rows),
         sent_for_latents=4 * (n * len(own.prefix_ends) * d_out * (shards > 1) + cut),
         sent_for_rows=4 * (own.d_sae * (d_in + d_out + 3) + shared) * (rows > 1),
+        program=memory.PROGRAM + memory.LOADER if device.type == "cpu" else 0,
     )
 
 
-def plan(settings: Settings, width: int, processes: int, each: float | None, of: str) -> Table:
+def plan(
+    settings: Settings, width: int, processes: int, memory_each: float | None, of: str, nodes: int = 1
+) -> Table:
     """A table of the splits of a training, on rows of this width; `of` names the training.
 
-    `each`: bytes that a process may take. None: what is free here, the GPU's memory or, without a GPU, the machine's
-    divided by the number of processes. Raises `InputError` for sizes that do not fit the width.
+    `memory_each`: bytes of each GPU; without a GPU here, one that has TF32 is planned for, unless model.device is cpu.
+    None: for the device here and what is free of it, the GPU's memory or the machine's divided by the `processes` on
+    each of the `nodes`. Raises `InputError` for sizes that do not fit the width.
     """
-    device = pick_device(settings.model.device)
-    objective, train = objective_of(settings, width, device), settings.train
-    if each is None:
-        each = memory.available(device) or 0
-        if device.type == "cpu":
-            each = each / processes - memory.PROGRAM - memory.LOADER
+    planned, device = _device(settings, memory_each)
+    objective, train, n = objective_of(planned, width, device), planned.train, processes * nodes
+    if memory_each is None:
+        memory_each = (memory.available(device) or 0) / (processes if device.type == "cpu" else 1)
     found = splits(
-        objective, width, width, train.batch_size, processes, device,
-        settings.transcoder.skip, train.sample_every > 0,
+        objective, width, width, train.batch_size, n, device,
+        planned.transcoder.skip, train.sample_every > 0,
     )  # fmt: skip
-    rows = f"batches of {train.batch_size:,} rows"
-    return table_of(found, each, f"{of}: {objective.d_sae:,} latents, width {width:,}, {rows}")
+    one, many = ("GPU", "GPUs") if device.type == "cuda" else ("process on a CPU", "processes on CPUs")
+    where = f"one {one}, {human(memory_each)}" if n == 1 else f"{n} {many}, {human(memory_each)} each"
+    sizes = f"{objective.d_sae:,} latents, width {width:,}, batches of {train.batch_size:,} rows, {objective.precision}"
+    return table_of(found, memory_each, f"{of}: {sizes}; {where}")
 
 
-def table_of(found: list[Split], each: float, what: str) -> Table:
-    """A line for each split; below, which of those that fit into `each` bytes sends the least."""
-    columns = ("latent_shards", "row shards", "weights, Adam", "one step", "together", "sent a step", "")
-    fits = [split for split in found if split.together <= each]
+def _device(settings: Settings, memory_each: float | None) -> tuple[Settings, torch.device]:
+    """The device that is planned for, and the settings with its precision where no such GPU is here to ask."""
+    name = settings.model.device
+    if memory_each is None or name == "cpu" or torch.cuda.is_available():
+        return settings, pick_device(name)
+    if settings.train.precision == "auto":
+        train = settings.train.model_copy(update={"precision": "tfloat32"})
+        settings = settings.model_copy(update={"train": train})
+    return settings, torch.device("cuda")
+
+
+def table_of(found: list[Split], memory_each: float, title: str) -> Table:
+    """A line for each split; below, which of those that fit into `memory_each` bytes sends the least."""
+    program = max(split.program for split in found)
+    columns = ("latent_shards", "row shards", "weights and Adam", "one step")
+    columns += ("program, loader",) * bool(program) + ("memory of each", "sent a step by each", "")
+    fits = [split for split in found if split.together <= memory_each]
     best = min(fits, key=lambda split: split.sent, default=None)
-    advice = "none fits; use more processes, fewer latents, or smaller batches"
+    others = "fewer processes on a machine" if program > memory_each else "more processes"
+    advice = f"none fits; use {others}, fewer latents, or smaller batches"
     if best is not None:
         advice = f"of the lines that fit, this one sends the least: --train.latent_shards {best.latents}"
-    table = Table(*columns, title=f"{what}; {human(max(each, 0))} for each process", caption=advice)
+    table = Table(*columns, title=title, caption=advice)
     for split in found:
-        sizes = (split.state, split.step, split.together, split.sent)
+        sizes = (split.state, split.step, *(program,) * bool(program), split.together, split.sent)
         fit = "fits" if split in fits else "does not fit"
         table.add_row(str(split.latents), str(split.rows), *map(human, sizes), fit)
     return table
