@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from common.errors import ENVIRONMENT, InputError, first_line
 from shards.layout import COMMIT
@@ -149,6 +151,15 @@ class Client:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for _ in pool.map(self._remove, names):
                 pass
+
+    def remove_directories(self, below: str) -> None:
+        """Remove the directories `below`, which hold no objects any more: only a file:// address has any."""
+        scheme, _, path, *_ = urlsplit(self.url)
+        if scheme == "file":
+            folder = Path(url2pathname(path), below)
+            for each in [*sorted(folder.rglob("*"), reverse=True), folder]:
+                with contextlib.suppress(OSError):  # not empty: it was written to meanwhile
+                    each.rmdir()
 
     def _remove(self, name: str) -> None:
         import obstore

@@ -76,6 +76,7 @@ class ObjectWriter(StoreWriter):
     def _clean(self) -> None:
         """Remove `.harvest`: what a listing shows, and what it may not show yet."""
         self._client.remove({found.name for found in self._client.names(WORK)} | self._named)
+        self._client.remove_directories(WORK)
 
     # -- what is there -----------------------------------------------------------------------------
 

@@ -81,7 +81,9 @@ def test_other_object_stores(
 ) -> None:
     if kind == "file":
         harvest(at(address=f"file://{tmp_path}/there"))
-        assert on_disk(tmp_path / "there/tiny-llama/layer_1.zarr") == whole
+        there = tmp_path / "there/tiny-llama/layer_1.zarr"
+        assert on_disk(there) == whole
+        assert not (there / ".harvest").exists()
         return
     with moto_bucket() as address:
         settings = at(address=address)
