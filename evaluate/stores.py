@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.cli import MOST_LAYERS, load, parser, run_stage
 from common.errors import InputError
@@ -12,6 +13,7 @@ from common.numbers import MARK
 from shards.commit import commit_of
 from shards.layout import COMMIT, WORK
 from shards.manifest import SPLITS, read_manifest
+from shards.objects.client import WRITABLE, Client
 from shards.plan import human
 from shards.remote import is_url
 
@@ -39,14 +41,43 @@ def stores_of(activations: Path, layers: tuple[int, ...] = ()) -> list[tuple[Pat
     return sorted(stores, key=lambda each: (each[0].parent.name, *each[1:]))
 
 
-def line_of(path: Path, layer: int, harvest: str) -> dict[str, str]:
-    """What the table says of a store; of one that cannot be read, why in the column of its state."""
+def metadata_of(address: str, folder: Path) -> dict[Path, int]:
+    """Store below `folder` -> its bytes, of all stores at an address: there are their manifests, lists and records, as
+    `stores_of` and `line_of` look for them, and nothing else.
+
+    Raises `InputError` if the address cannot be listed (https://, hf://) or read.
+    """
+    if not address.startswith(WRITABLE):
+        known = ", ".join(WRITABLE)
+        raise InputError(
+            f"paths.activations: {address}: expected a directory or an address that can be listed ({known})"
+        )
+    client, sizes = Client(address), dict[Path, int]()
+    for name, size in client.names():
+        place = re.match(r"([^/]+/layer_\d+[^/]*\.zarr)/(.+)", name)
+        if not place:
+            continue
+        store = folder / place[1]
+        sizes[store] = sizes.get(store, 0) + size
+        inside = store / place[2]
+        record = inside.parent == store / WORK / "records"
+        if record or place[2] in (COMMIT, "zarr.json"):
+            inside.parent.mkdir(parents=True, exist_ok=True)
+            inside.write_bytes(b"" if record else client.get(name) or b"")
+    return sizes
+
+
+def line_of(path: Path, layer: int, harvest: str, size: int | None = None) -> dict[str, str]:
+    """What the table says of a store; of one that cannot be read, why in the column of its state.
+
+    `size`: its bytes, where they are elsewhere.
+    """
     line = dict.fromkeys(COLUMNS, "-") | {
         "model": path.parent.name,
         "layer": str(layer),
         "harvest": harvest or "-",
     }
-    line["size"] = human(size_of(path))
+    line["size"] = human(size_of(path) if size is None else size)
     if not (path / COMMIT).is_file():
         windows = len([*(path / WORK / "records").glob("*.json")])
         return line | {"state": f"unfinished, {windows} windows of 32,768 rows"}
@@ -87,12 +118,12 @@ def print_table(lines: list[dict[str, str]], columns: Sequence[str], nothing: st
 def main() -> None:
     settings, arguments = load(parser("evaluate.stores", __doc__ or ""), n_layers=lambda _: MOST_LAYERS)
     where = settings.paths.activations
-    if is_url(where):
-        raise InputError(f"paths.activations: {where}: an address cannot be listed; give a directory")
-    stores = stores_of(Path(where), settings.layers if arguments.layer else ())
-    print_table(
-        [line_of(*each) for each in stores], COLUMNS, f"no stores in {where}; harvest one (make harvest)"
-    )
+    with TemporaryDirectory() as folder:
+        sizes = metadata_of(str(where), Path(folder)) if is_url(where) else {}
+        root = Path(folder) if is_url(where) else Path(where)
+        stores = stores_of(root, settings.layers if arguments.layer else ())
+        lines = [line_of(*each, sizes.get(each[0])) for each in stores]
+    print_table(lines, COLUMNS, f"no stores in {where}; harvest one (make harvest)")
 
 
 if __name__ == "__main__":

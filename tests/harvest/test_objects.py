@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from common.errors import InputError
 from common.settings import Settings
+from evaluate import stores
 from harvest.run import harvest
 from shards import Store
 from shards.__main__ import _verify
@@ -90,6 +92,30 @@ def test_other_object_stores(
         harvest(settings)
         there = Client(settings.store_path(1))
         assert digests({each.name: there.get(each.name) or b"" for each in there.names()}) == whole
+
+
+def test_the_table_of_stores_at_an_address(
+    at: Callable[..., Settings], small_windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same lines as of the directory that they are in; of an unfinished one too."""
+    there = tmp_path / "there"
+    address = f"file://{there}"
+
+    def lines() -> list[dict[str, str]]:
+        looked = tmp_path / "looked"
+        sizes = stores.metadata_of(address, looked)
+        found = [stores.line_of(*each, sizes[each[0]]) for each in stores.stores_of(looked)]
+        shutil.rmtree(looked)
+        assert found == [stores.line_of(*each) for each in stores.stores_of(there)]
+        return found
+
+    with stopped_after(monkeypatch, 2), pytest.raises(OSError, match="stopped"):
+        harvest(at(address=address))
+    assert re.fullmatch(r"unfinished, [1-4] windows of .*", lines()[0]["state"])
+    harvest(at(address=address))
+    assert [(line["layer"], line["state"]) for line in lines()] == [("1", "complete")]
+    with pytest.raises(InputError, match="expected a directory or an address that can be listed"):
+        stores.metadata_of("https://host/stores", tmp_path)
 
 
 KINDS = {
