@@ -77,15 +77,21 @@ def commit_of(root: Path) -> Commit:
     return commit_in(path.read_bytes(), root, path)
 
 
-def commit_in(data: bytes, root: Path, path: str | Path) -> Commit:
-    """The list that `data` is, of the store at `root`; raises `InputError` when it is damaged. `path` names it."""
+def digests_itself(data: bytes) -> bool:
+    """Whether the last line of a list is the digest of the lines above."""
     body, _, last = data.rstrip(b"\n").rpartition(b"\n")
     lines = body + b"\n"
-    if last != f"# {hashlib.sha256(lines).hexdigest()}".encode():
+    return last == f"# {hashlib.sha256(lines).hexdigest()}".encode()
+
+
+def commit_in(data: bytes, root: Path, path: str | Path) -> Commit:
+    """The list that `data` is, of the store at `root`; raises `InputError` when it is damaged. `path` names it."""
+    if not digests_itself(data):
         raise InputError(
             f"{path}: damaged: its last line does not digest the lines above; make verify tells more"
         )
     commit = Commit({}, {})
+    body, _, _ = data.rstrip(b"\n").rpartition(b"\n")
     for line in body.decode(errors="replace").split("\n"):
         pair = re.fullmatch(r"([0-9a-f]{64})  (.+)", line.removeprefix(REMOVED))
         if not pair:

@@ -15,7 +15,7 @@ from common.errors import InputError, shown
 from common.files import inside, write_whole
 from common.progress import progress
 from common.settings import Paths
-from shards.commit import commit_in, read_commit, store_files
+from shards.commit import commit_in, digests_itself, read_commit, store_files
 from shards.layout import COMMIT
 from shards.objects.client import SCHEMES as OBJECT_STORES
 from shards.objects.client import TRIES, Client, missing
@@ -194,8 +194,14 @@ def as_they_are(url: str, scratch: Path, limit: int) -> Files:
 
 
 def _commit(client: Client) -> bytes:
-    if (commit := client.get(COMMIT)) is None:
-        raise missing(client.url, COMMIT)
+    """The list of a store's files, fetched again where half of it has come, and called itself whole."""
+    commit = None
+    for _ in range(TRIES):
+        if (commit := client.get(COMMIT)) is None:
+            raise missing(client.url, COMMIT)
+        if digests_itself(commit):
+            break
+    assert commit is not None
     return commit
 
 

@@ -358,10 +358,10 @@ def kill_and_continue(
 
 
 @pytest.mark.timeout(900)
-def test_3_kills_at_random_instants(
+def test_a_kill_at_a_random_instant(
     whole: dict[str, str], server: Bucket, at: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    kill_and_continue(at(), server, whole, 3, tmp_path)
+    kill_and_continue(at(), server, whole, 1, tmp_path)
 
 
 @pytest.mark.slow

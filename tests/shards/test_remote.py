@@ -1,8 +1,10 @@
 """A store in an object store: moto's S3 server and a plain HTTP server, both started here on loopback."""
 
+import contextlib
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 from common.errors import InputError
 from shards import Store
 from shards.commit import read_commit
-from shards.layout import SHARD_ROWS
+from shards.layout import COMMIT, SHARD_ROWS
+from shards.objects.client import TRIES, Client
 from shards.remote import files_of, upload
 from shards.verify import verify
 from tests import objects
@@ -199,3 +202,32 @@ def test_half_a_file_is_never_taken_for_whole(
         server.fault = lambda *_: "503"
         with pytest.raises(InputError, match=r"s3://bucket/s\.zarr/files\.sha256: cannot be read: .*503"):
             Store.open("s3://bucket/s.zarr", tmp_path / "another", LIMIT)
+
+
+@pytest.mark.parametrize("halves", range(TRIES + 1))
+def test_what_arrives_by_halves_is_asked_for_again(halves: int, store: Store, tmp_path: Path) -> None:
+    """As often as TRIES: an object that is written, a file, and the list of a store's files, which no list names."""
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        client, file = Client("s3://bucket/a"), tmp_path / "file"
+        file.write_bytes(b"0123456789")
+        cases: list[tuple[str, str, Callable[[], object]]] = [
+            ("PUT", "record", lambda: client.create("record", b"0123456789")),
+            ("PUT", "part", lambda: client.put_whole("part", file)),
+            ("GET", COMMIT, lambda: Store.open("s3://bucket/s.zarr", tmp_path / "cache", LIMIT)),
+        ]
+        for kind, of, what in cases:
+            server.fault = halved(kind, of, halves)
+            with (
+                pytest.raises(InputError, match=r"try again|are there|damaged")
+                if halves == TRIES
+                else contextlib.nullcontext()
+            ):
+                what()
+                assert server.objects.get(f"a/{of}", b"0123456789") == b"0123456789"
+
+
+def halved(kind: str, name: str, times: int) -> objects.Fault:
+    """The first `times` requests of this kind for objects of this name."""
+    turns = itertools.count()
+    return lambda method, of: "half" if method == kind and of.endswith(name) and next(turns) < times else None

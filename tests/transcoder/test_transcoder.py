@@ -118,7 +118,9 @@ def test_what_is_no_transcoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a readable safetensors file"):
         Transcoder.load(file)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="version 1, found none: another tool's file \\(a\\); read are"):
+    with pytest.raises(
+        InputError, match="version 1, found none: another tool's file \\(a\\); this project reads its"
+    ):
         Transcoder.load(file)
 
 
