@@ -171,9 +171,10 @@ def measured_table() -> Table:
                 objective(LATENTS, K), WIDTH, WIDTH, ROWS, rows * shards, torch.device("cpu"), samples=False
             )
             plan = next(each for each in plans if each.latents == shards)
-            program = program or found.peak - plan.together  # of one process: interpreter and PyTorch
+            planned = plan.state + plan.step  # without the program
+            program = program or found.peak - planned  # of one process: interpreter and PyTorch
             cells = (human(found.sent), human(plan.sent), f"{found.seconds:.3f}")
-            memory = (human(found.peak - program), human(plan.together))
+            memory = (human(found.peak - program), human(planned))
             table.add_row(f"{rows} x {shards}", f"{found.apart:.1e}", *cells, *memory)
     table.caption = "peak: without what one process has beyond its plan (interpreter, PyTorch)"
     return table

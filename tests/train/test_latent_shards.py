@@ -84,7 +84,15 @@ def samples(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "latents", "selection"), [(1, 4, "batch_topk"), (2, 2, "topk"), (2, 2, "batch_topk")]
+    ("rows", "latents", "selection"),
+    [
+        (1, 4, "batch_topk"),
+        (2, 2, "topk"),
+        (2, 2, "batch_topk"),
+        (4, 1, "batch_topk"),
+        pytest.param(1, 4, "topk", marks=pytest.mark.slow),
+        pytest.param(4, 1, "topk", marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_equals_one_process(
     rows: int, latents: int, selection: str, store: Store, store_root: Path, tmp_path: Path
@@ -110,7 +118,7 @@ def test_a_mesh_equals_one_process(
     newest = mesh.run_dir() / "state" / "step_20"
     names = {path.name for path in newest.iterdir()}
     assert len(names) == latents + 1
-    assert "tensors-0-16.safetensors" in names or latents == 2
+    assert latents != 4 or "tensors-0-16.safetensors" in names
 
 
 def test_another_number_of_processes_goes_on(store: Store, store_root: Path, tmp_path: Path) -> None:
@@ -184,12 +192,6 @@ def killed_and_run_again(
 
 
 LONG = CHANGES | {"train__rows": 64 * 120, "train__checkpoint_every": 9, "train__heldout_every": 50}
-
-
-def test_a_killed_process_ends_all_and_the_run_goes_on(store_root: Path, tmp_path: Path) -> None:
-    whole, killed = (tiny_settings(store_root, tmp_path, run=name, **LONG) for name in ("whole", "killed"))
-    run(whole, 4, 2)
-    assert killed_and_run_again(killed, whole.run_dir(), 4, 2, [(3, 0.4)]) == 1
 
 
 @pytest.mark.slow
