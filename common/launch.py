@@ -17,16 +17,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import partial, wraps
 
 # Also in the processes: PyTorch's C++ would log a page of addresses for every connection that is refused or lost.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch.distributed as dist
 from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
 
 from common.cli import run_stage
@@ -63,6 +65,7 @@ def main() -> None:
         raise InputError(f"RESTARTS: expected a whole number of restarts, 0 or more, found {restarts!r}")
     again = ["--max-restarts", restarts] if restarts else []
     nodes = Nodes.of(given.get("--nodes"), given.get("--head"))
+    _tell_of_restarts(nodes, int(processes))
     # "--" because torchrun would take --run for an option of its own.
     command = [*again, "--nproc-per-node", processes, "-m", "--", stage, *arguments]
     together = partial(_torchrun, command, nodes, int(processes))
@@ -94,21 +97,43 @@ def _torchrun(command: Sequence[str], nodes: Nodes | None, per_node: int) -> Non
         raise InputError(nodes.parted(error)) from None
 
 
-def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
-    """The exit code. Prints the line of a process that was killed, or that left its line to the launcher."""
-    _, first = error.get_first_failure()
+def _tell_of_restarts(nodes: Nodes | None, per_node: int) -> None:
+    """Have torchrun's agent, before it starts all processes again, print the line of one that was killed."""
+    look = LocalElasticAgent._monitor_workers  # pyright: ignore[reportPrivateUsage]
+
+    @wraps(look)
+    def told(agent: LocalElasticAgent, group: WorkerGroup) -> RunResult:
+        result = look(agent, group)  # pyright: ignore[reportCallIssue]
+        if result.failures and agent._remaining_restarts > 0:  # pyright: ignore[reportPrivateUsage]
+            _say_killed(result.failures, nodes, per_node, "note", "all processes are started again")
+        return result
+
+    LocalElasticAgent._monitor_workers = told  # pyright: ignore[reportPrivateUsage]
+
+
+def _say_killed(
+    failures: Mapping[int, ProcessFailure], nodes: Nodes | None, per_node: int, word: str, then: str
+) -> dict[int, int]:
+    """Rank -> signal of the processes that were killed, each after its line."""
+    first = min(each.timestamp for each in failures.values())
     # torchrun sends SIGTERM to the remaining processes, and SIGKILL half a minute later.
     killed = {
         rank: -each.exitcode
-        for rank, each in error.failures.items()
-        if each.exitcode < 0
-        and each.exitcode != -signal.SIGTERM
-        and each.timestamp < first.timestamp + PATIENCE
+        for rank, each in failures.items()
+        if each.exitcode < 0 and each.exitcode != -signal.SIGTERM and each.timestamp < first + PATIENCE
     }
     for rank, number in killed.items():
         node = f"node {rank // per_node} ({socket.gethostname()}), " if nodes else ""
-        line = f"rank {rank} was killed ({signal.Signals(number).name}); the same command continues"
-        print(f"error: {node}{line}", file=sys.stderr, flush=True)
+        line = f"{word}: {node}rank {rank} was killed ({signal.Signals(number).name}); {then}"
+        # rank 0 has left the bar's line unfinished in a terminal
+        print("\n" * (rank == 0 and sys.stderr.isatty()) + line, file=sys.stderr, flush=True)
+    return killed
+
+
+def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
+    """The exit code. Prints the line of a process that was killed, or that left its line to the launcher."""
+    _, first = error.get_first_failure()
+    killed = _say_killed(error.failures, nodes, per_node, "error", "the same command continues")
     left = [each.message for each in error.failures.values() if each.error_file != SILENT]
     said = [
         each.exitcode

@@ -58,6 +58,7 @@ def metadata_of(address: str, folder: Path) -> dict[Path, int]:
         if not place:
             continue
         store = folder / place[1]
+        store.mkdir(parents=True, exist_ok=True)
         sizes[store] = sizes.get(store, 0) + size
         inside = store / place[2]
         record = inside.parent == store / WORK / "records"

@@ -123,7 +123,7 @@ class _Set:
         todo = [*sorted(begun, key=lambda layer: not self.writers[layer].has_rows), *again]
         if not todo:
             return {}
-        plans = plans_of(self.settings.model_copy(update={"layers": tuple(todo)}), again)
+        plans, _ = plans_of(self.settings.model_copy(update={"layers": tuple(todo)}), again)
         done = (measured(writer.root) for writer in self.writers.values() if writer.complete)
         if per_row := max((each for each in done if each is not None), default=None):
             plans = {

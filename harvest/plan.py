@@ -14,8 +14,10 @@ from shards.remote import is_url
 
 def plan_only(settings: Settings) -> None:
     """Print what the harvest of every asked layer will take, without starting it."""
-    if not (plans := plans_of(settings)):
+    plans, width = plans_of(settings)
+    if not plans:
         return
+    tqdm.write(f"width of the rows: {width:,}")
     for layer, plan in plans.items():
         tqdm.write(f"layer {layer}: {plan}")
     layers, missing = len(plans), shortage([*plans.values()])
@@ -31,11 +33,13 @@ def plan_only(settings: Settings) -> None:
         tqdm.write(_passes_in_words(settings, plans))
 
 
-def plans_of(settings: Settings, refill: Sequence[int] = ()) -> dict[int, Plan]:
-    """What each layer that is not harvested will take; `refill`: layers whose removed rows are asked for again."""
+def plans_of(settings: Settings, refill: Sequence[int] = ()) -> tuple[dict[int, Plan], int]:
+    """What each layer that is not harvested will take, and the width of inputs and outputs; `refill`: layers whose
+    removed rows are asked for again.
+    """
     request = requested(settings)
     if not (todo := to_harvest(settings, request, refill)):
-        return {}
+        return {}, 0
     shape, options = lm.shape(lm.locate(settings.model), settings.model.revision), settings.harvest
     lm.check_layers(todo, shape.n_layers, settings.model.name)
     plans = {}
@@ -44,7 +48,7 @@ def plans_of(settings: Settings, refill: Sequence[int] = ()) -> dict[int, Plan]:
         read = begun is not None and not differences(settings, request, begun)
         rows = None if read else expected_rows(options)
         plans[layer] = plan_of(writer, 2 * shape.width, options.storage, rows)
-    return plans
+    return plans, shape.width
 
 
 def _passes_in_words(settings: Settings, plans: dict[int, Plan]) -> str:

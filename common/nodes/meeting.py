@@ -7,8 +7,8 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -89,7 +89,7 @@ class Nodes:
         watch.start()
         limit = timedelta(seconds=2 * ANSWER)
         try:
-            with waiting():
+            with waiting(), _announced(f"waiting for {self.head} to answer, at most {ANSWER} s"):
                 dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
                     host, int(port), is_master=False, timeout=limit, wait_for_workers=False
                 )
@@ -100,7 +100,12 @@ class Nodes:
         return False
 
     def _end(self) -> None:
-        print(f"error: {self.parted('no torchrun answers')}", file=sys.stderr, flush=True)
+        try:
+            socket.getaddrinfo(self.head.rpartition(":")[0].strip("[]"), None)
+            why = "no torchrun answers"
+        except OSError as error:
+            why = f"its name is not known: {error.strerror}"
+        print(f"error: {self.parted(why)}", file=sys.stderr, flush=True)
         os._exit(2)  # also ends the thread that waits in C++
 
     def parted(self, why: Exception | str) -> str:
@@ -109,7 +114,7 @@ class Nodes:
         if isinstance(why, RendezvousClosedError | RendezvousConnectionError):
             other = "another node" if isinstance(why, RendezvousClosedError) else f"the head {self.head}"
             return (
-                f"HEAD: {here}{other} has ended or cannot be reached; its output tells why, and the same command on "
+                f"{here}{other} has ended or cannot be reached; its output tells why, and the same command on "
                 "every node continues"
             )
         told = why if isinstance(why, str) else f"{first_line(why):.200}"
@@ -136,21 +141,26 @@ def _ended_together(parameters: RendezvousParameters) -> RendezvousHandler:
     come = handler.next_rendezvous
 
     def announced() -> RendezvousInfo:
-        line = (
-            f"waiting for all {parameters.min_nodes} nodes to join at {parameters.endpoint}, at most {JOIN} s"
-        )
-        note = threading.Timer(SOON, print, [line], {"file": sys.stderr, "flush": True})
-        note.daemon = True
-        note.start()
-        try:
+        nodes = f"all {parameters.min_nodes} nodes to join at {parameters.endpoint} with this same command"
+        with _announced(f"waiting for {nodes}, at most {JOIN} s"):
             return come()
-        finally:
-            note.cancel()
 
     handler.next_rendezvous = announced
     handler.num_nodes_waiting = unless_closed  # torchrun asks ten times a second while all goes well
     handler.get_backend = lambda: KIND
     return handler
+
+
+@contextmanager
+def _announced(line: str) -> Iterator[None]:
+    """Print the line if this lasts longer than `SOON`."""
+    note = threading.Timer(SOON, print, [line], {"file": sys.stderr, "flush": True})
+    note.daemon = True
+    note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def _lose_what_is_silent() -> None:

@@ -186,7 +186,9 @@ class Client:
 
 def missing(url: str, name: str) -> InputError:
     """What to say of an object that is not there."""
-    what = f"no complete store there ({COMMIT} is missing)" if name == COMMIT else "missing"
+    what = "missing"
+    if name == COMMIT:
+        what = f"no complete store there ({COMMIT} is missing); make harvest writes it, or continues it"
     return InputError(f"{url}/{name}: {what}")
 
 

@@ -119,7 +119,7 @@ def until_saved(settings: Settings) -> None:
 
 def lines(errors: list[str]) -> list[list[str]]:
     """What each said on standard error, without the progress of rank 0."""
-    noise = ("rows/s", "warning:", "waiting for all")
+    noise = ("rows/s", "warning:", "waiting for ")
     return [[line for line in each.splitlines() if not any(n in line for n in noise)] for each in errors]
 
 
@@ -184,9 +184,14 @@ def test_a_killed_rank_with_restarts(
     settings = long(store_root, tmp_path)
     with started(launchers(settings, "--max-restarts", "2"), 2 * [{}]) as processes:
         until_saved(settings)
-        os.kill(max(ranks(processes[1].pid).values()), signal.SIGKILL)
+        rank, process = max(ranks(processes[1].pid).items())
+        os.kill(process, signal.SIGKILL)
         codes, _, errors = ends(processes)
     assert codes == [0, 0], errors
+    killed = (
+        f"error: node {rank // 2} ({NAME}), rank {rank} was killed (SIGKILL); all processes are started again"
+    )
+    assert errors[1].splitlines()[0] == killed
     assert [error.count("note: all processes were restarted after one had ended") for error in errors] in (
         [1, 0],
         [0, 1],
@@ -350,7 +355,10 @@ def test_a_node_that_waits_says_so(store_root: Path, tmp_path: Path) -> None:
     head = f"localhost:{free_port()}"
     with started(launchers(tiny_settings(store_root, tmp_path), head=head)[:1], [{}]) as (node,):
         assert node.stderr is not None
-        assert node.stderr.readline() == f"waiting for all 2 nodes to join at {head}, at most 600 s\n"
+        assert (
+            node.stderr.readline()
+            == f"waiting for all 2 nodes to join at {head} with this same command, at most 600 s\n"
+        )
         node.send_signal(signal.SIGINT)
         codes, _, errors = ends([node])
     assert (codes, errors) == ([130], ["interrupted: the same command continues\n"])
@@ -366,6 +374,7 @@ def test_a_head_where_another_program_listens(store_root: Path, tmp_path: Path) 
         with started([[sys.executable, "-m", "common.launch", *words]], [{}]) as processes:
             codes, _, errors = ends(processes)
     assert codes == [2]
-    assert errors[0].startswith("error: HEAD: node ")
-    assert f"the 2 nodes did not meet at {head} (no torchrun answers); start the same command" in errors[0]
-    assert errors[0].count("\n") == 1
+    waits, error = errors[0].splitlines()
+    assert waits == f"waiting for {head} to answer, at most 40 s"
+    assert error.startswith("error: HEAD: node ")
+    assert f"the 2 nodes did not meet at {head} (no torchrun answers); start the same command" in error

@@ -3,7 +3,9 @@ training.
 """
 
 import math
+import re
 from argparse import ArgumentTypeError
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter
@@ -13,6 +15,9 @@ from common.errors import InputError
 from common.settings import Settings
 from transcoder.layers import n_layers
 
+SMALLEST = 1e6
+"""Bytes; whoever gives less means gigabytes."""
+
 
 def main() -> None:
     options = parser(
@@ -20,18 +25,15 @@ def main() -> None:
         "What each process of a training holds and sends, by how its latents and rows are shared.",
     )
     options.add_argument(
-        "--nproc", type=int, default=1, help="number of processes of the training, on each node [1]"
+        "--nproc", type=_whole, default=1, help="number of processes of the training, on each node [1]"
     )
-    options.add_argument("--nodes", type=int, default=1, help="number of nodes (machines) [1]")
+    options.add_argument("--nodes", type=_whole, default=1, help="number of nodes (machines) [1]")
     memory = "memory of each GPU, such as 80e9 or 80GB [what is free of the device here]"
     options.add_argument("--memory", type=_bytes, help=memory)
-    options.add_argument("--width", type=int, help="width of the rows, if the store does not exist yet")
+    width = "width of the rows, the model's hidden size, if the store does not exist yet"
+    options.add_argument("--width", type=_whole, help=width)
     asked = read(options)
     arguments = asked.arguments
-    for name in ("nproc", "nodes", "memory", "width"):
-        given = getattr(arguments, name)
-        if given is not None and not 0 < given < math.inf:
-            raise InputError(f"--{name}: expected a number above 0, found {given:g}")
     layers = asked.layers(n_layers)
     if not layers:
         raise InputError("layer: expected at least one, found none; give LAYER=17 (--layer 17)")
@@ -47,7 +49,8 @@ def main() -> None:
         width = arguments.width or _width(settings)
         if width is None:
             print(
-                f"training of layer {names}: no store yet, so the width is not known; give it, for example WIDTH=2304"
+                f"training of layer {names}: no store yet, so the width of its rows is not known; give it "
+                "(WIDTH=2304 for Gemma-2-2B)"
             )
             continue
         of = f"training of layer {names}"
@@ -55,15 +58,21 @@ def main() -> None:
 
 
 def _bytes(text: str) -> float:
-    """A size in bytes, written as 80e9, 80GB or 80GiB."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return float(TypeAdapter(ByteSize).validate_python(text))
-    except ValueError:
-        raise ArgumentTypeError(f"expected bytes, for example 80e9 or 80GB, found {text!r}") from None
+    """A size in bytes, written as 80e9, 80GB or 80GiB; less than a program takes is a mistake."""
+    with suppress(ValueError):
+        size = float(text)
+        if SMALLEST <= size < math.inf:
+            return size
+    with suppress(ValueError):
+        if (size := float(TypeAdapter(ByteSize).validate_python(text))) >= SMALLEST:
+            return size
+    raise ArgumentTypeError(f"expected bytes, for example 80e9 or 80GB, found {text!r}")
+
+
+def _whole(text: str) -> int:
+    if not (re.fullmatch(r"[0-9]{1,7}", text) and int(text)):
+        raise ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
+    return int(text)
 
 
 def _width(settings: Settings) -> int | None:

@@ -110,7 +110,7 @@ def plan(
     one, many = ("GPU", "GPUs") if device.type == "cuda" else ("process on a CPU", "processes on CPUs")
     where = f"one {one}, {human(memory_each)}" if n == 1 else f"{n} {many}, {human(memory_each)} each"
     sizes = f"{objective.d_sae:,} latents, width {width:,}, batches of {train.batch_size:,} rows, {objective.precision}"
-    return table_of(found, memory_each, f"{of}: {sizes}; {where}")
+    return table_of(found, memory_each, f"{of}: {sizes}; {where}", train.batch_size)
 
 
 def _device(settings: Settings, memory_each: float | None) -> tuple[Settings, torch.device]:
@@ -124,20 +124,26 @@ def _device(settings: Settings, memory_each: float | None) -> tuple[Settings, to
     return settings, torch.device("cuda")
 
 
-def table_of(found: list[Split], memory_each: float, title: str) -> Table:
-    """A line for each split; below, which of those that fit into `memory_each` bytes sends the least."""
+def table_of(found: list[Split], memory_each: float, title: str, batch: int) -> Table:
+    """A line for each split; below, which of those that fit into `memory_each` bytes sends the least, and which splits
+    of the processes cannot share the rows of a `batch`.
+    """
     program = max(split.program for split in found)
-    columns = ("latent_shards", "row shards", "weights and Adam", "one step")
+    columns = ("rows x latents", "weights and Adam", "one step")
     columns += ("program, loader",) * bool(program) + ("memory of each", "sent a step by each", "")
     fits = [split for split in found if split.together <= memory_each]
     best = min(fits, key=lambda split: split.sent, default=None)
     others = "fewer processes on a machine" if program > memory_each else "more processes"
     advice = f"none fits; use {others}, fewer latents, or smaller batches"
     if best is not None:
-        advice = f"of the lines that fit, this one sends the least: --train.latent_shards {best.latents}"
+        mesh = f"{best.rows} x {best.latents}"
+        advice = f"of the lines that fit, {mesh} sends the least: --train.latent_shards {best.latents}"
+    n = found[0].rows * found[0].latents
+    if uneven := [str(m) for m in range(1, n + 1) if n % m == 0 and batch % m]:
+        advice += f"\nleft out: {batch:,} rows are not shared by {', '.join(uneven)} processes"
     table = Table(*columns, title=title, caption=advice)
     for split in found:
         sizes = (split.state, split.step, *(program,) * bool(program), split.together, split.sent)
         fit = "fits" if split in fits else "does not fit"
-        table.add_row(str(split.latents), str(split.rows), *map(human, sizes), fit)
+        table.add_row(f"{split.rows} x {split.latents}", *map(human, sizes), fit)
     return table
