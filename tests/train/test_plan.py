@@ -12,8 +12,11 @@ import torch
 from bench import scale
 from common.settings import ROOT, Settings
 from shards.plan import human
-from tests.train.runs import D_IN, D_OUT, tiny_settings
+from tests.fixtures import make_store
+from tests.objects import bucket
+from tests.train.runs import D_IN, D_OUT, sparse_rows, tiny_settings
 from train.plan import memory
+from train.plan.__main__ import main as plan_command
 from train.plan.splits import Split, plan, splits, table_of
 from train.recipe import objective_of
 from train.step.losses import Objective
@@ -81,6 +84,13 @@ def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None
         ((), 0, "no store yet, so the width is not known; give it, for example WIDTH=2304"),
         (("--width", "576", "--nproc", "4"), 0, "--train.latent_shards 4"),
         (("--width", "577"), 2, "transcoder: size 0.5x of d_in 577 is 288.5, not a whole number of latents"),
+        (("--width", "576", "--nproc", "7919"), 2, "7,919 processes cannot share batches of"),
+        (
+            ("--width", "576", "--nproc", "99999999", "--nodes", "99999999"),
+            2,
+            "expected fewer than 1,048,576 processes together, found 9,999,999,800,000,001",
+        ),
+        (("--paths.activations", "file:///not/there"), 0, "no store yet, so the width is not known; give it"),
         (("--width", "-3"), 2, "--width: expected a number above 0, found -3"),
     ],
 )
@@ -98,6 +108,24 @@ def test_the_command(more: tuple[str, ...], code: int, line: str, tmp_path: Path
     process = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert process.returncode == code, process.stderr
     assert line in process.stdout + process.stderr
+
+
+def test_the_width_is_that_of_any_layer_with_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers of which only the second is harvested; in a bucket without a store there is none."""
+    make_store(tmp_path / "tiny/layer_1.zarr", sparse_rows(64, 0), sparse_rows(16, 1), layer=1, n_layers=2)
+    sizes = ["--transcoder.d_sae", "64", "--transcoder.group_sizes", "8,16,40", "--transcoder.k", "4"]
+    model = ["--model.name", "tests/tiny", "--model.device", "cpu"]
+    for place, line in (
+        (str(tmp_path), f"width {D_IN}"),
+        ("s3://bucket/acts", "training of layer 0 1: no store yet"),
+    ):
+        command = ["train.plan", "--layer", "0-1", *model, *sizes, "--paths.activations", place]
+        monkeypatch.setattr(sys, "argv", command)
+        with bucket():
+            plan_command()
+        assert line in capsys.readouterr().out
 
 
 def test_given_memory_is_a_gpus(store_root: Path, tmp_path: Path) -> None:
