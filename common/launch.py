@@ -11,7 +11,7 @@ Stages that work on one layer at a time take several layers here too: one after 
 --spread layers, each layer in a process of its own (common/layers/).
 """
 
-import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -44,6 +44,8 @@ SILENT = "<N/A>"
 PATIENCE = 25
 """Seconds after the first failure; torchrun kills the processes that have not ended after 30."""
 INTERRUPTED = 130
+MOST = 1024
+"""Processes of a node: more are a slip of the finger, and take all of its memory before anything is said."""
 
 
 def main() -> None:
@@ -58,8 +60,10 @@ def main() -> None:
             "python -m common.launch 4 train --layer 17"
         )
     processes, stage, *arguments = words
-    if not (processes.isdecimal() and int(processes)):
-        raise InputError(f"NPROC: expected a whole number of processes, 1 or more, found {processes!r}")
+    if not (processes.isdecimal() and 0 < int(processes) <= MOST):
+        raise InputError(f"NPROC: expected a whole number of processes, 1 to {MOST}, found {processes!r}")
+    if not _is_module(stage):
+        raise InputError(f"launch: {stage!r} is no stage; expected harvest or one of {', '.join(ONE_LAYER)}")
     restarts = given.get("--max-restarts")
     if restarts is not None and not restarts.isdecimal():
         raise InputError(f"RESTARTS: expected a whole number of restarts, 0 or more, found {restarts!r}")
@@ -75,6 +79,14 @@ def main() -> None:
     driver.launch = driver.Launch(int(processes), stage, together, tuple(again), one_node=nodes is None)
     sys.argv = [stage, *arguments]
     importlib.import_module(stage if "." in stage else f"{stage}.__main__").main()
+
+
+def _is_module(name: str) -> bool:
+    """Whether there is a module to start."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # of its package; an empty name
+        return False
 
 
 def _torchrun(command: Sequence[str], nodes: Nodes | None, per_node: int) -> None:

@@ -85,7 +85,7 @@ def line_of(path: Path, layer: int, harvest: str, size: int | None = None) -> di
     try:
         manifest, removed = read_manifest(path), commit_of(path).removed
     except InputError as error:
-        why = str(error).removeprefix(f"{path / 'zarr.json'}: ").removeprefix("cannot be read: ")
+        why = str(error).replace(f"{path}/", "").removeprefix("zarr.json: ").removeprefix("cannot be read: ")
         return line | {"state": f"cannot be read: {why}"}
     source, train = manifest.source, manifest.splits["train"]
     rows, heldout = (f"{manifest.splits[split].rows:,}" for split in SPLITS)

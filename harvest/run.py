@@ -59,6 +59,10 @@ def harvest(settings: Settings, force: bool = False, refill: bool = False) -> li
                 if processes.leads and writer.removed:
                     writer.refill()
                 stack.enter_context(writer.lock(processes.leads))
+                if processes.leads and writer.complete:  # since `to_harvest` looked, before the lock was free
+                    raise InputError(
+                        f"{writer.where}: another harvest has finished it meanwhile; give the same command again"
+                    )
             manifests, failed = _harvest(settings, todo, request, where, force, processes)
         for layer, manifest in manifests.items():  # when what was only for the writing has gone
             _summary(layer, todo[layer], manifest)

@@ -195,14 +195,15 @@ def as_they_are(url: str, scratch: Path, limit: int) -> Files:
 
 def _commit(client: Client) -> bytes:
     """The list of a store's files, fetched again where half of it has come, and called itself whole."""
-    commit = None
     for _ in range(TRIES):
         if (commit := client.get(COMMIT)) is None:
             raise missing(client.url, COMMIT)
         if digests_itself(commit):
-            break
-    assert commit is not None
-    return commit
+            return commit
+    raise InputError(
+        f"{client.url}/{COMMIT}: damaged: its last line does not digest the lines above; copy it there again from "
+        "another copy of the store, or remove the store and harvest again"
+    )
 
 
 def upload(root: Path, url: str) -> None:

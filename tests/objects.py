@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
 import pytest
@@ -216,7 +216,7 @@ class _Requests(Handler):
         with self.server.lock:
             found = sorted((name, data) for name, data in objects.items() if name.startswith(prefix))
         each = "".join(
-            f"<Contents><Key>{escape(quote(name))}</Key><LastModified>2015-10-21T07:28:00.000Z</LastModified>"
+            f"<Contents><Key>{escape(name)}</Key><LastModified>2015-10-21T07:28:00.000Z</LastModified>"
             f"<ETag>{escape(_tag(data))}</ETag><Size>{len(data)}</Size></Contents>"
             for name, data in found
         )

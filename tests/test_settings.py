@@ -279,11 +279,51 @@ def test_values_as_people_type_them(arguments: tuple[str, ...], where: str, valu
         (("\u2014train.lr", "3"), "'\u2014train.lr' begins with another dash than -; type --train.lr"),
         (("--transcoder.group_sizes", ""), "transcoder.group_sizes: expected at least one value, found"),
         (("--transcoder.skip", "maybe"), "transcoder.skip: expected a valid boolean"),
+        *(
+            (
+                ("--paths.activations", wrong),
+                "paths.activations: expected a directory, or an address such as s3://",
+            )
+            for wrong in (
+                "S3://b/a",
+                "s3:/b/a",
+                "s3:",
+                "s3://",
+                "ftp://h/a",
+                "FILE:///a",
+                "file:a",
+                "file:///",
+                "gs:///a",
+            )
+        ),
+        (
+            ("--paths.checkpoints", "s3://b/runs"),
+            "paths.checkpoints: expected a directory, found 's3://b/runs'",
+        ),
+        (("--paths.cache", "file:///cache"), "paths.cache: expected a directory, found 'file:///cache'"),
     ],
 )
 def test_values_that_people_mistype(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         settings("--layer", "3", *arguments)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://b",
+        "s3://b/a",
+        "gs://b/a/",
+        "az://c/a",
+        "file:///a",
+        "file://localhost/a",
+        "hf://a/b",
+        "./s3:/a",
+        "a:b",
+    ],
+)
+def test_places_that_are_right(place: str) -> None:
+    assert settings("--layer", "3", "--paths.activations", place).paths.activations == place
 
 
 def test_a_file_that_an_editor_of_windows_wrote(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Nodes:
         nodes = int(count or "1")
         if nodes == 1 and head is None:
             return None
-        place = re.fullmatch(r"[^\s,]+:(\d{1,5})", head or "")
+        place = re.fullmatch(r"(?:[^\s,/\[\]]+|\[[^\s,/\[\]]+\]):(\d{1,5})", head or "")
         if not (place and 0 < int(place[1]) < 2**16):
             raise InputError(
                 f"HEAD: expected host:port of one of the {nodes} nodes, the same on every node, found "

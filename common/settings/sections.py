@@ -318,12 +318,34 @@ def _place(value: Any) -> Any:
         raise ValueError(f"{value}: {error}") from error
 
 
+def _directory(value: Any) -> Any:
+    """As `_place`, of what lies on a disk only: an address would become a directory called s3:."""
+    if isinstance(value, str) and re.match(ADDRESS_LIKE, value):
+        raise ValueError(f"expected a directory, found {value!r}; a directory of this name is ./{value}")
+    return _place(value)
+
+
+def _directory_or_address(value: Any) -> Any:
+    """As `_place`; what looks like an address is one that stores are read from, and no directory called S3:."""
+    value = _place(value)
+    if isinstance(value, str) and re.match(ADDRESS_LIKE, value) and not re.match(ADDRESS, value):
+        raise ValueError(
+            "expected a directory, or an address such as s3://bucket/folder or file:///folder (s3, gs, az, file, https "
+            f"or hf, in small letters), found {value!r}; a directory of this name is ./{value}"
+        )
+    return value
+
+
+ADDRESS_LIKE = r"(?i:[a-z][a-z0-9+.-]*:/|(?:s3|gs|az|file|https?|hf):)"
+ADDRESS = r"(?:s3|gs|az|https?|hf)://[^/]|file://[^/]*/+[^/]"
+
+
 class Paths(Section):
-    activations: Annotated[str, BeforeValidator(_place)] = "activations"
+    activations: Annotated[str, BeforeValidator(_directory_or_address)] = "activations"
     """Where stores live: a directory, or an s3://, gs://, az:// or file:// address; https:// and hf:// to read them."""
-    checkpoints: Annotated[Path, BeforeValidator(_place)] = Path("checkpoints")
+    checkpoints: Annotated[Path, BeforeValidator(_directory)] = Path("checkpoints")
     """Where runs live."""
-    cache: Annotated[Path, BeforeValidator(_place)] = ROOT / ".cache" / "stores"
+    cache: Annotated[Path, BeforeValidator(_directory)] = ROOT / ".cache" / "stores"
     """Where files of remote stores are kept while they are used."""
     cache_bytes: int = Field(default=20_000_000_000, gt=0)
     """Size of that cache; an epoch of a larger store downloads it again."""

@@ -157,9 +157,8 @@ class Client:
 
     def remove_directories(self, below: str) -> None:
         """Remove the directories `below`, which hold no objects any more: only a file:// address has any."""
-        scheme, _, path, *_ = urlsplit(self.url)
-        if scheme == "file":
-            folder = Path(url2pathname(path), below)
+        if (root := _folder(self.url)) is not None:
+            folder = root / below
             for each in [*sorted(folder.rglob("*"), reverse=True), folder]:
                 with contextlib.suppress(OSError):  # not empty: it was written to meanwhile
                     each.rmdir()
@@ -192,8 +191,27 @@ def missing(url: str, name: str) -> InputError:
     return InputError(f"{url}/{name}: {what}")
 
 
+def committed(url: str) -> bool:
+    """Whether a complete store is at an address; raises `InputError` where that cannot be asked."""
+    if (folder := _folder(url)) is not None:  # a client of one that is not there cannot be made
+        return (folder / COMMIT).is_file()
+    return Client(url).size(COMMIT) is not None
+
+
+def _folder(url: str) -> Path | None:
+    """The directory of a file:// address."""
+    scheme, _, path, *_ = urlsplit(url)
+    return Path(url2pathname(path)) if scheme == "file" else None
+
+
 def _open(url: str, make: bool) -> Any:
     from obstore import store
+
+    # What follows is no part of an object's name: stores of several layers would lie in each other's place.
+    if wrong := next((mark for mark in "#?" if mark in url and url.startswith(WRITABLE)), None):
+        raise InputError(
+            f"{url}: an address has no {wrong}; write %{ord(wrong):02X} for one in an object's name"
+        )
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
     client = TIMEOUTS | ({"allow_http": True} if endpoint.startswith("http://") else {})

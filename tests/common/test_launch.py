@@ -1,6 +1,7 @@
 """common.launch: how a stage in several processes is started, and ends."""
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -150,6 +151,29 @@ def test_why_processes_have_ended(
     with pytest.raises(SystemExit) as stopped:
         called(monkeypatch, "2", "train", "--layer", "3")
     assert (stopped.value.code, capsys.readouterr().err) == (code, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ("99999999999999999999", "train", "--layer", "0"),
+            "NPROC: expected a whole number of processes, 1 to 1024",
+        ),
+        (("2", "tarin", "--layer", "0"), "launch: 'tarin' is no stage; expected harvest or one of train, "),
+        (("2", "train.nothing"), "launch: 'train.nothing' is no stage"),
+        (("2", "nothing.at.all"), "launch: 'nothing.at.all' is no stage"),
+        (("2", ".", "--layer", "0"), "launch: '.' is no stage"),
+        (("--nodes", "2", "--head", "http://gpu-1:29400", "2", "train"), "HEAD: expected host:port"),
+        (("--nodes", "2", "--head", "[::1:29400", "2", "train"), "HEAD: expected host:port"),
+    ],
+)
+def test_what_can_never_start_is_refused_at_once(
+    words: tuple[str, ...], line: str, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(line)}"):
+        called(monkeypatch, *words)
+    assert not started
 
 
 def test_a_wrong_word_is_told_once_before_anything_starts(

@@ -281,6 +281,30 @@ def test_another_harvest_is_at_work(
     assert name not in server.objects
 
 
+def test_a_harvest_that_finished_while_the_lock_was_waited_for(
+    whole: dict[str, str],
+    server: Bucket,
+    at: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Under another name of the same place, whose lock on this machine is another one."""
+    lock, settings = ObjectWriter.lock, at(address="s3://bucket/x/../acts")
+
+    def late(self: ObjectWriter, leads: bool = True) -> contextlib.AbstractContextManager[None]:
+        monkeypatch.setattr(ObjectWriter, "lock", lock)
+        harvest(at("--paths.cache", str(tmp_path / "another")))
+        return lock(self, leads)
+
+    monkeypatch.setattr(ObjectWriter, "lock", late)
+    with pytest.raises(
+        InputError, match="another harvest has finished it meanwhile; give the same command again"
+    ):
+        harvest(settings)
+    assert digests(server.below(FOLDER)) == whole
+    assert harvest(settings) == []
+
+
 def test_damage_is_found_and_repaired_there(
     whole: dict[str, str], server: Bucket, at: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
 ) -> None:

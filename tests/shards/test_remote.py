@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from shards import Store
 from shards.commit import read_commit
 from shards.layout import COMMIT, SHARD_ROWS
 from shards.objects.client import TRIES, Client
-from shards.remote import files_of, upload
+from shards.remote import as_they_are, files_of, upload
 from shards.verify import verify
 from tests import objects
 from tests.fixtures import make_store
@@ -154,6 +155,37 @@ def test_an_upload_is_complete_or_no_store(
 def test_addresses_without_a_store(url: str, bucket: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"files\.sha256: (no complete store there|cannot be read)"):
         Store.open(url, tmp_path, LIMIT)
+
+
+@pytest.mark.parametrize(("mark", "code"), [("#", "%23"), ("?", "%3F")])
+def test_an_address_ends_where_its_name_does(mark: str, code: str, store: Store, tmp_path: Path) -> None:
+    """What follows these marks is no part of a name: every store would be put into the same place."""
+    there = f"file://{tmp_path}/runs{mark}2/s.zarr"
+    with pytest.raises(InputError, match=re.escape(f"an address has no {mark}; write {code} for one")):
+        upload(store.path, there)
+    upload(store.path, there.replace(mark, code))
+    assert (tmp_path / f"runs{mark}2" / "s.zarr" / COMMIT).is_file()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("folder", ["a b", "ü", "a+b", "a%20b"])
+def test_odd_names_of_folders(folder: str, store: Store, tmp_path: Path) -> None:
+    with objects.bucket():
+        upload(store.path, f"s3://bucket/{folder}/s.zarr")
+        assert verify(as_they_are(f"s3://bucket/{folder}/s.zarr", tmp_path, LIMIT)) == []
+        assert same_rows(Store.open(f"s3://bucket/{folder}/s.zarr", tmp_path / "cache", LIMIT), store)
+
+
+def test_a_damaged_list_of_files_is_named_where_it_is(store: Store, tmp_path: Path) -> None:
+    """Not in the cache: what `verify` keeps there is gone when the line is read."""
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        server.objects[f"s.zarr/{COMMIT}"] = b""
+        for opened in (files_of, as_they_are):
+            with pytest.raises(
+                InputError, match=r"^s3://bucket/s\.zarr/files\.sha256: damaged: .* harvest again$"
+            ):
+                opened("s3://bucket/s.zarr", tmp_path / opened.__name__, LIMIT)
 
 
 FAULTS = {

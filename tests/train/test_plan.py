@@ -12,8 +12,11 @@ import torch
 from bench import scale
 from common.settings import ROOT, Settings
 from shards.plan import human
-from tests.train.runs import D_IN, D_OUT, tiny_settings
+from tests.fixtures import make_store
+from tests.objects import bucket
+from tests.train.runs import D_IN, D_OUT, sparse_rows, tiny_settings
 from train.plan import memory
+from train.plan.__main__ import main as plan_command
 from train.plan.splits import Split, plan, splits, table_of
 from train.recipe import objective_of
 from train.step.losses import Objective
@@ -45,7 +48,9 @@ def test_a_split_holds_its_latents_and_sends_what_the_others_need() -> None:
 
 def test_what_fits_and_sends_the_least_is_named() -> None:
     found = splits(OBJECTIVE, 24, 20, 4096, 4, CPU)
-    texts = [str(table_of(found, each, "x").caption) for each in (1e15, float(of(1, 4, found).together), 1.0)]
+    texts = [
+        str(table_of(found, each, "x", 4096).caption) for each in (1e15, float(of(1, 4, found).together), 1.0)
+    ]
     assert texts[0].endswith(f"latent_shards {min(found, key=lambda split: split.sent).latents}")
     assert texts[1].endswith("latent_shards 4")
     assert texts[2].startswith("none fits")
@@ -55,10 +60,8 @@ def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None
     settings = tiny_settings(store_root, tmp_path)
     table = plan(settings, D_IN, 6, 1e9, "training of layer 0")
     assert "64 latents, width 12" in table.title
-    assert [row[:2] for row in table.rows] == [
-        ("3", "2"),
-        ("6", "1"),
-    ]  # 64 rows are not shared by 6, nor by 3
+    assert [row[0] for row in table.rows] == ["2 x 3", "1 x 6"]
+    assert str(table.caption).endswith("\nleft out: 64 rows are not shared by 3, 6 processes")
     assert D_OUT != D_IN
 
 
@@ -76,12 +79,28 @@ def test_the_plan_of_a_stores_settings(store_root: Path, tmp_path: Path) -> None
             "rows, float32; one process on a CPU, 1 GB",
         ),
         (("--width", "576", "--memory", "80XB"), 2, "expected bytes, for example 80e9 or 80GB, found '80XB'"),
-        (("--width", "576", "--memory", "inf"), 2, "--memory: expected a number above 0, found inf"),
-        (("--width", "576", "--nodes", "0"), 2, "--nodes: expected a number above 0, found 0"),
-        ((), 0, "no store yet, so the width is not known; give it, for example WIDTH=2304"),
+        (
+            ("--width", "576", "--memory", "inf"),
+            2,
+            "(--memory): expected bytes, for example 80e9 or 80GB, found 'inf'",
+        ),
+        (("--width", "576", "--memory", "80"), 2, "expected bytes, for example 80e9 or 80GB, found '80'"),
+        (("--width", "576", "--nodes", "0"), 2, "(--nodes): expected a whole number, 1 or more, found '0'"),
+        ((), 0, "no store yet, so the width of its rows is not known; give it (WIDTH=2304 for Gemma-2-2B)"),
         (("--width", "576", "--nproc", "4"), 0, "--train.latent_shards 4"),
         (("--width", "577"), 2, "transcoder: size 0.5x of d_in 577 is 288.5, not a whole number of latents"),
-        (("--width", "-3"), 2, "--width: expected a number above 0, found -3"),
+        (("--width", "576", "--nproc", "7919"), 2, "7,919 processes cannot share batches of"),
+        (
+            ("--width", "576", "--nproc", "9999999", "--nodes", "9999999"),
+            2,
+            "expected fewer than 1,048,576 processes together, found 99,999,980,000,001",
+        ),
+        (
+            ("--paths.activations", "file:///not/there"),
+            0,
+            "no store yet, so the width of its rows is not known; give it",
+        ),
+        (("--width", "-3"), 2, "(--width): expected a whole number, 1 or more, found '-3'"),
     ],
 )
 def test_the_command(more: tuple[str, ...], code: int, line: str, tmp_path: Path) -> None:
@@ -100,6 +119,24 @@ def test_the_command(more: tuple[str, ...], code: int, line: str, tmp_path: Path
     assert line in process.stdout + process.stderr
 
 
+def test_the_width_is_that_of_any_layer_with_the_same_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers of which only the second is harvested; in a bucket without a store there is none."""
+    make_store(tmp_path / "tiny/layer_1.zarr", sparse_rows(64, 0), sparse_rows(16, 1), layer=1, n_layers=2)
+    sizes = ["--transcoder.d_sae", "64", "--transcoder.group_sizes", "8,16,40", "--transcoder.k", "4"]
+    model = ["--model.name", "tests/tiny", "--model.device", "cpu"]
+    for place, line in (
+        (str(tmp_path), f"width {D_IN}"),
+        ("s3://bucket/acts", "training of layer 0 1: no store yet"),
+    ):
+        command = ["train.plan", "--layer", "0-1", *model, *sizes, "--paths.activations", place]
+        monkeypatch.setattr(sys, "argv", command)
+        with bucket():
+            plan_command()
+        assert line in capsys.readouterr().out
+
+
 def test_given_memory_is_a_gpus(store_root: Path, tmp_path: Path) -> None:
     """Also on a machine without one: the figures of the steps that were measured on an H100, in TF32."""
     settings = tiny_settings(store_root, tmp_path)
@@ -107,7 +144,7 @@ def test_given_memory_is_a_gpus(store_root: Path, tmp_path: Path) -> None:
     table = plan(anywhere, D_IN, 1, 1e9, "x")
     (own,) = splits(objective_of(in_tf32(settings), D_IN, GPU), D_IN, D_IN, 64, 1, GPU)
     assert "64 rows, tfloat32; one GPU, 1 GB" in table.title
-    assert table.rows[0][2:6] == tuple(map(human, (own.state, own.step, own.together, 0)))
+    assert table.rows[0][1:5] == tuple(map(human, (own.state, own.step, own.together, 0)))
     (cpu,) = splits(objective_of(settings, D_IN, CPU), D_IN, D_IN, 64, 1, CPU)
     assert own.step > cpu.step
 
@@ -126,7 +163,7 @@ def test_processes_of_a_cpu_share_its_memory_and_each_has_a_program(
     assert "8 processes on CPUs, 2 GB each" in titles[0].title
     assert {row[-1] for row in titles[0].rows} == {"fits"}
     assert "16 processes on CPUs, 500 MB each" in titles[1].title
-    assert {row[4] for row in titles[1].rows} == {"966 MB"}
+    assert {row[3] for row in titles[1].rows} == {"966 MB"}
     assert (
         titles[1].caption == "none fits; use fewer processes on a machine, fewer latents, or smaller batches"
     )

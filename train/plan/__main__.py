@@ -12,11 +12,14 @@ from pydantic import ByteSize, TypeAdapter
 
 from common.cli import parser, read, run_stage
 from common.errors import InputError
+from common.hub import is_hub
 from common.settings import Settings
 from transcoder.layers import n_layers
 
 SMALLEST = 1e6
 """Bytes; whoever gives less means gigabytes."""
+MOST = 2**20
+"""Processes, as common/nodes/environment.py allows; every number up to it is tried as a divisor."""
 
 
 def main() -> None:
@@ -34,6 +37,10 @@ def main() -> None:
     options.add_argument("--width", type=_whole, help=width)
     asked = read(options)
     arguments = asked.arguments
+    if (processes := arguments.nproc * arguments.nodes) >= MOST:
+        raise InputError(
+            f"--nproc, --nodes: expected fewer than {MOST:,} processes together, found {processes:,}"
+        )
     layers = asked.layers(n_layers)
     if not layers:
         raise InputError("layer: expected at least one, found none; give LAYER=17 (--layer 17)")
@@ -46,7 +53,7 @@ def main() -> None:
         alike.setdefault(f"{settings.transcoder!r} {settings.train!r}", []).append(layer)
     for same in alike.values():
         settings, names = each[same[0]], " ".join(map(str, same))
-        width = arguments.width or _width(settings)
+        width = arguments.width or next(filter(None, (_width(each[layer]) for layer in same)), None)
         if width is None:
             print(
                 f"training of layer {names}: no store yet, so the width of its rows is not known; give it "
@@ -79,10 +86,13 @@ def _width(settings: Settings) -> int | None:
     """The width of a layer's store; None if there is no store."""
     from shards import Store
     from shards.layout import COMMIT
-    from shards.remote import is_url
+    from shards.objects.client import SCHEMES, committed
 
     where = settings.store_path(settings.layer)
-    if not is_url(where) and not (Path(where) / COMMIT).exists():
+    there = (
+        committed(where) if where.startswith(SCHEMES) else is_hub(where) or (Path(where) / COMMIT).exists()
+    )
+    if not there:
         return None
     return Store.of(settings).manifest.source.d_in
 

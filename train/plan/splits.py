@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from common.device import pick_device
+from common.errors import InputError
 from common.mesh import Mesh
 from common.processes import Processes
 from common.settings import Settings
@@ -97,7 +98,8 @@ def plan(
 
     `memory_each`: bytes of each GPU; without a GPU here, one that has TF32 is planned for, unless model.device is cpu.
     None: for the device here and what is free of it, the GPU's memory or the machine's divided by the `processes` on
-    each of the `nodes`. Raises `InputError` for sizes that do not fit the width.
+    each of the `nodes`. Raises `InputError` for sizes that do not fit the width, and
+    where no split is possible.
     """
     planned, device = _device(settings, memory_each)
     objective, train, n = objective_of(planned, width, device), planned.train, processes * nodes
@@ -108,6 +110,11 @@ def plan(
         planned.transcoder.skip, train.sample_every > 0,
     )  # fmt: skip
     one, many = ("GPU", "GPUs") if device.type == "cuda" else ("process on a CPU", "processes on CPUs")
+    if not found:
+        raise InputError(
+            f"{of}: {n:,} processes cannot share batches of {train.batch_size:,} rows and {objective.d_sae:,} latents; "
+            "a number of them that divides train.batch_size must share the rows; give another NPROC"
+        )
     where = f"one {one}, {human(memory_each)}" if n == 1 else f"{n} {many}, {human(memory_each)} each"
     sizes = f"{objective.d_sae:,} latents, width {width:,}, batches of {train.batch_size:,} rows, {objective.precision}"
     return table_of(found, memory_each, f"{of}: {sizes}; {where}", train.batch_size)
