@@ -154,6 +154,10 @@ def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
     ]
     if left and not killed and not said:
         print(f"error: {left[0]}", file=sys.stderr, flush=True)
+    if nodes and all(each.exitcode == INTERRUPTED for each in error.failures.values()):
+        here = f"node {min(error.failures) // per_node} ({socket.gethostname()})"
+        line = f"interrupted: {here} stops with another node; the same command continues"
+        print(line, file=sys.stderr, flush=True)
     codes = [*(-number for number in killed.values()), *said, *(2 for _ in left), first.exitcode]
     return codes[0] if codes[0] > 0 else 128 - codes[0]  # 128 + n: killed by signal n
 

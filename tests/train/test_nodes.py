@@ -189,13 +189,35 @@ def test_a_killed_rank_with_restarts(
         codes, _, errors = ends(processes)
     assert codes == [0, 0], errors
     killed = (
-        f"error: node {rank // 2} ({NAME}), rank {rank} was killed (SIGKILL); all processes are started again"
+        f"note: node {rank // 2} ({NAME}), rank {rank} was killed (SIGKILL); all processes are started again"
     )
     assert errors[1].splitlines()[0] == killed
     assert [error.count("note: all processes were restarted after one had ended") for error in errors] in (
         [1, 0],
         [0, 1],
     )
+    assert_as_whole(whole, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_on_one_node_stops_both(
+    whole: dict[str, torch.Tensor], store_root: Path, tmp_path: Path
+) -> None:
+    """At a checkpoint; each node says so, the other one by its ranks or by its launcher, whichever ends first."""
+    settings = long(store_root, tmp_path)
+    with started(launchers(settings), 2 * [{}]) as processes:
+        until_saved(settings)
+        for process in (*ranks(processes[0].pid).values(), processes[0].pid):  # as a terminal does
+            os.kill(process, signal.SIGINT)
+        codes, _, errors = ends(processes)
+    own, other = (each.splitlines()[-1] for each in errors)
+    assert (codes[0], own) == (130, "interrupted: the same command continues"), errors
+    stopped = rf"interrupted: node \d \({NAME}\) stops with another node; the same command continues"
+    ended = r"error: node .* has ended or cannot be reached; .*"
+    assert re.fullmatch({130: stopped, 2: ended}[codes[1]], other), errors
+    with started(launchers(settings), 2 * [{}]) as processes:
+        assert ends(processes)[0] == [0, 0]
     assert_as_whole(whole, settings)
 
 
