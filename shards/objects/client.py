@@ -75,11 +75,17 @@ class Client:
                 return data, len(data)
 
     def piece(self, name: str, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop) of an object; None where there is none."""
+        """Bytes [start, stop) of an object, or cut from all of it (http servers without parts); None: no object."""
         import obstore
+        from obstore.exceptions import BaseError
 
         with self._explained(name), contextlib.suppress(FileNotFoundError):
-            return bytes(obstore.get_range(self._store, name, start=start, end=stop))
+            try:
+                return bytes(obstore.get_range(self._store, name, start=start, end=stop))
+            except BaseError:
+                if not self.url.startswith("http") or (data := self.get(name)) is None:
+                    raise
+                return data[start:stop]
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none. Unlike a listing, it is never old."""

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -259,6 +260,8 @@ def test_another_harvest_is_at_work(
 
     other = threading.Thread(target=beats)
     other.start()
+    while name not in server.objects:
+        time.sleep(0.01)
     try:
         with pytest.raises(
             InputError, match=r"another harvest is writing it \(process 7 of elsewhere\); wait"

@@ -81,6 +81,14 @@ def test_uploaded_and_read_back(store: Store, bucket: str, tmp_path: Path) -> No
     assert verify(files_of(url, tmp_path, LIMIT)) == []
 
 
+def test_a_web_server_that_gives_no_parts(store: Store, web: str, tmp_path: Path) -> None:
+    """A part is cut from the whole: another thread may just be writing the file to the cache, which has holes then."""
+    client, data = Client(web), (store.path / "train/inputs/c/0/0").read_bytes()
+    assert client.piece("train/inputs/c/0/0", 10, 500) == data[10:500]
+    assert client.end("train/inputs/c/0/0", 100) == (data, len(data))
+    assert client.piece("train/nothing", 0, 1) is None
+
+
 def test_a_store_read_over_http_has_the_same_rows(store: Store, web: str, tmp_path: Path) -> None:
     remote = Store.open(web, tmp_path, LIMIT)
     assert same_rows(remote, store)
