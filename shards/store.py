@@ -35,8 +35,8 @@ class Store:
     `manifest` says what was harvested from what; `train` and `heldout` are the rows, split by document.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, "StoreSplit"]) -> None:
-        self.path = path
+    def __init__(self, files: Files, manifest: Manifest, splits: dict[str, "StoreSplit"]) -> None:
+        self.path, self._files = files.root, files
         self.manifest = manifest
         self.train = splits["train"]
         self.heldout = splits["heldout"]
@@ -64,7 +64,7 @@ class Store:
             arrays = split_arrays(manifest.source, name, record.rows, record.contexts)
             removed = any(array.file(0) in commit.removed for array in arrays.values())
             splits[name] = StoreSplit(files, arrays, manifest, text, removed)
-        return cls(root, manifest, splits)
+        return cls(files, manifest, splits)
 
     @classmethod
     def of(cls, settings: Settings) -> "Store":
@@ -92,8 +92,8 @@ class Store:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The store's own tokenizer.json, local once it was asked for."""
-        return self.path / "tokenizer.json"
+        """The store's own tokenizer.json; of a remote store in the cache, fetched again if it has gone from there."""
+        return self._files.local("tokenizer.json")
 
     def find(
         self,

@@ -20,6 +20,7 @@ from shards.commit import read_commit
 from shards.layout import COMMIT, SHARD_ROWS
 from shards.objects.client import TRIES, Client
 from shards.remote import as_they_are, files_of, upload
+from shards.store import read_tokenizer
 from shards.verify import verify
 from tests import objects
 from tests.fixtures import make_store
@@ -220,6 +221,17 @@ def test_batches_from_an_object_store_that_fails_now_and_then(
         if limit == LIMIT:
             chunks, arrays, files = len(store.train) // 1024, 8, 3
             assert server.asked["GET"] < 1.6 * (chunks * arrays + files * arrays + 40)
+
+
+def test_what_has_gone_from_a_small_cache_is_fetched_again(store: Store, tmp_path: Path) -> None:
+    """The tokenizer too, which is read when a training ends, with all rows read since."""
+    with objects.bucket():
+        upload(store.path, "s3://bucket/s.zarr")
+        remote = Store.open("s3://bucket/s.zarr", tmp_path, 400_000)
+        first = remote.tokenizer_path
+        assert same_batches(remote, store)
+        assert not first.is_file()
+        assert read_tokenizer(remote.tokenizer_path).to_str() == read_tokenizer(store.tokenizer_path).to_str()
 
 
 def test_half_a_file_is_never_taken_for_whole(

@@ -14,6 +14,7 @@ from evaluate.metrics.language import measure_language
 from evaluate.metrics.splice import Loss
 from harvest.run import harvest
 from shards import Store
+from shards.remote import LocalFiles
 from tests.disk import small_disk
 from tests.evaluate.fakes import random_coder
 
@@ -117,7 +118,7 @@ def test_what_decides_the_losses_is_in_their_name(fresh: Settings) -> None:
         **of: object,
     ) -> str:
         other = Store(
-            store.path,
+            LocalFiles(store.path),
             store.manifest.model_copy(update={"source": source.model_copy(update=of)}),
             {"train": store.train, "heldout": store.heldout},
         )
