@@ -154,7 +154,8 @@ def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
     ]
     if left and not killed and not said:
         print(f"error: {left[0]}", file=sys.stderr, flush=True)
-    if nodes and all(each.exitcode == INTERRUPTED for each in error.failures.values()):
+    # torchrun ends a rank of an interrupted node that is later than the first
+    if nodes and {each.exitcode for each in error.failures.values()} <= {INTERRUPTED, -signal.SIGTERM}:
         here = f"node {min(error.failures) // per_node} ({socket.gethostname()})"
         line = f"interrupted: {here} stops with another node; the same command continues"
         print(line, file=sys.stderr, flush=True)

@@ -211,10 +211,10 @@ def test_ctrl_c_on_one_node_stops_both(
         for process in (*ranks(processes[0].pid).values(), processes[0].pid):  # as a terminal does
             os.kill(process, signal.SIGINT)
         codes, _, errors = ends(processes)
-    own, other = (each.splitlines()[-1] for each in errors)
+    own, other = ((each.splitlines() or [""])[-1] for each in errors)
     assert (codes[0], own) == (130, "interrupted: the same command continues"), errors
     stopped = rf"interrupted: node \d \({NAME}\) stops with another node; the same command continues"
-    ended = r"error: node .* has ended or cannot be reached; .*"
+    ended = r"error: node .* has ended.*"
     assert re.fullmatch({130: stopped, 2: ended}[codes[1]], other), errors
     with started(launchers(settings), 2 * [{}]) as processes:
         assert ends(processes)[0] == [0, 0]
