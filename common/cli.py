@@ -34,20 +34,8 @@ OWN_SECTIONS = {
 
 MAKE_VARIABLES = (
     *("LAYER", "PROFILE", "RUN", "HARVEST", "TEXT", "FILE", "SET", "SCALE", "ABLATE", "FORMAT"),
-    *(
-        "PREFIX",
-        "TO",
-        "FROM",
-        "REPO",
-        "WITH",
-        "MINUTES",
-        "SPREAD",
-        "MODEL",
-        "NPROC",
-        "NODES",
-        "MEMORY",
-        "WIDTH",
-    ),
+    *("PREFIX", "TO", "FROM", "REPO", "WITH", "MINUTES", "SPREAD", "MODEL"),
+    *("NPROC", "NODES", "MEMORY", "WIDTH"),
 )
 """Variables of the Makefile that are passed on as the option of the same name."""
 

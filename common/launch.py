@@ -123,6 +123,11 @@ def _tell_of_restarts(nodes: Nodes | None, per_node: int) -> None:
     LocalElasticAgent._monitor_workers = told  # pyright: ignore[reportPrivateUsage]
 
 
+def _node(rank: int, per_node: int) -> str:
+    """This node, of which `rank` is a process; every node has `per_node`."""
+    return f"node {rank // per_node} ({socket.gethostname()})"
+
+
 def _say_killed(
     failures: Mapping[int, ProcessFailure], nodes: Nodes | None, per_node: int, word: str, then: str
 ) -> dict[int, int]:
@@ -135,7 +140,7 @@ def _say_killed(
         if each.exitcode < 0 and each.exitcode != -signal.SIGTERM and each.timestamp < first + PATIENCE
     }
     for rank, number in killed.items():
-        node = f"node {rank // per_node} ({socket.gethostname()}), " if nodes else ""
+        node = f"{_node(rank, per_node)}, " if nodes else ""
         line = f"{word}: {node}rank {rank} was killed ({signal.Signals(number).name}); {then}"
         # rank 0 has left the bar's line unfinished in a terminal
         print("\n" * (rank == 0 and sys.stderr.isatty()) + line, file=sys.stderr, flush=True)
@@ -156,7 +161,7 @@ def _why(error: ChildFailedError, nodes: Nodes | None, per_node: int) -> int:
         print(f"error: {left[0]}", file=sys.stderr, flush=True)
     # torchrun ends a rank of an interrupted node that is later than the first
     if nodes and {each.exitcode for each in error.failures.values()} <= {INTERRUPTED, -signal.SIGTERM}:
-        here = f"node {min(error.failures) // per_node} ({socket.gethostname()})"
+        here = _node(min(error.failures), per_node)
         line = f"interrupted: {here} stops with another node; the same command continues"
         print(line, file=sys.stderr, flush=True)
     codes = [*(-number for number in killed.values()), *said, *(2 for _ in left), first.exitcode]

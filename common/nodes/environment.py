@@ -9,6 +9,8 @@ import socket
 
 from common.errors import InputError
 
+MOST = 2**20
+"""There are fewer processes than this."""
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(12000, 32000)
 """For jobs of Slurm, which assigns no ports: below the ports that the kernel gives to outgoing connections."""
@@ -24,7 +26,7 @@ def world() -> int:
 
     Raises `InputError` if WORLD_SIZE is left over from another program: the other processes would never come.
     """
-    size = _number("WORLD_SIZE", 1, range(1, 2**20))
+    size = _number("WORLD_SIZE", 1, range(1, MOST))
     if size > 1 and (missing := [name for name in MEETING if not os.environ.get(name)]):
         raise InputError(
             f"environment: WORLD_SIZE={size}, but no {', '.join(missing)}: torchrun, which sets all of them, did not "

@@ -70,7 +70,7 @@ class Client:
                 result = obstore.get(self._store, name, options={"range": {"suffix": length}})
                 return bytes(result.bytes()), result.meta["size"]
             except BaseError:
-                if not self.url.startswith("http") or (data := self.get(name)) is None:
+                if (data := self._whole_from_web(name)) is None:
                     raise
                 return data, len(data)
 
@@ -83,9 +83,13 @@ class Client:
             try:
                 return bytes(obstore.get_range(self._store, name, start=start, end=stop))
             except BaseError:
-                if not self.url.startswith("http") or (data := self.get(name)) is None:
+                if (data := self._whole_from_web(name)) is None:
                     raise
                 return data[start:stop]
+
+    def _whole_from_web(self, name: str) -> bytes | None:
+        """An object whole, when a part was refused: some web servers give no parts. None elsewhere."""
+        return self.get(name) if self.url.startswith("http") else None
 
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none. Unlike a listing, it is never old."""

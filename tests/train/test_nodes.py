@@ -123,13 +123,18 @@ def lines(errors: list[str]) -> list[list[str]]:
     return [[line for line in each.splitlines() if not any(n in line for n in noise)] for each in errors]
 
 
+def undisturbed(settings: Settings) -> None:
+    """Run on two nodes to the end."""
+    with started(launchers(settings), 2 * [{}]) as processes:
+        codes, _, errors = ends(processes)
+    assert codes == [0, 0], errors
+
+
 @pytest.fixture(scope="module")
 def whole(store_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Weights of a run on two nodes that nothing has happened to."""
     settings = long(store_root, tmp_path_factory.mktemp("whole"))
-    with started(launchers(settings), 2 * [{}]) as processes:
-        codes, _, errors = ends(processes)
-    assert codes == [0, 0], errors
+    undisturbed(settings)
     return tensors(settings.run_dir())
 
 
@@ -140,6 +145,11 @@ def long(store_root: Path, checkpoints: Path) -> Settings:
 def assert_as_whole(whole: dict[str, torch.Tensor], settings: Settings) -> None:
     own = tensors(settings.run_dir())
     assert all(torch.equal(own[name], each) for name, each in whole.items())
+
+
+def assert_goes_on_as_whole(whole: dict[str, torch.Tensor], settings: Settings) -> None:
+    undisturbed(settings)
+    assert_as_whole(whole, settings)
 
 
 NAME = socket.gethostname()
@@ -169,10 +179,7 @@ def test_a_killed_rank_ends_both_nodes(
         other,
     )
     assert took < 60
-    with started(launchers(settings), 2 * [{}]) as processes:
-        codes, _, errors = ends(processes)
-    assert codes == [0, 0], errors
-    assert_as_whole(whole, settings)
+    assert_goes_on_as_whole(whole, settings)
 
 
 @pytest.mark.slow
@@ -216,9 +223,7 @@ def test_ctrl_c_on_one_node_stops_both(
     stopped = rf"interrupted: node \d \({NAME}\) stops with another node; the same command continues"
     ended = r"error: node .* has ended.*"
     assert re.fullmatch({130: stopped, 2: ended}[codes[1]], other), errors
-    with started(launchers(settings), 2 * [{}]) as processes:
-        assert ends(processes)[0] == [0, 0]
-    assert_as_whole(whole, settings)
+    assert_goes_on_as_whole(whole, settings)
 
 
 @pytest.mark.slow
@@ -266,9 +271,7 @@ def test_a_node_that_vanishes(
         r"^error: .*node .*(the head \S+|rank \d of 4) has ended or cannot be reached; its output", line
     )
     assert took < 60
-    with started(launchers(settings), 2 * [{}]) as processes:
-        assert ends(processes)[0] == [0, 0]
-    assert_as_whole(whole, settings)
+    assert_goes_on_as_whole(whole, settings)
 
 
 @pytest.fixture

@@ -13,13 +13,12 @@ from pydantic import ByteSize, TypeAdapter
 from common.cli import parser, read, run_stage
 from common.errors import InputError
 from common.hub import is_hub
+from common.nodes.environment import MOST
 from common.settings import Settings
 from transcoder.layers import n_layers
 
 SMALLEST = 1e6
 """Bytes; whoever gives less means gigabytes."""
-MOST = 2**20
-"""Processes, as common/nodes/environment.py allows; every number up to it is tried as a divisor."""
 
 
 def main() -> None:

@@ -61,9 +61,13 @@ def splits(
     samples: bool = True,
 ) -> list[Split]:
     """Every mesh of `processes` processes that can share these rows and latents."""
-    shapes = [(processes // m, m) for m in range(1, processes + 1) if processes % m == 0]
+    shapes = [(processes // m, m) for m in _divisors(processes)]
     possible = [(r, m) for r, m in shapes if batch % r == 0 and m <= objective.d_sae]
     return [_split(objective, (d_in, d_out), batch, r, m, device, skip, samples) for r, m in possible]
+
+
+def _divisors(n: int) -> list[int]:
+    return [m for m in range(1, n + 1) if n % m == 0]
 
 
 def _split(
@@ -98,8 +102,8 @@ def plan(
 
     `memory_each`: bytes of each GPU; without a GPU here, one that has TF32 is planned for, unless model.device is cpu.
     None: for the device here and what is free of it, the GPU's memory or the machine's divided by the `processes` on
-    each of the `nodes`. Raises `InputError` for sizes that do not fit the width, and
-    where no split is possible.
+    each of the `nodes`. Raises `InputError` for sizes that do not fit the width, and where no split
+    is possible.
     """
     planned, device = _device(settings, memory_each)
     objective, train, n = objective_of(planned, width, device), planned.train, processes * nodes
@@ -146,7 +150,7 @@ def table_of(found: list[Split], memory_each: float, title: str, batch: int) -> 
         mesh = f"{best.rows} x {best.latents}"
         advice = f"of the lines that fit, {mesh} sends the least: --train.latent_shards {best.latents}"
     n = found[0].rows * found[0].latents
-    if uneven := [str(m) for m in range(1, n + 1) if n % m == 0 and batch % m]:
+    if uneven := [str(m) for m in _divisors(n) if batch % m]:
         advice += f"\nleft out: {batch:,} rows are not shared by {', '.join(uneven)} processes"
     table = Table(*columns, title=title, caption=advice)
     for split in found:
