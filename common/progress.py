@@ -1,6 +1,7 @@
 """The bar of whatever takes long."""
 
 import sys
+import time
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
@@ -32,7 +33,7 @@ def progress(what: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
     In a terminal or a notebook it moves all the time; in a log file it is a line every LOG_SECONDS. Of several
     processes the first shows it.
     """
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    live = _is_live()
     return tqdm(
         desc=what,
         disable=rank() > 0,
@@ -46,3 +47,16 @@ def progress(what: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
         file=sys.stderr if live else Lines(sys.stderr),
         position=None if live else 0,  # one below the other is for terminals
     )
+
+
+def show_wait(bar: "tqdm[Any]", why: str) -> None:
+    """Show `why` at the bar's end now, for nothing may move it for long; in a log file at most every LOG_SECONDS."""
+    bar.set_postfix_str(why, refresh=False)
+    if not bar.disable and (_is_live() or time.time() - bar.last_print_t >= bar.mininterval):
+        bar.refresh()
+        bar.last_print_t = time.time()
+
+
+def _is_live() -> bool:
+    """In a terminal or a notebook, where a bar can be drawn again."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from common.device import cores
 from common.errors import InputError
 from common.processes import Processes
-from common.progress import progress
+from common.progress import progress, show_wait
 from common.settings import Harvest
 from harvest.activations import Intake, Kept, fill_window, hooks_for, refuse_unfinite
 from harvest.lm import LanguageModel
@@ -223,7 +223,7 @@ class _Shown:
             if what != "upload":
                 yield
                 return
-            self._bar.set_postfix_str("waiting for uploads", refresh=False)
+            show_wait(self._bar, "waiting for uploads")
             try:
                 yield
             finally:
