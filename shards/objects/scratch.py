@@ -1,8 +1,11 @@
 """Where windows wait for their upload: bounded room on a local disk, and the threads that upload."""
 
+import contextlib
 import hashlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,18 @@ class Scratch:
                 f"{human(self._text)} of text; give at least {human(1.05 * (window + self._text))}"
             )
 
-    def take(self, count: int) -> None:
-        """Wait until so many bytes are free, and take them."""
+    def take(
+        self, count: int, waiting: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
+        """Wait until so many bytes are free, within `waiting` where they are not yet, and take them."""
         with self._changed:
-            self._changed.wait_for(lambda: self._taken + count <= self._limit - self._text)
+            if not self._has_room(count):
+                with waiting():
+                    self._changed.wait_for(lambda: self._has_room(count))
             self._taken += count
+
+    def _has_room(self, count: int) -> bool:
+        return self._taken + count <= self._limit - self._text
 
     def give_back(self, count: int) -> None:
         """The opposite of `take`."""

@@ -212,8 +212,7 @@ class ObjectWriter(StoreWriter):
         """
         self._raise_failed()
         most = most_bytes(self._arrays[split], window)
-        with during("upload"):
-            self._scratch.take(most)
+        self._scratch.take(most, lambda: during("upload"))
         try:
             limits = max_quantisation_fvu, max_dimension_fvu
             super().write_window(split, window, columns, *limits, mapped, during)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -225,8 +226,8 @@ def test_a_scratch_that_is_full_or_too_small(
     assert "give at least" in str(small.value)
     take, most = Scratch.take, []
 
-    def noted(self: Scratch, count: int) -> None:
-        take(self, count)
+    def noted(self: Scratch, count: int, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        take(self, count, waiting)
         files = [path for path in self._folder.rglob("c/*") if path.is_file()]
         with contextlib.suppress(FileNotFoundError):
             most.append(sum(path.stat().st_size for path in files) + count)
