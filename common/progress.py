@@ -1,7 +1,6 @@
 """The bar of whatever takes long."""
 
 import sys
-import time
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
@@ -52,9 +51,12 @@ def progress(what: str, total: int, unit: str, initial: int = 0) -> "tqdm[Any]":
 def show_wait(bar: "tqdm[Any]", why: str) -> None:
     """Show `why` at the bar's end now, for nothing may move it for long; in a log file at most every LOG_SECONDS."""
     bar.set_postfix_str(why, refresh=False)
-    if not bar.disable and (_is_live() or time.time() - bar.last_print_t >= bar.mininterval):
+    if bar.disable:
+        return
+    now = bar.start_t + bar.format_dict["elapsed"]
+    if _is_live() or now - bar.last_print_t >= bar.mininterval:
         bar.refresh()
-        bar.last_print_t = time.time()
+        bar.last_print_t = now
 
 
 def _is_live() -> bool:

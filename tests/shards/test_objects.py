@@ -1,9 +1,7 @@
 """Two harvests write one store at the same time, with different bytes, as on GPUs: one of each window counts."""
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -151,21 +149,3 @@ def test_windows_of_another_harvest_are_not_committed(
     with pytest.raises(InputError, match=r"train-000000\.json: is of a harvest with other text or settings"):
         ours.finish()
     assert "files.sha256" not in committed(server)
-
-
-def test_a_full_scratch_says_that_it_waits_and_only_then(tmp_path: Path) -> None:
-    scratch, waits = Scratch(tmp_path, 10), threading.Event()
-
-    @contextmanager
-    def waiting() -> Iterator[None]:
-        waits.set()
-        yield
-
-    scratch.take(10, waiting)
-    assert not waits.is_set()
-    with ThreadPoolExecutor(1) as pool:
-        taken = pool.submit(scratch.take, 4, waiting)
-        assert waits.wait(60)
-        assert not taken.done()
-        scratch.give_back(4)
-        taken.result(60)
