@@ -411,6 +411,10 @@ ENVIRONMENTS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
             "MASTER_PORT": "1",
         }.items()
     ],
+    "an endpoint of an object store without http://": lambda patch: patch.setenv(
+        "AWS_ENDPOINT_URL", "localhost:9000"
+    ),
+    "a key of an object store with a line break": lambda patch: patch.setenv("AWS_SECRET_ACCESS_KEY", "a\n"),
     "no language model to explain with": lambda patch: patch.delenv("OPENAI_MODEL", raising=False),
     "no key for OpenAI's endpoint": lambda patch: [
         patch.delenv(name, raising=False) for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")

@@ -5,7 +5,6 @@ AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME, ...).
 """
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,8 +13,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from common.errors import ENVIRONMENT, InputError, first_line
+from common.errors import ENVIRONMENT, InputError
 from shards.layout import COMMIT
+from shards.objects.environment import plain_http
+from shards.objects.refusals import reason
 
 WRITABLE = ("s3://", "gs://", "az://", "file://")
 """Addresses that a harvest can be written to: those whose objects can be listed, and put only where there is none."""
@@ -186,11 +187,15 @@ class Client:
             yield
         except InputError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if (
+                not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+            ):  # of obstore's Rust
+                raise
             if isinstance(error, OSError) and error.errno in ENVIRONMENT:
                 raise
             where = f"{self.url}/{name}"
-            raise InputError(f"{where}: {what}: {first_line(error)[:300]}") from error
+            raise InputError(f"{where}: {what}: {reason(error, self.url)}") from error
 
 
 def missing(url: str, name: str) -> InputError:
@@ -223,12 +228,11 @@ def _open(url: str, make: bool) -> Any:
             f"{url}: an address has no {wrong}; write %{ord(wrong):02X} for one in an object's name"
         )
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
-    client = TIMEOUTS | ({"allow_http": True} if endpoint.startswith("http://") else {})
+    client = TIMEOUTS | ({"allow_http": True} if plain_http(url) else {})
     options: dict[str, Any] = {"client_options": client, "retry_config": RETRIES}
     if url.startswith("file://"):
         options = {"mkdir": make}
     try:
         return store.from_url(url, **options)
     except Exception as error:  # obstore raises one class per provider
-        raise InputError(f"{url}: not an address of an object store: {first_line(error)[:200]}") from error
+        raise InputError(f"{url}: cannot be opened: {reason(error, url)}") from error
