@@ -21,7 +21,7 @@ from train.plan import memory
 from train.recipe import Recipe
 from train.state import State
 from transcoder import weights
-from transcoder.frequent import frequent_level
+from transcoder.frequent import FREQUENT_GOOD, FREQUENT_MODERATE, frequent_level
 from transcoder.public import public_name
 from transcoder.transcoder import OF_LATENTS, Transcoder
 
@@ -186,7 +186,8 @@ def _caption(heldout: dict[str, Any]) -> str | None:
     if not heldout["rows"] or "over_10_percent_fraction" not in heldout:
         return None
     levels = ", ".join(frequent_level(share) for share in heldout["over_10_percent_fraction"])
-    lines = [f">10 %: latents that fire on more than 10 % of the rows ({levels})"]
+    limits = f"up to {100 * FREQUENT_GOOD:g} % is good, up to {100 * FREQUENT_MODERATE:g} % moderate"
+    lines = [f">10 %: latents that fire on more than 10 % of the rows: {levels} ({limits})"]
     if heavy := heldout.get("heavy_rows"):
         without = " ".join(number_or_dash(fvu, ".4f") for fvu in heldout["fvu_typical"])
         lines.append(f"FVU without {heavy:,} heavy row{'s' * (heavy > 1)}: {without}")
