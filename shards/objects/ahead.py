@@ -1,4 +1,4 @@
-"""What the loader decodes next is fetched before: the chunks of the groups to come, all at once."""
+"""Prefetch the chunks that the loader decodes next, all at once."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping

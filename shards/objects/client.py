@@ -19,7 +19,7 @@ from shards.objects.environment import plain_http
 from shards.objects.refusals import reason
 
 WRITABLE = ("s3://", "gs://", "az://", "file://")
-"""Addresses that a harvest can be written to: those whose objects can be listed, and put only where there is none."""
+"""Addresses that a harvest can be written to: those whose objects can be listed, and written only if absent."""
 SCHEMES = (*WRITABLE, "https://", "http://")
 RETRIES = {"max_retries": 8, "backoff": {"max_backoff": timedelta(seconds=10)}}
 """0.1 s, then twice as long each time: 23 s in all. Of 5xx, 408, 429, resets and timeouts; obstore's own."""
@@ -28,8 +28,8 @@ TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
 AT_ONCE = 32
 """Requests under way: at 50 ms each, 640 a second."""
 TRIES = 6
-"""How often a body is fetched or written that is not what it must be; obstore retries what ends early, not what is
-wrong. Where a tenth of all bodies are halved, one in a million is so six times.
+"""Attempts at an object whose size or digest is wrong; obstore retries a body that ends early, not a wrong one. If a
+tenth of all bodies were truncated, one in a million would be truncated six times in a row.
 """
 
 
@@ -107,9 +107,9 @@ class Client:
             obstore.put(self._store, name, data)
 
     def create(self, name: str, data: bytes) -> bytes | None:
-        """Write an object where there is none of the name; what is there where there is one, else None.
+        """Write an object only if there is none of the name. None if `data` is stored then, else the bytes that are.
 
-        An answer that was lost on its way is repeated, and refused the second time: then one's own is there.
+        If the answer to the own write is lost, the retry is refused; the stored bytes are then the own ones.
         """
         import obstore
         from obstore.exceptions import AlreadyExistsError
@@ -130,7 +130,7 @@ class Client:
             if trial < TRIES - 1:
                 self.put(name, data)  # half of it had arrived
         raise InputError(
-            f"{self.url}/{name}: {len(data)} bytes were written, half of them are there; try again"
+            f"{self.url}/{name}: {len(data)} bytes were written, {len(there)} are stored; run the same command again"
         )
 
     def put_whole(self, name: str, path: Path) -> None:
@@ -140,10 +140,13 @@ class Client:
             self.put(name, path)
             if (there := self.size(name)) == size:
                 return
-        raise InputError(f"{self.url}/{name}: {size} bytes were written, {there or 0} are there; try again")
+        raise InputError(
+            f"{self.url}/{name}: {size} bytes were written, {there or 0} are stored; "
+            "run the same command again"
+        )
 
     def move(self, source: str, target: str) -> bool:
-        """Rename an object, on their side; whether it was there."""
+        """Have the object store rename an object; whether it was there."""
         import obstore
 
         what = f"cannot be copied to {target}"
@@ -153,7 +156,7 @@ class Client:
         return False
 
     def names(self, below: str = "") -> Iterator[Found]:
-        """Objects whose names begin with the folder `below`. A listing may be old: it can lack a fresh object."""
+        """Objects whose names begin with the folder `below`. A listing may be old (eventually consistent)."""
         import obstore
 
         with self._explained(f"{below}/".lstrip("/"), "cannot be listed"):
@@ -202,7 +205,7 @@ def missing(url: str, name: str) -> InputError:
     """What to say of an object that is not there."""
     what = "missing"
     if name == COMMIT:
-        what = f"no complete store there ({COMMIT} is missing); make harvest writes it, or continues it"
+        what = f"no complete store there ({COMMIT} is missing); make harvest writes or continues it"
     return InputError(f"{url}/{name}: {what}")
 
 
@@ -224,9 +227,7 @@ def _open(url: str, make: bool) -> Any:
 
     # What follows is no part of an object's name: stores of several layers would lie in each other's place.
     if wrong := next((mark for mark in "#?" if mark in url and url.startswith(WRITABLE)), None):
-        raise InputError(
-            f"{url}: an address has no {wrong}; write %{ord(wrong):02X} for one in an object's name"
-        )
+        raise InputError(f"{url}: an address must not contain {wrong}; write %{ord(wrong):02X}")
 
     client = TIMEOUTS | ({"allow_http": True} if plain_http(url) else {})
     options: dict[str, Any] = {"client_options": client, "retry_config": RETRIES}

@@ -40,14 +40,14 @@ def plain_http(url: str) -> bool:
     scheme = url.partition("://")[0]
     for name in SIGNED.get(scheme, ()):
         if re.search(r"\s", value := os.environ.get(name, "")):
-            secret = "" if "REGION" in name else ", not shown here,"
-            raise InputError(f"{name}: its value{secret} has a space or a line break; set it without")
+            secret = "" if "REGION" in name else " (not shown)"
+            raise InputError(f"{name}: its value{secret} contains a space or a line break; remove that")
     endpoints = [url] if scheme == "http" else []
     for name in ENDPOINTS.get(scheme, ()):
         if (value := os.environ.get(name)) is not None:
             if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
                 raise InputError(
-                    f"{name}: expected https://host or http://host:port, found {shown(value)}; mend or unset it"
+                    f"{name}: expected https://host or http://host:port, found {shown(value)}; correct or unset it"
                 )
             endpoints.append(value)
     return any(each.startswith("http://") for each in endpoints)

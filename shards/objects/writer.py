@@ -1,7 +1,7 @@
 """A harvest into an object store: each window is uploaded when it is written, and removed here.
 
-Nothing that is committed can be wrong, whoever else writes at the same time, however late, and without a clock, a lock
-or a listing that is never old:
+Concurrent harvests cannot corrupt a committed store, however late one of them writes. This needs no clock, no lock and
+no strongly consistent listing:
 
 - A window's files go to names of their own (`.harvest/parts/<random>/`), which nobody writes twice. Then its record is
   put under a name where nothing may be yet: of several writers the first decides whose files are the window. The text

@@ -101,5 +101,6 @@ def check(state: int, on_top: int, device: torch.device) -> None:
             each = f" in each of {sharing} processes" if sharing > 1 else ""
             raise InputError(
                 f"memory: training needs about {needed / GIB:.1f} GiB{where}{each} ({what}), {free / GIB:.1f} GiB are "
-                "free; lower transcoder.d_sae or train.batch_size, or sweep fewer runs at a time"
+                "free; lower transcoder.d_sae or train.batch_size, split the latents over processes "
+                "(train.latent_shards; make plan lists what fits), or sweep fewer runs at a time"
             )
