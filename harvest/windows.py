@@ -33,6 +33,7 @@ from shards.device.copies import Copies
 from shards.layout import SHARD_ROWS, windows
 from shards.manifest import SPLITS
 from shards.plan import human
+from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.writer import StoreWriter, WindowRows, stored_order
 
@@ -205,7 +206,9 @@ class _Writing:
         self.wait()
         for writer in writers:
             try:
-                with self._pace.during(WAITING), self._pace.during("upload"):
+                with self._pace.during(WAITING), contextlib.ExitStack() as stack:
+                    if is_url(writer.where):
+                        stack.enter_context(self._pace.during("upload"))
                     writer.settle()
             except InputError as error:
                 self._failed.setdefault(writer.source.layer, error)

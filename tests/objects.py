@@ -105,7 +105,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, retries: int = 12) -> None:
     """Retries a tenth of a second after each other, not up to ten."""
     tenth = timedelta(milliseconds=10)
     backoff = {"init_backoff": tenth, "max_backoff": 5 * tenth}
-    monkeypatch.setattr(client, "RETRIES", {"max_retries": retries, "backoff": backoff})
+    for when in ("FIRST", "RETRIES"):
+        monkeypatch.setattr(client, when, {"max_retries": retries, "backoff": backoff})
 
 
 class _Requests(Handler):

@@ -21,8 +21,16 @@ from shards.objects.refusals import reason
 WRITABLE = ("s3://", "gs://", "az://", "file://")
 """Addresses that a harvest can be written to: those whose objects can be listed, and written only if absent."""
 SCHEMES = (*WRITABLE, "https://", "http://")
-RETRIES = {"max_retries": 8, "backoff": {"max_backoff": timedelta(seconds=10)}}
-"""0.1 s, then twice as long each time: 23 s in all. Of 5xx, 408, 429, resets and timeouts; obstore's own."""
+BACKOFF = {"max_backoff": timedelta(seconds=10)}
+"""Between two attempts: 0.1 s, then a random time of at most twice the last one. obstore's own, of 5xx, 408, 429,
+resets and timeouts.
+"""
+LONGEST = timedelta(seconds=60)
+"""After that no attempt is begun; Ctrl-C waits for it too. A server that says nothing at all takes 30 s more."""
+FIRST = {"max_retries": 8, "retry_timeout": LONGEST, "backoff": BACKOFF}
+"""Until there was an answer, as a slip in an address never gets one: seconds, where connections are refused."""
+RETRIES = {"max_retries": 1000, "retry_timeout": LONGEST, "backoff": BACKOFF}
+"""From then on: an outage of less than a minute ends nothing."""
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
 """Of a request: obstore's 30 s for the whole of it would end a large file on a slow line."""
 AT_ONCE = 32
@@ -49,13 +57,18 @@ class Client:
     def __init__(self, url: str, make: bool = False) -> None:
         """`make`: whether the directory of a file:// address is made, where it is not there."""
         self.url = url.rstrip("/")
-        self._store = _open(self.url, make)
+        self._first, self._later = _open(self.url, make, FIRST), _open(self.url, make, RETRIES)
+        self._answered = False
+
+    @property
+    def _store(self) -> Any:
+        return self._later if self._answered else self._first
 
     def get(self, name: str) -> bytes | None:
         """The whole object; None where there is none."""
         import obstore
 
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
+        with self._explained(name), _perhaps_absent(self.url):
             return bytes(obstore.get(self._store, name).bytes())
 
     def end(self, name: str, length: int) -> tuple[bytes, int] | None:
@@ -66,7 +79,7 @@ class Client:
         import obstore
         from obstore.exceptions import BaseError
 
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
+        with self._explained(name), _perhaps_absent(self.url):
             try:
                 result = obstore.get(self._store, name, options={"range": {"suffix": length}})
                 return bytes(result.bytes()), result.meta["size"]
@@ -80,7 +93,7 @@ class Client:
         import obstore
         from obstore.exceptions import BaseError
 
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
+        with self._explained(name), _perhaps_absent(self.url):
             try:
                 return bytes(obstore.get_range(self._store, name, start=start, end=stop))
             except BaseError:
@@ -96,7 +109,7 @@ class Client:
         """Bytes of an object; None where there is none. Unlike a listing, it is never old."""
         import obstore
 
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
+        with self._explained(name), _perhaps_absent(self.url):
             return obstore.head(self._store, name)["size"]
 
     def put(self, name: str, data: bytes | Path) -> None:
@@ -150,7 +163,7 @@ class Client:
         import obstore
 
         what = f"cannot be copied to {target}"
-        with self._explained(source, what), contextlib.suppress(FileNotFoundError):
+        with self._explained(source, what), _perhaps_absent(self.url):
             obstore.rename(self._store, source, target)
             return True
         return False
@@ -180,7 +193,7 @@ class Client:
     def _remove(self, name: str) -> None:
         import obstore
 
-        with self._explained(name, "cannot be removed"), contextlib.suppress(FileNotFoundError):
+        with self._explained(name, "cannot be removed"), _perhaps_absent(self.url):
             obstore.delete(self._store, name)
 
     @contextlib.contextmanager
@@ -188,6 +201,7 @@ class Client:
         """One line of whatever goes wrong: obstore raises one class per kind and provider."""
         try:
             yield
+            self._answered = True
         except InputError:
             raise
         except BaseException as error:
@@ -199,6 +213,16 @@ class Client:
                 raise
             where = f"{self.url}/{name}"
             raise InputError(f"{where}: {what}: {reason(error, self.url)}") from error
+
+
+@contextlib.contextmanager
+def _perhaps_absent(url: str) -> Iterator[None]:
+    """Suppress FileNotFoundError of an object that is not there; raise `InputError` where its bucket is not."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if any(code in str(error) for code in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")):
+            raise InputError(f"{url}: there is no such bucket") from error
 
 
 def missing(url: str, name: str) -> InputError:
@@ -222,7 +246,7 @@ def _folder(url: str) -> Path | None:
     return Path(url2pathname(path)) if scheme == "file" else None
 
 
-def _open(url: str, make: bool) -> Any:
+def _open(url: str, make: bool, retries: dict[str, Any]) -> Any:
     from obstore import store
 
     # What follows is no part of an object's name: stores of several layers would lie in each other's place.
@@ -230,7 +254,7 @@ def _open(url: str, make: bool) -> Any:
         raise InputError(f"{url}: an address must not contain {wrong}; write %{ord(wrong):02X}")
 
     client = TIMEOUTS | ({"allow_http": True} if plain_http(url) else {})
-    options: dict[str, Any] = {"client_options": client, "retry_config": RETRIES}
+    options: dict[str, Any] = {"client_options": client, "retry_config": retries}
     if url.startswith("file://"):
         options = {"mkdir": make}
     try:
