@@ -98,6 +98,14 @@ class Client:
         with self._explained(name), contextlib.suppress(FileNotFoundError):
             return obstore.head(self._store, name)["size"]
 
+    def mark(self, name: str) -> tuple[object, ...] | None:
+        """What changes when an object is written again, as far as they tell; None where there is none."""
+        import obstore
+
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            told = obstore.head(self._store, name)
+            return told["e_tag"], told["size"], told["last_modified"]
+
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, in the place of any other of the name."""
         import obstore
