@@ -20,8 +20,14 @@ from shards.layout import COMMIT
 WRITABLE = ("s3://", "gs://", "az://", "file://")
 """Addresses that a harvest can be written to: those whose objects can be listed, and put only where there is none."""
 SCHEMES = (*WRITABLE, "https://", "http://")
-RETRIES = {"max_retries": 8, "backoff": {"max_backoff": timedelta(seconds=10)}}
-"""0.1 s, then twice as long each time: 23 s in all. Of 5xx, 408, 429, resets and timeouts; obstore's own."""
+RETRIES = {
+    "max_retries": 8,
+    "backoff": {"max_backoff": timedelta(seconds=10)},
+    "retry_timeout": timedelta(seconds=60),
+}
+"""0.1 s, then twice as long each time: 23 s in all. Of 5xx, 408, 429, resets and timeouts; obstore's own. A server that
+does not answer at all is given up after 60 to 90 s.
+"""
 TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
 """Of a request: obstore's 30 s for the whole of it would end a large file on a slow line."""
 AT_ONCE = 32

@@ -18,8 +18,9 @@ from common.errors import InputError
 from shards import Store
 from shards.commit import read_commit
 from shards.layout import COMMIT, SHARD_ROWS
-from shards.objects.client import TRIES, Client
-from shards.objects.pieces import in_pieces
+from shards.objects.ahead import Turn, fetching
+from shards.objects.client import AT_ONCE, TRIES, Client
+from shards.objects.pieces import StreamedArray, in_pieces
 from shards.remote import as_they_are, files_of, upload
 from shards.store import read_tokenizer
 from shards.verify import verify
@@ -276,6 +277,27 @@ def test_an_upload_in_the_place_of_another_store_is_none_until_it_is_whole(
         server.fault = lambda *_: None
         upload(other.path, "s3://bucket/s.zarr")
         assert same_rows(Store.open("s3://bucket/s.zarr", tmp_path, LIMIT), other)
+
+
+def test_after_a_failure_nothing_more_is_fetched() -> None:
+    """Where a server does not answer, each further chunk would be waited for a minute."""
+    begun, all_under_way = [], threading.Barrier(AT_ONCE, timeout=60)
+
+    class Fails(StreamedArray):
+        def __init__(self) -> None: ...
+
+        def fetch(self, number: int) -> None:
+            begun.append(number)
+            if len(begun) <= AT_ONCE:
+                all_under_way.wait()
+            raise InputError("no answer")
+
+    turns = (Turn(0, group, 0, np.arange(32)) for group in range(4))
+    with fetching({"inputs": Fails()}) as fetched:
+        first = next(fetched(turns))
+        said = {str(fetch.exception()) for fetch in itertools.chain(*first.fetches)}
+    assert said == {"no answer"}
+    assert len(begun) == AT_ONCE
 
 
 def test_half_a_file_is_never_taken_for_whole(
