@@ -113,9 +113,12 @@ EACH  = $(if $(filter layers,$(call asked,SPREAD)),$(RANKS),$(PY) -m)
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)
 
+# With WIDTH the training's plan comes first: it needs no model, the harvest's does.
+SPLITS = $(PY) -m train.plan $(call option,NPROC,--nproc) $(call option,NODES,--nodes) $(call option,MEMORY,--memory) $(call option,WIDTH,--width) $(OPTIONS)
 plan: install
+	@$(if $(call asked,WIDTH),$(SPLITS))
 	@$(PY) -m harvest --plan $(OPTIONS)
-	@$(PY) -m train.plan $(call option,NPROC,--nproc) $(call option,NODES,--nodes) $(call option,MEMORY,--memory) $(call option,WIDTH,--width) $(OPTIONS)
+	@$(if $(call asked,WIDTH),,$(SPLITS))
 
 verify: install
 	@$(PY) -m shards verify $(OPTIONS)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from common import launched, stop_at_once
 from common.errors import ENVIRONMENT, InputError
-from common.nodes.environment import place, rank, recognise_srun
+from common.nodes.environment import end_with_launcher, place, rank, recognise_srun
 from common.settings import ROOT, SECTIONS, Model, Settings, changes, nearest, run_name, validated
 
 PIPELINE_TOML = ROOT / "pipeline.toml"
@@ -384,6 +384,7 @@ def run_stage(stage: Callable[[], None]) -> NoReturn:
     # A script's background jobs inherit an ignored Ctrl-C; a stage that is asked to stop stops, and says so.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    end_with_launcher()
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a mapped file that somebody truncates kills the process: say where it was
     leads = True

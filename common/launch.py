@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from common.cli import run_stage
 from common.errors import InputError
 from common.layers import driver
+from common.nodes.environment import LAUNCHER
 from common.nodes.meeting import Nodes
 
 ONE_LAYER = ("train", "train.sweep", "evaluate", "evaluate.compare")
@@ -94,6 +95,7 @@ def _torchrun(command: Sequence[str], nodes: Nodes | None, per_node: int) -> Non
     # Each start of the processes gets a store of its own: the launchers' store keeps the addresses from before a
     # restart, and the new processes would wait for those.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[LAUNCHER] = f"{os.getpid()}"
     where = nodes.options(command) if nodes else ["--standalone"]
     try:
         run.main([*where, *command])
@@ -107,6 +109,8 @@ def _torchrun(command: Sequence[str], nodes: Nodes | None, per_node: int) -> Non
             _torchrun(command, nodes, per_node)  # another launcher of this machine took the port first
             return
         raise InputError(nodes.parted(error)) from None
+    finally:
+        os.environ.pop(LAUNCHER, None)
 
 
 def _tell_of_restarts(nodes: Nodes | None, per_node: int) -> None:

@@ -92,7 +92,7 @@ class Loader:
             raise InputError(
                 f"the split has {len(split)} rows; a loader needs at least one chunk of {CHUNK_ROWS}"
             )
-        self.group = _group_size(self.chunks, batch_size, world)
+        self.group = group_size(self.chunks, batch_size, world)
         self.rows_per_chunk = batch_size // self.group
         self.split, self.seed, self.device = split, seed, device
         self.rank, self.world = rank, world
@@ -304,18 +304,45 @@ def _torch_type(dtype: np.dtype) -> torch.dtype:
     return torch.from_numpy(np.empty(0, np.int16 if dtype == np.uint16 else dtype)).dtype
 
 
-def _group_size(chunks: int, batch_size: int, world: int) -> int:
-    """M: the largest number up to 32 that the split can fill, that divides the batch and that the ranks divide."""
+def chunks_of_batch(batch_size: int, chunks: int = GROUP_CHUNKS) -> int | None:
+    """M: the largest number up to 32 that a split of so many `chunks` can fill and that divides the batch; None if the
+    batch takes too many rows of each.
+
+    >>> chunks_of_batch(1536), chunks_of_batch(1530), chunks_of_batch(1536, chunks=7), chunks_of_batch(65_536)
+    (32, 30, 6, None)
+    """
     for size in range(min(GROUP_CHUNKS, chunks), 0, -1):
-        if batch_size % size == 0 and size % world == 0 and batch_size // size <= CHUNK_ROWS:
+        if batch_size % size == 0 and batch_size // size <= CHUNK_ROWS:
             return size
-    most = min(GROUP_CHUNKS, chunks) // world * world
-    if not most:
+    return None
+
+
+def shares_rows(world: int, batch_size: int, chunks: int = GROUP_CHUNKS) -> bool:
+    """Whether so many processes can share the chunks that one process would take a batch of.
+
+    >>> [world for world in range(1, 65) if shares_rows(world, 1536)]
+    [1, 2, 4, 8, 16, 32]
+    """
+    found = chunks_of_batch(batch_size, chunks)
+    return found is not None and found % world == 0
+
+
+def group_size(chunks: int, batch_size: int, world: int) -> int:
+    """`chunks_of_batch`, whatever the number of ranks: of other groups they would get other batches.
+
+    Raises `InputError` where there is none, or where so many ranks cannot share it; it names a batch that they can.
+    """
+    size = chunks_of_batch(batch_size, chunks)
+    if size is not None and size % world == 0:
+        return size
+    available = min(GROUP_CHUNKS, chunks)
+    if world > available:
         raise InputError(
-            f"{world} processes cannot share {min(GROUP_CHUNKS, chunks)} chunks of {CHUNK_ROWS} rows; start fewer"
+            f"{world} processes cannot share {available} chunks of {CHUNK_ROWS} rows; start fewer"
         )
-    fitting = max(1, min(batch_size // most, CHUNK_ROWS)) * most
+    most = min(batch_size, available * CHUNK_ROWS) // world * world
+    fits = (size for size in range(most, 0, -world) if shares_rows(world, size, chunks))
     raise InputError(
         f"train.batch_size {batch_size}: a batch takes equally many rows, at most {CHUNK_ROWS:,}, of each of up to "
-        f"{most} chunks, which {world} process(es) share; use {fitting}"
+        f"{available} chunks, which {world} process(es) share; use {next(fits, world)}"
     )

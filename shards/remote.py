@@ -70,6 +70,7 @@ class RemoteFiles:
         self._limit = limit
         self._lock = threading.Lock()
         self._busy: dict[str, threading.Lock] = {}
+        self._commit: tuple[tuple[object, ...] | None, bytes] | None = None
         self._digests: dict[str, str] | None = None
         self._measured: int | None = None
         self._since = 0
@@ -86,6 +87,25 @@ class RemoteFiles:
                 write_whole(path, data)
                 self.came(len(data), path)
         return path
+
+    def fix(self) -> bytes:
+        """The commit, which `refuse_another` compares with what is there later; raises `InputError` where none is."""
+        mark, commit = self.client.mark(COMMIT), _commit(self.client)
+        self._commit = mark, commit
+        return commit
+
+    def refuse_another(self) -> None:
+        """Raise `InputError` where another store has taken this one's place since `fix`, or is about to.
+
+        Parts of files are checked against their own index alone, which another store's are not at odds with.
+        """
+        if self._commit is None or (mark := self.client.mark(COMMIT)) == self._commit[0] is not None:
+            return
+        if _commit(self.client) != self._commit[1]:
+            raise InputError(
+                f"{self.where}: another store has taken its place since it was opened; rerun the same command"
+            )
+        self._commit = mark, self._commit[1]  # the same was written again
 
     def _download(self, name: str) -> bytes:
         """A file, again where its digest is not the commit's: half of it may have come, and called itself whole."""
@@ -175,7 +195,7 @@ def files_of(where: str | Path, cache: Path, cache_bytes: int) -> Files:
         return hub.HubFiles(str(where), COMMIT)
     url = str(where).rstrip("/")
     files = RemoteFiles(Client(url), cache / hashlib.sha256(url.encode()).hexdigest()[:16], cache_bytes)
-    commit = _commit(files.client)
+    commit = files.fix()
     cached = files.root / COMMIT
     if cached.is_file() and cached.read_bytes() != commit:
         for root in (files.root, files.pieces):
@@ -213,6 +233,8 @@ def upload(root: Path, url: str) -> None:
         hub.upload(root, url, f"Activation store {root.name}", [*names, COMMIT])
         return
     target = Client(url, make=True)
+    if target.get(COMMIT) not in (None, (root / COMMIT).read_bytes()):
+        target.remove([COMMIT])  # of another store, whose files are to be replaced
 
     def put(name: str) -> int:
         target.put(name, root / name)

@@ -293,6 +293,7 @@ def test_values_as_people_type_them(arguments: tuple[str, ...], where: str, valu
                 "FILE:///a",
                 "file:a",
                 "file:///",
+                "file://folder/a",
                 "gs:///a",
             )
         ),

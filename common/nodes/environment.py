@@ -3,9 +3,12 @@
 Does not import torch: a stage asks before it imports anything.
 """
 
+import ctypes
 import os
 import re
+import signal
 import socket
+import sys
 
 from common.errors import InputError
 
@@ -14,6 +17,23 @@ MOST = 2**20
 MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(12000, 32000)
 """For jobs of Slurm, which assigns no ports: below the ports that the kernel gives to outgoing connections."""
+
+LAUNCHER = "MATRYOSHKA_LAUNCHER"
+"""The process number of common/launch.py, for the processes that it starts."""
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_launcher() -> None:
+    """Have Linux tell this process to stop (SIGTERM) when its launcher has ended, also by a kill -9.
+
+    Nothing else would stop it: it would go on, and the same command would be refused for as long.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)  # it is not the parent of what this process starts
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if f"{os.getppid()}" != launcher:  # it had ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def rank() -> int:

@@ -337,7 +337,7 @@ def _directory_or_address(value: Any) -> Any:
 
 
 ADDRESS_LIKE = r"(?i:[a-z][a-z0-9+.-]*:/|(?:s3|gs|az|file|https?|hf):)"
-ADDRESS = r"(?:s3|gs|az|https?|hf)://[^/]|file://[^/]*/+[^/]"
+ADDRESS = r"(?:s3|gs|az|https?|hf)://[^/]|file://(?:localhost)?/+[^/]"
 
 
 class Paths(Section):

@@ -40,12 +40,21 @@ def fetching(readers: Mapping[str, ChunkReader]) -> Iterator[Callable[[Iterator[
     if not remote:
         yield lambda turns: turns
         return
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool, failed = ThreadPoolExecutor(AT_ONCE), list[BaseException]()
+
+    def fetch(reader: StreamedArray, chunk: int) -> None:
+        if failed:  # which ends the loader: it need not wait for others, a minute and more each
+            raise failed[0]
+        try:
+            reader.fetch(chunk)
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     def fetched(turns: Iterator[Turn]) -> Iterator[Turn]:
         begun: deque[Turn] = deque()
         for turn in turns:
-            fetches = ([pool.submit(reader.fetch, int(chunk)) for reader in remote] for chunk in turn.chunks)
+            fetches = ([pool.submit(fetch, reader, int(chunk)) for reader in remote] for chunk in turn.chunks)
             begun.append(replace(turn, fetches=tuple(fetches)))
             if len(begun) > GROUPS:
                 yield begun.popleft()

@@ -112,6 +112,14 @@ class Client:
         with self._explained(name), _perhaps_absent(self.url):
             return obstore.head(self._store, name)["size"]
 
+    def mark(self, name: str) -> tuple[object, ...] | None:
+        """What changes when an object is written again, as far as they tell; None where there is none."""
+        import obstore
+
+        with self._explained(name), _perhaps_absent(self.url):
+            told = obstore.head(self._store, name)
+            return told["e_tag"], told["size"], told["last_modified"]
+
     def put(self, name: str, data: bytes | Path) -> None:
         """Write an object, in the place of any other of the name."""
         import obstore
@@ -135,6 +143,7 @@ class Client:
                 except AlreadyExistsError:
                     if (there := self.get(name)) is not None:  # else it has gone since
                         return None if there == data else there
+        there = None
         for trial in range(TRIES):
             if (there := self.get(name)) is None or there == data:
                 return None
@@ -143,7 +152,8 @@ class Client:
             if trial < TRIES - 1:
                 self.put(name, data)  # half of it had arrived
         raise InputError(
-            f"{self.url}/{name}: {len(data)} bytes were written, {len(there)} are stored; run the same command again"
+            f"{self.url}/{name}: {len(data)} bytes were written, {len(there or b'')} are stored; "
+            "run the same command again"
         )
 
     def put_whole(self, name: str, path: Path) -> None:

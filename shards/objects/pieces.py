@@ -47,14 +47,20 @@ class StreamedArray(MappedArray):
 
     def _open(self, name: str) -> File:
         path = inside(self.files.pieces, name)
-        with contextlib.suppress(
-            FileNotFoundError, DamagedChunkError
-        ):  # it is not there, or a hole is at its end
+        file = self._there(name, path)
+        if file is None:
+            most = FILE_CHUNKS * math.prod(self.array.chunk) * self.array.dtype.itemsize
+            end = most + most // 100 + INDEX_BYTES if most <= WHOLE else INDEX_BYTES
+            file = _InPieces(self.files, name, path, _begun(self.files, name, path, end))
+        self.files.refuse_another()  # now that its index is read
+        return file
+
+    def _there(self, name: str, path: Path) -> File | None:
+        """The file as far as it is in the cache; None where it is not, or a hole is at its end."""
+        with contextlib.suppress(FileNotFoundError, DamagedChunkError):
             os.utime(path)
             return _InPieces(self.files, name, path, os.open(path, os.O_RDWR))
-        most = FILE_CHUNKS * math.prod(self.array.chunk) * self.array.dtype.itemsize
-        end = most + most // 100 + INDEX_BYTES if most <= WHOLE else INDEX_BYTES
-        return _InPieces(self.files, name, path, _begun(self.files, name, path, end))
+        return None
 
 
 def _begun(files: RemoteFiles, name: str, path: Path, end: int) -> int:
@@ -75,6 +81,7 @@ def _end(files: RemoteFiles, name: str, end: int) -> tuple[bytes, int]:
     """The last bytes of a file, its index among them, and its size."""
     for _ in range(TRIES):
         if (found := files.client.end(name, end)) is None:
+            files.refuse_another()
             raise DamagedChunkError(f"{files.where}/{name}", "missing")
         if crc32c(np.frombuffer(found[0][-INDEX_BYTES:-CRC], np.uint8)) == found[0][-CRC:]:
             return found
@@ -106,6 +113,7 @@ class _InPieces(File):
             offset, length = self.place(inner)
         for attempt in range(TRIES):
             if (data := self._files.client.piece(self._name, offset, offset + length)) is None:
+                self._files.refuse_another()
                 raise ValueError("missing")
             _write(self._fd, data, offset, self._cached)
             self._files.came(len(data), self._cached)
@@ -113,5 +121,6 @@ class _InPieces(File):
                 return super().payload(inner)
             except ValueError:
                 if attempt == TRIES - 1:
+                    self._files.refuse_another()
                     raise
         raise AssertionError

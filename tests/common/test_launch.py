@@ -1,9 +1,14 @@
 """common.launch: how a stage in several processes is started, and ends."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from common import launch
 from common.errors import InputError
 from common.layers import driver
 from common.nodes import meeting as between
+from common.settings import ROOT
 
 
 @pytest.fixture
@@ -224,3 +230,50 @@ def test_layers_are_shared_or_follow_each_other(
     called(monkeypatch, "3", "train", "--spread", "layers")
     assert len(started) == 1
     assert not asked
+
+
+WAITS = """
+import os, pathlib, time
+from common.cli import run_stage
+
+def main():
+    file = pathlib.Path(os.environ["NOTED"], os.environ["RANK"])
+    file.with_suffix(".tmp").write_text(str(os.getpid()))
+    file.with_suffix(".tmp").rename(file)
+    time.sleep(600)
+
+run_stage(main)
+"""
+
+
+def _runs(process: Path) -> bool:
+    """Whether a directory of /proc is that of a process which has not ended."""
+    with contextlib.suppress(OSError):
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's kernel")
+def test_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    """Else they would go on, and the same command would be refused until they end."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    noted = [tmp_path / "0", tmp_path / "1"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}", "NOTED": f"{tmp_path}"}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "common.launch", "2", "waits"], cwd=ROOT, env=environment
+    )
+    ranks: list[Path] = []
+    try:
+        while not all(file.exists() for file in noted):
+            assert started.poll() is None
+            time.sleep(0.05)
+        ranks = [Path("/proc", file.read_text()) for file in noted]
+        started.kill()
+        started.wait()
+        while any(map(_runs, ranks)):  # pytest's own limit ends this
+            time.sleep(0.05)
+    finally:
+        started.kill()
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(rank.name), signal.SIGKILL)

@@ -84,6 +84,28 @@ def test_ranks_together_are_the_one_process_batch(store: Store, world: int) -> N
     assert not set.intersection(*chunks)
 
 
+@pytest.mark.parametrize(
+    ("chunks", "size", "world"), [(7, 84, 2), (7, 84, 3), (40, 1536, 3), (40, 1024, 6), (5, 64, 3), (5, 2, 4)]
+)
+def test_a_number_of_ranks_that_would_change_the_batches_is_refused(
+    tmp_path: Path, chunks: int, size: int, world: int
+) -> None:
+    """The batch that is advised takes as many chunks for one rank as for all of them."""
+    store = make_store(tmp_path / "s.zarr", random_rows(1024 * chunks), random_rows(1))
+    alone = store.train.loader(size).group
+    try:
+        assert store.train.loader(size, world=world).group == alone
+        return
+    except InputError as error:
+        line = str(error)
+    assert alone % world
+    assert f"which {world} process(es) share; use " in line
+    advised = int(line.rpartition(" ")[2])
+    assert store.train.loader(advised, world=world).group == store.train.loader(advised).group
+    with pytest.raises(InputError, match=f"50 processes cannot share {min(chunks, 32)} chunks of 1024 rows"):
+        store.train.loader(size, world=50)
+
+
 def test_the_length_is_the_number_of_batches_that_are_left(store: Store) -> None:
     loader = store.train.loader(256, batch=5)
     assert len(loader) == len(list(loader)) == loader.batches_per_epoch - 5

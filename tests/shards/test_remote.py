@@ -18,7 +18,9 @@ from common.errors import InputError
 from shards import Store
 from shards.commit import read_commit
 from shards.layout import COMMIT, SHARD_ROWS
-from shards.objects.client import TRIES, Client
+from shards.objects.ahead import Turn, fetching
+from shards.objects.client import AT_ONCE, TRIES, Client
+from shards.objects.pieces import StreamedArray, in_pieces
 from shards.remote import as_they_are, files_of, upload
 from shards.store import read_tokenizer
 from shards.verify import verify
@@ -232,6 +234,70 @@ def test_what_has_gone_from_a_small_cache_is_fetched_again(store: Store, tmp_pat
         assert same_batches(remote, store)
         assert not first.is_file()
         assert read_tokenizer(remote.tokenizer_path).to_str() == read_tokenizer(store.tokenizer_path).to_str()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of the same text that was harvested with other values."""
+    path = tmp_path_factory.mktemp("other") / "layer_0.zarr"
+    rows = random_rows(2 * SHARD_ROWS + 2000, seed=3), random_rows(1100, seed=4)
+    return make_store(path, *rows, storage="int8")
+
+
+@pytest.mark.parametrize("then", ["another", "removed", "the same"])
+def test_rows_of_two_stores_are_never_mixed(then: str, store: Store, other: Store, tmp_path: Path) -> None:
+    """A chunk is read, then what is at the address changes, then one of the next file is read."""
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        remote = Store.open("s3://bucket/s.zarr", tmp_path, LIMIT)
+        reader = in_pieces(remote.train.readers["inputs"])
+        reader.chunk(0)
+        server.objects.clear()
+        if then != "removed":
+            upload((other if then == "another" else store).path, "s3://bucket/s.zarr")
+        if then == "the same":
+            assert np.array_equal(reader.chunk(33), store.train.readers["inputs"].chunk(33))
+            return
+        line = "another store has taken its place" if then == "another" else "no complete store there"
+        with pytest.raises(InputError, match=rf"^s3://bucket/s\.zarr.*: {line}"):
+            reader.chunk(33)
+
+
+def test_an_upload_in_the_place_of_another_store_is_none_until_it_is_whole(
+    store: Store, other: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    with objects.bucket() as server:
+        upload(store.path, "s3://bucket/s.zarr")
+        server.fault = lambda method, name: "400" if method == "PUT" and "outputs/c/2" in name else None
+        with pytest.raises(InputError, match="outputs/c/2/0: cannot be written"):
+            upload(other.path, "s3://bucket/s.zarr")
+        with pytest.raises(InputError, match="no complete store there"):
+            Store.open("s3://bucket/s.zarr", tmp_path, LIMIT)
+        server.fault = lambda *_: None
+        upload(other.path, "s3://bucket/s.zarr")
+        assert same_rows(Store.open("s3://bucket/s.zarr", tmp_path, LIMIT), other)
+
+
+def test_after_a_failure_nothing_more_is_fetched() -> None:
+    """Where a server does not answer, each further chunk would be waited for a minute."""
+    begun, all_under_way = [], threading.Barrier(AT_ONCE, timeout=60)
+
+    class Fails(StreamedArray):
+        def __init__(self) -> None: ...
+
+        def fetch(self, number: int) -> None:
+            begun.append(number)
+            if len(begun) <= AT_ONCE:
+                all_under_way.wait()
+            raise InputError("no answer")
+
+    turns = (Turn(0, group, 0, np.arange(32)) for group in range(4))
+    with fetching({"inputs": Fails()}) as fetched:
+        first = next(fetched(turns))
+        said = {str(fetch.exception()) for fetch in itertools.chain(*first.fetches)}
+    assert said == {"no answer"}
+    assert len(begun) == AT_ONCE
 
 
 def test_half_a_file_is_never_taken_for_whole(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import scale
+from common.errors import InputError
 from common.settings import ROOT, Settings
 from shards.plan import human
 from tests.fixtures import make_store
@@ -183,3 +184,12 @@ def test_what_is_derived_fits_and_gains_by_more_processes() -> None:
         assert seconds == sorted(seconds, reverse=True), d_sae
         assert all(split.together <= scale.MEMORY for split, _ in by_processes.values())
         assert 64 in by_processes
+
+
+def test_more_processes_than_chunks_of_a_batch_share_no_rows(store_root: Path, tmp_path: Path) -> None:
+    """A loader takes a batch of 32 chunks at most: what training refuses, no plan says that it fits."""
+    meshes = [(s.rows, s.latents) for s in splits(OBJECTIVE, 24, 20, 16384, 96, CPU)]
+    assert meshes == [(32, 3), (16, 6), (8, 12), (4, 24), (2, 48), (1, 96)]
+    settings = tiny_settings(store_root, tmp_path, train__batch_size=65536, train__rows=65536)
+    with pytest.raises(InputError, match=r"train\.batch_size 65536: a batch takes .*; use 32768"):
+        plan(settings, D_IN, 4, 1e9, "x")

@@ -13,6 +13,7 @@ from common.mesh import Mesh
 from common.processes import Processes
 from common.settings import Settings
 from common.terminal.table import Table
+from shards.loader import GROUP_CHUNKS, group_size, shares_rows
 from shards.plan import human
 from train.plan import memory
 from train.recipe import objective_of
@@ -62,7 +63,7 @@ def splits(
 ) -> list[Split]:
     """Every mesh of `processes` processes that can share these rows and latents."""
     shapes = [(processes // m, m) for m in _divisors(processes)]
-    possible = [(r, m) for r, m in shapes if batch % r == 0 and m <= objective.d_sae]
+    possible = [(r, m) for r, m in shapes if shares_rows(r, batch) and m <= objective.d_sae]
     return [_split(objective, (d_in, d_out), batch, r, m, device, skip, samples) for r, m in possible]
 
 
@@ -106,6 +107,7 @@ def plan(
     is possible.
     """
     planned, device = _device(settings, memory_each)
+    group_size(GROUP_CHUNKS, settings.train.batch_size, 1)
     objective, train, n = objective_of(planned, width, device), planned.train, processes * nodes
     if memory_each is None:
         memory_each = (memory.available(device) or 0) / (processes if device.type == "cpu" else 1)
@@ -117,7 +119,7 @@ def plan(
     if not found:
         raise InputError(
             f"{of}: {n:,} processes cannot share batches of {train.batch_size:,} rows and {objective.d_sae:,} latents; "
-            "a number of them that divides train.batch_size must share the rows; give another NPROC"
+            "a number of them that divides the chunks of a batch must share the rows; give another NPROC"
         )
     where = f"one {one}, {human(memory_each)}" if n == 1 else f"{n} {many}, {human(memory_each)} each"
     sizes = f"{objective.d_sae:,} latents, width {width:,}, batches of {train.batch_size:,} rows, {objective.precision}"
@@ -150,7 +152,7 @@ def table_of(found: list[Split], memory_each: float, title: str, batch: int) -> 
         mesh = f"{best.rows} x {best.latents}"
         advice = f"of the lines that fit, {mesh} sends the least: --train.latent_shards {best.latents}"
     n = found[0].rows * found[0].latents
-    if uneven := [str(m) for m in _divisors(n) if batch % m]:
+    if uneven := [str(m) for m in _divisors(n) if not shares_rows(m, batch)]:
         advice += f"\nleft out: {batch:,} rows are not shared by {', '.join(uneven)} processes"
     table = Table(*columns, title=title, caption=advice)
     for split in found:
