@@ -81,3 +81,17 @@ def test_a_failure_lets_the_windows_being_written_end(
     monkeypatch.setattr(windows, "fill_window", fill)
     harvest(settings_for(llama))
     assert len(set(begun)) == len(begun)  # the first window was not written again
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_harvest_to_a_disk_waits_for_no_uploads(
+    llama: Path,
+    settings_for: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("common.progress.LOG_SECONDS", 0.0)
+    harvest(settings_for(llama))
+    said = capfd.readouterr().err
+    assert "harvest: 100%" in said
+    assert "uploads" not in said

@@ -1,16 +1,19 @@
 """What an object store's refusals, and slips in the variables of its environment, look like: one line each."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 
 from common.errors import InputError
+from shards.objects import client
 from shards.objects.client import Client
 from shards.objects.environment import CREDENTIALS, ENDPOINTS, SIGNED, plain_http
 from shards.objects.refusals import reason
-from tests.objects import environment, quick
+from tests.objects import bucket, environment, quick
 from tests.servers import Handler, Loopback, serving
 
 CHECK = f"; check {CREDENTIALS['s3']}"
@@ -147,3 +150,34 @@ def test_a_panic_of_obstore_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "\x01")
     with pytest.raises(InputError, match=r"^s3://b/x/a: cannot be read: .*InvalidHeaderValue"):
         Client("s3://b/x").get("a")
+
+
+def test_an_outage_ends_nothing_once_there_was_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then a few attempts are enough: an address with a slip never answers."""
+    tenth = timedelta(milliseconds=10)
+    for when, most in (("FIRST", 2), ("RETRIES", 1000)):
+        own = {**getattr(client, when), "backoff": {"init_backoff": tenth, "max_backoff": tenth}}
+        assert own["retry_timeout"] == timedelta(seconds=60)
+        assert own["max_retries"] in (8, 1000)
+        monkeypatch.setattr(client, when, own | {"max_retries": most})
+    with bucket() as server:
+        server.objects["x/a"] = b"1"
+        left = itertools.count(30, -1)
+        server.fault = lambda *_: "503" if next(left) > 0 else None
+        with pytest.raises(InputError, match=r"503 Service Unavailable, SlowDown \(after 2 retries\)"):
+            Client("s3://bucket/x").get("a")
+        server.fault = lambda *_: None
+        known = Client("s3://bucket/x")
+        assert known.get("b") is None
+        left = itertools.count(30, -1)
+        server.fault = lambda *_: "503" if next(left) > 0 else None
+        assert known.get("a") == b"1"
+
+
+@pytest.mark.parametrize("code", ["NoSuchBucket", "ContainerNotFound"])
+def test_a_bucket_that_is_not_there_is_not_taken_for_an_absent_object(code: str) -> None:
+    body = f"<Error><Code>{code}</Code><Message>The specified one does not exist</Message></Error>".encode()
+    with refusing(404, body), pytest.raises(InputError, match=r"^s3://bucket/x: there is no such bucket$"):
+        Client("s3://bucket/x").get("a")
+    with refusing(404, b"<Error><Code>NoSuchKey</Code></Error>"):
+        assert Client("s3://bucket/x").get("a") is None
