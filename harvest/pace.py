@@ -38,9 +38,10 @@ class Pace:
             with self._lock:
                 self.seconds[what] += time.perf_counter() - begun
 
-    def line(self, tokens: int) -> str:
-        """Of a harvest that has just ended, with so many tokens."""
-        return described(tokens, time.perf_counter() - self._begun, self.seconds)
+    def line(self, tokens: int, processes: int = 1) -> str:
+        """Of a harvest that has just ended, with so many tokens in this one of `processes`."""
+        line = described(tokens, time.perf_counter() - self._begun, self.seconds)
+        return line if processes == 1 else f"{line}; of the first of {processes} processes"
 
 
 def described(tokens: int, total: float, seconds: Mapping[str, float]) -> str:

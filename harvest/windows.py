@@ -103,7 +103,7 @@ def run_windows(
         writing.end(writers)
         done = int(bar.n)
     if done and processes.leads and not intake.failed:
-        tqdm.write(pace.line(done), file=sys.stdout)
+        tqdm.write(pace.line(done, processes.world), file=sys.stdout)
     return intake.failed
 
 

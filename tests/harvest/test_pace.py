@@ -51,6 +51,12 @@ def test_seconds_of_several_threads_add_up_also_of_those_that_fail() -> None:
     assert 0.1 <= spent.seconds["disk"] < 30
 
 
+def test_the_line_of_several_processes_is_of_the_first() -> None:
+    """Whose windows it counts."""
+    assert Pace().line(1000, 8).endswith("; of the first of 8 processes")
+    assert "processes" not in Pace().line(1000)
+
+
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize(("slow", "named"), [("encode_rows", "compression"), ("write_whole", "disk")])
 def test_a_harvest_ends_with_the_line(
