@@ -110,6 +110,12 @@ RANKS = $(PY) -m $(if $(call asked,NPROC)$(call asked,NODES)$(call asked,HEAD)$(
 # With SPREAD=layers every process takes layers of its own: also where a stage's rows are not shared.
 EACH  = $(if $(filter layers,$(call asked,SPREAD)),$(RANKS),$(PY) -m)
 
+# NPROC is for the stages whose work is shared; it is not ignored silently by the others.
+ALONE = verify upload runs stores samples model read explain circuit export import push
+ALONE += $(if $(filter layers,$(call asked,SPREAD)),,sweep compare probe absorption)
+$(if $(call asked,NPROC),$(foreach goal,$(filter $(ALONE),$(MAKECMDGOALS)),$(info \
+	note: make $(goal) runs in one process; NPROC is for harvest, train, evaluate, and with SPREAD=layers: docs/commands.md)))
+
 harvest: install
 	@$(RANKS) harvest $(OPTIONS)
 

@@ -136,6 +136,26 @@ def test_spread_starts_processes_where_each_has_its_own_layers(venv: Path) -> No
     ]
 
 
+def test_a_stage_of_one_process_says_that_nproc_is_not_for_it(venv: Path) -> None:
+    for target in ("export", "probe", "compare", "verify"):
+        calls, process = make(venv, target, "LAYER=3", "NPROC=4")
+        assert calls[0][:1] == ["-m"]
+        assert "common.launch" not in calls[0]
+        assert process.stdout.startswith(
+            f"note: make {target} runs in one process; NPROC is for harvest, train,"
+        )
+    for typed in (("train", "NPROC=4"), ("probe", "NPROC=4", "SPREAD=layers"), ("export",)):
+        assert "note:" not in make(venv, *typed, "LAYER=3")[1].stdout
+
+
+def test_a_plan_of_given_width_needs_no_model(venv: Path) -> None:
+    """The training's part comes first: the harvest's asks the hub for the model."""
+    plans = [["-m", "harvest", "--plan", "--layer", "3"], ["-m", "train.plan", "--layer", "3"]]
+    assert make(venv, "plan", "LAYER=3")[0] == plans
+    wide = ["-m", "train.plan", "--width", "2304", "--layer", "3"]
+    assert make(venv, "plan", "LAYER=3", "WIDTH=2304")[0] == [wide, plans[0]]
+
+
 def test_nodes_start_processes_on_each(venv: Path) -> None:
     where = ["-m", "common.launch", "--nodes", "4", "--head", "gpu-1:29400"]
     for target in ("train", "harvest", "evaluate"):
