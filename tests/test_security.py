@@ -247,6 +247,7 @@ def test_a_remote_store_writes_below_its_cache_only(
     monkeypatch.setattr(
         remote.Client, "get", lambda _, name: (store / name).read_bytes() if name[0] != "." else b"{}"
     )
+    monkeypatch.setattr(remote.Client, "mark", lambda *_: ("tag", 1, "date"))
     cache = tmp_path / "a" / "b" / "cache"
     with pytest.raises(InputError, match="is not the name of a file in it"):
         Store.open("s3://elsewhere/layer_0.zarr", cache)

@@ -44,10 +44,16 @@ def bucket() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def web(store: Store) -> Iterator[str]:
+@pytest.fixture(params=["all requests"])
+def web(store: Store, request: pytest.FixtureRequest) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
+
+        def do_HEAD(self) -> None:
+            if request.param == "all requests":
+                super().do_HEAD()
+            else:
+                self.send_error(405)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=store.path))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -92,6 +98,7 @@ def test_a_web_server_that_gives_no_parts(store: Store, web: str, tmp_path: Path
     assert client.piece("train/nothing", 0, 1) is None
 
 
+@pytest.mark.parametrize("web", ["all requests", "no HEAD"], indirect=True)
 def test_a_store_read_over_http_has_the_same_rows(store: Store, web: str, tmp_path: Path) -> None:
     remote = Store.open(web, tmp_path, LIMIT)
     assert same_rows(remote, store)
