@@ -33,7 +33,6 @@ from shards.device.copies import Copies
 from shards.layout import SHARD_ROWS, windows
 from shards.manifest import SPLITS
 from shards.plan import human
-from shards.remote import is_url
 from shards.storage import STORAGES
 from shards.writer import StoreWriter, WindowRows, stored_order
 
@@ -206,10 +205,8 @@ class _Writing:
         self.wait()
         for writer in writers:
             try:
-                with self._pace.during(WAITING), contextlib.ExitStack() as stack:
-                    if is_url(writer.where):
-                        stack.enter_context(self._pace.during("upload"))
-                    writer.settle()
+                with self._pace.during(WAITING):
+                    writer.settle(self._pace.during)
             except InputError as error:
                 self._failed.setdefault(writer.source.layer, error)
 

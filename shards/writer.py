@@ -192,7 +192,9 @@ class StoreWriter:
             wanted = [(s, w) for s, w in wanted if [s, w] in lost]
         return wanted
 
-    def settle(self) -> None:
+    def settle(
+        self, during: Callable[[str], AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
+    ) -> None:
         """Until every window that was written is where it belongs: here it is."""
 
     def size(self) -> int:

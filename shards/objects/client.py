@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 class Client:
-    """The objects below `url`. Several threads may call it; each call is retried as RETRIES says.
+    """The objects below `url`. Several threads may call it; each call is retried, as FIRST says, then RETRIES.
 
     Raises `InputError` where an answer does not come, or is a refusal.
     """
@@ -224,9 +224,8 @@ class Client:
         except InputError:
             raise
         except BaseException as error:
-            if (
-                not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-            ):  # of obstore's Rust
+            panicked = type(error).__name__ == "PanicException"  # of obstore's Rust; no Exception
+            if not (isinstance(error, Exception) or panicked):
                 raise
             if isinstance(error, OSError) and error.errno in ENVIRONMENT:
                 raise

@@ -249,9 +249,12 @@ class ObjectWriter(StoreWriter):
             self._uploads.remove(upload)
             upload.result()
 
-    def settle(self) -> None:
-        while self._uploads:
-            self._uploads.pop(0).result()
+    def settle(
+        self, during: Callable[[str], AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
+    ) -> None:
+        with during("upload"):
+            while self._uploads:
+                self._uploads.pop(0).result()
 
     def size(self) -> int:
         return self._size or sum(map(self.size_of_window, self.records()))

@@ -103,8 +103,8 @@ def plan(
 
     `memory_each`: bytes of each GPU; without a GPU here, one that has TF32 is planned for, unless model.device is cpu.
     None: for the device here and what is free of it, the GPU's memory or the machine's divided by the `processes` on
-    each of the `nodes`. Raises `InputError` for sizes that do not fit the width, and where no split
-    is possible.
+    each of the `nodes`. Raises `InputError` for sizes that do not fit the width,
+    and where no split is possible.
     """
     planned, device = _device(settings, memory_each)
     group_size(GROUP_CHUNKS, settings.train.batch_size, 1)
